@@ -1,0 +1,106 @@
+//! Who audits what: a pure function of the cycle's merge manifests and of a beacon that did not exist when they were written.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::documents::MergeManifest;
+use crate::envelope::RunId;
+use crate::{AccountId, Digest};
+
+/// One audit of one learner-cycle.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Selection {
+    pub audit: Digest,
+    pub validator: AccountId,
+    pub cycle: u64,
+    pub hotkey: AccountId,
+    pub slot: u8,
+    /// Outer step of the contribution whose segment is opened.
+    pub t: u64,
+    pub beacon_block: u64,
+}
+
+/// Audits of a cycle. `merges` are the cycle's manifests in any order, `validators` the permitted hotkeys in any order; every
+/// learner with a merged contribution is audited once, by one validator.
+pub fn select(run: RunId, cycle: u64, beacon_block: u64, beacon: &[u8; 32], merges: &[MergeManifest], validators: &[AccountId]) -> Vec<Selection> {
+    let mut validators = validators.to_vec();
+    validators.sort();
+    validators.dedup();
+    if validators.is_empty() {
+        return Vec::new();
+    }
+    let mut offers: BTreeMap<(AccountId, u8), Vec<u64>> = BTreeMap::new();
+    for merge in merges {
+        for contribution in merge.accepted() {
+            offers.entry((contribution.hotkey, contribution.slot)).or_default().push(merge.t);
+        }
+    }
+    let seed = Digest::derive("quasar/v1/challenge", &[beacon, &run.0, &cycle.to_le_bytes()]);
+    offers
+        .into_iter()
+        .map(|((hotkey, slot), mut steps)| {
+            steps.sort_unstable();
+            let audit = Digest::derive("quasar/v1/audit", &[&seed.0, &hotkey.0, &[slot]]);
+            let draw = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| audit.0[at + i]));
+            Selection {
+                audit,
+                validator: validators[(draw(8) % validators.len() as u64) as usize],
+                cycle,
+                hotkey,
+                slot,
+                t: steps[(draw(0) % steps.len() as u64) as usize],
+                beacon_block,
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Reason;
+    use crate::documents::Contribution;
+
+    fn merge(t: u64, hotkeys: &[(u8, Reason)]) -> MergeManifest {
+        let contribution = |(byte, outcome): &(u8, Reason)| Contribution {
+            hotkey: AccountId([*byte; 32]),
+            slot: 0,
+            commitment: Digest::ZERO,
+            payload: Digest::ZERO,
+            base_version: 0,
+            steps: 1,
+            tokens: 1,
+            weight_ppm: 1,
+            norm: 1,
+            clip_ppm: 1,
+            cosine_ppm: 1,
+            outcome: *outcome,
+        };
+        MergeManifest {
+            t,
+            fragment: 0,
+            base_version: 0,
+            version: 1,
+            block: 5,
+            contributions: hotkeys.iter().map(contribution).collect(),
+            keyframe: Digest::ZERO,
+            state: Digest::ZERO,
+            step_norm: 0,
+        }
+    }
+
+    #[test]
+    fn each_merged_learner_is_audited_once_by_one_validator_whatever_the_order_of_inputs() {
+        let merges = [merge(0, &[(1, Reason::None), (2, Reason::None)]), merge(1, &[(1, Reason::None), (3, Reason::Late)])];
+        let validators = [AccountId([9; 32]), AccountId([8; 32])];
+        let selected = select(RunId([1; 16]), 0, 7, &[4; 32], &merges, &validators);
+        assert_eq!(selected.len(), 2);
+        assert_eq!(selected[1].t, 0, "learner 2 merged only in step 0");
+        let mut reversed = merges.to_vec();
+        reversed.reverse();
+        assert_eq!(select(RunId([1; 16]), 0, 7, &[4; 32], &reversed, &[validators[1], validators[0]]), selected);
+        assert_ne!(select(RunId([1; 16]), 0, 7, &[5; 32], &merges, &validators)[0].audit, selected[0].audit);
+        assert!(select(RunId([1; 16]), 0, 7, &[4; 32], &merges, &[]).is_empty());
+    }
+}

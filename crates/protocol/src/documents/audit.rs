@@ -1,0 +1,170 @@
+//! Audit orders, openings, verdicts and scores.
+
+use bincode::{Decode, Encode};
+use serde::{Deserialize, Serialize};
+
+use super::job::RowRange;
+use crate::{AccountId, Digest, FileRecord, Reason, SealedBytes};
+
+/// Delivers the grants of one audit to its validator. It selects nothing: the validator derives the selection itself from
+/// merge manifests and beacon, and refuses an order that differs.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct AuditOrder {
+    pub audit: Digest,
+    pub validator: AccountId,
+    pub cycle: u64,
+    pub hotkey: AccountId,
+    pub slot: u8,
+    /// The audited contribution.
+    pub t: u64,
+    pub beacon_block: u64,
+    /// Parts of the opening that were uploaded; none if the miner did not open in time.
+    pub opening: Vec<FileRecord>,
+    /// The lease that the audited segment was trained on.
+    pub lease_rows: Vec<RowRange>,
+    pub lease_seed: Digest,
+    pub lease_batch_rows: u32,
+    pub lease_schedule_start: u64,
+    pub sealed: SealedBytes,
+}
+
+/// Part 0 of an opening; part 1 is the learner's state at `start_step`, part 2 the expert choices of each step.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct OpeningManifest {
+    pub audit: Digest,
+    pub t: u64,
+    pub start_step: u64,
+    /// Fragment versions that the state at `start_step` had applied.
+    pub versions: Vec<u64>,
+    pub steps: Vec<OpenedStep>,
+}
+
+/// One inner step of an opened segment.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct OpenedStep {
+    pub local_step: u64,
+    pub lease: u64,
+    pub lease_step: u32,
+    /// Fragments that were overwritten with a newer version just before this step: (fragment, version).
+    pub applied: Vec<(u16, u64)>,
+    pub loss: i64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VerdictResult {
+    Pass = 0,
+    Mismatch = 1,
+    Inconclusive = 2,
+    NoOpening = 3,
+    NotEvaluated = 4,
+}
+
+/// What the validator measured, in fixed point. `i64::MAX` where a test was not run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Measurements {
+    /// Mean loss on assigned rows without and with the payload, micro-nats.
+    pub assigned_before: i64,
+    pub assigned_after: i64,
+    pub held_out_before: i64,
+    pub held_out_after: i64,
+    /// ‖claimed − replayed‖ / ‖replayed − start‖ of the audited fragment, parts per million.
+    pub replay_error_ppm: i64,
+    /// Largest difference between a replayed and a reported loss of a step, micro-nats.
+    pub loss_error: i64,
+    pub replayed_steps: u32,
+}
+
+impl Measurements {
+    pub const NONE: Self = Self {
+        assigned_before: i64::MAX,
+        assigned_after: i64::MAX,
+        held_out_before: i64::MAX,
+        held_out_after: i64::MAX,
+        replay_error_ppm: i64::MAX,
+        loss_error: i64::MAX,
+        replayed_steps: 0,
+    };
+}
+
+/// A judgement of one learner-cycle. Of fixed encoded length, because the grants are bound to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Verdict {
+    pub audit: Digest,
+    pub validator: AccountId,
+    pub cycle: u64,
+    pub hotkey: AccountId,
+    pub slot: u8,
+    pub t: u64,
+    pub payload: Digest,
+    pub result: VerdictResult,
+    pub reason: Reason,
+    pub measured: Measurements,
+}
+
+impl Verdict {
+    /// What phase one publishes: BLAKE3 over the verdict and 32 secret random bytes.
+    pub fn commitment(&self, salt: &[u8; 32]) -> Digest {
+        Digest::derive("quasar/v1/verdict", &[&crate::codec::encode(self), salt])
+    }
+}
+
+/// Phase one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct VerdictCommit {
+    pub audit: Digest,
+    pub commitment: Digest,
+}
+
+/// Phase two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct VerdictReveal {
+    pub verdict: Verdict,
+    #[serde(with = "hex::serde")]
+    pub salt: [u8; 32],
+}
+
+/// Length of a commit file: what its grant is bound to.
+pub const VERDICT_COMMIT_BYTES: u64 = 111 + 8 + 64 + 64;
+/// Length of a reveal file: what its grant is bound to.
+pub const VERDICT_REVEAL_BYTES: u64 = 111 + 8 + 235 + 64;
+
+/// Weights that a validator set, and the block at which it read them back from the chain.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Scores {
+    pub validator: AccountId,
+    pub epoch: u64,
+    pub block: u64,
+    /// (account, tokens merged without a failing verdict, weight).
+    pub scores: Vec<(AccountId, u64, u16)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::envelope::{Context, RunId, sign};
+    use crate::{Ed25519Signer, Signer as _};
+
+    #[test]
+    fn verdict_files_always_have_the_length_that_grants_are_bound_to() {
+        let signer = Ed25519Signer::from_seed([1; 32]);
+        let context = Context { genesis: [2; 32], netuid: 24, run: RunId([3; 16]) };
+        let account = signer.key().account();
+        let verdict = Verdict {
+            audit: Digest::ZERO,
+            validator: account,
+            cycle: 1,
+            hotkey: account,
+            slot: 0,
+            t: 1,
+            payload: Digest::ZERO,
+            result: VerdictResult::Pass,
+            reason: Reason::None,
+            measured: Measurements::NONE,
+        };
+        let commit = VerdictCommit { audit: Digest::ZERO, commitment: verdict.commitment(&[4; 32]) };
+        assert_eq!(sign(&commit, &context, &signer, 1, 1).len() as u64, VERDICT_COMMIT_BYTES);
+        let reveal = VerdictReveal { verdict, salt: [4; 32] };
+        assert_eq!(sign(&reveal, &context, &signer, 1, 1).len() as u64, VERDICT_REVEAL_BYTES);
+    }
+}

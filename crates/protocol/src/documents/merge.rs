@@ -1,0 +1,102 @@
+//! Merge tape, merge manifest, fragment manifest and release.
+
+use bincode::{Decode, Encode};
+use serde::{Deserialize, Serialize};
+
+use crate::{AccountId, Digest, FileRecord, Reason};
+
+/// What fixes a merge for ever, written once before anything else of it: whoever holds the lease can complete the step from
+/// this, bit for bit.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Tape {
+    pub t: u64,
+    pub fragment: u16,
+    /// Version that the merge starts from; the result is the next one (the same one if nothing was merged).
+    pub base_version: u64,
+    /// BLAKE3 of the f32 state of the base version.
+    pub base_state: Digest,
+    /// Chain block known when the merge was decided.
+    pub block: u64,
+    pub inputs: Vec<TapeInput>,
+}
+
+/// A contribution that takes part, in the order in which it is summed: by hotkey, then slot.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct TapeInput {
+    pub hotkey: AccountId,
+    pub slot: u8,
+    /// Id of the signed progress envelope that holds the commitment.
+    pub commitment: Digest,
+    pub payload: Digest,
+    pub length: u64,
+    pub base_version: u64,
+    pub steps: u32,
+    /// Tokens that the orchestrator counts, before caps.
+    pub tokens: u64,
+    /// Final merge weight, in parts per million of the sum.
+    pub weight_ppm: u64,
+}
+
+/// The public record of one outer step.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct MergeManifest {
+    pub t: u64,
+    pub fragment: u16,
+    pub base_version: u64,
+    /// Equal to `base_version` where nothing was merged.
+    pub version: u64,
+    pub block: u64,
+    pub contributions: Vec<Contribution>,
+    /// BLAKE3 of the resulting keyframe and of the resulting f32 state.
+    pub keyframe: Digest,
+    pub state: Digest,
+    /// ‖outer step‖₂ in units of 1e-6.
+    pub step_norm: u64,
+}
+
+impl MergeManifest {
+    pub fn accepted(&self) -> impl Iterator<Item = &Contribution> {
+        self.contributions.iter().filter(|contribution| contribution.outcome == Reason::None)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Contribution {
+    pub hotkey: AccountId,
+    pub slot: u8,
+    pub commitment: Digest,
+    pub payload: Digest,
+    pub base_version: u64,
+    pub steps: u32,
+    pub tokens: u64,
+    pub weight_ppm: u64,
+    /// ‖payload‖₂ in units of 1e-6, and its factor after clipping.
+    pub norm: u64,
+    pub clip_ppm: u32,
+    /// Cosine to the merged direction.
+    pub cosine_ppm: i32,
+    /// [`Reason::None`] = merged.
+    pub outcome: Reason,
+}
+
+/// One version of one fragment.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct FragmentManifest {
+    pub fragment: u16,
+    pub version: u64,
+    /// Outer step that made it; `u64::MAX` for version 0.
+    pub t: u64,
+    pub keyframe: FileRecord,
+    pub state: Digest,
+}
+
+/// A checkpoint: every file of the tree.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Release {
+    pub release: String,
+    /// Fragment versions that it was made from; empty for a tree that was published as it is.
+    pub versions: Vec<u64>,
+    pub files: Vec<FileRecord>,
+    /// Tokens merged into it.
+    pub tokens: u64,
+}

@@ -1,0 +1,92 @@
+//! The signed documents. Each holds fixed-point integers instead of floats (losses in micro-nats, rates in parts per million)
+//! and sorted lists instead of maps.
+
+use crate::envelope::{Document, Purpose};
+use crate::plan::FragmentPlan;
+use crate::shards::ShardManifest;
+
+mod audit;
+mod head;
+mod job;
+mod merge;
+mod progress;
+mod run;
+
+pub use audit::{
+    AuditOrder, Measurements, OpenedStep, OpeningManifest, Scores, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES, Verdict, VerdictCommit,
+    VerdictReveal, VerdictResult,
+};
+pub use head::{FragmentHead, Head, Notice, Pull, ReleaseRef, RunState};
+pub use job::{Job, Lease, PullGrants, RowRange, StandingGrants};
+pub use merge::{Contribution, FragmentManifest, MergeManifest, Release, Tape, TapeInput};
+pub use progress::{Commitment, FragmentProgress, LearnerState, OpeningPart, PROGRESS_BYTES, Progress, encode_progress};
+pub use run::{AuditParameters, Bounds, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RunManifest, RunParameters, RunRoot};
+
+macro_rules! document {
+    ($($type:ty => $purpose:ident),* $(,)?) => {
+        $(impl Document for $type { const PURPOSE: Purpose = Purpose::$purpose; })*
+    };
+}
+
+document! {
+    RunRoot => RunRoot,
+    CurrentRun => CurrentRun,
+    RunManifest => RunManifest,
+    Head => Head,
+    FragmentPlan => Plan,
+    CatalogPage => CatalogPage,
+    Job => Job,
+    StandingGrants => StandingGrants,
+    PullGrants => PullGrants,
+    Progress => Progress,
+    OpeningManifest => OpeningManifest,
+    FragmentManifest => FragmentManifest,
+    MergeManifest => MergeManifest,
+    Release => Release,
+    AuditOrder => AuditOrder,
+    VerdictCommit => VerdictCommit,
+    VerdictReveal => VerdictReveal,
+    Scores => Scores,
+    ShardManifest => ShardManifest,
+    Tape => Tape,
+}
+
+/// JSON of a payload of any purpose, for `inspect`.
+pub fn payload_json(purpose: Purpose, payload: &[u8]) -> Result<serde_json::Value, crate::codec::CodecError> {
+    fn json<D: Document>(payload: &[u8]) -> Result<serde_json::Value, crate::codec::CodecError> {
+        let document: D = crate::codec::decode(payload, D::PURPOSE.limit())?;
+        serde_json::to_value(&document).map_err(|error| crate::codec::CodecError::Malformed(error.to_string()))
+    }
+    match purpose {
+        Purpose::RunRoot => json::<RunRoot>(payload),
+        Purpose::CurrentRun => json::<CurrentRun>(payload),
+        Purpose::RunManifest => json::<RunManifest>(payload),
+        Purpose::Head => json::<Head>(payload),
+        Purpose::Plan => json::<FragmentPlan>(payload),
+        Purpose::CatalogPage => json::<CatalogPage>(payload),
+        Purpose::Job => json::<Job>(payload),
+        Purpose::StandingGrants => json::<StandingGrants>(payload),
+        Purpose::PullGrants => json::<PullGrants>(payload),
+        Purpose::Progress => json::<Progress>(payload),
+        Purpose::OpeningManifest => json::<OpeningManifest>(payload),
+        Purpose::FragmentManifest => json::<FragmentManifest>(payload),
+        Purpose::MergeManifest => json::<MergeManifest>(payload),
+        Purpose::Release => json::<Release>(payload),
+        Purpose::AuditOrder => json::<AuditOrder>(payload),
+        Purpose::VerdictCommit => json::<VerdictCommit>(payload),
+        Purpose::VerdictReveal => json::<VerdictReveal>(payload),
+        Purpose::Scores => json::<Scores>(payload),
+        Purpose::ShardManifest => json::<ShardManifest>(payload),
+        Purpose::Tape => json::<Tape>(payload),
+        Purpose::Receipt | Purpose::LogHead => Err(crate::codec::CodecError::Malformed(format!("no document of purpose {purpose:?} exists yet"))),
+    }
+}
+
+/// One part per million.
+pub const PPM: u64 = 1_000_000;
+
+/// Natural logarithm units to micro-nats, saturating; not-a-number becomes the largest value.
+pub fn micro_nats(loss: f64) -> i64 {
+    if loss.is_nan() { i64::MAX } else { (loss * 1e6).round() as i64 }
+}
+

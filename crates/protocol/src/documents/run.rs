@@ -1,0 +1,195 @@
+//! Run root, current run, run manifest and catalog: what stays for a whole run.
+
+use bincode::{Decode, Encode};
+use serde::{Deserialize, Serialize};
+
+use crate::envelope::RunId;
+use crate::shards::ShardManifest;
+use crate::{Digest, KeyRef};
+
+/// The trust anchor: the owner names the orchestrator's online key and hard bounds. Version 1 is signed by the owner that the
+/// user gave; version N signs version N+1.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct RunRoot {
+    pub version: u32,
+    /// BLAKE3 of the previous version's file; zero for version 1.
+    pub previous: Digest,
+    pub owner: KeyRef,
+    pub orchestrator: KeyRef,
+    /// Hosts (with port) that grants may point to.
+    pub store_hosts: Vec<String>,
+    pub bounds: Bounds,
+}
+
+/// Bounds that no run manifest may exceed.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Bounds {
+    pub fragments_max: u16,
+    pub slots_max: u8,
+    pub payload_bytes_max: u64,
+    pub checkpoint_bytes_max: u64,
+}
+
+/// Pointer that discovery starts from.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct CurrentRun {
+    pub root_version: u32,
+    /// BLAKE3 of the root's file.
+    pub root_digest: Digest,
+    pub run: RunId,
+    /// BLAKE3 of the run manifest's file.
+    pub manifest_digest: Digest,
+}
+
+/// Encoding of fragment payloads or states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Codec {
+    Bf16 = 0,
+}
+
+/// AdamW of the learners.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct InnerOptimizer {
+    /// Peak learning rate in units of 1e-9.
+    pub lr_nano: u64,
+    pub beta1_ppm: u32,
+    pub beta2_ppm: u32,
+    /// Epsilon in units of 1e-12.
+    pub eps_pico: u64,
+    pub weight_decay_ppm: u32,
+    /// Global gradient norm limit, in units of 1e-6.
+    pub clip_norm_ppm: u64,
+    pub schedule: LrSchedule,
+}
+
+/// Learning rate over the whole run: linear warm-up to the peak, then a cosine to `final_ppm` of it at `total_steps`.
+/// `total_steps` 0 keeps the peak for ever. Indexed by the run's step, never restarted.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct LrSchedule {
+    pub warmup_steps: u64,
+    pub total_steps: u64,
+    pub final_ppm: u32,
+}
+
+impl LrSchedule {
+    /// Factor of the peak at step `index` (0 is the first).
+    pub fn factor(&self, index: u64) -> f64 {
+        if index < self.warmup_steps {
+            return (index + 1) as f64 / self.warmup_steps as f64;
+        }
+        if self.total_steps <= self.warmup_steps {
+            return 1.0;
+        }
+        let done = (index - self.warmup_steps) as f64 / (self.total_steps - self.warmup_steps) as f64;
+        let floor = f64::from(self.final_ppm) / 1e6;
+        floor + (1.0 - floor) * 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos())
+    }
+}
+
+impl InnerOptimizer {
+    /// Learning rate at run step `index`.
+    pub fn lr(&self, index: u64) -> f64 {
+        self.lr_nano as f64 * 1e-9 * self.schedule.factor(index)
+    }
+}
+
+/// How learners' work is audited.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct AuditParameters {
+    /// Rows of the loss test, assigned and held-out each.
+    pub loss_rows: u16,
+    /// Steps between committed states: a replay runs at most so many.
+    pub replay_steps: u16,
+    /// Largest ‖claimed − replayed‖ / ‖replayed − start‖ of the audited fragment.
+    pub replay_tolerance_ppm: u32,
+    /// The beacon is the hash of the block so many after the cycle's last merge.
+    pub beacon_blocks: u32,
+    /// How long a miner may take to open a segment.
+    pub opening_ms: u64,
+}
+
+/// Every number that learners, validators and orchestrator must agree on.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct RunParameters {
+    /// P.
+    pub fragments: u16,
+    /// H: inner steps between two merges of the same fragment.
+    pub inner_steps: u16,
+    /// τ: outer steps that a pull may overlap with; at most τ + 1 pulls are open.
+    pub overlap: u8,
+    /// γ of the grace rule.
+    pub grace_ppm: u32,
+    /// The run ends when every fragment was merged so often; 0 = it does not end by itself.
+    pub cycles: u64,
+    pub outer_lr_ppm: u32,
+    pub outer_momentum_ppm: u32,
+    /// ξ: target duration of a step; 0 = as fast as it goes.
+    pub step_target_ms: u64,
+    pub poll_ms: u64,
+    pub slots: u8,
+    pub quorum_min: u16,
+    /// A pull is closed after this long, whatever has arrived.
+    pub pull_deadline_ms: u64,
+    /// A learner whose record is older is gone: its lease ends.
+    pub learner_ttl_ms: u64,
+    pub sequence_length: u32,
+    pub batch_rows: u32,
+    /// Steps in one lease of rows.
+    pub lease_steps: u32,
+    pub codec_up: Codec,
+    pub codec_down: Codec,
+    pub release_every_cycles: u32,
+    pub inner: InnerOptimizer,
+    pub audit: AuditParameters,
+}
+
+/// What a run is. Immutable: a change is a new run.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct RunManifest {
+    pub run: RunId,
+    pub name: String,
+    pub protocol_min: u16,
+    pub protocol_max: u16,
+    pub created_ms: u64,
+    /// Digest of the fragment plan; the plan lies at the key of that digest.
+    pub plan: Digest,
+    /// Release that the run starts from, and the BLAKE3 of its manifest's file.
+    pub base_release: String,
+    pub base_manifest: Digest,
+    /// Catalog pages at the start of the run.
+    pub catalog: Vec<CatalogRef>,
+    pub parameters: RunParameters,
+}
+
+/// A catalog page by number and BLAKE3 of its file.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct CatalogRef {
+    pub page: u32,
+    pub digest: Digest,
+}
+
+/// A page of shard manifests; pages are only ever added.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct CatalogPage {
+    pub page: u32,
+    pub shards: Vec<ShardManifest>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_learning_rate_warms_up_then_falls_to_its_floor_and_stays_there() {
+        let schedule = LrSchedule { warmup_steps: 8, total_steps: 200, final_ppm: 100_000 };
+        assert_eq!(schedule.factor(0), 0.125);
+        assert_eq!(schedule.factor(7), 1.0);
+        assert!((schedule.factor(8) - 1.0).abs() < 1e-12);
+        assert!(schedule.factor(100) < 0.7 && schedule.factor(100) > 0.4);
+        assert!((schedule.factor(200) - 0.1).abs() < 1e-12);
+        assert!((schedule.factor(10_000) - 0.1).abs() < 1e-12);
+        let constant = LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 };
+        assert_eq!(constant.factor(5), 1.0);
+    }
+}

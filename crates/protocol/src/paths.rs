@@ -1,0 +1,192 @@
+//! Keys in the bucket (`docs/protocol.md`, keys). Segments hold `[A-Za-z0-9._=-]` only.
+
+use crate::envelope::RunId;
+use crate::{AccountId, Digest};
+
+/// Prefix of a subnet, without a trailing slash.
+pub fn prefix(netuid: u16) -> String {
+    format!("quasar/netuid={netuid}")
+}
+
+/// Prefix that the whole world may read.
+pub fn public_prefix(netuid: u16) -> String {
+    format!("{}/public/", prefix(netuid))
+}
+
+/// Keys of one subnet.
+#[derive(Clone, Debug)]
+pub struct Keys {
+    prefix: String,
+}
+
+impl Keys {
+    pub fn new(netuid: u16) -> Self {
+        Self { prefix: prefix(netuid) }
+    }
+
+    pub fn current(&self) -> String {
+        format!("{}/public/current.qsr", self.prefix)
+    }
+
+    pub fn root(&self, version: u32) -> String {
+        format!("{}/public/root/{version}.qsr", self.prefix)
+    }
+
+    pub fn shard_tokens(&self, shard: &str) -> String {
+        format!("{}/data/shards/{shard}/tokens.bin", self.prefix)
+    }
+
+    pub fn shard_manifest(&self, shard: &str) -> String {
+        format!("{}/data/shards/{shard}/manifest.qsr", self.prefix)
+    }
+
+    pub fn release_file(&self, release: &str, path: &str) -> String {
+        format!("{}/checkpoints/{release}/{path}", self.prefix)
+    }
+
+    pub fn release_manifest(&self, release: &str) -> String {
+        format!("{}/checkpoints/{release}/manifest.qsr", self.prefix)
+    }
+
+    pub fn run(&self, run: RunId) -> RunKeys {
+        RunKeys { public: format!("{}/public/{run}", self.prefix), restricted: format!("{}/{run}", self.prefix), private: format!("{}/private/{run}", self.prefix) }
+    }
+}
+
+/// Keys of one run.
+#[derive(Clone, Debug)]
+pub struct RunKeys {
+    public: String,
+    restricted: String,
+    private: String,
+}
+
+impl RunKeys {
+    pub fn manifest(&self) -> String {
+        format!("{}/manifest.qsr", self.public)
+    }
+
+    pub fn plan(&self, digest: &Digest) -> String {
+        format!("{}/plan/{digest}.qsr", self.public)
+    }
+
+    pub fn catalog(&self, page: u32) -> String {
+        format!("{}/catalog/{page}.qsr", self.public)
+    }
+
+    pub fn head(&self) -> String {
+        format!("{}/head.qsr", self.public)
+    }
+
+    pub fn job(&self, hotkey: &AccountId, slot: u8) -> String {
+        format!("{}/jobs/{hotkey}/{slot}.qsr", self.public)
+    }
+
+    pub fn standing(&self, hotkey: &AccountId, slot: u8) -> String {
+        format!("{}/grants/{hotkey}/{slot}/standing.qsr", self.public)
+    }
+
+    pub fn pull_grants(&self, hotkey: &AccountId, slot: u8) -> String {
+        format!("{}/grants/{hotkey}/{slot}/pull.qsr", self.public)
+    }
+
+    pub fn merge(&self, t: u64) -> String {
+        format!("{}/merges/{t}.qsr", self.public)
+    }
+
+    pub fn audit(&self, validator: &AccountId, audit: &Digest) -> String {
+        format!("{}/audits/{validator}/{audit}.qsr", self.public)
+    }
+
+    pub fn verdict_commit(&self, validator: &AccountId, audit: &Digest) -> String {
+        format!("{}/verdicts/{validator}/{audit}.commit.qsr", self.public)
+    }
+
+    pub fn verdict_reveal(&self, validator: &AccountId, audit: &Digest) -> String {
+        format!("{}/verdicts/{validator}/{audit}.reveal.qsr", self.public)
+    }
+
+    pub fn scores(&self, validator: &AccountId, epoch: u64) -> String {
+        format!("{}/scores/{validator}/{epoch}.qsr", self.public)
+    }
+
+    pub fn status(&self) -> String {
+        format!("{}/status.json", self.public)
+    }
+
+    pub fn keyframe(&self, fragment: u16, version: u64) -> String {
+        format!("{}/fragments/{fragment}/{version}/keyframe.safetensors", self.restricted)
+    }
+
+    pub fn fragment_manifest(&self, fragment: u16, version: u64) -> String {
+        format!("{}/fragments/{fragment}/{version}/manifest.qsr", self.restricted)
+    }
+
+    pub fn progress(&self, hotkey: &AccountId, slot: u8) -> String {
+        format!("{}/in/{hotkey}/{slot}/progress.qsr", self.restricted)
+    }
+
+    pub fn payload(&self, hotkey: &AccountId, slot: u8, t: u64) -> String {
+        format!("{}/in/{hotkey}/{slot}/{t}/payload.qfd", self.restricted)
+    }
+
+    pub fn commitment(&self, hotkey: &AccountId, slot: u8, t: u64) -> String {
+        format!("{}/in/{hotkey}/{slot}/{t}/commitment.qsr", self.restricted)
+    }
+
+    pub fn opening(&self, hotkey: &AccountId, slot: u8, audit: &Digest, part: u8) -> String {
+        format!("{}/in/{hotkey}/{slot}/openings/{audit}/{part}", self.restricted)
+    }
+
+    pub fn tape(&self, t: u64) -> String {
+        format!("{}/tape/{t}.qsr", self.private)
+    }
+
+    pub fn state(&self, fragment: u16, version: u64) -> String {
+        format!("{}/state/{fragment}/{version}.qfs", self.private)
+    }
+}
+
+/// Whether `key` keeps to the rules that hold on every store.
+pub fn is_valid(key: &str) -> bool {
+    !key.is_empty()
+        && key.len() <= 1024
+        && key.split('/').all(|segment| {
+            !segment.is_empty() && segment != "." && segment != ".." && segment.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._=-".contains(&byte))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_keeps_to_the_rules_of_the_store() {
+        let keys = Keys::new(24);
+        let run = keys.run(RunId([7; 16]));
+        let account = AccountId([9; 32]);
+        let digest = Digest::blake3(b"x");
+        for key in [
+            keys.current(),
+            keys.root(1),
+            keys.shard_tokens("a-1"),
+            keys.release_file("r1", "model-00001.safetensors"),
+            run.manifest(),
+            run.plan(&digest),
+            run.job(&account, 0),
+            run.audit(&account, &digest),
+            run.verdict_reveal(&account, &digest),
+            run.keyframe(3, 4),
+            run.payload(&account, 1, 2),
+            run.opening(&account, 1, &digest, 0),
+            run.tape(4),
+        ] {
+            assert!(is_valid(&key), "{key}");
+        }
+        for key in ["", "/a", "a/", "a//b", "a/../b", "a b", "ä"] {
+            assert!(!is_valid(key), "{key}");
+        }
+        assert!(run.head().starts_with(&public_prefix(24)));
+        assert!(!run.keyframe(0, 0).starts_with(&public_prefix(24)));
+    }
+}
