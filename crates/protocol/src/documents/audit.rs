@@ -3,8 +3,8 @@
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
-use super::job::RowRange;
-use crate::{AccountId, Digest, FileRecord, Reason, SealedBytes};
+use super::job::Lease;
+use crate::{AccountId, Digest, Reason, SealedBytes};
 
 /// Delivers the grants of one audit to its validator. It selects nothing: the validator derives the selection itself from
 /// merge manifests and beacon, and refuses an order that differs.
@@ -18,15 +18,22 @@ pub struct AuditOrder {
     /// The audited contribution.
     pub t: u64,
     pub beacon_block: u64,
-    /// Parts of the opening that were uploaded; none if the miner did not open in time.
-    pub opening: Vec<FileRecord>,
-    /// The lease that the audited segment was trained on.
-    pub lease_rows: Vec<RowRange>,
-    pub lease_seed: Digest,
-    pub lease_batch_rows: u32,
-    pub lease_schedule_start: u64,
+    /// Parts of the opening that were uploaded, by number; none if the miner did not open in time.
+    pub opening: Vec<OpenedPart>,
+    /// The leases that the learner held in that cycle.
+    pub leases: Vec<Lease>,
     pub sealed: SealedBytes,
 }
+
+/// An uploaded part: the store has enforced both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct OpenedPart {
+    pub length: u64,
+    pub sha256: Digest,
+}
+
+/// Parts of an opening: manifest, state, routes.
+pub const OPENING_PARTS: u8 = 3;
 
 /// Part 0 of an opening; part 1 is the learner's state at `start_step`, part 2 the expert choices of each step.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]

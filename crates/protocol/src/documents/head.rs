@@ -64,7 +64,7 @@ pub struct ReleaseRef {
 
 /// Something that concerns one learner or all.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "notice")]
+#[serde(rename_all = "snake_case")]
 pub enum Notice {
     /// The learner is to open the segment that ends with its payload of outer step `t`.
     OpenAudit { audit: Digest, hotkey: AccountId, slot: u8, t: u64, deadline_ms: u64 },

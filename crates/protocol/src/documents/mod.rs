@@ -13,7 +13,7 @@ mod progress;
 mod run;
 
 pub use audit::{
-    AuditOrder, Measurements, OpenedStep, OpeningManifest, Scores, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES, Verdict, VerdictCommit,
+    AuditOrder, Measurements, OPENING_PARTS, OpenedPart, OpenedStep, OpeningManifest, Scores, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES, Verdict, VerdictCommit,
     VerdictReveal, VerdictResult,
 };
 pub use head::{FragmentHead, Head, Notice, Pull, ReleaseRef, RunState};

@@ -1,0 +1,190 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use daemon::settings::{CommonArgs, ConfigArgs, MinerArgs};
+use daemon::{Exit, Failure};
+use protocol::{DType, KeyKind};
+
+use crate::commands;
+
+const EXAMPLES: &str = "\
+Examples:
+  quasar-miner identity new --wallet-name miner --hotkey-name default
+  quasar-miner doctor --network finney --netuid 24 --wallet-name miner --hotkey-name default --s3-bucket BUCKET
+  quasar-miner run --worker-id home --owner-identity 5F… --wallet-name miner --hotkey-name default
+  QUASAR_MINER_DEVICES=0,1 quasar-miner run --worker-id rig --owner-identity 5F…
+  quasar-miner checkpoint init --config config.json --seed 1 --out fresh/
+  quasar-miner inspect head.qsr
+
+Exit codes: 0 done, 64 wrong command line, 69 something needed does not answer, 75 try later, 78 change something first.";
+
+/// Trains a share of a Quasar run and uploads what it learned.
+#[derive(Debug, Parser)]
+#[command(name = "quasar-miner", version, after_help = EXAMPLES, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Join the current run and train until stopped
+    Run(MinerArgs),
+    /// Check what a miner needs, and say what is missing
+    Doctor {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        miner: MinerArgs,
+    },
+    /// Checkpoints on this disk
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
+    /// The hotkey
+    #[command(subcommand)]
+    Identity(IdentityCommand),
+    /// Print any signed document as JSON, with the result of its verification
+    Inspect {
+        /// A `.qsr` file
+        file: PathBuf,
+    },
+    /// The effective settings
+    Config(ConfigArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum CheckpointCommand {
+    /// Write a fresh model
+    Init {
+        /// Model configuration (`config.json`)
+        // The group of common flags has a --config of its own.
+        #[arg(long = "config", id = "model_config", value_name = "FILE")]
+        config: PathBuf,
+        /// The same seed gives the same bytes on every machine
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Element type of the parameters
+        #[arg(long, value_enum, default_value_t = Precision::F32)]
+        dtype: Precision,
+        /// Folder to write to, new or empty
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Precision {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::Bf16,
+            Precision::F16 => Self::F16,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum IdentityCommand {
+    /// Print the hotkey's address and kind
+    Show {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a hotkey; an existing one is never overwritten
+    New {
+        /// Kind of key; grants can be sealed to ed25519 keys only
+        #[arg(long, value_enum, default_value_t = Kind::Ed25519)]
+        kind: Kind,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Kind {
+    Ed25519,
+    Sr25519,
+}
+
+impl From<Kind> for KeyKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Ed25519 => Self::Ed25519,
+            Kind::Sr25519 => Self::Sr25519,
+        }
+    }
+}
+
+/// Runs the command that the arguments name.
+///
+/// # Errors
+/// With the exit code that the failure stands for.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failure> {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors; clap prints them to standard output.
+            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Done };
+            error.print().map_err(Failure::unavailable)?;
+            return Ok(exit);
+        }
+    };
+    match cli.command {
+        Command::Run(miner) => crate::run::main(&cli.common, &miner),
+        Command::Doctor { json, miner } => commands::doctor::main(&cli.common, &miner, json),
+        Command::Checkpoint(CheckpointCommand::Init { config, seed, dtype, out }) => commands::checkpoint::init(&config, seed, dtype.into(), &out),
+        Command::Identity(IdentityCommand::Show { json }) => commands::identity::show(&cli.common, json),
+        Command::Identity(IdentityCommand::New { kind, json }) => commands::identity::new(&cli.common, kind.into(), json),
+        Command::Inspect { file } => commands::inspect::main(&file),
+        Command::Config(config) => commands::config::main(&cli.common, &config),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_documented_commands_parse() {
+        for line in [
+            "quasar-miner run --worker-id w --owner-identity 5F --hotkey h --devices 0,1 --first-slot 2 --max-jobs 3",
+            "quasar-miner checkpoint init --config config.json --seed 7 --out fresh --dtype bf16",
+            "quasar-miner identity show --wallet-path p --wallet-name w --hotkey-name h --json",
+            "quasar-miner identity new --wallet-path p --wallet-name w --hotkey-name h --kind sr25519",
+            "quasar-miner inspect head.qsr",
+            "quasar-miner config show --json",
+            "quasar-miner doctor --json",
+        ] {
+            parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+        assert!(matches!(
+            parse("quasar-miner checkpoint init --config c.json --out o").unwrap().command,
+            Command::Checkpoint(CheckpointCommand::Init { config, .. }) if config == PathBuf::from("c.json")
+        ));
+    }
+}

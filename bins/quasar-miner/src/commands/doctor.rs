@@ -1,0 +1,190 @@
+//! `doctor`: what a miner needs, each looked at for real, with what to do where it is missing.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use daemon::settings::{CommonArgs, MinerArgs, Role};
+use daemon::{Exit, Failure, Settings, clock};
+use protocol::envelope::SKEW_MS;
+use protocol::{AccountId, Reason};
+use serde::Serialize;
+use storage::discovery::{DiscoveryError, RunReader};
+
+use super::identity;
+use crate::chain_link::ChainLink;
+use crate::{device, run};
+
+/// A check that takes longer has failed.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Status {
+    Ok,
+    /// Works, but not as it should.
+    Warning,
+    Failed,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    status: Status,
+    detail: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hint: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, detail: impl Into<String>) -> Self {
+        Self { name, status: Status::Ok, detail: detail.into(), hint: None }
+    }
+
+    fn warning(name: &'static str, detail: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { name, status: Status::Warning, detail: detail.into(), hint: Some(hint.into()) }
+    }
+
+    /// An error text whose hints follow on lines of their own.
+    fn failed(name: &'static str, error: &str) -> Self {
+        let mut lines = error.lines();
+        let detail = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        let hint = lines.next().map(|line| line.trim_start_matches("hint: ").to_owned());
+        Self { name, status: Status::Failed, detail, hint }
+    }
+}
+
+pub fn main(common: &CommonArgs, args: &MinerArgs, json: bool) -> Result<Exit, Failure> {
+    let settings = common.settings(Role::Miner, args)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::unavailable)?;
+    let checks = runtime.block_on(examine(&settings));
+    let is_healthy = checks.iter().all(|check| check.status != Status::Failed);
+    if json {
+        println!("{:#}", serde_json::json!({ "ok": is_healthy, "checks": checks }));
+    } else {
+        for check in &checks {
+            let mark = match check.status {
+                Status::Ok => "ok     ",
+                Status::Warning => "warning",
+                Status::Failed => "FAILED ",
+            };
+            println!("{mark}  {:<12}  {}", check.name, check.detail);
+            if let Some(hint) = &check.hint {
+                println!("                       hint: {hint}");
+            }
+        }
+    }
+    Ok(if is_healthy { Exit::Done } else { Exit::Configuration })
+}
+
+async fn examine(settings: &Settings) -> Vec<Check> {
+    let mut checks = Vec::new();
+    let account = match identity::wallet(settings).and_then(|wallet| wallet.load_hotkey().map_err(Failure::configuration)) {
+        Ok(hotkey) if hotkey.x25519_secret().is_none() => {
+            let reason = Reason::NeedsCertificate;
+            checks.push(Check::failed("hotkey", &format!("{}: {}\nhint: {}", hotkey.account(), reason.sentence(), reason.remedy())));
+            Some(hotkey.account())
+        }
+        Ok(hotkey) => {
+            checks.push(Check::ok("hotkey", format!("{} ({})", hotkey.account(), hotkey.key().kind)));
+            Some(hotkey.account())
+        }
+        Err(error) => {
+            checks.push(Check::failed("hotkey", &error.to_string()));
+            None
+        }
+    };
+    let chain = match run::chain_of(settings) {
+        Ok(chain) => Some(chain),
+        Err(error) => {
+            checks.push(Check::failed("chain", &error.to_string()));
+            None
+        }
+    };
+    let mut genesis = None;
+    if let Some(chain) = &chain {
+        checks.push(timed("chain", chain_check(chain, &mut genesis)).await);
+        if let (Ok(netuid), Some(account)) = (settings.netuid(), account) {
+            checks.push(timed("registration", registration(chain, netuid, account)).await);
+        }
+    }
+    checks.push(timed("run", run_check(settings, genesis)).await);
+    checks.push(match device::names(&settings.miner()) {
+        Ok(names) if names.is_empty() => Check::failed("devices", "no GPU was found\nhint: set QUASAR_MINER_DEVICES=cpu"),
+        Ok(names) => Check::ok("devices", names.join(", ")),
+        Err(error) => Check::failed("devices", &error.to_string()),
+    });
+    checks.push(match settings.state_dir() {
+        Ok(folder) => state_folder(&folder),
+        Err(error) => Check::failed("state folder", &error.to_string()),
+    });
+    checks
+}
+
+async fn timed(name: &'static str, check: impl Future<Output = Check>) -> Check {
+    let slow = || Check::failed(name, "no answer within 30 seconds\nhint: check the network and the endpoint");
+    tokio::time::timeout(CHECK_TIMEOUT, check).await.unwrap_or_else(|_| slow())
+}
+
+async fn chain_check(chain: &ChainLink, genesis: &mut Option<[u8; 32]>) -> Check {
+    let ask = async {
+        let client = chain.client().await?;
+        Ok::<_, chain::ChainError>((client.genesis(), client.head().await?))
+    };
+    match ask.await {
+        Ok((found, head)) => {
+            *genesis = Some(found);
+            Check::ok("chain", format!("finalized block {head}"))
+        }
+        Err(error) => Check::failed("chain", &error.to_string()),
+    }
+}
+
+async fn registration(chain: &ChainLink, netuid: u16, account: AccountId) -> Check {
+    match chain.is_registered(netuid, &account).await {
+        Some(true) => Check::ok("registration", format!("registered on subnet {netuid}")),
+        Some(false) => {
+            let reason = Reason::NotRegistered;
+            Check::failed("registration", &format!("{}\nhint: {}", reason.sentence(), reason.remedy()))
+        }
+        None => Check::failed("registration", "the chain did not say\nhint: see the check of the chain"),
+    }
+}
+
+/// Bucket, owner, run and protocol version at once: all that discovery verifies. The age of the signed head tells about clocks.
+async fn run_check(settings: &Settings, genesis: Option<[u8; 32]>) -> Check {
+    let prepared = || -> Result<_, Failure> { Ok((run::public_reader(settings)?, settings.netuid()?, settings.owner_identity()?)) };
+    let (public, netuid, owner) = match prepared() {
+        Ok(prepared) => prepared,
+        Err(error) => return Check::failed("run", &error.to_string()),
+    };
+    let Some(genesis) = genesis.or_else(|| settings.network().ok()?.genesis) else {
+        return Check::failed("run", "the network's genesis is not known\nhint: see the check of the chain");
+    };
+    let now_ms = clock::now_ms();
+    let mut reader = match RunReader::discover(public, genesis, netuid, owner, None, now_ms).await {
+        Ok(reader) => reader,
+        Err(error @ DiscoveryError::NoRun) => {
+            return Check::warning("run", "no run is published yet", error.to_string().lines().nth(1).unwrap_or_default().trim_start_matches("hint: "));
+        }
+        Err(error) => return Check::failed("run", &error.to_string()),
+    };
+    match reader.head(now_ms).await {
+        Ok(Some(head)) => {
+            let run = reader.facts().manifest.run;
+            Check::ok("run", format!("{run}: outer step {}, {:?}; clocks within {} s", head.outer_step, head.state, SKEW_MS / 1000))
+        }
+        Ok(None) => Check::warning("run", "the run has no head yet", "wait for the orchestrator"),
+        Err(error) => Check::failed("run", &error.to_string()),
+    }
+}
+
+/// Whether the state folder can be written; it is made if it is missing.
+fn state_folder(folder: &Path) -> Check {
+    let probe: PathBuf = folder.join(".doctor");
+    let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&probe, b"doctor"));
+    let _ = std::fs::remove_file(&probe);
+    match written {
+        Ok(()) => Check::ok("state folder", format!("{} can be written", folder.display())),
+        Err(error) => Check::failed("state folder", &format!("{}: {error}\nhint: check the folder's owner and free space", folder.display())),
+    }
+}

@@ -1,0 +1,294 @@
+//! Executes a learner's effects against the world: the bucket through grants, the chain, the disk, the trainer's thread.
+//!
+//! Every effect ends in an input, whatever happens; every failure is sorted by what the machine can do about it.
+
+mod base;
+mod book;
+mod files;
+mod keyframes;
+mod looks;
+mod openings;
+mod spool;
+mod tokens;
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use chain::Hotkey;
+use daemon::{Sequence, clock};
+use protocol::documents::{Lease, Progress, encode_progress};
+use protocol::envelope;
+use protocol::{Digest, GrantRequest, Method};
+use storage::client::{GrantAccess, GrantError, PutOutcome};
+use storage::discovery::{RunFacts, RunReader};
+use tokio::sync::mpsc;
+use zeroize::Zeroizing;
+
+pub use base::BaseTrees;
+use book::GrantBook;
+pub use keyframes::{KeyframeStoreError, Keyframes, Promise};
+use looks::Looks;
+use openings::OpeningFiles;
+pub use spool::{Spool, SpoolError};
+pub use tokens::{ChunkCache, LeaseTokens, TokenStore};
+
+use crate::chain_link::ChainLink;
+use crate::machine::{Effect, Input, Put, Trouble};
+use crate::trainer::TrainerThread;
+
+/// A progress record that was not written after this part of the time to live is given up; the next one is newer.
+const PROGRESS_TRIES_PER_TTL: u64 = 5;
+const PROGRESS_TIMEOUT_MIN: Duration = Duration::from_secs(2);
+
+/// Payloads that were committed and wait for their upload, by outer step.
+#[derive(Default)]
+pub struct Payloads(Mutex<HashMap<u64, Bytes>>);
+
+impl Payloads {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Bytes>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn insert(&self, t: u64, payload: Bytes) {
+        self.lock().insert(t, payload);
+    }
+
+    fn get(&self, t: u64) -> Option<Bytes> {
+        self.lock().get(&t).cloned()
+    }
+
+    fn remove(&self, t: u64) {
+        self.lock().remove(&t);
+    }
+}
+
+/// What the trainer's thread and the network tasks of one learner share.
+pub struct Plane {
+    pub keyframes: Keyframes,
+    pub tokens: TokenStore,
+    pub payloads: Payloads,
+    pub spool: Spool,
+}
+
+impl Plane {
+    /// Opens the learner's folder for a new session.
+    pub fn open(folder: &Path, session: u64, facts: &RunFacts) -> Result<Self, SpoolError> {
+        let fail = |source: io::Error| SpoolError::Io { path: folder.to_owned(), source };
+        let steps_kept = SPOOLED_CYCLES * usize::from(facts.manifest.parameters.inner_steps);
+        Ok(Self {
+            keyframes: Keyframes::open(folder.join("fragments"), facts.plan.clone()).map_err(fail)?,
+            tokens: TokenStore::default(),
+            payloads: Payloads::default(),
+            spool: Spool::open(folder.join("spool"), session, steps_kept.max(1))?,
+        })
+    }
+}
+
+/// An audit asks for a segment of a finished cycle, some blocks later: three cycles' steps are kept for it.
+const SPOOLED_CYCLES: usize = 3;
+
+/// What all learners of a process share.
+pub struct Shared {
+    pub hotkey: Arc<Hotkey>,
+    pub chain: Arc<ChainLink>,
+    pub access: Arc<dyn GrantAccess>,
+    pub bases: BaseTrees,
+    pub chunks: ChunkCache,
+    /// Numbers of everything that this hotkey signs here.
+    pub sequence: Sequence,
+}
+
+/// The edge of one learner.
+pub struct Edge {
+    facts: Arc<RunFacts>,
+    slot: u8,
+    hotkey: Arc<Hotkey>,
+    secret: Zeroizing<[u8; 32]>,
+    shared: Arc<Shared>,
+    book: GrantBook,
+    looks: tokio::sync::Mutex<Looks>,
+    plane: Arc<Plane>,
+    openings: OpeningFiles,
+    trainer: TrainerThread,
+}
+
+impl Edge {
+    /// `secret` is the hotkey's X25519 secret, `folder` the learner's folder.
+    pub fn new(
+        shared: Arc<Shared>,
+        reader: RunReader,
+        slot: u8,
+        secret: Zeroizing<[u8; 32]>,
+        folder: &Path,
+        plane: Arc<Plane>,
+        trainer: TrainerThread,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            facts: reader.facts().clone(),
+            slot,
+            hotkey: shared.hotkey.clone(),
+            secret,
+            shared,
+            book: GrantBook::default(),
+            looks: tokio::sync::Mutex::new(Looks::new(reader)),
+            plane,
+            openings: OpeningFiles::open(folder.join("openings"))?,
+            trainer,
+        })
+    }
+
+    pub fn trainer(&self) -> &TrainerThread {
+        &self.trainer
+    }
+
+    /// Does one thing and reports what came of it.
+    pub async fn execute(self: Arc<Self>, effect: Effect, inputs: mpsc::Sender<Input>) {
+        if let Some(input) = self.perform(effect).await {
+            // Nobody listens any more after the end.
+            let _ = inputs.send(input).await;
+        }
+    }
+
+    async fn perform(self: &Arc<Self>, effect: Effect) -> Option<Input> {
+        let (run, account) = (&self.facts.run, self.hotkey.account());
+        Some(match effect {
+            Effect::Look(at) => Input::Looked { at, found: self.look(at).await },
+            Effect::CheckRegistration => {
+                Input::Registration { registered: self.shared.chain.is_registered(self.facts.context.netuid, &account).await }
+            }
+            Effect::PutProgress(progress) => Input::ProgressPut(self.put_progress(*progress).await),
+            Effect::FetchBase => {
+                let grant = |key: &str| self.grant(Method::Get, key);
+                Input::BaseFetched(self.shared.bases.fetch(&self.facts, &*self.shared.access, grant).await)
+            }
+            Effect::OpenTrainer => {
+                self.trainer.open(self.shared.bases.tree(&self.facts));
+                return None;
+            }
+            Effect::Boundary(boundary) => {
+                self.trainer.pass(*boundary);
+                return None;
+            }
+            Effect::FetchKeyframe { fragment, version, length, digest } => {
+                let result = match self.grant(Method::Get, &run.keyframe(fragment, version)) {
+                    Some(grant) => {
+                        let promise = Promise { length, digest };
+                        self.plane.keyframes.fetch(&*self.shared.access, &grant, fragment, version, promise).await
+                    }
+                    None => Err(Trouble::Grant),
+                };
+                Input::KeyframeFetched { fragment, version, result }
+            }
+            Effect::FetchTokens(lease) => Input::TokensFetched { lease: lease.id, result: self.fetch_tokens(&lease).await },
+            Effect::DropTokens { lease } => {
+                self.plane.tokens.remove(lease);
+                return None;
+            }
+            Effect::PutPayload { t } => {
+                let put = match self.plane.payloads.get(t) {
+                    Some(payload) => self.put(&run.payload(&account, self.slot, t), payload).await,
+                    None => Put::Refused,
+                };
+                if put.is_done() {
+                    self.plane.spool.mark_uploaded(t);
+                }
+                Input::PayloadPut { t, put }
+            }
+            Effect::DropPayload { t } => {
+                self.plane.payloads.remove(t);
+                return None;
+            }
+            Effect::PrepareOpening { audit, t } => Input::OpeningPrepared { audit, parts: self.prepare_opening(audit, t).await },
+            Effect::PutOpening { audit, part } => {
+                let put = match self.openings.read(&audit, part) {
+                    Ok(bytes) => self.put(&run.opening(&account, self.slot, &audit, part), bytes.into()).await,
+                    Err(error) => {
+                        tracing::error!(slot = self.slot, audit = %audit.short(), part, %error, "a prepared opening cannot be read");
+                        Put::Unavailable
+                    }
+                };
+                Input::OpeningPut { audit, part, put }
+            }
+            Effect::DropOpening { audit } => {
+                self.openings.remove(&audit);
+                return None;
+            }
+        })
+    }
+
+    fn grant(&self, method: Method, key: &str) -> Option<GrantRequest> {
+        self.book.find(method, key, clock::now_ms())
+    }
+
+    async fn put(&self, key: &str, bytes: Bytes) -> Put {
+        let Some(grant) = self.grant(Method::Put, key) else { return Put::Grant };
+        match self.shared.access.put(&grant, bytes).await {
+            Ok(PutOutcome::Stored) => Put::Stored,
+            Ok(PutOutcome::AlreadyThere) => Put::AlreadyThere,
+            Ok(PutOutcome::Expired) => Put::Grant,
+            Ok(PutOutcome::Refused { status }) => {
+                tracing::warn!(slot = self.slot, key, status, "the store refused an upload");
+                Put::Refused
+            }
+            Err(GrantError::Unavailable { reason, .. }) => {
+                tracing::warn!(slot = self.slot, key, reason, "an upload failed; it is tried again");
+                Put::Unavailable
+            }
+            Err(error) => {
+                tracing::error!(slot = self.slot, %error, "an upload grant cannot be used");
+                Put::Refused
+            }
+        }
+    }
+
+    async fn put_progress(self: &Arc<Self>, progress: Progress) -> Put {
+        let this = self.clone();
+        let sign = move || {
+            let now_ms = clock::now_ms();
+            let sequence = this.shared.sequence.next(now_ms)?;
+            Ok(encode_progress(progress, &this.facts.context, &*this.hotkey, sequence, now_ms))
+        };
+        let signed: Result<Result<Vec<u8>, daemon::JournalError>, _> = tokio::task::spawn_blocking(sign).await;
+        let bytes = match signed {
+            Ok(Ok(bytes)) => bytes,
+            Ok(Err(error)) => {
+                tracing::error!(slot = self.slot, %error, "the progress record cannot be signed");
+                return Put::Unavailable;
+            }
+            Err(_) => return Put::Unavailable,
+        };
+        let key = self.facts.run.progress(&self.hotkey.account(), self.slot);
+        let patience = Duration::from_millis(self.facts.manifest.parameters.learner_ttl_ms / PROGRESS_TRIES_PER_TTL).max(PROGRESS_TIMEOUT_MIN);
+        tokio::time::timeout(patience, self.put(&key, bytes.into())).await.unwrap_or(Put::Unavailable)
+    }
+
+    async fn fetch_tokens(&self, lease: &Lease) -> Result<(), Trouble> {
+        let grant = |shard: &str| self.grant(Method::Get, &self.facts.keys.shard_tokens(shard));
+        let row_tokens = self.facts.manifest.parameters.sequence_length;
+        let tokens = LeaseTokens::fetch(&self.shared.chunks, &*self.shared.access, grant, &self.facts.shards, row_tokens, lease).await?;
+        self.plane.tokens.insert(lease.id, tokens);
+        Ok(())
+    }
+
+    async fn prepare_opening(self: &Arc<Self>, audit: Digest, t: u64) -> Option<Vec<crate::machine::PreparedPart>> {
+        let this = self.clone();
+        let prepare = move || -> anyhow::Result<_> {
+            let now_ms = clock::now_ms();
+            let sequence = this.shared.sequence.next(now_ms)?;
+            let sign = |manifest: &_| envelope::sign(manifest, &this.facts.context, &*this.hotkey, sequence, now_ms);
+            Ok(this.openings.prepare(&audit, t, &this.plane.spool, sign)?)
+        };
+        match tokio::task::spawn_blocking(prepare).await {
+            Ok(Ok(parts)) => Some(parts),
+            Ok(Err(error)) => {
+                tracing::warn!(slot = self.slot, audit = %audit.short(), t, %error, "an opening cannot be prepared");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+}

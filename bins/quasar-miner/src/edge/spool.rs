@@ -1,0 +1,370 @@
+//! What the learner did lately, on disk: the state at the start of each segment, every step after it, and which steps each
+//! payload is bound to. Restarts go on from it and audits are answered from it.
+//!
+//! Files are named by session and local step (or outer step), zero-padded, so that their order is the order of events:
+//! `S-N.state` is the trainer's state before step N, `S-N.segment` describes it and is written after it, `S-N.step` is one
+//! step, `S-T.export` is one payload, `S-T.uploaded` marks that it reached the store.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bincode::{Decode, Encode};
+use model::{Routes, TrainerState};
+use protocol::documents::OpenedStep;
+use protocol::codec;
+
+use super::files;
+
+/// Longest description that is read back.
+const META_BYTES_MAX: usize = 1 << 20;
+/// Writes that may wait for the disk before training does.
+const QUEUE: usize = 4;
+
+#[derive(Debug, thiserror::Error)]
+pub enum SpoolError {
+    #[error("the segments in {} cannot be used: {source}\nhint: free space in the state folder, and check its owner", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("the segment of outer step {t} is not in {}", path.display())]
+    Missing { path: PathBuf, t: u64 },
+    #[error("{} is damaged", path.display())]
+    Damaged { path: PathBuf },
+}
+
+impl SpoolError {
+    pub fn is_disk_full(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+    }
+}
+
+/// A moment of a session: session epoch and local step.
+type Moment = (u64, u64);
+
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+struct Segment {
+    versions: Vec<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+struct ExportRecord {
+    start_step: u64,
+    local_step: u64,
+}
+
+enum Write {
+    State { at: Moment, versions: Vec<u64>, bytes: Vec<u8> },
+    Step { at: Moment, step: Box<OpenedStep>, routes: Routes },
+    Export { session: u64, t: u64, start_step: u64, local_step: u64 },
+    /// Answered once everything before it is on disk.
+    Flush(SyncSender<()>),
+}
+
+/// A segment with its steps, as an audit wants it.
+#[derive(Debug)]
+pub struct OpenedSegment {
+    pub start_step: u64,
+    pub versions: Vec<u64>,
+    /// File with the bytes of the trainer's state.
+    pub state: PathBuf,
+    pub steps: Vec<(OpenedStep, Vec<u16>)>,
+}
+
+/// The spool of one learner. Writes are handed to a thread of its own.
+pub struct Spool {
+    folder: PathBuf,
+    session: u64,
+    writes: SyncSender<Write>,
+    failure: Arc<Mutex<Option<SpoolError>>>,
+}
+
+impl Spool {
+    /// Opens the spool for a new session. At least the last `steps_kept` steps stay, those of earlier sessions included.
+    pub fn open(folder: PathBuf, session: u64, steps_kept: usize) -> Result<Self, SpoolError> {
+        let fail = |source| SpoolError::Io { path: folder.clone(), source };
+        fs::create_dir_all(&folder).map_err(fail)?;
+        let steps = moments(&folder, ".step").map_err(fail)?;
+        let (writes, queue) = sync_channel(QUEUE);
+        let failure = Arc::new(Mutex::new(None));
+        let writer = Writer { folder: folder.clone(), steps, steps_kept, failure: failure.clone() };
+        std::thread::Builder::new().name("spool".into()).spawn(move || writer.run(&queue)).map_err(fail)?;
+        Ok(Self { folder, session, writes, failure })
+    }
+
+    fn write(&self, write: Write) -> Result<(), SpoolError> {
+        // The thread ends with the sender only; should it have died, its failure says why.
+        let _ = self.writes.send(write);
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+    }
+
+    /// Keeps the state before step `local_step`. As all writes, it reports the failure of an earlier one.
+    pub fn put_state(&self, local_step: u64, versions: Vec<u64>, bytes: Vec<u8>) -> Result<(), SpoolError> {
+        self.write(Write::State { at: (self.session, local_step), versions, bytes })
+    }
+
+    pub fn put_step(&self, step: OpenedStep, routes: Routes) -> Result<(), SpoolError> {
+        self.write(Write::Step { at: (self.session, step.local_step), step: Box::new(step), routes })
+    }
+
+    pub fn put_export(&self, t: u64, start_step: u64, local_step: u64) -> Result<(), SpoolError> {
+        self.write(Write::Export { session: self.session, t, start_step, local_step })
+    }
+
+    /// The payload of outer step `t` reached the store.
+    pub fn mark_uploaded(&self, t: u64) {
+        if let Err(error) = fs::write(self.folder.join(name((self.session, t), ".uploaded")), []) {
+            tracing::warn!(t, %error, "an upload could not be noted");
+        }
+    }
+
+    /// Waits until everything that was written so far is on disk.
+    pub fn flush(&self) -> Result<(), SpoolError> {
+        let (done, wait) = sync_channel(1);
+        self.write(Write::Flush(done))?;
+        let _ = wait.recv();
+        self.write_failure()
+    }
+
+    fn write_failure(&self) -> Result<(), SpoolError> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+    }
+
+    /// The state before `local_step` of this session.
+    pub fn state(&self, local_step: u64, elements: usize) -> Result<TrainerState, SpoolError> {
+        self.read_state((self.session, local_step), elements)
+    }
+
+    fn read_state(&self, at: Moment, elements: usize) -> Result<TrainerState, SpoolError> {
+        let path = self.folder.join(name(at, ".state"));
+        let bytes = fs::read(&path).map_err(|source| SpoolError::Io { path: path.clone(), source })?;
+        let state = TrainerState::from_bytes(&bytes, elements).map_err(|_| SpoolError::Damaged { path: path.clone() })?;
+        Ok(state)
+    }
+
+    /// The newest state of any session that can be read; damaged ones are passed over.
+    pub fn newest_state(&self, elements: usize) -> Option<TrainerState> {
+        let segments = moments(&self.folder, ".segment").ok()?;
+        let read = |at: &Moment| match self.read_state(*at, elements) {
+            Ok(state) => Some(state),
+            Err(error) => {
+                tracing::warn!(%error, "a local snapshot is passed over");
+                None
+            }
+        };
+        segments.iter().rev().find_map(read)
+    }
+
+    /// The segment that the payload of outer step `t` is bound to.
+    pub fn open_segment(&self, t: u64) -> Result<OpenedSegment, SpoolError> {
+        self.flush()?;
+        let missing = || SpoolError::Missing { path: self.folder.clone(), t };
+        let io = |source| SpoolError::Io { path: self.folder.clone(), source };
+        let exports: Vec<Moment> = moments(&self.folder, ".export").map_err(io)?.into_iter().filter(|(_, of)| *of == t).collect();
+        // Two sessions may have answered the same pull; the one that reached the store counts, else the first.
+        let uploaded = exports.iter().find(|at| self.folder.join(name(**at, ".uploaded")).exists());
+        let export_at = *uploaded.or(exports.first()).ok_or_else(missing)?;
+        let export: ExportRecord = self.meta(&name(export_at, ".export"))?;
+        let start = (export_at.0, export.start_step);
+        let segment: Segment = self.meta(&name(start, ".segment")).map_err(|_| missing())?;
+        let steps = (export.start_step..export.local_step).map(|step| self.step((export_at.0, step)).map_err(|_| missing()));
+        Ok(OpenedSegment {
+            start_step: export.start_step,
+            versions: segment.versions,
+            state: self.folder.join(name(start, ".state")),
+            steps: steps.collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn meta<T: Encode + Decode<()>>(&self, file: &str) -> Result<T, SpoolError> {
+        let path = self.folder.join(file);
+        let bytes = fs::read(&path).map_err(|source| SpoolError::Io { path: path.clone(), source })?;
+        codec::decode(&bytes, META_BYTES_MAX).map_err(|_| SpoolError::Damaged { path })
+    }
+
+    /// A step file: length of the description (le32), the description, the expert choices (le16 each).
+    fn step(&self, at: Moment) -> Result<(OpenedStep, Vec<u16>), SpoolError> {
+        let path = self.folder.join(name(at, ".step"));
+        let bytes = fs::read(&path).map_err(|source| SpoolError::Io { path: path.clone(), source })?;
+        let parse = || {
+            let (length, rest) = bytes.split_first_chunk::<4>()?;
+            let (meta, routes) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+            let step: OpenedStep = codec::decode(meta, META_BYTES_MAX).ok()?;
+            Some((step, routes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect()))
+        };
+        parse().ok_or(SpoolError::Damaged { path })
+    }
+}
+
+fn name((session, number): Moment, ending: &str) -> String {
+    format!("{session:016}-{number:012}{ending}")
+}
+
+/// Moments of all files with this ending, in order.
+fn moments(folder: &Path, ending: &str) -> io::Result<BTreeSet<Moment>> {
+    let parse = |stem: String| {
+        let (session, number) = stem.split_once('-')?;
+        Some((session.parse().ok()?, number.parse().ok()?))
+    };
+    Ok(files::stems(folder, ending)?.into_iter().filter_map(parse).collect())
+}
+
+/// The thread that writes.
+struct Writer {
+    folder: PathBuf,
+    steps: BTreeSet<Moment>,
+    steps_kept: usize,
+    failure: Arc<Mutex<Option<SpoolError>>>,
+}
+
+impl Writer {
+    fn run(mut self, queue: &Receiver<Write>) {
+        while let Ok(write) = queue.recv() {
+            if let Err(source) = self.write(write) {
+                let error = SpoolError::Io { path: self.folder.clone(), source };
+                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
+        }
+    }
+
+    fn write(&mut self, write: Write) -> io::Result<()> {
+        match write {
+            Write::State { at, versions, bytes } => {
+                files::write_whole(&self.folder.join(name(at, ".state")), &[&bytes])?;
+                files::write_whole(&self.folder.join(name(at, ".segment")), &[&codec::encode(&Segment { versions })])
+            }
+            Write::Step { at, step, routes } => {
+                let meta = codec::encode(&*step);
+                let routes: Vec<u8> = routes.0.iter().flat_map(|route| route.to_le_bytes()).collect();
+                files::write_whole(&self.folder.join(name(at, ".step")), &[&(meta.len() as u32).to_le_bytes(), &meta, &routes])?;
+                self.steps.insert(at);
+                self.trim()
+            }
+            Write::Export { session, t, start_step, local_step } => {
+                let record = ExportRecord { start_step, local_step };
+                files::write_whole(&self.folder.join(name((session, t), ".export")), &[&codec::encode(&record)])
+            }
+            Write::Flush(done) => {
+                let _ = done.send(());
+                Ok(())
+            }
+        }
+    }
+
+    /// Removes what is older than the steps that stay. The newest state always stays: a restart begins with it.
+    fn trim(&mut self) -> io::Result<()> {
+        if self.steps.len() <= self.steps_kept {
+            return Ok(());
+        }
+        while self.steps.len() > self.steps_kept {
+            if let Some(at) = self.steps.pop_first() {
+                remove(&self.folder.join(name(at, ".step")))?;
+            }
+        }
+        let Some(oldest) = self.steps.first().copied() else { return Ok(()) };
+        let segments = moments(&self.folder, ".segment")?;
+        // The segment that the oldest step belongs to began before it.
+        let first_kept = segments.range(..=oldest).next_back().copied().unwrap_or(oldest);
+        for at in segments.range(..first_kept) {
+            remove(&self.folder.join(name(*at, ".segment")))?;
+            remove(&self.folder.join(name(*at, ".state")))?;
+        }
+        for at in moments(&self.folder, ".export")? {
+            let path = self.folder.join(name(at, ".export"));
+            let record = fs::read(&path).ok().and_then(|bytes| codec::decode::<ExportRecord>(&bytes, META_BYTES_MAX).ok());
+            if record.is_none_or(|record| (at.0, record.start_step) < first_kept) {
+                remove(&path)?;
+                remove(&self.folder.join(name(at, ".uploaded")))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(local_step: u64) -> OpenedStep {
+        OpenedStep { local_step, lease: 1, lease_step: local_step as u32, applied: vec![(2, 3)], loss: 7 }
+    }
+
+    fn state(step: u64) -> TrainerState {
+        TrainerState { step, weights: vec![1.0, 2.0], first: vec![0.0; 2], second: vec![0.0; 2] }
+    }
+
+    /// Eight steps in segments of four; payloads of outer steps 100 and 101.
+    fn fill(spool: &Spool, steps: std::ops::Range<u64>) {
+        for n in steps {
+            if n % 4 == 0 {
+                spool.put_state(n, vec![9, n], state(n).to_bytes()).unwrap();
+            }
+            spool.put_step(step(n), Routes(vec![n as u16, 5])).unwrap();
+        }
+        spool.flush().unwrap();
+    }
+
+    #[test]
+    fn the_segment_of_a_payload_is_opened_also_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::open(folder.path().join("spool"), 50, 72).unwrap();
+        fill(&spool, 0..7);
+        spool.put_export(100, 4, 7).unwrap();
+        drop(spool);
+        let spool = Spool::open(folder.path().join("spool"), 60, 72).unwrap();
+        let opened = spool.open_segment(100).unwrap();
+        assert_eq!((opened.start_step, opened.versions), (4, vec![9, 4]));
+        assert_eq!(opened.steps.iter().map(|(step, routes)| (step.local_step, routes[0])).collect::<Vec<_>>(), [(4, 4), (5, 5), (6, 6)]);
+        assert_eq!(fs::read(opened.state).unwrap(), state(4).to_bytes());
+        assert!(matches!(spool.open_segment(101), Err(SpoolError::Missing { t: 101, .. })));
+    }
+
+    #[test]
+    fn of_two_answers_to_one_pull_the_uploaded_one_is_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = Spool::open(folder.path().to_owned(), 50, 72).unwrap();
+        fill(&first, 0..5);
+        first.put_export(100, 0, 4).unwrap();
+        first.flush().unwrap();
+        let second = Spool::open(folder.path().to_owned(), 60, 72).unwrap();
+        fill(&second, 0..9);
+        second.put_export(100, 4, 8).unwrap();
+        assert_eq!(second.open_segment(100).unwrap().start_step, 0);
+        second.mark_uploaded(100);
+        assert_eq!(second.open_segment(100).unwrap().start_step, 4);
+    }
+
+    #[test]
+    fn a_restart_goes_on_from_the_newest_state_that_is_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::open(folder.path().to_owned(), 50, 72).unwrap();
+        assert!(spool.newest_state(2).is_none());
+        fill(&spool, 0..9);
+        assert_eq!(spool.newest_state(2).unwrap().step, 8);
+        fs::write(folder.path().join(name((50, 8), ".state")), b"torn").unwrap();
+        assert_eq!(spool.newest_state(2).unwrap().step, 4);
+        assert!(spool.newest_state(3).is_none(), "a state of another model is no state");
+    }
+
+    #[test]
+    fn the_spool_is_bounded_and_keeps_whole_segments() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::open(folder.path().to_owned(), 50, 6).unwrap();
+        fill(&spool, 0..8);
+        spool.put_export(100, 0, 2).unwrap();
+        spool.put_export(101, 12, 14).unwrap();
+        fill(&spool, 8..16);
+        let numbers = |ending| moments(folder.path(), ending).unwrap().into_iter().map(|(_, number)| number).collect::<Vec<_>>();
+        assert_eq!(numbers(".step"), [10, 11, 12, 13, 14, 15]);
+        assert_eq!(numbers(".state"), [8, 12]);
+        assert_eq!(numbers(".export"), [101]);
+    }
+}

@@ -1,0 +1,234 @@
+//! Openings: when an audit asks for it, the learner uploads the state at the start of a segment and what it did after it.
+//!
+//! One audit at a time, oldest first: a progress record has room for the parts of one. Parts stay in the record until the
+//! notice is gone, so that the orchestrator cannot miss them.
+
+use protocol::documents::{Notice, OpeningPart};
+use protocol::{AccountId, Digest};
+
+use super::io::{PreparedPart, Put};
+
+/// Pause before an upload is tried again.
+const RETRY_MS: u64 = 1_000;
+
+#[derive(Clone, Debug, PartialEq)]
+enum State {
+    Noticed,
+    Preparing,
+    Ready(Vec<Part>),
+    /// The segment is not on this disk.
+    Impossible,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Part {
+    part: u8,
+    length: u64,
+    sha256: Digest,
+    upload: Upload,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Upload {
+    Waiting { not_before_ms: u64 },
+    UnderWay,
+    Done,
+}
+
+#[derive(Clone, Debug)]
+struct Opening {
+    audit: Digest,
+    t: u64,
+    deadline_ms: u64,
+    state: State,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Openings {
+    /// In the order in which they were noticed.
+    all: Vec<Opening>,
+}
+
+/// What the newest head changed.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Changes {
+    pub(super) noticed: Vec<(Digest, u64)>,
+    pub(super) gone: Vec<Digest>,
+}
+
+impl Openings {
+    pub(super) fn set_notices(&mut self, notices: &[Notice], hotkey: &AccountId, slot: u8) -> Changes {
+        let mut ours = Vec::new();
+        for notice in notices {
+            let Notice::OpenAudit { audit, hotkey: of, slot: of_slot, t, deadline_ms } = notice;
+            if of == hotkey && *of_slot == slot {
+                ours.push(Opening { audit: *audit, t: *t, deadline_ms: *deadline_ms, state: State::Noticed });
+            }
+        }
+        let mut changes = Changes::default();
+        self.all.retain(|opening| {
+            let stays = ours.iter().any(|notice| notice.audit == opening.audit);
+            if !stays {
+                changes.gone.push(opening.audit);
+            }
+            stays
+        });
+        for notice in ours {
+            if !self.all.iter().any(|opening| opening.audit == notice.audit) {
+                changes.noticed.push((notice.audit, notice.t));
+                self.all.push(notice);
+            }
+        }
+        changes
+    }
+
+    /// The opening that is worked on: the first one that can still be uploaded in time.
+    fn current(&self, now_ms: u64) -> Option<&Opening> {
+        self.all.iter().find(|opening| opening.state != State::Impossible && (opening.deadline_ms > now_ms || opening.is_uploaded()))
+    }
+
+    /// The opening whose parts are to be prepared now.
+    pub(super) fn to_prepare(&self, now_ms: u64) -> Option<(Digest, u64)> {
+        let opening = self.current(now_ms)?;
+        (opening.state == State::Noticed).then_some((opening.audit, opening.t))
+    }
+
+    fn find(&mut self, audit: &Digest) -> Option<&mut Opening> {
+        self.all.iter_mut().find(|opening| opening.audit == *audit)
+    }
+
+    pub(super) fn preparing(&mut self, audit: &Digest) {
+        if let Some(opening) = self.find(audit) {
+            opening.state = State::Preparing;
+        }
+    }
+
+    pub(super) fn prepared(&mut self, audit: &Digest, parts: Option<Vec<PreparedPart>>) {
+        let Some(opening) = self.find(audit) else { return };
+        let fresh = |part: PreparedPart| Part {
+            part: part.part,
+            length: part.length,
+            sha256: part.sha256,
+            upload: Upload::Waiting { not_before_ms: 0 },
+        };
+        opening.state = parts.map_or(State::Impossible, |parts| State::Ready(parts.into_iter().map(fresh).collect()));
+    }
+
+    /// Parts whose upload was not begun: audit, part, digest.
+    pub(super) fn waiting(&self, now_ms: u64) -> Vec<(Digest, u8, Digest)> {
+        let Some(Opening { audit, state: State::Ready(parts), .. }) = self.current(now_ms) else { return Vec::new() };
+        let is_due = |part: &&Part| matches!(part.upload, Upload::Waiting { not_before_ms } if not_before_ms <= now_ms);
+        parts.iter().filter(is_due).map(|part| (*audit, part.part, part.sha256)).collect()
+    }
+
+    /// Whether some part is not uploaded.
+    pub(super) fn awaits_upload(&self, now_ms: u64) -> bool {
+        self.current(now_ms).is_some_and(|opening| !opening.is_uploaded())
+    }
+
+    fn set_upload(&mut self, audit: &Digest, part: u8, upload: Upload) {
+        if let Some(Opening { state: State::Ready(parts), .. }) = self.find(audit)
+            && let Some(part) = parts.iter_mut().find(|entry| entry.part == part)
+        {
+            part.upload = upload;
+        }
+    }
+
+    pub(super) fn uploading(&mut self, audit: &Digest, part: u8) {
+        self.set_upload(audit, part, Upload::UnderWay);
+    }
+
+    /// How an upload ended. Gives whether the whole opening is uploaded by it.
+    pub(super) fn uploaded(&mut self, audit: &Digest, part: u8, put: Put, now_ms: u64) -> bool {
+        let upload = if put.is_done() { Upload::Done } else { Upload::Waiting { not_before_ms: now_ms + RETRY_MS } };
+        self.set_upload(audit, part, upload);
+        put.is_done() && self.find(audit).is_some_and(|opening| opening.is_uploaded())
+    }
+
+    pub(super) fn record(&self, now_ms: u64) -> Vec<OpeningPart> {
+        let Some(Opening { audit, state: State::Ready(parts), .. }) = self.current(now_ms) else { return Vec::new() };
+        let part = |part: &Part| OpeningPart {
+            audit: *audit,
+            part: part.part,
+            length: part.length,
+            sha256: part.sha256,
+            uploaded: part.upload == Upload::Done,
+        };
+        parts.iter().map(part).collect()
+    }
+
+    pub(super) fn deadline(&self, now_ms: u64) -> Option<u64> {
+        let Some(Opening { state: State::Ready(parts), .. }) = self.current(now_ms) else { return None };
+        let retry = |part: &Part| match part.upload {
+            Upload::Waiting { not_before_ms } if not_before_ms > now_ms => Some(not_before_ms),
+            _ => None,
+        };
+        parts.iter().filter_map(retry).min()
+    }
+}
+
+impl Opening {
+    fn is_uploaded(&self) -> bool {
+        matches!(&self.state, State::Ready(parts) if parts.iter().all(|part| part.upload == Upload::Done))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: AccountId = AccountId([1; 32]);
+
+    fn notice(name: &[u8], t: u64, hotkey: AccountId) -> Notice {
+        Notice::OpenAudit { audit: Digest::blake3(name), hotkey, slot: 0, t, deadline_ms: 1_000 }
+    }
+
+    fn parts() -> Option<Vec<PreparedPart>> {
+        Some((0..3).map(|part| PreparedPart { part, length: 9, sha256: Digest::blake3(&[part]) }).collect())
+    }
+
+    #[test]
+    fn audits_are_opened_one_after_the_other_and_parts_stay_until_the_notice_is_gone() {
+        let (a, b) = (Digest::blake3(b"a"), Digest::blake3(b"b"));
+        let mut openings = Openings::default();
+        let notices = [notice(b"a", 3, US), notice(b"x", 4, AccountId([2; 32])), notice(b"b", 5, US)];
+        assert_eq!(openings.set_notices(&notices, &US, 0).noticed, [(a, 3), (b, 5)]);
+        assert_eq!(openings.to_prepare(0), Some((a, 3)));
+        openings.preparing(&a);
+        assert_eq!(openings.to_prepare(0), None);
+        openings.prepared(&a, parts());
+        assert_eq!(openings.waiting(0).len(), 3);
+        assert_eq!(openings.record(0).len(), 3);
+        for part in 0..3 {
+            openings.uploading(&a, part);
+            assert_eq!(openings.uploaded(&a, part, Put::Stored, 0), part == 2);
+        }
+        assert!(openings.record(2_000).iter().all(|part| part.uploaded), "the record keeps them after the deadline, too");
+        assert_eq!(openings.to_prepare(0), None);
+        assert_eq!(openings.set_notices(&notices[2..], &US, 0).gone, [a]);
+        assert_eq!(openings.to_prepare(0), Some((b, 5)));
+    }
+
+    #[test]
+    fn an_opening_that_cannot_be_made_or_is_too_late_does_not_block_the_next() {
+        let mut openings = Openings::default();
+        openings.set_notices(&[notice(b"a", 3, US), notice(b"b", 5, US)], &US, 0);
+        openings.prepared(&Digest::blake3(b"a"), None);
+        assert_eq!(openings.to_prepare(0), Some((Digest::blake3(b"b"), 5)));
+        assert_eq!(openings.to_prepare(1_000), None);
+        assert!(!openings.awaits_upload(1_000));
+    }
+
+    #[test]
+    fn a_failed_upload_is_tried_again_after_a_pause() {
+        let a = Digest::blake3(b"a");
+        let mut openings = Openings::default();
+        openings.set_notices(&[notice(b"a", 3, US)], &US, 0);
+        openings.prepared(&a, parts());
+        openings.uploading(&a, 1);
+        assert_eq!(openings.waiting(0).len(), 2);
+        openings.uploaded(&a, 1, Put::Unavailable, 0);
+        assert_eq!((openings.waiting(0).len(), openings.deadline(0)), (2, Some(RETRY_MS)));
+        assert_eq!(openings.waiting(RETRY_MS - 1).len(), 2);
+    }
+}

@@ -1,0 +1,115 @@
+//! The progress record: what it says, and when it is written again.
+
+use protocol::documents::Progress;
+use protocol::envelope::PROTOCOL_VERSION;
+
+use super::Learner;
+use super::io::Put;
+
+/// A record is renewed at the latest after this part of the time after which a silent learner counts as gone.
+const RENEWALS_PER_TTL: u64 = 5;
+/// Pause before a failed write is tried again.
+const RETRY_MS: u64 = 500;
+
+#[derive(Clone, Debug)]
+pub(super) struct Record {
+    poll_ms: u64,
+    renew_ms: u64,
+    in_flight: Option<Progress>,
+    stored: Option<Progress>,
+    /// When the newest write began.
+    begun_ms: Option<u64>,
+    not_before_ms: u64,
+    /// The record on its way, or the stored one, is the last of this session.
+    is_last: bool,
+    last_done: bool,
+    is_stale: bool,
+}
+
+impl Record {
+    pub(super) fn new(poll_ms: u64, learner_ttl_ms: u64) -> Self {
+        Self {
+            poll_ms: poll_ms.max(1),
+            renew_ms: (learner_ttl_ms / RENEWALS_PER_TTL).max(1),
+            in_flight: None,
+            stored: None,
+            begun_ms: None,
+            not_before_ms: 0,
+            is_last: false,
+            last_done: false,
+            is_stale: true,
+        }
+    }
+
+    /// The record to write now, if one is due. With `is_last`, exactly one more record is written, at once.
+    pub(super) fn take_due(&mut self, progress: Progress, is_last: bool, now_ms: u64) -> Option<Progress> {
+        if self.in_flight.is_some() || self.is_last {
+            return None;
+        }
+        self.is_stale = self.stored.as_ref() != Some(&progress);
+        let due_ms = self.due_ms();
+        if due_ms > now_ms && !is_last {
+            return None;
+        }
+        (self.begun_ms, self.is_last) = (Some(now_ms), is_last);
+        self.in_flight = Some(progress.clone());
+        Some(progress)
+    }
+
+    fn due_ms(&self) -> u64 {
+        let Some(begun_ms) = self.begun_ms else { return 0 };
+        (begun_ms + if self.is_stale { self.poll_ms } else { self.renew_ms }).max(self.not_before_ms)
+    }
+
+    pub(super) fn put(&mut self, put: Put, now_ms: u64) {
+        let written = self.in_flight.take();
+        if put.is_done() {
+            self.stored = written;
+        } else {
+            self.not_before_ms = now_ms + RETRY_MS;
+        }
+        self.last_done = self.is_last;
+    }
+
+    /// Whether the last record of the session was written, or failed to be.
+    pub(super) fn is_last_done(&self) -> bool {
+        self.last_done
+    }
+
+    /// Whether the orchestrator can know of this session.
+    pub(super) fn was_put(&self) -> bool {
+        self.stored.is_some()
+    }
+
+    pub(super) fn deadline(&self) -> Option<u64> {
+        // Before the first record there is no grant to write it with, or it is on its way.
+        (self.in_flight.is_none() && self.begun_ms.is_some() && !self.is_last).then(|| self.due_ms())
+    }
+}
+
+impl Learner {
+    /// The record as of now.
+    pub(super) fn progress(&self, now_ms: u64) -> Progress {
+        let (state, reason) = self.state();
+        let (lease, lease_step) = self.leases.cursor();
+        Progress {
+            worker: self.settings.worker.clone(),
+            session_epoch: self.settings.session_epoch,
+            slot: self.settings.slot,
+            protocol: PROTOCOL_VERSION,
+            state,
+            reason,
+            lease,
+            lease_step,
+            local_step: self.segments.local_step(),
+            step_ms: self.step_ms,
+            loss: self.loss,
+            step_chain: self.segments.chain(),
+            fragments: self.fragments.progress(),
+            commitments: self.pulls.commitments(),
+            uploaded: self.pulls.uploads_done(),
+            openings: self.openings.record(now_ms),
+            padding: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! `quasar-miner`: joins a run, trains leased rows, answers pulls.
+
+use daemon::Exit;
+
+fn main() -> Exit {
+    daemon::exit::run(|| quasar_miner::cli::main(std::env::args_os()))
+}

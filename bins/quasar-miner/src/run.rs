@@ -1,0 +1,331 @@
+//! `run`: find the current run, start a learner for each device, and begin again when the next run is current.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chain::{ChainError, ConnectSettings, Hotkey};
+use daemon::health::{self, Health};
+use daemon::settings::{CommonArgs, MinerArgs, Role};
+use daemon::{Exit, Failure, Journal, Sequence, Settings, Shutdown, clock, telemetry};
+use protocol::envelope::{EnvelopeError, RunId};
+use protocol::{AccountId, Signer};
+use storage::client::{GrantClient, PublicReader};
+use storage::discovery::{DiscoveryError, RunFacts, RunReader};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use zeroize::Zeroizing;
+
+use crate::chain_link::ChainLink;
+use crate::commands::identity;
+use crate::device;
+use crate::edge::{BaseTrees, ChunkCache, Edge, Plane, Shared};
+use crate::machine::{End, Learner, LearnerSettings};
+use crate::session;
+use crate::trainer::TrainerThread;
+
+/// Pause between two looks for a run, and between two tries to reach what does not answer.
+const RETRY: Duration = Duration::from_secs(2);
+/// While nothing changes, the reason for waiting is logged this often.
+const REMIND: Duration = Duration::from_secs(60);
+/// A learner's loop that did not turn for so long is dead.
+const STALE_AFTER: Duration = Duration::from_secs(30);
+
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("nothing can be sealed to the sr25519 hotkey {0}\nhint: {remedy}", remedy = protocol::Reason::NeedsCertificate.remedy())]
+    NeedsCertificate(AccountId),
+    #[error("the run has {slots} slots for a hotkey, but {learners} learners from slot {first} on do not fit\nhint: use fewer devices, a lower --first-slot, or another hotkey")]
+    Slots { slots: u8, learners: usize, first: u8 },
+    #[error("`{0}` is not a run id\nhint: unset QUASAR_RUN_ID; the run is found by itself")]
+    RunId(String),
+    #[error("no GPU was found\nhint: set QUASAR_MINER_DEVICES=cpu, or QUASAR_TORCH_CUDA_DIR to a full torch installation")]
+    NoDevice,
+    #[error("{0}")]
+    Ended(String),
+    #[error("the hotkey {0} is not registered\nhint: {remedy}", remedy = protocol::Reason::NotRegistered.remedy())]
+    Unregistered(AccountId),
+    #[error("the same hotkey and slot was started elsewhere\nhint: {remedy}", remedy = protocol::Reason::SessionReplaced.remedy())]
+    Fenced,
+    #[error("the disk is full\nhint: {remedy}", remedy = protocol::Reason::DiskFull.remedy())]
+    DiskFull,
+    #[error("the device ran out of memory\nhint: {remedy}", remedy = protocol::Reason::OutOfMemory.remedy())]
+    OutOfMemory,
+}
+
+/// Everything that stays while runs come and go.
+struct Miner {
+    settings: Settings,
+    hotkey: Arc<Hotkey>,
+    secret: Zeroizing<[u8; 32]>,
+    chain: Arc<ChainLink>,
+    public: PublicReader,
+    journal: Arc<Journal>,
+    state_dir: PathBuf,
+    netuid: u16,
+    owner: AccountId,
+    pin: Option<RunId>,
+    devices: Vec<String>,
+    health: Health,
+    shutdown: Shutdown,
+}
+
+/// The command.
+pub fn main(common: &CommonArgs, args: &MinerArgs) -> Result<Exit, Failure> {
+    let settings = common.settings(Role::Miner, args)?;
+    telemetry::init(settings.log_format(), settings.log_filter())?;
+    for notice in &settings.notices {
+        tracing::warn!("{notice}");
+    }
+    // Before any tensor is made and any thread is started.
+    model::tune_allocator();
+    let devices = device::names(&settings.miner()).map_err(Failure::configuration)?;
+    if devices.is_empty() {
+        return Err(Failure::configuration(RunError::NoDevice));
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::unavailable)?;
+    let exit = runtime.block_on(async {
+        let shutdown = Shutdown::on_signals().map_err(Failure::unavailable)?;
+        let miner = Miner::start(settings, devices, shutdown).await?;
+        miner.run().await
+    });
+    // Transfers that hang must not hold up the exit.
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    exit
+}
+
+/// Where the chain is.
+pub(crate) fn chain_of(settings: &Settings) -> Result<ChainLink, Failure> {
+    let network = settings.network()?;
+    Ok(ChainLink::new(ConnectSettings { endpoints: network.endpoints, genesis: network.genesis }))
+}
+
+/// A reader of the bucket's public part.
+pub(crate) fn public_reader(settings: &Settings) -> Result<PublicReader, Failure> {
+    let store = settings.store()?;
+    let endpoint = store.endpoint_url.unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", store.region));
+    PublicReader::new(&endpoint, &store.bucket).map_err(Failure::configuration)
+}
+
+impl Miner {
+    async fn start(settings: Settings, devices: Vec<String>, shutdown: Shutdown) -> Result<Self, Failure> {
+        let chain = Arc::new(chain_of(&settings)?);
+        let (netuid, owner) = (settings.netuid()?, settings.owner_identity()?);
+        let pin = match settings.run_id() {
+            Some(text) => Some(text.parse().map_err(|_| Failure::configuration(RunError::RunId(text.to_owned())))?),
+            None => None,
+        };
+        let public = public_reader(&settings)?;
+        let hotkey = identity::wallet(&settings)?.load_hotkey().map_err(Failure::configuration)?;
+        let account = hotkey.account();
+        let secret = hotkey.x25519_secret().ok_or_else(|| Failure::configuration(RunError::NeedsCertificate(account)))?;
+        let state_dir = settings.state_dir()?;
+        let journal = Arc::new(Journal::open(&state_dir).map_err(|error| Failure::new(error.exit(), error))?);
+        let health = Health::new();
+        if let Some(address) = settings.health_listen() {
+            let address = health::serve(address, health.clone(), shutdown.clone()).await?;
+            tracing::info!(%address, "health pages");
+        }
+        if let Some(timeout_ms) = settings.miner().timeout_ms {
+            let shutdown = shutdown.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(timeout_ms)).await;
+                tracing::info!(timeout_ms, "the time is up");
+                shutdown.trigger();
+            });
+        }
+        tracing::info!(hotkey = %account, devices = devices.join(","), version = env!("CARGO_PKG_VERSION"), "miner started");
+        Ok(Self { settings, hotkey: Arc::new(hotkey), secret, chain, public, journal, state_dir, netuid, owner, pin, devices, health, shutdown })
+    }
+
+    async fn run(&self) -> Result<Exit, Failure> {
+        let Some(genesis) = self.genesis().await? else { return Ok(Exit::Done) };
+        loop {
+            let Some(reader) = self.discover(genesis).await? else { return Ok(Exit::Done) };
+            match self.serve(genesis, reader).await? {
+                End::NextRun => tracing::info!("looking for the next run"),
+                End::Stopped | End::LeasesDone => return Ok(Exit::Done),
+                end => return Err(self.failure(end)),
+            }
+        }
+    }
+
+    fn failure(&self, end: End) -> Failure {
+        let exit = end.exit();
+        let error = match end {
+            End::Fenced { .. } => RunError::Fenced,
+            End::Unregistered => RunError::Unregistered(self.hotkey.account()),
+            End::DiskFull => RunError::DiskFull,
+            End::OutOfMemory => RunError::OutOfMemory,
+            End::Broken(what) => RunError::Ended(what),
+            End::Stopped | End::LeasesDone | End::NextRun => RunError::Ended("the miner has ended".to_owned()),
+        };
+        Failure::new(exit, error)
+    }
+
+    /// The network's genesis; `None` if a stop comes first.
+    async fn genesis(&self) -> Result<Option<[u8; 32]>, Failure> {
+        let mut waiting = Waiting::default();
+        loop {
+            match self.chain.genesis().await {
+                Ok(genesis) => return Ok(Some(genesis)),
+                Err(error @ (ChainError::Settings { .. } | ChainError::WrongGenesis { .. })) => return Err(Failure::configuration(error)),
+                Err(error) => waiting.log(&error.to_string()),
+            }
+            if !self.shutdown.sleep(RETRY).await {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// The current run; `None` if a stop comes first.
+    async fn discover(&self, genesis: [u8; 32]) -> Result<Option<RunReader>, Failure> {
+        let component = self.health.component("run");
+        let mut waiting = Waiting::default();
+        loop {
+            match RunReader::discover(self.public.clone(), genesis, self.netuid, self.owner, self.pin, clock::now_ms()).await {
+                Ok(reader) => {
+                    let manifest = &reader.facts().manifest;
+                    tracing::info!(run = %manifest.run, name = manifest.name, "run found");
+                    component.ready();
+                    return Ok(Some(reader));
+                }
+                Err(error) if is_final(&error) => return Err(Failure::configuration(error)),
+                Err(error) => {
+                    component.not_ready("no run found yet");
+                    waiting.log(&error.to_string());
+                }
+            }
+            if !self.shutdown.sleep(RETRY).await {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Runs all learners on one run, until the first of them ends.
+    async fn serve(&self, genesis: [u8; 32], first: RunReader) -> Result<End, Failure> {
+        let facts = first.facts().clone();
+        let miner = self.settings.miner();
+        let slots = facts.manifest.parameters.slots;
+        if usize::from(miner.first_slot) + self.devices.len() > usize::from(slots) {
+            return Err(Failure::configuration(RunError::Slots { slots, learners: self.devices.len(), first: miner.first_slot }));
+        }
+        let shared = Arc::new(self.shared(&facts)?);
+        let stop = Shutdown::new();
+        let mut readers = vec![first];
+        while readers.len() < self.devices.len() {
+            match self.discover(genesis).await? {
+                Some(reader) if reader.facts().context == facts.context => readers.push(reader),
+                Some(_) => return Ok(End::NextRun),
+                None => return Ok(End::Stopped),
+            }
+        }
+        let mut learners = JoinSet::new();
+        for ((index, device), reader) in self.devices.iter().enumerate().zip(readers) {
+            self.start_learner(&mut learners, &shared, reader, miner.first_slot + index as u8, device, &stop)?;
+        }
+        let mut outcome: Option<End> = None;
+        loop {
+            tokio::select! {
+                ended = learners.join_next() => match ended {
+                    None => break,
+                    Some(ended) => {
+                        let end = ended.unwrap_or_else(|error| End::Broken(format!("a learner panicked: {error}")));
+                        // With several learners, one that did its share waits for the others.
+                        if end != End::LeasesDone {
+                            stop.trigger();
+                        }
+                        outcome = Some(worse(outcome, end));
+                    }
+                },
+                () = self.shutdown.triggered(), if !stop.is_triggered() => stop.trigger(),
+            }
+        }
+        Ok(outcome.unwrap_or(End::Stopped))
+    }
+
+    fn shared(&self, facts: &RunFacts) -> Result<Shared, Failure> {
+        let cache = self.state_dir.join("cache");
+        Ok(Shared {
+            hotkey: self.hotkey.clone(),
+            chain: self.chain.clone(),
+            access: Arc::new(GrantClient::new(facts.root.store_hosts.clone()).map_err(Failure::configuration)?),
+            bases: BaseTrees::new(cache.join("checkpoints")),
+            chunks: ChunkCache::open(cache.join("chunks")).map_err(Failure::unavailable)?,
+            sequence: Sequence::open(self.journal.clone(), "signed").map_err(|error| Failure::new(error.exit(), error))?,
+        })
+    }
+
+    fn start_learner(&self, learners: &mut JoinSet<End>, shared: &Arc<Shared>, reader: RunReader, slot: u8, device: &str, stop: &Shutdown) -> Result<(), Failure> {
+        let (facts, miner) = (reader.facts().clone(), self.settings.miner());
+        // A session must be newer than the last one even if the clock went back meanwhile.
+        let sessions = Sequence::open(self.journal.clone(), &format!("session/{slot}")).map_err(|error| Failure::new(error.exit(), error))?;
+        let session_epoch = sessions.next(clock::now_ms()).map_err(|error| Failure::new(error.exit(), error))?;
+        let folder = self.state_dir.join("runs").join(facts.manifest.run.to_string()).join(format!("slot-{slot}"));
+        let plane = Arc::new(Plane::open(&folder, session_epoch, &facts).map_err(Failure::unavailable)?);
+        let (inputs, queue) = mpsc::channel(session::INPUTS);
+        let open = device::opener(device.to_owned(), facts.plan.clone(), miner.threads);
+        let inner = facts.manifest.parameters.inner.clone();
+        let trainer = TrainerThread::start(format!("learner-{slot}"), open, plane.clone(), inner, inputs.clone()).map_err(Failure::unavailable)?;
+        let machine = Learner::new(LearnerSettings {
+            worker: miner.worker_name(slot, self.devices.len()),
+            hotkey: self.hotkey.key().account(),
+            slot,
+            session_epoch,
+            keys: facts.keys.clone(),
+            run: facts.run.clone(),
+            parameters: facts.manifest.parameters.clone(),
+            base_release: facts.manifest.base_release.clone(),
+            shards: facts.shards.iter().map(|shard| shard.id.clone()).collect(),
+            leases_max: miner.max_jobs,
+        });
+        let edge = Edge::new(shared.clone(), reader, slot, self.secret.clone(), &folder, plane, trainer).map_err(Failure::unavailable)?;
+        let component = self.health.watched(&format!("learner-{slot}"), STALE_AFTER);
+        component.ready();
+        tracing::info!(slot, device, session = session_epoch, "learner started");
+        learners.spawn(session::run(machine, Arc::new(edge), inputs, queue, stop.clone(), component));
+        Ok(())
+    }
+}
+
+/// Of two ends the one that the process reports: failures before a new run before a plain end.
+fn worse(one: Option<End>, other: End) -> End {
+    let rank = |end: &End| match end {
+        End::Stopped => 0,
+        End::LeasesDone => 1,
+        End::NextRun => 2,
+        _ => 3,
+    };
+    match one {
+        Some(one) if rank(&one) >= rank(&other) => one,
+        _ => other,
+    }
+}
+
+/// Whether a person has to change something before discovery can succeed.
+fn is_final(error: &DiscoveryError) -> bool {
+    match error {
+        DiscoveryError::Pinned { .. } | DiscoveryError::ProtocolVersion { .. } => true,
+        DiscoveryError::Envelope { error, .. } => matches!(
+            error,
+            EnvelopeError::Genesis { .. } | EnvelopeError::Netuid { .. } | EnvelopeError::Signer { .. } | EnvelopeError::Version(_)
+        ),
+        _ => false,
+    }
+}
+
+/// Says why it waits, once when the reason changes and then once a minute.
+#[derive(Default)]
+struct Waiting {
+    last: Option<(String, tokio::time::Instant)>,
+}
+
+impl Waiting {
+    fn log(&mut self, reason: &str) {
+        let is_new = self.last.as_ref().is_none_or(|(last, at)| last != reason || at.elapsed() >= REMIND);
+        if is_new {
+            tracing::warn!(reason = reason.replace('\n', "; "), "waiting");
+            self.last = Some((reason.to_owned(), tokio::time::Instant::now()));
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! One session of one learner: the loop that feeds its machine and executes what it decides.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use daemon::health::Component;
+use daemon::{Machine, Shutdown, clock};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::edge::Edge;
+use crate::machine::{End, Input, Learner};
+
+/// Inputs that may wait for the machine.
+pub const INPUTS: usize = 256;
+/// The loop turns at least this often, to say that it is alive.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+/// Wake-ups are at least this far apart.
+const TICK_PAUSE_MIN: Duration = Duration::from_millis(1);
+/// A step under way at the end may take so long. Leaving while libtorch computes may crash the process on its way out.
+const STEP_PATIENCE: Duration = Duration::from_millis(1_500);
+
+/// Runs a learner to its end.
+pub async fn run(
+    mut machine: Learner,
+    edge: Arc<Edge>,
+    inputs: mpsc::Sender<Input>,
+    mut queue: mpsc::Receiver<Input>,
+    shutdown: Shutdown,
+    component: Component,
+) -> End {
+    let mut tasks: JoinSet<()> = JoinSet::new();
+    let mut asked_to_stop = false;
+    let mut last_ms = 0;
+    let mut input = Input::Tick;
+    let end = loop {
+        // Time never goes back for the machine, whatever the clock does.
+        last_ms = clock::now_ms().max(last_ms);
+        machine.handle(last_ms, input);
+        while let Some(effect) = machine.poll_effect() {
+            tasks.spawn(edge.clone().execute(effect, inputs.clone()));
+        }
+        component.beat();
+        if let Some(end) = machine.end() {
+            break end.clone();
+        }
+        input = match next_input(&machine, &mut tasks, &mut queue, &shutdown, &mut asked_to_stop, &component).await {
+            Ok(input) => input,
+            Err(panicked) => break End::Broken(panicked),
+        };
+    };
+    component.not_ready("the learner has ended");
+    tasks.shutdown().await;
+    edge.trainer().stop(STEP_PATIENCE).await;
+    end
+}
+
+/// Waits for the next fact: something happened, the machine's deadline came, or a stop was asked for.
+async fn next_input(
+    machine: &Learner,
+    tasks: &mut JoinSet<()>,
+    queue: &mut mpsc::Receiver<Input>,
+    shutdown: &Shutdown,
+    asked_to_stop: &mut bool,
+    component: &Component,
+) -> Result<Input, String> {
+    loop {
+        let wake = machine.deadline().map(|deadline| {
+            let pause = Duration::from_millis(deadline.saturating_sub(clock::now_ms()));
+            Instant::now() + pause.max(TICK_PAUSE_MIN)
+        });
+        let beat = Instant::now() + HEARTBEAT;
+        tokio::select! {
+            biased;
+            () = shutdown.triggered(), if !*asked_to_stop => {
+                *asked_to_stop = true;
+                return Ok(Input::Stop);
+            }
+            Some(ended) = tasks.join_next() => {
+                if let Err(error) = ended && error.is_panic() {
+                    return Err("a task panicked\nhint: this is a bug; a restart goes on from the local snapshots".to_owned());
+                }
+            }
+            Some(input) = queue.recv() => return Ok(input),
+            () = tokio::time::sleep_until(wake.unwrap_or(beat)), if wake.is_some_and(|wake| wake <= beat) => return Ok(Input::Tick),
+            () = tokio::time::sleep_until(beat) => component.beat(),
+        }
+    }
+}

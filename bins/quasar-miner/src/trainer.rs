@@ -1,0 +1,242 @@
+//! The trainer's thread: everything that touches weights happens here, in the order that the machine decided.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use fragments::codec::{self, CodecError, PayloadHeader};
+use fragments::t0::Committed;
+use model::{Batch, Hyper, TrainError, Trainer};
+use protocol::Digest;
+use protocol::documents::{InnerOptimizer, OpenedStep, PPM, micro_nats};
+use tokio::sync::mpsc;
+
+use crate::edge::{Plane, SpoolError};
+use crate::machine::{Boundary, Export, Exported, Fault, Input, Step, StepDone};
+
+/// Opens the trainer on a base tree; runs on the trainer's own thread, because libtorch keeps settings per thread.
+pub type OpenTrainer = Box<dyn FnOnce(&Path) -> Result<Box<dyn Trainer>, TrainError> + Send>;
+
+/// Texts in libtorch's errors that mean that memory ran out, on the CPU and on a GPU.
+const OUT_OF_MEMORY: [&str; 2] = ["out of memory", "can't allocate memory"];
+
+enum Order {
+    Open(PathBuf),
+    Pass(Box<Boundary>),
+}
+
+/// Handle on the thread of one learner.
+pub struct TrainerThread {
+    orders: Mutex<Option<Sender<Order>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl TrainerThread {
+    /// Starts the thread. Results go to `inputs`.
+    pub fn start(name: String, open: OpenTrainer, plane: Arc<Plane>, inner: InnerOptimizer, inputs: mpsc::Sender<Input>) -> std::io::Result<Self> {
+        let (orders, queue) = channel();
+        let work = move || serve(open, &queue, &plane, &inner, &|input| inputs.blocking_send(input).is_ok());
+        let thread = std::thread::Builder::new().name(name).spawn(work)?;
+        Ok(Self { orders: Mutex::new(Some(orders)), thread: Mutex::new(Some(thread)) })
+    }
+
+    fn order(&self, order: Order) {
+        if let Some(orders) = &*self.orders.lock().unwrap_or_else(PoisonError::into_inner) {
+            // The thread ends with this sender; had it ended earlier, it would have said why.
+            let _ = orders.send(order);
+        }
+    }
+
+    pub fn open(&self, tree: PathBuf) {
+        self.order(Order::Open(tree));
+    }
+
+    pub fn pass(&self, boundary: Boundary) {
+        self.order(Order::Pass(Box::new(boundary)));
+    }
+
+    /// Lets the thread end after the step under way, and waits for it at most so long.
+    pub async fn stop(&self, patience: Duration) {
+        drop(self.orders.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let until = Instant::now() + patience;
+        while !thread.is_finished() && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn serve(open: OpenTrainer, queue: &Receiver<Order>, plane: &Arc<Plane>, inner: &InnerOptimizer, tell: &dyn Fn(Input) -> bool) {
+    let mut open = Some(open);
+    let mut worker: Option<Worker> = None;
+    while let Ok(order) = queue.recv() {
+        let told = match order {
+            Order::Open(tree) => {
+                let Some(open) = open.take() else { continue };
+                match catch_unwind(AssertUnwindSafe(|| Worker::open(open, &tree, plane.clone(), inner.clone()))) {
+                    Ok(Ok((opened, restored))) => {
+                        worker = Some(opened);
+                        tell(Input::TrainerOpened { restored })
+                    }
+                    Ok(Err(error)) => tell(Input::Faulted { number: 0, fault: Fault::Broken(error.to_string()) }),
+                    Err(_) => tell(Input::Faulted { number: 0, fault: panicked() }),
+                }
+            }
+            Order::Pass(boundary) => {
+                let Some(worker) = &mut worker else { continue };
+                let number = boundary.number;
+                match catch_unwind(AssertUnwindSafe(|| worker.pass(&boundary, tell))) {
+                    Ok(Ok(step)) => tell(Input::Finished { number, step }),
+                    Ok(Err(fault)) => tell(Input::Faulted { number, fault }),
+                    Err(_) => tell(Input::Faulted { number, fault: panicked() }),
+                }
+            }
+        };
+        if !told {
+            break;
+        }
+    }
+}
+
+fn panicked() -> Fault {
+    Fault::Broken("the trainer panicked\nhint: this is a bug; the local snapshots are intact and a restart goes on from them".into())
+}
+
+/// A trainer with what it works on.
+pub struct Worker {
+    trainer: Box<dyn Trainer>,
+    plane: Arc<Plane>,
+    inner: InnerOptimizer,
+}
+
+impl Worker {
+    /// Opens the trainer and goes on from the newest local snapshot, if there is one.
+    fn open(open: OpenTrainer, tree: &Path, plane: Arc<Plane>, inner: InnerOptimizer) -> Result<(Self, bool), TrainError> {
+        let mut trainer = open(tree)?;
+        let elements = trainer.plan().total_elements() as usize;
+        let restored = match plane.spool.newest_state(elements) {
+            Some(state) => {
+                trainer.restore(&state)?;
+                true
+            }
+            None => false,
+        };
+        Ok((Self { trainer, plane, inner }, restored))
+    }
+
+    #[cfg(test)]
+    pub fn new(trainer: Box<dyn Trainer>, plane: Arc<Plane>, inner: InnerOptimizer) -> Self {
+        Self { trainer, plane, inner }
+    }
+
+    /// Passes one boundary, in the order of its fields; [`Input::Prepared`] is told before the step begins, so that
+    /// commitments do not wait for it.
+    pub fn pass(&mut self, boundary: &Boundary, tell: &dyn Fn(Input) -> bool) -> Result<Option<StepDone>, Fault> {
+        if let Some(local_step) = boundary.restore {
+            self.plane.spool.flush().map_err(|error| spool_fault(&error))?;
+            let elements = self.trainer.plan().total_elements() as usize;
+            let state = self.plane.spool.state(local_step, elements).map_err(|error| spool_fault(&error))?;
+            self.trainer.restore(&state).map_err(|error| train_fault(&error))?;
+        }
+        for (fragment, version) in &boundary.apply {
+            let values = self.plane.keyframes.load(*fragment, *version).map_err(|error| Fault::Broken(error.to_string()))?;
+            self.trainer.apply(usize::from(*fragment), &values).map_err(|error| train_fault(&error))?;
+            self.plane.keyframes.retire(*fragment, *version);
+        }
+        let snapshot = match &boundary.snapshot {
+            Some(order) => Some(self.snapshot(order.local_step, order.versions.clone())?),
+            None => None,
+        };
+        let mut exported = Vec::new();
+        let mut fault = None;
+        for order in &boundary.export {
+            match self.export(order) {
+                Ok(done) => exported.push(done),
+                Err(error) => {
+                    fault = Some(error);
+                    break;
+                }
+            }
+        }
+        tell(Input::Prepared { number: boundary.number, snapshot, exported });
+        match (fault, &boundary.step) {
+            (Some(fault), _) => Err(fault),
+            (None, Some(step)) => self.step(step).map(Some),
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn snapshot(&mut self, local_step: u64, versions: Vec<u64>) -> Result<Digest, Fault> {
+        let bytes = self.trainer.state().map_err(|error| train_fault(&error))?.to_bytes();
+        // The bytes end with their own digest, which is that of the state.
+        let digest = bytes.last_chunk::<32>().map_or(Digest::ZERO, |digest| Digest(*digest));
+        self.plane.spool.put_state(local_step, versions, bytes).map_err(|error| spool_fault(&error))?;
+        Ok(digest)
+    }
+
+    /// Θ̂ of the base version minus the learner's weights, encoded.
+    fn export(&mut self, order: &Export) -> Result<Exported, Fault> {
+        let plane = &self.plane;
+        let base = plane.keyframes.load(order.fragment, order.base_version).map_err(|error| Fault::Broken(error.to_string()))?;
+        let mut change = self.trainer.export(usize::from(order.fragment)).map_err(|error| train_fault(&error))?;
+        for (value, base) in change.iter_mut().zip(&base) {
+            *value = base - *value;
+        }
+        let header = PayloadHeader::bf16(plane.keyframes.plan(), plane.keyframes.plan_digest(), usize::from(order.fragment), order.base_version);
+        let payload = codec::encode(&header, &change).map_err(|error| match error {
+            CodecError::NotFinite { .. } => Fault::NotFinite,
+            error => Fault::Broken(error.to_string()),
+        })?;
+        let Committed { length, sha256, blake3 } = Committed::of(&payload);
+        plane.payloads.insert(order.t, payload.into());
+        plane.spool.put_export(order.t, order.start_step, order.local_step).map_err(|error| spool_fault(&error))?;
+        Ok(Exported { t: order.t, length, sha256, blake3 })
+    }
+
+    fn step(&mut self, order: &Step) -> Result<StepDone, Fault> {
+        let missing = || Fault::Broken(format!("the rows of step {} of lease {} are not here", order.lease_step, order.lease));
+        let rows = self.plane.tokens.get(order.lease).and_then(|lease| lease.step(order.lease_step)).ok_or_else(missing)?;
+        let batch = Batch { tokens: &rows.tokens, rows: rows.rows, row_tokens: rows.row_tokens };
+        let begun = Instant::now();
+        let report = self.trainer.step(&batch, &hyper(&self.inner, order.lr), None, true).map_err(|error| train_fault(&error))?;
+        let loss = micro_nats(report.loss);
+        let opened = OpenedStep {
+            local_step: order.local_step,
+            lease: order.lease,
+            lease_step: order.lease_step,
+            applied: order.applied.clone(),
+            loss,
+        };
+        self.plane.spool.put_step(opened, report.routes.unwrap_or_default()).map_err(|error| spool_fault(&error))?;
+        let step_ms = u32::try_from(begun.elapsed().as_millis()).unwrap_or(u32::MAX);
+        Ok(StepDone { loss, tokens: report.tokens, step_ms })
+    }
+}
+
+/// Optimizer settings of a step with learning rate `lr`: the same arithmetic as a validator's replay, to the last bit.
+pub fn hyper(inner: &InnerOptimizer, lr: f64) -> Hyper {
+    let ppm = |value: u32| f64::from(value) / PPM as f64;
+    Hyper {
+        lr,
+        beta1: ppm(inner.beta1_ppm),
+        beta2: ppm(inner.beta2_ppm),
+        eps: inner.eps_pico as f64 * 1e-12,
+        weight_decay: ppm(inner.weight_decay_ppm),
+        clip_norm: inner.clip_norm_ppm as f64 / PPM as f64,
+    }
+}
+
+fn train_fault(error: &TrainError) -> Fault {
+    match error {
+        TrainError::NotFinite { .. } => Fault::NotFinite,
+        TrainError::Torch(text) if OUT_OF_MEMORY.iter().any(|mark| text.contains(mark)) => Fault::OutOfMemory,
+        error => Fault::Broken(error.to_string()),
+    }
+}
+
+fn spool_fault(error: &SpoolError) -> Fault {
+    if error.is_disk_full() { Fault::DiskFull } else { Fault::Broken(error.to_string()) }
+}

@@ -1,0 +1,336 @@
+//! Learners: sessions, leases of rows, jobs and grants.
+
+use protocol::documents::{Job, LearnerState, Lease, Progress, RunState};
+use protocol::lease::LeaseRows;
+use protocol::{AccountId, Digest, Reason};
+use serde::{Deserialize, Serialize};
+
+use super::{Effect, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want};
+
+/// Steps before the end of a learner's last lease at which it gets the next one.
+const LEASE_AHEAD_STEPS: u32 = 16;
+/// Ended leases that are kept for audits, for each learner.
+const LEASES_KEPT: usize = 6;
+/// A lease that nobody finishes ends after so many times the time it should take.
+const LEASE_DEADLINE_FACTOR: u64 = 20;
+
+/// What the orchestrator knows about a slot that has spoken.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Learner {
+    pub worker: String,
+    pub session_epoch: u64,
+    pub state: LearnerState,
+    pub live: bool,
+    pub seen_ms: u64,
+    pub local_step: u64,
+    pub step_ms: u32,
+    pub loss: i64,
+    pub lease: u64,
+    pub lease_step: u32,
+    /// Leases held now, oldest first.
+    pub leases: Vec<u64>,
+    /// Fragment versions applied, and steps since.
+    pub fragments: Vec<(u64, u32)>,
+    pub contributions: u64,
+    pub last_reason: Reason,
+    pub job_dirty: bool,
+    pub grants_dirty: bool,
+    pub pull_grants_ms: u64,
+}
+
+/// A lease and how far it got.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LeaseRecord {
+    pub lease: Lease,
+    pub slot: Slot,
+    /// Steps covered by commitments that are stored write-once.
+    pub evidence: u32,
+    /// Steps that the learner reported.
+    pub reported: u32,
+    pub ended: bool,
+}
+
+impl Learner {
+    fn new(record: &Progress, now_ms: u64) -> Self {
+        Self {
+            worker: record.worker.clone(),
+            session_epoch: record.session_epoch,
+            state: record.state,
+            live: true,
+            seen_ms: now_ms,
+            local_step: record.local_step,
+            step_ms: 0,
+            loss: record.loss,
+            lease: 0,
+            lease_step: 0,
+            leases: Vec::new(),
+            fragments: Vec::new(),
+            contributions: 0,
+            last_reason: Reason::None,
+            job_dirty: true,
+            grants_dirty: true,
+            pull_grants_ms: 0,
+        }
+    }
+
+    pub fn is_training(&self) -> bool {
+        self.live && self.state == LearnerState::Training
+    }
+}
+
+impl Orchestrator {
+    pub(super) fn on_progress(&mut self, slot: Slot, id: Digest, record: Progress) {
+        let now_ms = self.volatile.now_ms;
+        if slot.1 != record.slot || !self.guests.iter().any(|guest| guest.hotkey == slot.0 && !guest.validator) {
+            return;
+        }
+        match self.learners.get(&slot) {
+            Some(learner) if record.session_epoch < learner.session_epoch => return,
+            Some(learner) if record.session_epoch == learner.session_epoch => {}
+            known => {
+                let contributions = known.map_or(0, |learner| learner.contributions);
+                self.end_leases(slot);
+                self.withdraw_offers(slot);
+                let learner = Learner { contributions, ..Learner::new(&record, now_ms) };
+                self.learners.insert(slot, learner);
+            }
+        }
+        let Some(learner) = self.learners.get_mut(&slot) else { return };
+        if record.local_step > learner.local_step && record.step_ms > 0 {
+            self.timing.add_step(u64::from(record.step_ms));
+        }
+        learner.seen_ms = now_ms;
+        learner.live = record.state != LearnerState::Draining;
+        learner.state = record.state;
+        learner.worker = record.worker.clone();
+        learner.local_step = record.local_step;
+        learner.step_ms = record.step_ms;
+        learner.loss = record.loss;
+        learner.fragments = record.fragments.iter().map(|fragment| (fragment.version, fragment.steps)).collect();
+        if learner.leases.contains(&record.lease) {
+            learner.lease = record.lease;
+            learner.lease_step = record.lease_step;
+        }
+        let live = learner.live;
+        if let Some(lease) = self.leases.get_mut(&record.lease)
+            && lease.slot == slot
+        {
+            lease.reported = lease.reported.max(record.lease_step.min(lease.lease.steps));
+        }
+        if live {
+            self.extend_leases(slot);
+        } else {
+            self.end_leases(slot);
+        }
+        self.on_commitments(slot, id, &record);
+        self.on_openings(slot, &record);
+    }
+
+    /// A learner whose record is older than the run allows is gone: its leases end, its rows return.
+    pub(super) fn expire_learners(&mut self) {
+        let (now_ms, ttl_ms) = (self.volatile.now_ms, self.parameters().learner_ttl_ms);
+        let gone: Vec<Slot> = self
+            .learners
+            .iter()
+            .filter(|(_, learner)| learner.live && now_ms > learner.seen_ms + ttl_ms)
+            .map(|(slot, _)| *slot)
+            .collect();
+        for slot in gone {
+            self.end_leases(slot);
+            if let Some(learner) = self.learners.get_mut(&slot) {
+                learner.live = false;
+                learner.last_reason = Reason::Stale;
+                tracing::info!(hotkey = %slot.0.short(), slot = slot.1, "learner is gone, its rows return");
+            }
+        }
+    }
+
+    /// Ends leases that are used up, and gives out the next one when the last runs low.
+    fn extend_leases(&mut self, slot: Slot) {
+        let Some(learner) = self.learners.get(&slot) else { return };
+        let (held, current) = (learner.leases.clone(), learner.lease);
+        for lease in held.iter().filter(|lease| **lease < current) {
+            self.end_lease(*lease, true);
+        }
+        let last = held.last().and_then(|id| self.leases.get(id)).map(|record| (record.lease.clone(), record.reported));
+        let runs_low = last.as_ref().is_none_or(|(lease, reported)| reported + LEASE_AHEAD_STEPS >= lease.steps);
+        let unfinished = held.iter().filter(|lease| **lease >= current).count();
+        if !runs_low || unfinished >= 2 || self.state != RunState::Open {
+            return;
+        }
+        let schedule_start = match &last {
+            Some((lease, _)) => lease.schedule_start + u64::from(lease.steps),
+            None => protocol::schedule::run_step(self.parameters(), self.next_t),
+        };
+        self.grant_lease(slot, schedule_start);
+    }
+
+    fn grant_lease(&mut self, slot: Slot, schedule_start: u64) {
+        let (steps, batch_rows) = (self.parameters().lease_steps, self.parameters().batch_rows);
+        let id = self.next_lease;
+        let rows = self.ledger.lease(id, u64::from(steps) * u64::from(batch_rows));
+        let count: u64 = rows.iter().map(protocol::documents::RowRange::rows).sum();
+        let steps = (count / u64::from(batch_rows)) as u32;
+        let Some(learner) = self.learners.get_mut(&slot) else { return };
+        if steps == 0 {
+            self.ledger.end_lease(id, rows.iter().flat_map(|range| (range.start..range.end).map(|row| (range.shard.as_str(), row))), 0, 0);
+            learner.last_reason = Reason::NoWork;
+            return;
+        }
+        self.next_lease += 1;
+        let epoch = learner.session_epoch;
+        let step_ms = self.timing.step_ms().max(1_000);
+        let lease = Lease {
+            id,
+            rows,
+            seed: Digest::derive("quasar/v1/data", &[&self.setup.run.0, &slot.0.0, &[slot.1], &epoch.to_le_bytes(), &id.to_le_bytes()]),
+            batch_rows,
+            steps,
+            schedule_start,
+            deadline_ms: self.volatile.now_ms + u64::from(steps) * step_ms * LEASE_DEADLINE_FACTOR,
+        };
+        learner.leases.push(id);
+        learner.job_dirty = true;
+        learner.grants_dirty = true;
+        self.leases.insert(id, LeaseRecord { lease, slot, evidence: 0, reported: 0, ended: false });
+    }
+
+    fn end_leases(&mut self, slot: Slot) {
+        let held = self.learners.get(&slot).map(|learner| learner.leases.clone()).unwrap_or_default();
+        for lease in held {
+            self.end_lease(lease, false);
+        }
+    }
+
+    /// Books the rows of a lease: all done where the learner went on to the next, else what commitments prove; what was reported
+    /// beyond is lost, the rest returns.
+    fn end_lease(&mut self, id: u64, complete: bool) {
+        let Some(record) = self.leases.get_mut(&id) else { return };
+        let slot = record.slot;
+        if !record.ended {
+            record.ended = true;
+            let batch = u64::from(record.lease.batch_rows);
+            let done = if complete { record.lease.steps } else { record.evidence };
+            let lost = record.reported.saturating_sub(done);
+            let rows = LeaseRows::of(&record.lease);
+            let taken: Vec<(String, u64)> =
+                (0..record.lease.steps).flat_map(|step| rows.step(step)).map(|row| (row.shard.to_owned(), row.row)).collect();
+            let leftover = leftover_rows(&record.lease, &taken);
+            let order = taken.iter().chain(&leftover).map(|(shard, row)| (shard.as_str(), *row));
+            self.ledger.end_lease(id, order, u64::from(done) * batch, u64::from(lost) * batch);
+        }
+        if let Some(learner) = self.learners.get_mut(&slot) {
+            learner.leases.retain(|lease| *lease != id);
+            learner.job_dirty = true;
+        }
+        let ended: Vec<u64> = self.leases.iter().filter(|(_, record)| record.slot == slot && record.ended).map(|(id, _)| *id).collect();
+        for id in ended.iter().take(ended.len().saturating_sub(LEASES_KEPT)) {
+            self.leases.remove(id);
+        }
+    }
+
+    /// Publishes jobs and grants that changed or grow old.
+    pub(super) fn refresh_learners(&mut self) {
+        let now_ms = self.volatile.now_ms;
+        let versions = self.fragment_versions();
+        let slots: Vec<(Slot, bool)> = self
+            .guests
+            .iter()
+            .flat_map(|guest| {
+                let slots = if guest.validator { 1 } else { self.setup.parameters.slots };
+                (0..slots).map(|slot| ((guest.hotkey, slot), guest.validator))
+            })
+            .collect();
+        for (slot, validator) in slots {
+            self.refresh_standing(slot, validator, &versions, now_ms);
+        }
+        let due: Vec<Slot> = self.learners.iter().filter(|(_, learner)| learner.live).map(|(slot, _)| *slot).collect();
+        for slot in due {
+            self.refresh_job(slot);
+            self.refresh_pull_grants(slot, now_ms);
+        }
+    }
+
+    fn refresh_standing(&mut self, slot: Slot, validator: bool, versions: &[u64], now_ms: u64) {
+        let learner = self.learners.get(&slot);
+        let live = validator || learner.is_some_and(|learner| learner.live);
+        let session_epoch = learner.map_or(0, |learner| learner.session_epoch);
+        let mark = self.standing.entry(slot).or_default();
+        let outrun = live && versions.iter().zip(&mark.versions).any(|(now, then)| *now >= then + VERSIONS_AHEAD / 2);
+        let due = mark.published_ms == 0 || now_ms >= mark.published_ms + STANDING_REFRESH_MS || mark.live != live || mark.session_epoch != session_epoch || outrun;
+        if !due {
+            return;
+        }
+        *mark = StandingMark { published_ms: now_ms.max(1), live, session_epoch, versions: versions.to_vec() };
+        let revision = self.next_revision();
+        let release = self.setup.release.release.clone();
+        self.emit(Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions: versions.to_vec(), release });
+    }
+
+    fn refresh_job(&mut self, slot: Slot) {
+        let Some(learner) = self.learners.get_mut(&slot) else { return };
+        if !std::mem::take(&mut learner.job_dirty) {
+            return;
+        }
+        let (session_epoch, held) = (learner.session_epoch, learner.leases.clone());
+        let leases = held.iter().filter_map(|id| self.leases.get(id)).map(|record| record.lease.clone()).collect();
+        let revision = self.next_revision();
+        self.emit(Effect::PublishJob { revision, job: Box::new(Job { hotkey: slot.0, slot: slot.1, session_epoch, leases }) });
+    }
+
+    fn refresh_pull_grants(&mut self, slot: Slot, now_ms: u64) {
+        let Some(learner) = self.learners.get_mut(&slot) else { return };
+        if !std::mem::take(&mut learner.grants_dirty) && now_ms < learner.pull_grants_ms + PULL_GRANTS_REFRESH_MS {
+            return;
+        }
+        learner.pull_grants_ms = now_ms;
+        let session_epoch = learner.session_epoch;
+        let mut shards: Vec<String> = learner
+            .leases
+            .iter()
+            .filter_map(|id| self.leases.get(id))
+            .flat_map(|record| record.lease.rows.iter().map(|range| range.shard.clone()))
+            .collect();
+        shards.sort();
+        shards.dedup();
+        let mut wants: Vec<Want> = shards.into_iter().map(|shard| Want::Read { key: Key::Shard(shard) }).collect();
+        wants.extend(self.payload_wants(slot));
+        wants.extend(self.opening_wants(slot));
+        let revision = self.next_revision();
+        self.emit(Effect::PublishPullGrants { revision, slot, session_epoch, wants });
+    }
+
+    /// Leases of `slot` that an audit of its recent work may need.
+    pub(super) fn leases_of(&self, slot: Slot) -> Vec<Lease> {
+        self.leases.values().filter(|record| record.slot == slot).map(|record| record.lease.clone()).collect()
+    }
+
+    /// Learners that train: those a pull can expect an answer from.
+    pub(super) fn training(&self) -> impl Iterator<Item = (&(AccountId, u8), &Learner)> {
+        self.learners.iter().filter(|(_, learner)| learner.is_training())
+    }
+}
+
+/// Rows of a lease beyond its last full batch.
+fn leftover_rows(lease: &Lease, taken: &[(String, u64)]) -> Vec<(String, u64)> {
+    let total: u64 = lease.rows.iter().map(protocol::documents::RowRange::rows).sum();
+    if taken.len() as u64 == total {
+        return Vec::new();
+    }
+    let taken: std::collections::BTreeSet<&(String, u64)> = taken.iter().collect();
+    lease
+        .rows
+        .iter()
+        .flat_map(|range| (range.start..range.end).map(|row| (range.shard.clone(), row)))
+        .filter(|row| !taken.contains(row))
+        .collect()
+}
+
+/// The standing grants that a slot has.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct StandingMark {
+    pub published_ms: u64,
+    pub live: bool,
+    pub session_epoch: u64,
+    pub versions: Vec<u64>,
+}

@@ -1,0 +1,400 @@
+//! Pulls: opened on schedule, answered by commitments, closed by quorum and grace, merged from a tape.
+
+use std::collections::BTreeMap;
+
+use protocol::documents::{Commitment, Contribution, MergeManifest, Progress, RunState, Tape, TapeInput};
+use protocol::schedule::{self, Work};
+use protocol::{Digest, Reason};
+use serde::{Deserialize, Serialize};
+
+use super::{Effect, Key, Orchestrator, Slot, Want};
+
+/// Before the first pull of a run, learners are waited for until the quorum of the run manifest stands.
+const STEP_MS_SHARE_MIN: u64 = 4;
+/// Committed payloads that are on their way are waited for, after the quorum, for so many steps.
+const UPLOAD_GRACE_STEPS: u64 = 2;
+/// Manifests are kept for audits of so many cycles.
+const CYCLES_KEPT: u64 = 4;
+
+/// A pull from its opening to its merge.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct OpenPull {
+    pub fragment: u16,
+    pub version: u64,
+    pub opened_ms: u64,
+    pub deadline_ms: u64,
+    pub quorum_ms: Option<u64>,
+    pub closed_ms: u64,
+    pub offers: BTreeMap<Slot, Offer>,
+    pub stage: PullStage,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PullStage {
+    Open,
+    /// The tape is being written.
+    Taping(Tape),
+    /// The tape lies in the bucket.
+    Merging(Tape),
+}
+
+/// One learner's answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Offer {
+    pub commitment: Commitment,
+    /// Envelope of the commitment.
+    pub id: Digest,
+    pub stage: OfferStage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OfferStage {
+    /// Its evidence is being stored.
+    Committed,
+    /// An upload grant is out.
+    Granted,
+    Checking,
+    Accepted,
+    Rejected(Reason),
+}
+
+impl OpenPull {
+    fn accepted(&self) -> usize {
+        self.offers.values().filter(|offer| offer.stage == OfferStage::Accepted).count()
+    }
+
+    fn pending(&self) -> bool {
+        self.offers.values().any(|offer| matches!(offer.stage, OfferStage::Committed | OfferStage::Granted | OfferStage::Checking))
+    }
+}
+
+impl Orchestrator {
+    /// Opens the next pull when the schedule allows: at most τ + 1 at once, none on a fragment whose last one is still open, and
+    /// not before H ξ / P after the last one.
+    pub(super) fn open_pulls(&mut self) {
+        if self.state != RunState::Open {
+            return;
+        }
+        let now_ms = self.volatile.now_ms;
+        let fragments = self.parameters().fragments;
+        let fragment = schedule::fragment_of(self.next_t, fragments);
+        let interval = schedule::pull_interval_ms(self.parameters(), self.timing.step_ms());
+        let cycles = self.parameters().cycles;
+        let version = self.fragments[usize::from(fragment)].version;
+        if cycles > 0 && version >= cycles {
+            // Only fragments that missed a merge still lack one: the others are passed over.
+            if self.fragments.iter().any(|fragment| fragment.version < cycles) {
+                self.close_step(self.next_t);
+                self.next_t += 1;
+                self.head_dirty = true;
+            }
+            return;
+        }
+        let eligible = self.training().filter(|(_, learner)| learner.local_step > 0).count();
+        let needed = if self.next_t == 0 { usize::from(self.parameters().quorum_min) } else { 1 };
+        if self.pulls.len() > usize::from(self.parameters().overlap)
+            || self.pulls.values().any(|pull| pull.fragment == fragment)
+            || now_ms < self.last_pull_ms + interval
+            || eligible < needed
+        {
+            return;
+        }
+        self.last_pull_ms = now_ms;
+        let pull = OpenPull {
+            fragment,
+            version,
+            opened_ms: now_ms,
+            deadline_ms: now_ms + self.parameters().pull_deadline_ms,
+            quorum_ms: None,
+            closed_ms: 0,
+            offers: BTreeMap::new(),
+            stage: PullStage::Open,
+        };
+        self.pulls.insert(self.next_t, pull);
+        self.next_t += 1;
+        self.head_dirty = true;
+    }
+
+    /// Takes up new commitments and finished uploads of a record.
+    pub(super) fn on_commitments(&mut self, slot: Slot, id: Digest, record: &Progress) {
+        for commitment in &record.commitments {
+            self.on_commitment(slot, id, commitment);
+        }
+        for t in &record.uploaded {
+            let Some(offer) = self.pulls.get_mut(t).and_then(|pull| pull.offers.get_mut(&slot)) else { continue };
+            if offer.stage == OfferStage::Granted {
+                offer.stage = OfferStage::Checking;
+                let commitment = offer.commitment.clone();
+                self.emit(Effect::CheckPayload { slot, t: *t, commitment });
+            }
+        }
+    }
+
+    fn on_commitment(&mut self, slot: Slot, id: Digest, commitment: &Commitment) {
+        let Some(pull) = self.pulls.get(&commitment.t) else { return };
+        if pull.stage != PullStage::Open || pull.offers.contains_key(&slot) {
+            return;
+        }
+        let reason = self.refusal(slot, pull, commitment);
+        let stage = if reason == Reason::None { OfferStage::Committed } else { OfferStage::Rejected(reason) };
+        if reason != Reason::None {
+            self.note(slot, reason);
+        }
+        let t = commitment.t;
+        let Some(pull) = self.pulls.get_mut(&t) else { return };
+        pull.offers.insert(slot, Offer { commitment: commitment.clone(), id, stage });
+        if stage == OfferStage::Committed {
+            self.emit(Effect::StoreCommitment { slot, t, id });
+        }
+    }
+
+    /// Why a commitment does not count; [`Reason::None`] if it does.
+    fn refusal(&self, slot: Slot, pull: &OpenPull, commitment: &Commitment) -> Reason {
+        let fragment = &self.fragments[usize::from(pull.fragment)];
+        if commitment.fragment != pull.fragment || commitment.steps == 0 {
+            return Reason::UnknownPull;
+        }
+        if commitment.base_version > pull.version || commitment.base_version + 1 < pull.version {
+            return Reason::StaleBase;
+        }
+        if commitment.length != fragment.payload_length {
+            return Reason::LengthMismatch;
+        }
+        match self.leases.get(&commitment.lease) {
+            Some(lease) if lease.slot == slot && commitment.lease_step <= lease.lease.steps => Reason::None,
+            _ => Reason::NoLease,
+        }
+    }
+
+    fn note(&mut self, slot: Slot, reason: Reason) {
+        if let Some(learner) = self.learners.get_mut(&slot) {
+            learner.last_reason = reason;
+        }
+    }
+
+    pub(super) fn on_commitment_stored(&mut self, slot: Slot, t: u64, id: Digest) {
+        let Some(offer) = self.pulls.get_mut(&t).and_then(|pull| pull.offers.get_mut(&slot)) else { return };
+        if offer.stage != OfferStage::Committed {
+            return;
+        }
+        offer.id = id;
+        offer.stage = OfferStage::Granted;
+        let (lease, step) = (offer.commitment.lease, offer.commitment.lease_step);
+        if let Some(record) = self.leases.get_mut(&lease) {
+            record.evidence = record.evidence.max(step.min(record.lease.steps));
+        }
+        if let Some(learner) = self.learners.get_mut(&slot) {
+            learner.grants_dirty = true;
+        }
+    }
+
+    pub(super) fn on_payload_checked(&mut self, slot: Slot, t: u64, outcome: Reason) {
+        let Some(offer) = self.pulls.get_mut(&t).and_then(|pull| pull.offers.get_mut(&slot)) else { return };
+        if offer.stage != OfferStage::Checking {
+            return;
+        }
+        offer.stage = if outcome == Reason::None { OfferStage::Accepted } else { OfferStage::Rejected(outcome) };
+        if outcome != Reason::None {
+            self.note(slot, outcome);
+        }
+    }
+
+    /// What is missing in the grants of `slot`: uploads of commitments whose evidence is stored.
+    pub(super) fn payload_wants(&self, slot: Slot) -> Vec<Want> {
+        self.pulls
+            .iter()
+            .filter_map(|(t, pull)| pull.offers.get(&slot).map(|offer| (*t, offer)))
+            .filter(|(_, offer)| offer.stage == OfferStage::Granted)
+            .map(|(t, offer)| Want::WriteOnce { key: Key::Payload { slot, t }, length: offer.commitment.length, sha256: offer.commitment.sha256 })
+            .collect()
+    }
+
+    /// A new session answers for itself: what the old one did not finish is dropped, what was accepted stays.
+    pub(super) fn withdraw_offers(&mut self, slot: Slot) {
+        for pull in self.pulls.values_mut() {
+            if pull.offers.get(&slot).is_some_and(|offer| offer.stage != OfferStage::Accepted) && pull.stage == PullStage::Open {
+                pull.offers.remove(&slot);
+            }
+        }
+    }
+
+    /// Closes pulls that have everything, whose grace is over, or whose deadline has passed.
+    pub(super) fn close_pulls(&mut self) {
+        let now_ms = self.volatile.now_ms;
+        let eligible = self.training().count();
+        let quorum = schedule::quorum(self.parameters().quorum_min, eligible).max(1);
+        let step_ms = self.timing.step_ms();
+        let mut closing = Vec::new();
+        let mut quorums = Vec::new();
+        for (t, pull) in &mut self.pulls {
+            if pull.stage != PullStage::Open {
+                continue;
+            }
+            let accepted = pull.accepted();
+            if accepted >= quorum && pull.quorum_ms.is_none() {
+                pull.quorum_ms = Some(now_ms);
+                quorums.push(now_ms - pull.opened_ms);
+            }
+            let complete = accepted >= eligible.max(1) && !pull.pending();
+            let grace_over = pull.quorum_ms.is_some_and(|quorum_ms| {
+                let grace = schedule::grace_ms(&self.setup.parameters, step_ms, quorum_ms - pull.opened_ms, self.timing.sync_ms());
+                let uploads = if pull.pending() { UPLOAD_GRACE_STEPS * step_ms } else { 0 };
+                now_ms >= quorum_ms + grace.max(uploads)
+            });
+            if complete || grace_over || now_ms >= pull.deadline_ms {
+                closing.push(*t);
+            }
+        }
+        for quorum_ms in quorums {
+            self.timing.add_quorum(quorum_ms);
+        }
+        for t in closing {
+            self.close_pull(t);
+        }
+    }
+
+    fn close_pull(&mut self, t: u64) {
+        let now_ms = self.volatile.now_ms;
+        let block = self.block;
+        let tokens_per_step = u64::from(self.parameters().batch_rows) * u64::from(self.parameters().sequence_length);
+        let step_ms_min = self.timing.step_ms() / STEP_MS_SHARE_MIN;
+        let Some(pull) = self.pulls.get_mut(&t) else { return };
+        let fragment = &self.fragments[usize::from(pull.fragment)];
+        let elapsed_ms = now_ms.saturating_sub(fragment.published_ms);
+        let mut inputs = Vec::new();
+        let mut work = Vec::new();
+        for ((hotkey, slot), offer) in pull.offers.iter().filter(|(_, offer)| offer.stage == OfferStage::Accepted) {
+            let steps = schedule::counted_steps(offer.commitment.steps, u32::MAX, elapsed_ms, step_ms_min);
+            let tokens = u64::from(steps) * tokens_per_step;
+            work.push(Work { tokens, versions_behind: pull.version - offer.commitment.base_version });
+            inputs.push(TapeInput {
+                hotkey: *hotkey,
+                slot: *slot,
+                commitment: offer.id,
+                payload: offer.commitment.blake3,
+                length: offer.commitment.length,
+                base_version: offer.commitment.base_version,
+                steps,
+                tokens,
+                weight_ppm: 0,
+            });
+        }
+        for (input, weight_ppm) in inputs.iter_mut().zip(schedule::merge_weights(&work)) {
+            input.weight_ppm = weight_ppm;
+        }
+        let tape = Tape { t, fragment: pull.fragment, base_version: pull.version, base_state: fragment.state, block, inputs };
+        pull.closed_ms = now_ms;
+        pull.stage = PullStage::Taping(tape.clone());
+        self.head_dirty = true;
+        self.emit(Effect::WriteTape { tape: Box::new(tape) });
+    }
+
+    /// The tape in the bucket fixes the merge, also where an earlier process wrote another one.
+    pub(super) fn on_tape_written(&mut self, tape: Tape) {
+        let Some(pull) = self.pulls.get_mut(&tape.t) else { return };
+        if !matches!(pull.stage, PullStage::Taping(_)) {
+            return;
+        }
+        pull.stage = PullStage::Merging(tape.clone());
+        self.emit_merge(tape);
+    }
+
+    fn emit_merge(&mut self, tape: Tape) {
+        let Some(pull) = self.pulls.get(&tape.t) else { return };
+        let rejected = pull
+            .offers
+            .iter()
+            .filter(|((hotkey, slot), _)| !tape.inputs.iter().any(|input| input.hotkey == *hotkey && input.slot == *slot))
+            .map(|((hotkey, slot), offer)| Contribution {
+                hotkey: *hotkey,
+                slot: *slot,
+                commitment: offer.id,
+                payload: offer.commitment.blake3,
+                base_version: offer.commitment.base_version,
+                steps: offer.commitment.steps,
+                tokens: 0,
+                weight_ppm: 0,
+                norm: 0,
+                clip_ppm: 0,
+                cosine_ppm: 0,
+                outcome: match offer.stage {
+                    OfferStage::Rejected(reason) => reason,
+                    OfferStage::Committed | OfferStage::Granted => Reason::NotUploaded,
+                    OfferStage::Checking | OfferStage::Accepted => Reason::Late,
+                },
+            })
+            .collect();
+        let fragment = &self.fragments[usize::from(tape.fragment)];
+        let previous_keyframe = (fragment.keyframe, fragment.keyframe_length);
+        self.emit(Effect::Merge { tape: Box::new(tape), rejected, previous_keyframe });
+    }
+
+    pub(super) fn on_merged(&mut self, manifest: MergeManifest, keyframe_length: u64) {
+        let now_ms = self.volatile.now_ms;
+        let Some(pull) = self.pulls.remove(&manifest.t) else { return };
+        self.timing.add_sync(now_ms.saturating_sub(pull.closed_ms));
+        let fragment = &mut self.fragments[usize::from(manifest.fragment)];
+        debug_assert_eq!(fragment.version, manifest.base_version, "versions move one by one");
+        if manifest.version > manifest.base_version {
+            fragment.version = manifest.version;
+            fragment.keyframe = manifest.keyframe;
+            fragment.keyframe_length = keyframe_length;
+            fragment.state = manifest.state;
+            fragment.published_ms = now_ms;
+            self.merges += 1;
+        } else {
+            self.empty_merges += 1;
+        }
+        for contribution in &manifest.contributions {
+            let slot = (contribution.hotkey, contribution.slot);
+            let Some(learner) = self.learners.get_mut(&slot) else { continue };
+            learner.grants_dirty = true;
+            learner.last_reason = contribution.outcome;
+            if contribution.outcome == Reason::None {
+                learner.contributions += 1;
+            }
+        }
+        let (accepted, tokens) = manifest.accepted().fold((0, 0), |(count, tokens), contribution| (count + 1, tokens + contribution.tokens));
+        self.contributions += accepted;
+        self.tokens += tokens / u64::from(self.parameters().fragments);
+        self.close_step(manifest.t);
+        self.manifests.insert(manifest.t, manifest);
+        let kept_from = self.closed_below.saturating_sub(CYCLES_KEPT * u64::from(self.parameters().fragments));
+        self.manifests = self.manifests.split_off(&kept_from.min(self.audit_cycle * u64::from(self.setup.parameters.fragments)));
+        self.head_dirty = true;
+    }
+
+    fn close_step(&mut self, t: u64) {
+        self.closed.insert(t);
+        while self.closed.remove(&self.closed_below) {
+            self.closed_below += 1;
+        }
+    }
+
+    /// Asks again for what each open pull waits for.
+    pub(super) fn resume_pulls(&mut self) {
+        let mut effects = Vec::new();
+        let mut merges = Vec::new();
+        for (t, pull) in &self.pulls {
+            match &pull.stage {
+                PullStage::Open => {
+                    for (slot, offer) in &pull.offers {
+                        match offer.stage {
+                            OfferStage::Committed => effects.push(Effect::StoreCommitment { slot: *slot, t: *t, id: offer.id }),
+                            OfferStage::Checking => effects.push(Effect::CheckPayload { slot: *slot, t: *t, commitment: offer.commitment.clone() }),
+                            OfferStage::Granted | OfferStage::Accepted | OfferStage::Rejected(_) => {}
+                        }
+                    }
+                }
+                PullStage::Taping(tape) => effects.push(Effect::WriteTape { tape: Box::new(tape.clone()) }),
+                PullStage::Merging(tape) => merges.push(tape.clone()),
+            }
+        }
+        for effect in effects {
+            self.emit(effect);
+        }
+        for tape in merges {
+            self.emit_merge(tape);
+        }
+    }
+}

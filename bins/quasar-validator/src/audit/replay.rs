@@ -1,0 +1,210 @@
+//! The replay: the opened segment, trained once more from its committed start with the leased rows, the signed schedule and
+//! the recorded expert choices, must end in the payload that was uploaded.
+
+use bytes::Bytes;
+use fragments::codec;
+use model::{Batch, Hyper, Routes, StateError, TrainError, Trainer, TrainerState};
+use protocol::documents::{InnerOptimizer, Lease, Measurements, OpenedStep, OpeningManifest, PPM, VerdictResult, micro_nats};
+use protocol::envelope::{Expect, open_stored};
+use protocol::lease::LeaseRows;
+use protocol::{Reason, steps};
+
+use super::artifact::{self, Artifact};
+use super::{Evidence, Finding, Opening, RowRef, Rules, Sources, Subject, loss};
+
+/// Between tolerance and this many tolerances nothing is proved: another machine may round differently.
+const INCONCLUSIVE_FACTOR: i64 = 3;
+
+/// Replays the segment and compares. `Ok` = within the tolerance.
+#[expect(clippy::too_many_arguments, reason = "an audit looks at all of this; a struct of it would be made for this call alone")]
+pub fn test(
+    subject: &Subject,
+    evidence: &Evidence,
+    opening: &Opening,
+    rules: &Rules<'_>,
+    sources: &dyn Sources,
+    artifact: &Artifact,
+    base: &[f32],
+    trainer: &mut dyn Trainer,
+    measured: &mut Measurements,
+) -> Result<(), Finding> {
+    let segment = Segment::open(subject, opening, rules, artifact)?;
+    let batches = batches(&segment.manifest.steps, evidence, rules, artifact)?;
+    let fragment = usize::from(subject.fragment);
+    trainer.restore(&segment.state).map_err(of_miner)?;
+    let mut start = trainer.export(fragment)?;
+    for (number, ((step, routes), batch)) in segment.manifest.steps.iter().zip(&segment.routes).zip(&batches).enumerate() {
+        // What was applied before the first step is inside the committed state.
+        for (other, version) in step.applied.iter().filter(|_| number > 0) {
+            let known = evidence.versions.get(usize::from(*other)).is_some_and(|newest| version <= newest);
+            if !known {
+                return Err(Finding::mismatch(Reason::BadOpening, format!("fragment {other} never had version {version}")));
+            }
+            let values = sources.keyframe(*other, *version)?;
+            trainer.apply(usize::from(*other), &values)?;
+            if *other == subject.fragment {
+                start = values;
+            }
+        }
+        let tokens = sources.rows(&batch.rows)?;
+        let row_tokens = rules.parameters.sequence_length as usize;
+        let input = Batch { tokens: &tokens, rows: batch.rows.len(), row_tokens };
+        let report = trainer.step(&input, &batch.hyper, Some(routes), false).map_err(of_miner)?;
+        let difference = micro_nats(report.loss).saturating_sub(step.loss).saturating_abs();
+        measured.loss_error = if number == 0 { difference } else { measured.loss_error.max(difference) };
+        measured.replayed_steps += 1;
+    }
+    let replayed = trainer.export(fragment)?;
+    let error = error_ppm(subject, rules, artifact, base, &start, &replayed)?;
+    measured.replay_error_ppm = error;
+    let tolerance = i64::from(rules.parameters.audit.replay_tolerance_ppm);
+    let text = format!("replay error {error} ppm, tolerance {tolerance} ppm");
+    if error <= tolerance {
+        Ok(())
+    } else if error <= tolerance.saturating_mul(INCONCLUSIVE_FACTOR) {
+        Err(Finding::new(VerdictResult::Inconclusive, Reason::ReplayMismatch, text))
+    } else {
+        Err(Finding::mismatch(Reason::ReplayMismatch, text))
+    }
+}
+
+/// An opening that is what was committed.
+struct Segment {
+    manifest: OpeningManifest,
+    state: TrainerState,
+    /// One for each step.
+    routes: Vec<Routes>,
+}
+
+impl Segment {
+    fn open(subject: &Subject, opening: &Opening, rules: &Rules<'_>, artifact: &Artifact) -> Result<Self, Finding> {
+        let (selection, commitment) = (&subject.selection, &artifact.commitment);
+        let bad = |note: String| Finding::mismatch(Reason::BadOpening, note);
+        let manifest = open_stored::<OpeningManifest>(&opening.manifest, rules.context, Expect::Account(&selection.hotkey))
+            .map_err(|error| bad(format!("the opening manifest does not open: {error}")))?
+            .document;
+        if manifest.audit != selection.audit || manifest.t != selection.t {
+            return Err(bad("the opening belongs to another audit".into()));
+        }
+        let elements = rules.plan.total_elements() as usize;
+        let state = TrainerState::from_bytes(&opening.state, elements).map_err(|error| bad(format!("the opened state: {error}")))?;
+        let digest = steps::segment_digest(manifest.start_step, &state.digest(), &manifest.versions);
+        if manifest.start_step != commitment.start_step || digest != commitment.start_digest {
+            let note = format!("the opened state is not the one that was committed for step {}", commitment.start_step);
+            return Err(Finding::mismatch(Reason::StartMismatch, note));
+        }
+        let expected = commitment.local_step.checked_sub(commitment.start_step).unwrap_or(0);
+        if expected == 0 || expected > u64::from(rules.parameters.audit.replay_steps) {
+            return Err(bad(format!("the committed segment has {expected} steps, 1 to {} are allowed", rules.parameters.audit.replay_steps)));
+        }
+        let contiguous = manifest.steps.iter().zip(commitment.start_step..).all(|(step, number)| step.local_step == number);
+        if manifest.steps.len() as u64 != expected || !contiguous {
+            return Err(bad(format!("{} steps were opened where {expected} were committed", manifest.steps.len())));
+        }
+        let routes = decode_routes(&opening.routes, manifest.steps.len()).ok_or_else(|| bad("the routes do not decode".into()))?;
+        Ok(Self { manifest, state, routes })
+    }
+}
+
+/// Routes of exactly `count` steps.
+fn decode_routes(bytes: &Bytes, count: usize) -> Option<Vec<Routes>> {
+    let mut rest: &[u8] = bytes;
+    let mut all = Vec::with_capacity(count);
+    for _ in 0..count {
+        let (length, after) = rest.split_first_chunk::<4>()?;
+        let (values, after) = after.split_at_checked((u32::from_le_bytes(*length) as usize).checked_mul(2)?)?;
+        all.push(Routes(values.as_chunks::<2>().0.iter().map(|pair| u16::from_le_bytes(*pair)).collect()));
+        rest = after;
+    }
+    rest.is_empty().then_some(all)
+}
+
+/// What one step trained on and with.
+struct StepInput {
+    rows: Vec<RowRef>,
+    hyper: Hyper,
+}
+
+/// Rows and optimizer settings of every opened step, from the leases that the orchestrator gave.
+fn batches(opened: &[OpenedStep], evidence: &Evidence, rules: &Rules<'_>, artifact: &Artifact) -> Result<Vec<StepInput>, Finding> {
+    let wrong = |note: String| Finding::mismatch(Reason::RowsMismatch, note);
+    let mut current: Option<(&Lease, LeaseRows)> = None;
+    let mut inputs = Vec::with_capacity(opened.len());
+    let mut previous: Option<&OpenedStep> = None;
+    for step in opened {
+        if previous.is_some_and(|before| before.lease == step.lease && before.lease_step >= step.lease_step) {
+            return Err(wrong(format!("step {} takes rows of lease {} a second time", step.local_step, step.lease)));
+        }
+        if current.as_ref().is_none_or(|(lease, _)| lease.id != step.lease) {
+            let lease = evidence.leases.iter().find(|lease| lease.id == step.lease);
+            let lease = lease.ok_or_else(|| wrong(format!("the learner never held lease {}", step.lease)))?;
+            let total = lease.rows.iter().try_fold(0u64, |sum, range| sum.checked_add(range.end.checked_sub(range.start)?));
+            if total.is_none_or(|total| total > loss::LEASE_ROWS_MAX) || lease.batch_rows == 0 {
+                return Err(Finding::not_evaluated(format!("lease {} of the audit order is malformed", lease.id)));
+            }
+            current = Some((lease, LeaseRows::of(lease)));
+        }
+        let Some((lease, rows)) = &current else { unreachable!("set just above") };
+        let rows: Vec<RowRef> = rows.step(step.lease_step).iter().map(|row| RowRef { shard: row.shard.to_owned(), row: row.row }).collect();
+        if step.lease_step >= lease.steps || rows.is_empty() {
+            return Err(wrong(format!("lease {} has no step {}", lease.id, step.lease_step)));
+        }
+        let hyper = hyper(&rules.parameters.inner, lease.schedule_start + u64::from(step.lease_step));
+        inputs.push(StepInput { rows, hyper });
+        previous = Some(step);
+    }
+    let commitment = &artifact.commitment;
+    match opened.last() {
+        Some(last) if last.lease == commitment.lease && last.lease_step >= commitment.lease_step => {
+            Err(wrong(format!("the last opened step lies behind step {} of the commitment", commitment.lease_step)))
+        }
+        _ => Ok(inputs),
+    }
+}
+
+/// The signed optimizer at run step `index`.
+pub fn hyper(inner: &InnerOptimizer, index: u64) -> Hyper {
+    let ppm = |value: u32| f64::from(value) / PPM as f64;
+    Hyper {
+        lr: inner.lr(index),
+        beta1: ppm(inner.beta1_ppm),
+        beta2: ppm(inner.beta2_ppm),
+        eps: inner.eps_pico as f64 * 1e-12,
+        weight_decay: ppm(inner.weight_decay_ppm),
+        clip_norm: inner.clip_norm_ppm as f64 / PPM as f64,
+    }
+}
+
+/// Errors that only the miner's own data can cause; the rest is ours.
+fn of_miner(error: TrainError) -> Finding {
+    match error {
+        TrainError::Routes(what) => Finding::mismatch(Reason::BadOpening, format!("the opened routes do not fit: {what}")),
+        TrainError::State(StateError::Length { .. } | StateError::NotFinite) => {
+            Finding::mismatch(Reason::BadOpening, format!("the opened state does not fit: {error}"))
+        }
+        TrainError::NotFinite { .. } => Finding::new(VerdictResult::Inconclusive, Reason::ReplayMismatch, format!("the replay diverged: {error}")),
+        other => other.into(),
+    }
+}
+
+/// ‖claimed − replayed‖ / ‖replayed − start‖ in parts per million; both payloads in the codec's precision.
+fn error_ppm(subject: &Subject, rules: &Rules<'_>, artifact: &Artifact, base: &[f32], start: &[f32], replayed: &[f32]) -> Result<i64, Finding> {
+    let header = artifact::header(subject, rules, artifact.commitment.base_version);
+    let change: Vec<f32> = base.iter().zip(replayed).map(|(base, value)| base - value).collect();
+    let expected = codec::encode(&header, &change)
+        .and_then(|bytes| codec::decode(&bytes, &header))
+        .map_err(|error| Finding::new(VerdictResult::Inconclusive, Reason::ReplayMismatch, format!("the replayed payload: {error}")))?;
+    let distance = norm(artifact.values.iter().zip(&expected).map(|(claimed, expected)| f64::from(*claimed) - f64::from(*expected)));
+    let moved = norm(replayed.iter().zip(start).map(|(end, start)| f64::from(*end) - f64::from(*start)));
+    let error = match (distance, moved) {
+        (0.0, _) => 0.0,
+        (_, 0.0) => f64::INFINITY,
+        (distance, moved) => distance / moved,
+    };
+    // A measured error stays below the value that means "not run".
+    Ok(((error * PPM as f64).round() as i64).min(i64::MAX - 1))
+}
+
+fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|value| value * value).sum::<f64>().sqrt()
+}

@@ -1,0 +1,460 @@
+//! Audits of a simulated learner on the toy model: honest, and dishonest in every way that a replay is there to find.
+
+use std::cell::RefCell;
+
+use fragments::codec::{self, PayloadHeader};
+use fragments::keyframe::{self, KeyframeId};
+use model::{Batch, Hyper, ToyTrainer, Trainer, TrainerState, toy_plan};
+use protocol::documents::{
+    Commitment, LearnerState, OpenedStep, OpeningManifest, Progress, RowRange, RunParameters, encode_progress, micro_nats,
+};
+use protocol::envelope::{RunId, sign};
+use protocol::lease::LeaseRows;
+use protocol::{Ed25519Signer, FileRecord, Signer, steps};
+
+use super::*;
+use crate::machine::fixture::{contribution, parameters, subject};
+
+const FRAGMENT: u16 = 1;
+const T: u64 = 4;
+const ROW_TOKENS: u32 = 16;
+
+/// The run's side: plan, shards, published fragment versions.
+struct World {
+    context: Context,
+    parameters: RunParameters,
+    plan: FragmentPlan,
+    shards: Vec<ShardManifest>,
+    /// By fragment and version; rounded to bf16 as published.
+    keyframes: Vec<Vec<Vec<f32>>>,
+    lease: Lease,
+    /// What was asked for, to see that the audit needs no more.
+    asked: RefCell<Vec<(u16, u64)>>,
+    is_offline: bool,
+}
+
+/// Tokens with a pattern that a learner can learn.
+fn tokens(shard: &str, row: u64) -> Vec<u32> {
+    let seed = if shard == "held" { 5 } else { 11 };
+    (0..u64::from(ROW_TOKENS)).map(|n| ((row * 7 + n * n * seed) % 29) as u32).collect()
+}
+
+fn shard(id: &str, rows: u64, held_out: bool) -> ShardManifest {
+    ShardManifest {
+        id: id.into(),
+        rows,
+        row_tokens: ROW_TOKENS,
+        tokens: rows * u64::from(ROW_TOKENS),
+        file: FileRecord::of_bytes("tokens.bin", b""),
+        tokenizer: Digest::ZERO,
+        vocab_size: 32,
+        licence: String::new(),
+        source: String::new(),
+        held_out,
+    }
+}
+
+impl World {
+    fn new() -> Self {
+        let plan = toy_plan(3);
+        let published = |seed: u64| -> Vec<Vec<f32>> {
+            let toy = ToyTrainer::new(plan.clone(), seed).unwrap();
+            (0..3).map(|fragment| rounded(&plan, fragment, &toy.export(fragment).unwrap())).collect()
+        };
+        let (first, second) = (published(1), published(2));
+        let keyframes = first.into_iter().zip(second).map(|(first, second)| vec![first, second]).collect();
+        let parameters = RunParameters { fragments: 3, ..parameters() };
+        let lease = Lease {
+            id: 7,
+            rows: vec![RowRange { shard: "train".into(), start: 4, end: 40 }],
+            seed: Digest::blake3(b"lease"),
+            batch_rows: 2,
+            steps: 12,
+            schedule_start: 0,
+            deadline_ms: 0,
+        };
+        Self {
+            context: Context { genesis: [2; 32], netuid: 24, run: RunId([3; 16]) },
+            parameters,
+            plan,
+            shards: vec![shard("train", 64, false), shard("held", 6, true)],
+            keyframes,
+            lease,
+            asked: RefCell::default(),
+            is_offline: false,
+        }
+    }
+
+    fn rules(&self) -> Rules<'_> {
+        Rules { context: &self.context, parameters: &self.parameters, plan: &self.plan, plan_digest: self.plan.digest(), shards: &self.shards }
+    }
+
+    fn judge(&self, case: &Case) -> Judgement {
+        let toy = || Box::new(ToyTrainer::new(self.plan.clone(), 99).unwrap());
+        judge(&case.subject, &case.evidence, &self.rules(), self, &mut Engine::new(toy(), toy()))
+    }
+}
+
+fn rounded(plan: &FragmentPlan, fragment: usize, values: &[f32]) -> Vec<f32> {
+    let id = KeyframeId { plan: plan.digest(), fragment: fragment as u32, version: 0 };
+    keyframe::read(plan, &id, &keyframe::write(plan, &id, values).unwrap()).unwrap()
+}
+
+impl Sources for World {
+    fn rows(&self, rows: &[RowRef]) -> Result<Vec<u32>, SourceError> {
+        Ok(rows.iter().flat_map(|row| tokens(&row.shard, row.row)).collect())
+    }
+
+    fn keyframe(&self, fragment: u16, version: u64) -> Result<Vec<f32>, SourceError> {
+        if self.is_offline {
+            return Err(SourceError("no keyframe".into()));
+        }
+        self.asked.borrow_mut().push((fragment, version));
+        Ok(self.keyframes[usize::from(fragment)][version as usize].clone())
+    }
+}
+
+struct Case {
+    subject: Subject,
+    evidence: Evidence,
+}
+
+/// How a learner departs from the rules.
+#[derive(Default)]
+struct Cheat {
+    other_rows: bool,
+    lr_factor: Option<f64>,
+    /// Training of the last step is left out; the payload of the step before is sent.
+    idle: bool,
+    payload: Option<fn(&mut Vec<f32>)>,
+    state: Option<fn(&mut TrainerState)>,
+    opening: Option<fn(&mut OpeningManifest)>,
+    raw_payload: Option<fn(&mut Vec<u8>)>,
+    routes: Option<fn(&mut Vec<u8>)>,
+    no_opening: bool,
+    commitment: Option<fn(&mut Commitment)>,
+}
+
+fn signer() -> Ed25519Signer {
+    Ed25519Signer::from_seed([1; 32])
+}
+
+/// Seven steps of a learner that got fragment 2 in version 1 before step 5 and commits fragment 1 after step 6. The segment
+/// starts at step 4.
+fn case(world: &World, cheat: &Cheat) -> Case {
+    let (plan, fragment) = (&world.plan, usize::from(FRAGMENT));
+    let mut toy = ToyTrainer::new(plan.clone(), 50).unwrap();
+    for other in 0..3 {
+        Trainer::apply(&mut toy, other, &world.keyframes[other][0]).unwrap();
+    }
+    let rows = LeaseRows::of(&world.lease);
+    let mut versions = vec![0; 3];
+    let (mut opened, mut start) = (Vec::new(), None);
+    for local_step in 0..7u64 {
+        let mut applied = Vec::new();
+        if local_step == 5 {
+            Trainer::apply(&mut toy, 2, &world.keyframes[2][1]).unwrap();
+            versions[2] = 1;
+            applied.push((2, 1));
+        }
+        if local_step == 4 {
+            start = Some((toy.state().unwrap(), versions.clone()));
+        }
+        let shift = if cheat.other_rows && local_step == 6 { 20 } else { 0 };
+        let batch: Vec<u32> = rows.step(local_step as u32).iter().flat_map(|row| tokens(row.shard, row.row + shift)).collect();
+        let mut hyper = replay::hyper(&world.parameters.inner, local_step);
+        hyper.lr *= cheat.lr_factor.unwrap_or(1.0);
+        let report = if cheat.idle && local_step == 6 {
+            None
+        } else {
+            let batch = Batch { tokens: &batch, rows: 2, row_tokens: ROW_TOKENS as usize };
+            Some(toy.step(&batch, &hyper, None, false).unwrap())
+        };
+        if local_step >= 4 {
+            let loss = report.map_or(0, |report| micro_nats(report.loss));
+            opened.push(OpenedStep { local_step, lease: 7, lease_step: local_step as u32, applied, loss });
+        }
+    }
+    let mut change: Vec<f32> = world.keyframes[fragment][0].iter().zip(toy.export(fragment).unwrap()).map(|(base, value)| base - value).collect();
+    cheat.payload.inspect(|alter| alter(&mut change));
+    let header = PayloadHeader::bf16(plan, plan.digest(), fragment, 0);
+    let mut payload = codec::encode(&header, &change).unwrap();
+    let (mut state, versions) = start.unwrap();
+    let start_digest = steps::segment_digest(4, &state.digest(), &versions);
+    cheat.state.inspect(|alter| alter(&mut state));
+    let mut commitment = Commitment {
+        t: T,
+        fragment: FRAGMENT,
+        base_version: 0,
+        length: payload.len() as u64,
+        sha256: Digest::sha256(&payload),
+        blake3: Digest::blake3(&payload),
+        steps: 7,
+        tokens: 7 * 2 * u64::from(ROW_TOKENS),
+        lease: 7,
+        lease_step: 7,
+        local_step: 7,
+        start_step: 4,
+        start_digest,
+        step_chain: Digest::ZERO,
+    };
+    cheat.commitment.inspect(|alter| alter(&mut commitment));
+    let mut record = progress();
+    record.commitments = vec![commitment.clone()];
+    let envelope = encode_progress(record, &world.context, &signer(), 1, 1_000);
+    let mut subject = subject(1, 0);
+    subject.fragment = FRAGMENT;
+    (subject.selection.hotkey, subject.selection.t) = (signer().key().account(), T);
+    subject.contribution = Contribution {
+        hotkey: subject.selection.hotkey,
+        commitment: protocol::envelope::peek(&envelope).unwrap().2,
+        payload: commitment.blake3,
+        ..contribution(1, 0, commitment.tokens, Reason::None)
+    };
+    cheat.raw_payload.inspect(|alter| alter(&mut payload));
+    let mut manifest = OpeningManifest { audit: subject.selection.audit, t: T, start_step: 4, versions, steps: opened };
+    cheat.opening.inspect(|alter| alter(&mut manifest));
+    let mut routes = vec![0; 4 * manifest.steps.len()];
+    cheat.routes.inspect(|alter| alter(&mut routes));
+    let opening = Opening {
+        manifest: sign(&manifest, &world.context, &signer(), 2, 1_000).into(),
+        state: state.to_bytes().into(),
+        routes: routes.into(),
+    };
+    let evidence = Evidence {
+        commitment: envelope.into(),
+        payload: payload.into(),
+        opening: (!cheat.no_opening).then_some(opening),
+        leases: vec![world.lease.clone()],
+        versions: vec![1, 1, 1],
+    };
+    Case { subject, evidence }
+}
+
+fn progress() -> Progress {
+    Progress {
+        worker: "w".into(),
+        session_epoch: 1,
+        slot: 0,
+        protocol: 1,
+        state: LearnerState::Training,
+        reason: Reason::None,
+        lease: 7,
+        lease_step: 7,
+        local_step: 7,
+        step_ms: 1,
+        loss: 0,
+        step_chain: Digest::ZERO,
+        fragments: Vec::new(),
+        commitments: Vec::new(),
+        uploaded: Vec::new(),
+        openings: Vec::new(),
+        padding: Vec::new(),
+    }
+}
+
+fn outcome(cheat: Cheat) -> (VerdictResult, Reason) {
+    let world = World::new();
+    let judgement = world.judge(&case(&world, &cheat));
+    (judgement.result, judgement.reason)
+}
+
+const REPLAY: (VerdictResult, Reason) = (VerdictResult::Mismatch, Reason::ReplayMismatch);
+const BAD_OPENING: (VerdictResult, Reason) = (VerdictResult::Mismatch, Reason::BadOpening);
+
+#[test]
+fn an_honest_segment_passes_with_error_zero_and_all_measurements() {
+    let world = World::new();
+    let judgement = world.judge(&case(&world, &Cheat::default()));
+    assert_eq!(judgement.result, VerdictResult::Pass, "{judgement:?}");
+    let measured = judgement.measured;
+    assert_eq!((measured.replay_error_ppm, measured.loss_error, measured.replayed_steps), (0, 0, 3));
+    assert!(measured.assigned_after < measured.assigned_before, "{measured:?}");
+    assert!(measured.held_out_before < i64::MAX && measured.held_out_after < i64::MAX);
+    assert!(world.asked.borrow().contains(&(2, 1)), "the fragment that arrived inside the segment is applied");
+}
+
+#[test]
+fn other_data_in_a_single_step_is_a_mismatch() {
+    assert_eq!(outcome(Cheat { other_rows: true, ..Cheat::default() }), REPLAY);
+}
+
+#[test]
+fn another_learning_rate_is_a_mismatch() {
+    assert_eq!(outcome(Cheat { lr_factor: Some(1.5), ..Cheat::default() }), REPLAY);
+}
+
+#[test]
+fn a_step_that_was_not_trained_is_a_mismatch() {
+    assert_eq!(outcome(Cheat { idle: true, ..Cheat::default() }), REPLAY);
+}
+
+#[test]
+fn an_altered_payload_is_a_mismatch_even_if_it_was_committed() {
+    let scaled: fn(&mut Vec<f32>) = |values| values.iter_mut().for_each(|value| *value *= 1.5);
+    assert_eq!(outcome(Cheat { payload: Some(scaled), ..Cheat::default() }), REPLAY);
+    let zero: fn(&mut Vec<f32>) = |values| values.fill(0.0);
+    assert_eq!(outcome(Cheat { payload: Some(zero), ..Cheat::default() }), REPLAY);
+}
+
+#[test]
+fn an_error_between_one_and_three_tolerances_proves_nothing() {
+    let world = World::new();
+    let slightly: fn(&mut Vec<f32>) = |values| values.iter_mut().for_each(|value| *value *= 1.01);
+    let case = case(&world, &Cheat { payload: Some(slightly), ..Cheat::default() });
+    let error = world.judge(&case).measured.replay_error_ppm;
+    assert!(error > 1_000 && error < 100_000, "{error}");
+    for (tolerance, result) in [(error, VerdictResult::Pass), (error - 1, VerdictResult::Inconclusive), (error / 3 - 1, VerdictResult::Mismatch)] {
+        let mut world = World::new();
+        world.parameters.audit.replay_tolerance_ppm = tolerance as u32;
+        assert_eq!(world.judge(&case).result, result, "tolerance {tolerance}");
+    }
+}
+
+#[test]
+fn an_altered_start_state_is_a_start_mismatch() {
+    let weights: fn(&mut TrainerState) = |state| state.weights[3] += 1e-3;
+    let moments: fn(&mut TrainerState) = |state| state.second.fill(1.0);
+    for state in [weights, moments] {
+        assert_eq!(outcome(Cheat { state: Some(state), ..Cheat::default() }), (VerdictResult::Mismatch, Reason::StartMismatch));
+    }
+    let versions: fn(&mut OpeningManifest) = |opening| opening.versions[0] = 9;
+    assert_eq!(outcome(Cheat { opening: Some(versions), ..Cheat::default() }), (VerdictResult::Mismatch, Reason::StartMismatch));
+}
+
+#[test]
+fn missing_repeated_or_invented_steps_are_a_bad_opening() {
+    let fewer: fn(&mut OpeningManifest) = |opening| drop(opening.steps.pop());
+    let gap: fn(&mut OpeningManifest) = |opening| opening.steps[1].local_step = 6;
+    let none: fn(&mut OpeningManifest) = |opening| opening.steps.clear();
+    let future: fn(&mut OpeningManifest) = |opening| opening.steps[1].applied = vec![(2, 55)];
+    let fragment: fn(&mut OpeningManifest) = |opening| opening.steps[1].applied = vec![(200, 0)];
+    let other: fn(&mut OpeningManifest) = |opening| opening.t = 3;
+    for opening in [fewer, gap, none, future, fragment, other] {
+        assert_eq!(outcome(Cheat { opening: Some(opening), ..Cheat::default() }), BAD_OPENING);
+    }
+    let long: fn(&mut Commitment) = |commitment| commitment.local_step = 4_000;
+    assert_eq!(outcome(Cheat { commitment: Some(long), ..Cheat::default() }), BAD_OPENING);
+    let empty: fn(&mut Commitment) = |commitment| commitment.local_step = 4;
+    assert_eq!(outcome(Cheat { commitment: Some(empty), ..Cheat::default() }), BAD_OPENING);
+}
+
+#[test]
+fn rows_that_the_lease_does_not_give_are_a_rows_mismatch() {
+    let foreign: fn(&mut OpeningManifest) = |opening| opening.steps[0].lease = 8;
+    let behind: fn(&mut OpeningManifest) = |opening| opening.steps[2].lease_step = 12;
+    let twice: fn(&mut OpeningManifest) = |opening| opening.steps[2].lease_step = 5;
+    let later: fn(&mut OpeningManifest) = |opening| opening.steps[2].lease_step = 9;
+    for opening in [foreign, behind, twice, later] {
+        assert_eq!(outcome(Cheat { opening: Some(opening), ..Cheat::default() }), (VerdictResult::Mismatch, Reason::RowsMismatch));
+    }
+}
+
+#[test]
+fn openings_that_do_not_decode_are_bad_and_an_opening_of_somebody_else_is_too() {
+    let world = World::new();
+    for damage in [0, 1, 2] {
+        let mut case = case(&world, &Cheat::default());
+        let opening = case.evidence.opening.as_mut().unwrap();
+        match damage {
+            0 => opening.manifest = Bytes::from_static(b"nothing"),
+            1 => opening.state = Bytes::from_static(b"QTRS"),
+            _ => opening.manifest = sign(&OpeningManifest { audit: Digest::ZERO, t: T, start_step: 4, versions: vec![], steps: vec![] }, &world.context, &Ed25519Signer::from_seed([9; 32]), 1, 1).into(),
+        }
+        let judgement = world.judge(&case);
+        assert_eq!((judgement.result, judgement.reason), BAD_OPENING, "{damage}");
+    }
+    let short: fn(&mut Vec<u8>) = |bytes| bytes.truncate(5);
+    let trailing: fn(&mut Vec<u8>) = |bytes| bytes.push(0);
+    let endless: fn(&mut Vec<u8>) = |bytes| bytes[..4].fill(0xff);
+    for routes in [short, trailing, endless] {
+        assert_eq!(outcome(Cheat { routes: Some(routes), ..Cheat::default() }), BAD_OPENING);
+    }
+}
+
+#[test]
+fn without_an_opening_the_loss_is_still_measured() {
+    let world = World::new();
+    let judgement = world.judge(&case(&world, &Cheat { no_opening: true, ..Cheat::default() }));
+    assert_eq!((judgement.result, judgement.reason), (VerdictResult::NoOpening, Reason::NoOpening));
+    assert!(judgement.measured.assigned_after < i64::MAX && judgement.measured.replay_error_ppm == i64::MAX);
+}
+
+#[test]
+fn a_contribution_that_raises_the_loss_but_replays_still_passes() {
+    let mut world = World::new();
+    world.parameters.inner.lr_nano = 3_000_000_000;
+    let judgement = world.judge(&case(&world, &Cheat::default()));
+    assert_eq!((judgement.result, judgement.reason), (VerdictResult::Pass, Reason::LossWorse), "{judgement:?}");
+}
+
+#[test]
+fn bytes_that_are_not_the_committed_ones_fail_nobody_and_committed_nonsense_does() {
+    let flipped: fn(&mut Vec<u8>) = |bytes| bytes[70] ^= 1;
+    assert_eq!(outcome(Cheat { raw_payload: Some(flipped), ..Cheat::default() }), (VerdictResult::Inconclusive, Reason::DigestMismatch));
+    let cut: fn(&mut Vec<u8>) = |bytes| drop(bytes.pop());
+    assert_eq!(outcome(Cheat { raw_payload: Some(cut), ..Cheat::default() }), (VerdictResult::Inconclusive, Reason::LengthMismatch));
+    // A committed payload with an infinite value: the store cannot know, the signature proves it.
+    let world = World::new();
+    let mut payload = case(&world, &Cheat::default()).evidence.payload.to_vec();
+    payload[64..66].copy_from_slice(&0x7f80u16.to_le_bytes());
+    let mut record = progress();
+    let digest = Digest::blake3(&payload);
+    record.commitments = vec![Commitment {
+        t: T,
+        fragment: FRAGMENT,
+        base_version: 0,
+        length: payload.len() as u64,
+        sha256: Digest::sha256(&payload),
+        blake3: digest,
+        steps: 1,
+        tokens: 1,
+        lease: 7,
+        lease_step: 7,
+        local_step: 7,
+        start_step: 4,
+        start_digest: Digest::ZERO,
+        step_chain: Digest::ZERO,
+    }];
+    let mut case = case(&world, &Cheat::default());
+    case.evidence.commitment = encode_progress(record, &world.context, &signer(), 1, 1_000).into();
+    case.subject.contribution.commitment = protocol::envelope::peek(&case.evidence.commitment).unwrap().2;
+    case.subject.contribution.payload = digest;
+    case.evidence.payload = payload.into();
+    let judgement = world.judge(&case);
+    assert_eq!((judgement.result, judgement.reason), (VerdictResult::Mismatch, Reason::NotFinite));
+}
+
+#[test]
+fn records_of_the_orchestrator_that_contradict_each_other_are_nobodys_mismatch() {
+    let world = World::new();
+    let changes: [fn(&mut Case); 4] = [
+        |case| case.evidence.commitment = Bytes::from_static(b"nothing"),
+        |case| case.subject.contribution.commitment = Digest::ZERO,
+        |case| case.subject.contribution.payload = Digest::ZERO,
+        |case| case.subject.selection.slot = 3,
+    ];
+    for change in changes {
+        let mut case = case(&world, &Cheat::default());
+        change(&mut case);
+        assert_eq!(world.judge(&case).result, VerdictResult::NotEvaluated);
+    }
+}
+
+#[test]
+fn what_we_cannot_fetch_is_not_the_miners_fault() {
+    let mut world = World::new();
+    let case = case(&world, &Cheat::default());
+    world.is_offline = true;
+    let judgement = world.judge(&case);
+    assert_eq!((judgement.result, judgement.reason), (VerdictResult::NotEvaluated, Reason::NotEvaluated));
+}
+
+#[test]
+fn the_signed_optimizer_becomes_the_trainers_settings() {
+    let inner = parameters().inner;
+    let expected = Hyper { lr: 0.02, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, clip_norm: 1.0 };
+    let hyper = replay::hyper(&inner, 0);
+    assert!((hyper.lr - expected.lr).abs() < 1e-12 && (hyper.eps - expected.eps).abs() < 1e-20);
+    assert_eq!(Hyper { lr: expected.lr, eps: expected.eps, ..hyper }, expected);
+}

@@ -1,0 +1,371 @@
+//! The validator of one run as a pure machine: facts in, decisions out; no clock, network, randomness or tensors.
+//!
+//! It follows the head, reads every merge manifest and checks it again ([`cycles`]), derives from the chain's beacon who audits
+//! what, takes its own audits from order to revealed verdict ([`audits`]), watches the verdicts of all others ([`verdicts`]), folds
+//! manifests and verdicts into scores ([`scores`]) and decides when weights are set ([`weights`]).
+//!
+//! Nothing of it is kept over a restart: all facts are public objects and are read again. What must not be lost (sequence
+//! numbers, verdicts that were decided, their salts) lies in the journal and belongs to the effects.
+
+pub mod audits;
+pub mod cycles;
+#[cfg(test)]
+pub(crate) mod fixture;
+mod poller;
+pub mod scores;
+#[cfg(test)]
+mod tests;
+pub mod verdicts;
+pub mod weights;
+
+use std::collections::VecDeque;
+
+use daemon::Exit;
+use protocol::audits::Selection;
+use protocol::documents::{FragmentHead, Head, MergeManifest, RunParameters, RunState, Verdict};
+use protocol::envelope::RunId;
+use protocol::{AccountId, Digest};
+use serde::{Deserialize, Serialize};
+
+use crate::audit::Subject;
+use audits::{Audits, Judged, OrderRead, Written};
+use cycles::{Cycles, KeyframeRef, VERSIONS_KEPT};
+use poller::Poller;
+use scores::ScoreLedger;
+use verdicts::{Looked, Verdicts};
+use weights::{Due, OwnNeuron, WeightSetter, WeightTimes, WeightsOutcome};
+
+/// Polls of the head between two looks at orders and verdicts.
+const SLOW_POLLS: u64 = 10;
+/// Polls of the head between two looks at whether another run is current.
+const MOVED_POLLS: u64 = 30;
+/// Bounds of the pause between two looks at the chain's head block.
+const BLOCK_MS: (u64, u64) = (500, 12_000);
+/// Bounds of the pause between two reads of metagraph and hyperparameters.
+const CHAIN_MS: (u64, u64) = (5_000, 60_000);
+/// An unregistered hotkey is waited for this long, with a hint each minute.
+const REGISTRATION_MS: u64 = 10 * 60_000;
+const REGISTRATION_HINT_MS: u64 = 60_000;
+
+/// What a machine needs to know beforehand.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineSettings {
+    pub run: RunId,
+    /// Our hotkey.
+    pub own: AccountId,
+    pub parameters: RunParameters,
+    /// Longest pause between two looks at the head.
+    pub poll_ms_max: u64,
+    pub weights: WeightTimes,
+}
+
+/// The parts of the head that matter here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeadFacts {
+    pub state: RunState,
+    pub closed_below: u64,
+    pub fragments: Vec<FragmentHead>,
+}
+
+impl From<Head> for HeadFacts {
+    fn from(head: Head) -> Self {
+        Self { state: head.state, closed_below: head.closed_below, fragments: head.fragments }
+    }
+}
+
+/// What the chain says, read now and then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChainView {
+    pub block: u64,
+    /// Hotkeys that may set weights on others.
+    pub validators: Vec<AccountId>,
+    /// `None` while our hotkey is not registered.
+    pub own: Option<OwnNeuron>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Input {
+    Tick,
+    /// `None` = unchanged or unreadable.
+    Head(Option<Box<HeadFacts>>),
+    /// `None` = absent or unreadable.
+    Merge { t: u64, manifest: Option<Box<MergeManifest>> },
+    /// Number of the finalized head block; `None` = the chain did not answer.
+    Block(Option<u64>),
+    Chain(Option<Box<ChainView>>),
+    Beacon { cycle: u64, hash: Option<[u8; 32]> },
+    Order { audit: Digest, read: OrderRead },
+    Judged { audit: Digest, judged: Judged },
+    Committed { audit: Digest, written: Written },
+    Revealed { audit: Digest, written: Written },
+    /// `None` = not revealed yet.
+    Verdict { audit: Digest, verdict: Option<Box<Verdict>> },
+    Weights(WeightsOutcome),
+    /// Whether another run is current in the bucket.
+    Moved(bool),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    ReadHead,
+    ReadMerge { t: u64 },
+    /// Fetch a keyframe while its grant lives.
+    Keep(KeyframeRef),
+    ReadBlock,
+    ReadChain,
+    ReadBeacon { cycle: u64, block: u64 },
+    ReadOrder(Selection),
+    Judge { subject: Box<Subject>, versions: Vec<u64> },
+    /// Journal the verdict with its salt, then publish the commitment.
+    Commit(Box<Verdict>),
+    /// Publish the journaled verdict.
+    Reveal(Digest),
+    ReadVerdict(Box<Subject>),
+    SetWeights { scores: Vec<(AccountId, u64)>, due: Due },
+    CheckMoved,
+}
+
+/// Why a machine's life is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ended {
+    /// Another run is current in the bucket.
+    Moved,
+    /// The hotkey was not registered for too long.
+    Unregistered,
+}
+
+/// See the module's text.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Machine {
+    settings: MachineSettings,
+    head: Option<HeadFacts>,
+    chain: Option<ChainView>,
+    head_poll: Poller,
+    block_poll: Poller,
+    chain_poll: Poller,
+    moved_poll: Poller,
+    cycles: Cycles,
+    audits: Audits,
+    verdicts: Verdicts,
+    scores: ScoreLedger,
+    weights: WeightSetter,
+    unregistered_since_ms: Option<u64>,
+    registration_hint_ms: u64,
+    is_complete_logged: bool,
+    ended: Option<Ended>,
+    #[serde(skip)]
+    effects: VecDeque<Effect>,
+}
+
+impl Machine {
+    pub fn new(settings: MachineSettings) -> Self {
+        let parameters = &settings.parameters;
+        let poll_ms = parameters.poll_ms.min(settings.poll_ms_max).max(1);
+        let (slow_ms, opening_ms) = (poll_ms * SLOW_POLLS, parameters.audit.opening_ms);
+        Self {
+            head: None,
+            chain: None,
+            head_poll: Poller::new(poll_ms),
+            block_poll: Poller::new(slow_ms.clamp(BLOCK_MS.0, BLOCK_MS.1)),
+            chain_poll: Poller::new((poll_ms * 100).clamp(CHAIN_MS.0, CHAIN_MS.1)),
+            moved_poll: Poller::new(poll_ms * MOVED_POLLS),
+            cycles: Cycles::new(settings.run, parameters.fragments, parameters.audit.beacon_blocks, slow_ms),
+            audits: Audits::new(settings.own, slow_ms, opening_ms),
+            verdicts: Verdicts::new(slow_ms, opening_ms),
+            scores: ScoreLedger::default(),
+            weights: WeightSetter::new(settings.weights),
+            unregistered_since_ms: None,
+            registration_hint_ms: 0,
+            is_complete_logged: false,
+            ended: None,
+            effects: VecDeque::new(),
+            settings,
+        }
+    }
+
+    /// Set once this machine's life is over.
+    pub fn ended(&self) -> Option<Ended> {
+        self.ended
+    }
+
+    fn on_head(&mut self, head: HeadFacts) {
+        self.cycles.follow(head.closed_below);
+        let contradictions = self.cycles.contradictions(&head.fragments);
+        if !contradictions.is_empty() {
+            tracing::error!(?contradictions, "the head names other keyframes than the merge manifests: the orchestrator contradicts itself");
+        }
+        self.head = Some(head);
+    }
+
+    fn on_merge(&mut self, t: u64, manifest: Option<Box<MergeManifest>>, now_ms: u64) {
+        let Some(manifest) = manifest else { return self.cycles.not_read(t, now_ms) };
+        for folded in self.cycles.arrive(t, *manifest) {
+            let merge = &folded.manifest;
+            match folded.fault {
+                None => self.scores.credit(merge, self.settings.parameters.fragments),
+                Some(fault) => tracing::error!(t = merge.t, %fault, "the merge manifest is faulty: nobody is credited for it"),
+            }
+            let newest = self.head.as_ref().and_then(|head| head.fragments.get(usize::from(merge.fragment))).map_or(0, |head| head.version);
+            if merge.version > merge.base_version && merge.version + VERSIONS_KEPT > newest {
+                self.effects.push_back(Effect::Keep(KeyframeRef { fragment: merge.fragment, version: merge.version, digest: merge.keyframe }));
+            }
+        }
+    }
+
+    fn on_chain(&mut self, view: ChainView, now_ms: u64) {
+        if view.own.is_none() {
+            let since_ms = *self.unregistered_since_ms.get_or_insert(now_ms);
+            if now_ms >= since_ms + REGISTRATION_MS {
+                tracing::error!("the hotkey is still not registered: giving up for now");
+                self.ended = Some(Ended::Unregistered);
+            } else if now_ms >= self.registration_hint_ms {
+                self.registration_hint_ms = now_ms + REGISTRATION_HINT_MS;
+                let reason = protocol::Reason::NotRegistered;
+                tracing::warn!(hotkey = %self.settings.own, hint = reason.remedy(), "{}", reason.sentence());
+            }
+        } else {
+            self.unregistered_since_ms = None;
+        }
+        let had_permit = self.chain.as_ref().and_then(|view| view.own).map(|own| own.validator_permit);
+        if let Some(own) = view.own
+            && had_permit != Some(own.validator_permit)
+        {
+            if own.validator_permit {
+                tracing::info!(uid = own.uid, "the hotkey has a validator permit");
+            } else {
+                tracing::warn!(uid = own.uid, hint = "more stake brings a permit at the next epoch", "the hotkey has no validator permit: no audits, and no weights on others");
+            }
+        }
+        self.chain = Some(view);
+    }
+
+    fn on_verdict(&mut self, audit: Digest, verdict: Option<Box<Verdict>>, now_ms: u64) {
+        match self.verdicts.looked(audit, verdict.map(|verdict| *verdict), now_ms) {
+            Looked::Nothing => {}
+            Looked::FirstTime(subject) => self.audits.take_on(*subject, now_ms),
+            Looked::Revealed(verdict) => {
+                if verdict.validator != self.settings.own {
+                    tracing::info!(audit = audit.short(), validator = verdict.validator.short(), cycle = verdict.cycle, learner = crate::audit::learner(&verdict.hotkey, verdict.slot), result = ?verdict.result, "verdict of another validator");
+                }
+                self.scores.judge(&verdict);
+            }
+        }
+    }
+
+    /// Asks for everything that is due.
+    fn plan(&mut self, now_ms: u64) {
+        let polls = [
+            (&mut self.head_poll, Effect::ReadHead),
+            (&mut self.block_poll, Effect::ReadBlock),
+            (&mut self.chain_poll, Effect::ReadChain),
+            (&mut self.moved_poll, Effect::CheckMoved),
+        ];
+        for (poller, effect) in polls {
+            if poller.begin(now_ms) {
+                self.effects.push_back(effect);
+            }
+        }
+        self.effects.extend(self.cycles.wanted(now_ms).into_iter().map(|t| Effect::ReadMerge { t }));
+        if let Some(chain) = &self.chain {
+            let beacons = self.cycles.beacons_wanted(chain.block, now_ms);
+            self.effects.extend(beacons.into_iter().map(|(cycle, block)| Effect::ReadBeacon { cycle, block }));
+        }
+        self.effects.extend(self.verdicts.wanted(now_ms).into_iter().map(|subject| Effect::ReadVerdict(Box::new(subject))));
+        let versions = self.cycles.versions();
+        self.audits.effects(now_ms, &versions, &mut self.effects);
+        self.plan_weights(now_ms);
+    }
+
+    fn plan_weights(&mut self, now_ms: u64) {
+        // Before the manifests are caught up after a restart, scores would be those of an earlier time.
+        let Some(head) = self.head.as_ref().filter(|head| self.cycles.folded_below() >= head.closed_below) else { return };
+        let is_complete = head.state == RunState::Complete && self.cycles.is_settled() && self.verdicts.is_settled();
+        let Some(ChainView { block, own: Some(own), .. }) = &self.chain else { return };
+        if let Some(due) = self.weights.begin(now_ms, *block, own, is_complete) {
+            self.effects.push_back(Effect::SetWeights { scores: self.scores.scores(), due });
+        }
+        if self.weights.is_final_set() && !self.is_complete_logged {
+            self.is_complete_logged = true;
+            let tally = self.verdicts.tally();
+            tracing::info!(merges = self.cycles.folded_below(), passed = tally.pass, failed = tally.fail, other = tally.other, missing = tally.missing, "the run is complete and the final weights are set; waiting for the next run");
+        }
+    }
+}
+
+impl daemon::Machine for Machine {
+    type Input = Input;
+    type Effect = Effect;
+
+    fn handle(&mut self, now_ms: u64, input: Input) {
+        match input {
+            Input::Tick => {}
+            Input::Head(head) => {
+                self.head_poll.end(now_ms);
+                if let Some(head) = head {
+                    self.on_head(*head);
+                }
+            }
+            Input::Merge { t, manifest } => self.on_merge(t, manifest, now_ms),
+            Input::Block(block) => {
+                self.block_poll.end(now_ms);
+                if let (Some(view), Some(block)) = (&mut self.chain, block) {
+                    view.block = view.block.max(block);
+                }
+            }
+            Input::Chain(view) => {
+                self.chain_poll.end(now_ms);
+                if let Some(view) = view {
+                    self.on_chain(*view, now_ms);
+                }
+            }
+            Input::Beacon { cycle, hash } => {
+                let Some(chain) = &self.chain else { return };
+                for subject in self.cycles.beacon(cycle, hash, &chain.validators, chain.block, now_ms) {
+                    self.verdicts.watch(subject, now_ms);
+                }
+            }
+            Input::Order { audit, read } => self.audits.order(audit, read, now_ms),
+            Input::Judged { audit, judged } => self.audits.judged(audit, judged, now_ms),
+            Input::Committed { audit, written } => self.audits.committed(audit, written, now_ms),
+            Input::Revealed { audit, written } => {
+                if self.audits.revealed(audit, written, now_ms) {
+                    self.verdicts.hurry(&audit, now_ms);
+                }
+            }
+            Input::Verdict { audit, verdict } => self.on_verdict(audit, verdict, now_ms),
+            Input::Weights(outcome) => {
+                self.weights.end(&outcome, now_ms);
+                self.chain_poll.hurry(now_ms);
+            }
+            Input::Moved(has_moved) => {
+                self.moved_poll.end(now_ms);
+                if has_moved {
+                    tracing::info!("another run is current now");
+                    self.ended = Some(Ended::Moved);
+                }
+            }
+        }
+        self.plan(now_ms);
+    }
+
+    fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        let polls = [&self.head_poll, &self.block_poll, &self.chain_poll, &self.moved_poll];
+        let parts = [self.cycles.deadline(), self.audits.deadline(), self.verdicts.deadline()];
+        polls.iter().filter_map(|poller| poller.deadline()).chain(parts.into_iter().flatten()).min()
+    }
+
+    fn tick() -> Input {
+        Input::Tick
+    }
+
+    fn exit(&self) -> Option<Exit> {
+        self.ended.map(|ended| match ended {
+            Ended::Moved => Exit::Done,
+            Ended::Unregistered => Exit::TryLater,
+        })
+    }
+}

@@ -1,0 +1,372 @@
+//! The audits that the beacon gave to this validator: order, judgement, verdict in two phases.
+//!
+//! One audit is judged at a time; the others wait in the order in which they were drawn. A verdict is decided once: what was
+//! written to the journal before its commitment went out is what gets revealed, whatever happens in between.
+
+use std::collections::BTreeMap;
+
+use protocol::audits::Selection;
+use protocol::documents::AuditOrder;
+use protocol::{AccountId, Digest, Reason};
+use serde::{Deserialize, Serialize};
+
+use super::Effect;
+use super::poller::Poller;
+use super::verdicts::verdict_ms;
+use crate::audit::{Judgement, Subject, learner};
+
+/// Attempts at fetching the evidence before the verdict says that the audit was not evaluated.
+const ATTEMPTS_MAX: u32 = 3;
+
+/// What was found at the key of an audit order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OrderRead {
+    Absent,
+    /// It is there and is the one that the selection asks for.
+    Fits,
+    /// It is signed by the orchestrator and contradicts the beacon's selection.
+    Differs(String),
+}
+
+/// How an attempt to judge ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Judged {
+    Done(Box<Judgement>),
+    /// Evidence could not be fetched, our models could not be set up: worth another attempt.
+    Failed(String),
+}
+
+/// How an attempt to write a verdict ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Written {
+    /// Stored now, or stored before.
+    Done,
+    /// No valid grant: a new order may bring one.
+    NoGrant,
+    /// Try again.
+    Unavailable(String),
+    /// It will never be stored: the store refuses it, or a verdict of an earlier life lies there that nobody can reveal.
+    Lost(String),
+}
+
+/// Whether an order is the one that the beacon selected. The opening and the leases in it are evidence to judge, not claims to
+/// compare.
+pub fn compare(selection: &Selection, order: &AuditOrder) -> OrderRead {
+    let AuditOrder { audit, validator, cycle, hotkey, slot, t, beacon_block, .. } = order;
+    let differences: Vec<&str> = [
+        (*audit != selection.audit, "audit"),
+        (*validator != selection.validator, "validator"),
+        (*cycle != selection.cycle, "cycle"),
+        (*hotkey != selection.hotkey || *slot != selection.slot, "learner"),
+        (*t != selection.t, "outer step"),
+        (*beacon_block != selection.beacon_block, "beacon block"),
+    ]
+    .into_iter()
+    .filter_map(|(differs, name)| differs.then_some(name))
+    .collect();
+    if differences.is_empty() { OrderRead::Fits } else { OrderRead::Differs(differences.join(", ")) }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Stage {
+    AwaitingOrder,
+    Ready,
+    Judging,
+    Committing(Box<Judgement>),
+    Revealing(Box<Judgement>),
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Audit {
+    subject: Subject,
+    stage: Stage,
+    /// Paces order polls and repeated writes.
+    poller: Poller,
+    attempts: u32,
+    until_ms: u64,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Audits {
+    own: AccountId,
+    every_ms: u64,
+    /// Longest wait for an order, and for the store to take a verdict.
+    patience_ms: u64,
+    /// By cycle, then audit: older ones first.
+    open: BTreeMap<(u64, Digest), Audit>,
+    is_judging: bool,
+}
+
+impl Audits {
+    pub fn new(own: AccountId, every_ms: u64, opening_ms: u64) -> Self {
+        Self { own, every_ms, patience_ms: verdict_ms(opening_ms), open: BTreeMap::new(), is_judging: false }
+    }
+
+    /// Takes an audit on if it is ours.
+    pub fn take_on(&mut self, subject: Subject, now_ms: u64) {
+        let selection = &subject.selection;
+        if selection.validator != self.own {
+            return;
+        }
+        tracing::info!(audit = selection.audit.short(), cycle = selection.cycle, learner = learner(&selection.hotkey, selection.slot), t = selection.t, "audit drawn");
+        let key = (selection.cycle, selection.audit);
+        let until_ms = now_ms + self.patience_ms;
+        self.open.entry(key).or_insert(Audit { subject, stage: Stage::AwaitingOrder, poller: Poller::new(self.every_ms), attempts: 0, until_ms });
+    }
+
+    fn find(&mut self, audit: &Digest) -> Option<&mut Audit> {
+        self.open.iter_mut().find(|((_, digest), _)| digest == audit).map(|(_, one)| one)
+    }
+
+    fn drop_audit(&mut self, audit: &Digest) {
+        self.open.retain(|(_, digest), _| digest != audit);
+    }
+
+    /// What to do now.
+    pub fn effects(&mut self, now_ms: u64, versions: &[u64], effects: &mut impl Extend<Effect>) {
+        self.open.retain(|(_, audit), one| {
+            let is_alive = one.until_ms > now_ms || matches!(one.stage, Stage::Ready | Stage::Judging);
+            if !is_alive && one.stage == Stage::AwaitingOrder {
+                tracing::warn!(audit = audit.short(), "no audit order came: the orchestrator did not deliver what the beacon selected");
+            } else if !is_alive {
+                tracing::error!(audit = audit.short(), "the verdict could not be written in time and is lost");
+            }
+            is_alive
+        });
+        for one in self.open.values_mut() {
+            let audit = one.subject.selection.audit;
+            match &one.stage {
+                Stage::AwaitingOrder if one.poller.begin(now_ms) => effects.extend([Effect::ReadOrder(one.subject.selection.clone())]),
+                Stage::Ready if !self.is_judging && one.poller.begin(now_ms) => {
+                    one.stage = Stage::Judging;
+                    self.is_judging = true;
+                    effects.extend([Effect::Judge { subject: Box::new(one.subject.clone()), versions: versions.to_vec() }]);
+                }
+                Stage::Committing(judgement) if one.poller.begin(now_ms) => {
+                    effects.extend([Effect::Commit(Box::new(one.subject.verdict(judgement)))]);
+                }
+                Stage::Revealing(_) if one.poller.begin(now_ms) => effects.extend([Effect::Reveal(audit)]),
+                _ => {}
+            }
+        }
+    }
+
+    pub fn order(&mut self, audit: Digest, read: OrderRead, now_ms: u64) {
+        let Some(one) = self.find(&audit) else { return };
+        one.poller.end(now_ms);
+        match read {
+            OrderRead::Absent => {}
+            OrderRead::Fits => one.enter(Stage::Ready, now_ms),
+            OrderRead::Differs(what) => {
+                tracing::error!(audit = audit.short(), what, "the audit order differs from the beacon's selection: refused");
+                one.enter(Stage::Committing(Box::new(Judgement::not_evaluated(format!("the order differs: {what}")))), now_ms);
+            }
+        }
+    }
+
+    pub fn judged(&mut self, audit: Digest, judged: Judged, now_ms: u64) {
+        self.is_judging = false;
+        let patience_ms = self.patience_ms;
+        let Some(one) = self.find(&audit) else { return };
+        one.poller.end(now_ms);
+        one.attempts += 1;
+        // From here on the store has to take the verdict, for which the time begins anew.
+        one.until_ms = now_ms + patience_ms;
+        match judged {
+            Judged::Done(judgement) => one.enter(Stage::Committing(judgement), now_ms),
+            Judged::Failed(why) if one.attempts < ATTEMPTS_MAX => {
+                tracing::warn!(audit = audit.short(), attempt = one.attempts, why, "the audit could not be finished; it is tried again");
+                one.stage = Stage::Ready;
+            }
+            Judged::Failed(why) => one.enter(Stage::Committing(Box::new(Judgement::not_evaluated(why))), now_ms),
+        }
+    }
+
+    /// The commitment was written, or not.
+    pub fn committed(&mut self, audit: Digest, written: Written, now_ms: u64) {
+        let Some(one) = self.find(&audit) else { return };
+        one.poller.end(now_ms);
+        if let (Written::Done, Stage::Committing(judgement)) = (&written, &one.stage) {
+            let stage = Stage::Revealing(judgement.clone());
+            one.enter(stage, now_ms);
+        } else {
+            self.not_written(audit, written, "commitment");
+        }
+    }
+
+    /// The reveal was written, or not; true once the verdict is public.
+    pub fn revealed(&mut self, audit: Digest, written: Written, now_ms: u64) -> bool {
+        let Some(one) = self.find(&audit) else { return false };
+        one.poller.end(now_ms);
+        if written != Written::Done {
+            self.not_written(audit, written, "reveal");
+            return false;
+        }
+        if let Stage::Revealing(judgement) = &one.stage {
+            let selection = &one.subject.selection;
+            let (result, reason) = (judgement.result, judgement.reason);
+            let remedy = if reason == Reason::None { "" } else { reason.remedy() };
+            tracing::info!(
+                audit = audit.short(),
+                cycle = selection.cycle,
+                learner = learner(&selection.hotkey, selection.slot),
+                t = selection.t,
+                ?result,
+                %reason,
+                remedy,
+                replay_error_ppm = measured(judgement.measured.replay_error_ppm),
+                assigned_change = measured(judgement.measured.assigned_after.saturating_sub(judgement.measured.assigned_before)),
+                note = judgement.note,
+                "verdict"
+            );
+        }
+        self.drop_audit(&audit);
+        true
+    }
+
+    fn not_written(&mut self, audit: Digest, written: Written, what: &'static str) {
+        match written {
+            Written::Done => {}
+            Written::NoGrant => tracing::debug!(audit = audit.short(), what, "no valid grant for the verdict yet"),
+            Written::Unavailable(why) => tracing::warn!(audit = audit.short(), what, why, "the verdict could not be written; it is tried again"),
+            Written::Lost(why) => {
+                tracing::error!(audit = audit.short(), what, why, "the verdict is lost");
+                self.drop_audit(&audit);
+            }
+        }
+    }
+
+    /// Whether a verdict of ours is still to be written.
+    pub fn is_settled(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    pub fn deadline(&self) -> Option<u64> {
+        let due = |one: &Audit| match one.stage {
+            Stage::Judging => None,
+            Stage::Ready if self.is_judging => None,
+            _ => one.poller.deadline(),
+        };
+        self.open.values().filter_map(due).min()
+    }
+}
+
+impl Audit {
+    fn enter(&mut self, stage: Stage, now_ms: u64) {
+        self.stage = stage;
+        self.poller.hurry(now_ms);
+    }
+}
+
+/// A measurement for the log; empty where the test was not run.
+fn measured(value: i64) -> String {
+    if value == i64::MAX { String::new() } else { value.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::fixture::{account, subject};
+    use protocol::SealedBytes;
+
+    fn order(selection: &Selection) -> AuditOrder {
+        AuditOrder {
+            audit: selection.audit,
+            validator: selection.validator,
+            cycle: selection.cycle,
+            hotkey: selection.hotkey,
+            slot: selection.slot,
+            t: selection.t,
+            beacon_block: selection.beacon_block,
+            opening: Vec::new(),
+            leases: Vec::new(),
+            sealed: SealedBytes { encapsulated: [0; 32], ciphertext: Vec::new() },
+        }
+    }
+
+    fn effects(audits: &mut Audits, now_ms: u64) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        audits.effects(now_ms, &[0], &mut effects);
+        effects
+    }
+
+    fn pass() -> Judgement {
+        Judgement { result: protocol::documents::VerdictResult::Pass, ..Judgement::not_evaluated("") }
+    }
+
+    #[test]
+    fn an_order_that_differs_from_the_selection_says_in_what() {
+        let selection = subject(1, 0).selection;
+        assert_eq!(compare(&selection, &order(&selection)), OrderRead::Fits);
+        let mut other = order(&selection);
+        other.t += 1;
+        other.slot += 1;
+        assert_eq!(compare(&selection, &other), OrderRead::Differs("learner, outer step".into()));
+    }
+
+    #[test]
+    fn an_audit_goes_from_order_to_reveal_and_is_judged_one_at_a_time() {
+        let mut audits = Audits::new(account(9), 100, 1_000);
+        let (one, two) = (subject(1, 0), subject(2, 0));
+        for subject in [&one, &two] {
+            audits.take_on(subject.clone(), 0);
+        }
+        assert_eq!(effects(&mut audits, 0).len(), 2);
+        assert!(effects(&mut audits, 0).is_empty());
+        for subject in [&one, &two] {
+            audits.order(subject.selection.audit, OrderRead::Fits, 10);
+        }
+        let [Effect::Judge { subject: first, .. }] = &effects(&mut audits, 10)[..] else { panic!("one at a time") };
+        let audit = first.selection.audit;
+        audits.judged(audit, Judged::Done(Box::new(pass())), 20);
+        let now = effects(&mut audits, 20);
+        assert!(now.iter().any(|effect| matches!(effect, Effect::Commit(verdict) if verdict.audit == audit)));
+        assert!(now.iter().any(|effect| matches!(effect, Effect::Judge { .. })));
+        audits.committed(audit, Written::Unavailable("slow".into()), 30);
+        assert!(effects(&mut audits, 30).is_empty());
+        assert!(matches!(&effects(&mut audits, 130)[..], [Effect::Commit(_)]));
+        audits.committed(audit, Written::Done, 140);
+        assert_eq!(effects(&mut audits, 140), [Effect::Reveal(audit)]);
+        assert!(audits.revealed(audit, Written::Done, 150));
+        assert!(!audits.is_settled());
+    }
+
+    #[test]
+    fn an_order_that_differs_is_refused_with_a_verdict_that_judges_nobody() {
+        let mut audits = Audits::new(account(9), 100, 1_000);
+        let one = subject(1, 0);
+        audits.take_on(one.clone(), 0);
+        effects(&mut audits, 0);
+        audits.order(one.selection.audit, OrderRead::Differs("cycle".into()), 10);
+        let [Effect::Commit(verdict)] = &effects(&mut audits, 10)[..] else { panic!("a verdict") };
+        assert_eq!((verdict.result, verdict.reason), (protocol::documents::VerdictResult::NotEvaluated, Reason::NotEvaluated));
+    }
+
+    #[test]
+    fn own_trouble_is_tried_again_and_then_ends_as_not_evaluated() {
+        let mut audits = Audits::new(account(9), 100, 1_000);
+        let one = subject(1, 0);
+        audits.take_on(one.clone(), 0);
+        effects(&mut audits, 0);
+        audits.order(one.selection.audit, OrderRead::Fits, 0);
+        let mut now_ms = 0;
+        for _ in 0..ATTEMPTS_MAX {
+            assert!(matches!(&effects(&mut audits, now_ms)[..], [Effect::Judge { .. }]));
+            audits.judged(one.selection.audit, Judged::Failed("no network".into()), now_ms);
+            now_ms += 100;
+        }
+        let [Effect::Commit(verdict)] = &effects(&mut audits, now_ms)[..] else { panic!("a verdict") };
+        assert_eq!(verdict.result, protocol::documents::VerdictResult::NotEvaluated);
+    }
+
+    #[test]
+    fn audits_of_others_are_left_alone_and_an_order_that_never_comes_is_given_up() {
+        let mut audits = Audits::new(account(8), 100, 1_000);
+        audits.take_on(subject(1, 0), 0);
+        assert!(audits.is_settled());
+        let mut audits = Audits::new(account(9), 100, 1_000);
+        audits.take_on(subject(1, 0), 0);
+        assert_eq!(effects(&mut audits, verdict_ms(1_000)), []);
+        assert!(audits.is_settled());
+    }
+}

@@ -1,0 +1,388 @@
+//! Merge manifests: read as they are published, checked, folded in order, and gathered into cycles that wait for their beacon.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::audits::{Selection, select};
+use protocol::documents::{FragmentHead, MergeManifest};
+use protocol::envelope::RunId;
+use protocol::schedule::{Work, cycle_of, fragment_of, merge_weights};
+use protocol::{AccountId, Digest};
+use serde::{Deserialize, Serialize};
+
+use super::poller::Poller;
+use crate::audit::Subject;
+
+/// Manifests read at the same time: a restart catches up on a long run in a few round trips without flooding the store.
+const READS_MAX: usize = 16;
+/// Versions of each fragment whose keyframes are kept: what audits of the last cycles may still need.
+pub const VERSIONS_KEPT: u64 = 8;
+/// A block this far behind the chain's head that a node does not know any more will not come back.
+const FORGOTTEN_BLOCKS: u64 = 1_000;
+
+/// A published keyframe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct KeyframeRef {
+    pub fragment: u16,
+    pub version: u64,
+    /// BLAKE3 of the file.
+    pub digest: Digest,
+}
+
+/// A merge manifest that contradicts itself or what came before. It is signed, so this is evidence against the orchestrator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MergeFault {
+    #[error("it is for another outer step or fragment")]
+    Step,
+    #[error("its base is not the version that the step before left")]
+    Base,
+    #[error("its version does not follow from what it merged")]
+    Version,
+    #[error("contributions are not sorted by hotkey and slot, or one appears twice")]
+    Order,
+    #[error("a merged contribution has a base version that no pull allows")]
+    ContributionBase,
+    #[error("its weights are not those that the signed rule gives")]
+    Weights,
+    #[error("nothing was merged, yet the fragment changed")]
+    Changed,
+}
+
+/// Fragment version and digests after the last folded merge.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Latest {
+    version: u64,
+    /// Keyframe and state digests, once a merge said them.
+    digests: Option<(Digest, Digest)>,
+}
+
+/// Checks a manifest against the run's rules and the fragment's last state.
+fn check(manifest: &MergeManifest, t: u64, fragments: u16, latest: &Latest) -> Result<(), MergeFault> {
+    if manifest.t != t || manifest.fragment != fragment_of(t, fragments) {
+        return Err(MergeFault::Step);
+    }
+    if manifest.base_version != latest.version {
+        return Err(MergeFault::Base);
+    }
+    let merged = manifest.accepted().count();
+    if manifest.version != manifest.base_version + u64::from(merged > 0) {
+        return Err(MergeFault::Version);
+    }
+    if !manifest.contributions.is_sorted_by(|a, b| (a.hotkey, a.slot) < (b.hotkey, b.slot)) {
+        return Err(MergeFault::Order);
+    }
+    if manifest.accepted().any(|one| one.base_version > manifest.base_version || one.base_version + 1 < manifest.base_version) {
+        return Err(MergeFault::ContributionBase);
+    }
+    let work: Vec<Work> =
+        manifest.accepted().map(|one| Work { tokens: one.tokens, versions_behind: manifest.base_version - one.base_version }).collect();
+    if !manifest.accepted().map(|one| one.weight_ppm).eq(merge_weights(&work)) {
+        return Err(MergeFault::Weights);
+    }
+    match latest.digests {
+        Some(digests) if merged == 0 && digests != (manifest.keyframe, manifest.state) => Err(MergeFault::Changed),
+        _ => Ok(()),
+    }
+}
+
+/// A cycle whose merges are all in.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Closed {
+    merges: Vec<MergeManifest>,
+    beacon_block: u64,
+    poller: Poller,
+}
+
+/// What one folded manifest brought.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Folded {
+    pub manifest: MergeManifest,
+    pub fault: Option<MergeFault>,
+}
+
+/// All manifests of a run, as far as they were read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Cycles {
+    run: RunId,
+    fragments: u16,
+    beacon_blocks: u64,
+    retry_ms: u64,
+    /// Outer steps below this are closed, as the head says.
+    closed_below: u64,
+    /// Outer steps below this are folded.
+    folded_below: u64,
+    arrived: BTreeMap<u64, MergeManifest>,
+    reading: BTreeSet<u64>,
+    /// Steps whose manifest could not be read, and when to look again.
+    missing: BTreeMap<u64, u64>,
+    latest: Vec<Latest>,
+    keyframes: BTreeMap<(u16, u64), Digest>,
+    /// Manifests of the cycle that is not complete.
+    open: Vec<MergeManifest>,
+    closed: BTreeMap<u64, Closed>,
+}
+
+impl Cycles {
+    pub fn new(run: RunId, fragments: u16, beacon_blocks: u32, retry_ms: u64) -> Self {
+        Self {
+            run,
+            fragments,
+            beacon_blocks: u64::from(beacon_blocks),
+            retry_ms,
+            closed_below: 0,
+            folded_below: 0,
+            arrived: BTreeMap::new(),
+            reading: BTreeSet::new(),
+            missing: BTreeMap::new(),
+            latest: vec![Latest::default(); usize::from(fragments)],
+            keyframes: BTreeMap::new(),
+            open: Vec::new(),
+            closed: BTreeMap::new(),
+        }
+    }
+
+    /// The head says that steps below `closed_below` are closed.
+    pub fn follow(&mut self, closed_below: u64) {
+        self.closed_below = self.closed_below.max(closed_below);
+    }
+
+    /// The next manifests to read.
+    pub fn wanted(&mut self, now_ms: u64) -> Vec<u64> {
+        // What waits to be folded counts as well: one missing step must not make the rest of a long run pile up here.
+        let end = self.closed_below.min(self.folded_below + 4 * READS_MAX as u64);
+        let mut wanted = Vec::new();
+        for t in self.folded_below..end {
+            if self.reading.len() >= READS_MAX {
+                break;
+            }
+            let is_held_back = self.missing.get(&t).is_some_and(|due_ms| *due_ms > now_ms);
+            if self.arrived.contains_key(&t) || is_held_back || !self.reading.insert(t) {
+                continue;
+            }
+            self.missing.remove(&t);
+            wanted.push(t);
+        }
+        wanted
+    }
+
+    /// A read ended without a manifest.
+    pub fn not_read(&mut self, t: u64, now_ms: u64) {
+        self.reading.remove(&t);
+        self.missing.insert(t, now_ms + self.retry_ms);
+    }
+
+    /// A manifest arrived; gives those that can be folded now, in order.
+    pub fn arrive(&mut self, t: u64, manifest: MergeManifest) -> Vec<Folded> {
+        self.reading.remove(&t);
+        if t >= self.folded_below {
+            self.arrived.insert(t, manifest);
+        }
+        let mut folded = Vec::new();
+        while let Some(manifest) = self.arrived.remove(&self.folded_below) {
+            folded.push(self.fold(manifest));
+            self.folded_below += 1;
+        }
+        folded
+    }
+
+    fn fold(&mut self, manifest: MergeManifest) -> Folded {
+        let t = self.folded_below;
+        let latest = &mut self.latest[usize::from(fragment_of(t, self.fragments))];
+        let fault = check(&manifest, t, self.fragments, latest).err();
+        // A faulty step is not credited, but the run went on from what it says: so do we, to judge the next one by itself.
+        *latest = Latest { version: manifest.version, digests: Some((manifest.keyframe, manifest.state)) };
+        let fragment = fragment_of(t, self.fragments);
+        if manifest.version > manifest.base_version {
+            self.keyframes.insert((fragment, manifest.version), manifest.keyframe);
+            if let Some(old) = manifest.version.checked_sub(VERSIONS_KEPT) {
+                self.keyframes.remove(&(fragment, old));
+            }
+        }
+        // Faulty ones take part in the selection too: everybody has to draw from the same list.
+        self.open.push(manifest.clone());
+        let cycle = cycle_of(t, self.fragments);
+        if cycle_of(t + 1, self.fragments) != cycle {
+            let merges = std::mem::take(&mut self.open);
+            let last_block = merges.iter().map(|merge| merge.block).max().unwrap_or(0);
+            let closed = Closed { merges, beacon_block: last_block + self.beacon_blocks, poller: Poller::new(self.retry_ms) };
+            self.closed.insert(cycle, closed);
+        }
+        Folded { manifest, fault }
+    }
+
+    /// Beacons to ask the chain for: (cycle, block), once the chain is there.
+    pub fn beacons_wanted(&mut self, head_block: u64, now_ms: u64) -> Vec<(u64, u64)> {
+        let wanted = |(cycle, closed): (&u64, &mut Closed)| {
+            let is_due = closed.beacon_block <= head_block && closed.poller.begin(now_ms);
+            is_due.then_some((*cycle, closed.beacon_block))
+        };
+        self.closed.iter_mut().filter_map(wanted).collect()
+    }
+
+    /// The chain's answer: with a hash, the cycle's audits; without, it is asked again, unless the block is lost in the past.
+    pub fn beacon(&mut self, cycle: u64, hash: Option<[u8; 32]>, validators: &[AccountId], head_block: u64, now_ms: u64) -> Vec<Subject> {
+        let Some(closed) = self.closed.get_mut(&cycle) else { return Vec::new() };
+        let Some(hash) = hash.filter(|_| !validators.is_empty()) else {
+            closed.poller.end(now_ms);
+            if hash.is_none() && closed.beacon_block + FORGOTTEN_BLOCKS < head_block {
+                tracing::warn!(cycle, block = closed.beacon_block, "the chain node has forgotten the beacon's block: this cycle stays without audits here");
+                self.closed.remove(&cycle);
+            }
+            return Vec::new();
+        };
+        let closed = self.closed.remove(&cycle).map(|closed| (closed.merges, closed.beacon_block));
+        let Some((merges, beacon_block)) = closed else { return Vec::new() };
+        let selections = select(self.run, cycle, beacon_block, &hash, &merges, validators);
+        selections.into_iter().filter_map(|selection| subject(selection, &merges)).collect()
+    }
+
+    /// Whether the chain and the head disagree on a keyframe of the same version: the fragments for which they do.
+    pub fn contradictions(&self, fragments: &[FragmentHead]) -> Vec<u16> {
+        let contradicts = |(latest, head): (&Latest, &FragmentHead)| match latest.digests {
+            Some((keyframe, _)) => latest.version == head.version && keyframe != head.digest,
+            None => false,
+        };
+        let pairs = self.latest.iter().zip(fragments).enumerate();
+        pairs.filter(|(_, pair)| contradicts(*pair)).map(|(fragment, _)| fragment as u16).collect()
+    }
+
+    /// Version of every fragment after the last folded merge.
+    pub fn versions(&self) -> Vec<u64> {
+        self.latest.iter().map(|latest| latest.version).collect()
+    }
+
+    /// Keyframes of the last versions that merges produced.
+    pub fn keyframes(&self) -> Vec<KeyframeRef> {
+        self.keyframes.iter().map(|((fragment, version), digest)| KeyframeRef { fragment: *fragment, version: *version, digest: *digest }).collect()
+    }
+
+    /// Whether everything that is closed was folded and every complete cycle's audits are known.
+    pub fn is_settled(&self) -> bool {
+        self.folded_below >= self.closed_below && self.closed.is_empty()
+    }
+
+    pub fn folded_below(&self) -> u64 {
+        self.folded_below
+    }
+
+    pub fn deadline(&self) -> Option<u64> {
+        // A beacon that was never asked for waits for its block, not for a time.
+        let beacons = self.closed.values().filter_map(|closed| closed.poller.deadline()).filter(|due_ms| *due_ms > 0);
+        self.missing.values().copied().chain(beacons).min()
+    }
+}
+
+/// The selected contribution with what the merge manifest says of it.
+fn subject(selection: Selection, merges: &[MergeManifest]) -> Option<Subject> {
+    let merge = merges.iter().find(|merge| merge.t == selection.t)?;
+    let contribution = merge.accepted().find(|one| one.hotkey == selection.hotkey && one.slot == selection.slot)?;
+    Some(Subject { fragment: merge.fragment, contribution: contribution.clone(), selection })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::fixture::{account, contribution, merge};
+    use protocol::Reason;
+
+    fn cycles() -> Cycles {
+        Cycles::new(RunId([1; 16]), 2, 3, 100)
+    }
+
+    fn both() -> Vec<protocol::documents::Contribution> {
+        vec![contribution(1, 0, 100, Reason::None), contribution(2, 0, 100, Reason::None)]
+    }
+
+    #[test]
+    fn manifests_are_folded_in_order_whatever_order_they_arrive_in() {
+        let mut cycles = cycles();
+        cycles.follow(3);
+        assert_eq!(cycles.wanted(0), [0, 1, 2]);
+        assert!(cycles.wanted(0).is_empty());
+        assert!(cycles.arrive(1, merge(1, 2, both())).is_empty());
+        let folded = cycles.arrive(0, merge(0, 2, both()));
+        assert_eq!(folded.iter().map(|one| (one.manifest.t, one.fault)).collect::<Vec<_>>(), [(0, None), (1, None)]);
+        cycles.not_read(2, 10);
+        assert_eq!((cycles.wanted(50), cycles.deadline()), (vec![], Some(110)));
+        assert_eq!(cycles.wanted(110), [2]);
+    }
+
+    #[test]
+    fn a_complete_cycle_asks_for_its_beacon_and_then_knows_its_audits() {
+        let mut cycles = cycles();
+        cycles.follow(2);
+        cycles.arrive(0, merge(0, 2, both()));
+        assert!(cycles.beacons_wanted(1_000, 0).is_empty());
+        cycles.arrive(1, merge(1, 2, both()));
+        assert!(!cycles.is_settled());
+        assert!(cycles.beacons_wanted(7, 0).is_empty(), "block 5 + 3 is not there yet");
+        assert_eq!(cycles.beacons_wanted(8, 0), [(0, 8)]);
+        assert!(cycles.beacon(0, None, &[account(9)], 8, 0).is_empty());
+        assert_eq!(cycles.beacons_wanted(9, 100), [(0, 8)]);
+        let subjects = cycles.beacon(0, Some([4; 32]), &[account(9)], 9, 100);
+        assert_eq!(subjects.len(), 2);
+        assert!(subjects.iter().all(|one| one.selection.validator == account(9) && one.contribution.hotkey == one.selection.hotkey));
+        assert!(cycles.is_settled());
+    }
+
+    #[test]
+    fn a_beacon_that_the_node_has_forgotten_ends_the_wait() {
+        let mut cycles = cycles();
+        cycles.follow(2);
+        cycles.arrive(0, merge(0, 2, both()));
+        cycles.arrive(1, merge(1, 2, both()));
+        cycles.beacons_wanted(5_000, 0);
+        cycles.beacon(0, None, &[account(9)], 5_000, 0);
+        assert!(cycles.is_settled());
+    }
+
+    #[test]
+    fn every_contradiction_of_a_manifest_has_a_name() {
+        let latest = Latest { version: 0, digests: Some((Digest::ZERO, Digest::ZERO)) };
+        let good = merge(1, 2, both());
+        assert_eq!(check(&good, 1, 2, &latest), Ok(()));
+        let with = |change: fn(&mut MergeManifest)| {
+            let mut manifest = good.clone();
+            change(&mut manifest);
+            check(&manifest, 1, 2, &latest).unwrap_err()
+        };
+        assert_eq!(with(|m| m.fragment = 0), MergeFault::Step);
+        assert_eq!(with(|m| m.t = 3), MergeFault::Step);
+        assert_eq!(with(|m| m.base_version = 4), MergeFault::Base);
+        assert_eq!(with(|m| m.version = 2), MergeFault::Version);
+        assert_eq!(with(|m| m.contributions.swap(0, 1)), MergeFault::Order);
+        assert_eq!(with(|m| m.contributions[1].hotkey = m.contributions[0].hotkey), MergeFault::Order);
+        assert_eq!(with(|m| m.contributions[0].base_version = 1), MergeFault::ContributionBase);
+        assert_eq!(with(|m| m.contributions[0].weight_ppm += 1), MergeFault::Weights);
+        assert_eq!(with(|m| m.contributions[0].tokens = 1_000), MergeFault::Weights);
+        let mut empty = merge(1, 2, vec![contribution(1, 0, 5, Reason::Late)]);
+        assert_eq!(check(&empty, 1, 2, &latest), Ok(()));
+        empty.keyframe = Digest::blake3(b"other");
+        assert_eq!(check(&empty, 1, 2, &latest), Err(MergeFault::Changed));
+    }
+
+    #[test]
+    fn a_faulty_manifest_is_reported_and_stays_in_the_selection_that_everybody_draws() {
+        let mut cycles = cycles();
+        cycles.follow(2);
+        let mut faulty = merge(0, 2, both());
+        faulty.contributions[0].weight_ppm = 999_999;
+        assert_eq!(cycles.arrive(0, faulty)[0].fault, Some(MergeFault::Weights));
+        cycles.arrive(1, merge(1, 2, vec![contribution(3, 0, 10, Reason::None)]));
+        cycles.beacons_wanted(1_000, 0);
+        let subjects = cycles.beacon(0, Some([4; 32]), &[account(9)], 1_000, 0);
+        let audited: Vec<_> = subjects.iter().map(|one| one.selection.hotkey).collect();
+        assert_eq!(audited, [account(1), account(2), account(3)]);
+    }
+
+    #[test]
+    fn a_head_that_names_another_keyframe_than_the_merge_is_seen() {
+        let mut cycles = cycles();
+        cycles.follow(1);
+        cycles.arrive(0, merge(0, 2, both()));
+        let head = |version, digest| FragmentHead { version, length: 1, digest };
+        let same = [head(1, Digest::ZERO), head(0, Digest::ZERO)];
+        assert!(cycles.contradictions(&same).is_empty());
+        assert_eq!(cycles.contradictions(&[head(1, Digest::blake3(b"x")), same[1].clone()]), [0]);
+        assert!(cycles.contradictions(&[head(2, Digest::blake3(b"x")), same[1].clone()]).is_empty());
+    }
+}

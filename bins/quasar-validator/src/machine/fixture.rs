@@ -1,0 +1,118 @@
+//! Small documents for the tests of the machine.
+
+use protocol::audits::Selection;
+use protocol::documents::{
+    AuditParameters, Codec, Contribution, InnerOptimizer, LrSchedule, Measurements, MergeManifest, RunParameters, Verdict, VerdictResult,
+};
+use protocol::schedule::{Work, merge_weights};
+use protocol::{AccountId, Digest, Reason};
+
+use crate::audit::Subject;
+
+pub fn account(byte: u8) -> AccountId {
+    AccountId([byte; 32])
+}
+
+pub fn contribution(hotkey: u8, slot: u8, tokens: u64, outcome: Reason) -> Contribution {
+    Contribution {
+        hotkey: account(hotkey),
+        slot,
+        commitment: Digest::ZERO,
+        payload: Digest::ZERO,
+        base_version: 0,
+        steps: 1,
+        tokens,
+        weight_ppm: 0,
+        norm: 1,
+        clip_ppm: 1_000_000,
+        cosine_ppm: 0,
+        outcome,
+    }
+}
+
+/// A sound manifest of outer step `t` with base version `t / fragments`, at block 5.
+pub fn merge(t: u64, fragments: u16, mut contributions: Vec<Contribution>) -> MergeManifest {
+    let base_version = t / u64::from(fragments);
+    let merged = contributions.iter_mut().filter(|one| one.outcome == Reason::None);
+    let mut merged: Vec<&mut Contribution> = merged.collect();
+    let work: Vec<Work> = merged.iter().map(|one| Work { tokens: one.tokens, versions_behind: 0 }).collect();
+    for (one, weight) in merged.iter_mut().zip(merge_weights(&work)) {
+        one.base_version = base_version;
+        one.weight_ppm = weight;
+    }
+    let version = base_version + u64::from(!merged.is_empty());
+    MergeManifest {
+        t,
+        fragment: (t % u64::from(fragments)) as u16,
+        base_version,
+        version,
+        block: 5,
+        contributions,
+        keyframe: Digest::ZERO,
+        state: Digest::ZERO,
+        step_norm: 0,
+    }
+}
+
+/// Learner `hotkey`/`slot` in cycle 0, audited by account 9.
+pub fn subject(hotkey: u8, slot: u8) -> Subject {
+    let selection = Selection {
+        audit: Digest::blake3(&[hotkey, slot]),
+        validator: account(9),
+        cycle: 0,
+        hotkey: account(hotkey),
+        slot,
+        t: 0,
+        beacon_block: 8,
+    };
+    Subject { selection, fragment: 0, contribution: contribution(hotkey, slot, 10, Reason::None) }
+}
+
+pub fn verdict(cycle: u64, hotkey: u8, slot: u8, result: VerdictResult) -> Verdict {
+    Verdict {
+        audit: Digest::blake3(&[hotkey, slot]),
+        validator: account(9),
+        cycle,
+        hotkey: account(hotkey),
+        slot,
+        t: 0,
+        payload: Digest::ZERO,
+        result,
+        reason: Reason::None,
+        measured: Measurements::NONE,
+    }
+}
+
+pub fn parameters() -> RunParameters {
+    RunParameters {
+        fragments: 2,
+        inner_steps: 2,
+        overlap: 1,
+        grace_ppm: 0,
+        cycles: 1,
+        outer_lr_ppm: 1_000_000,
+        outer_momentum_ppm: 0,
+        step_target_ms: 0,
+        poll_ms: 100,
+        slots: 1,
+        quorum_min: 1,
+        pull_deadline_ms: 1_000,
+        learner_ttl_ms: 10_000,
+        sequence_length: 16,
+        batch_rows: 2,
+        lease_steps: 8,
+        codec_up: Codec::Bf16,
+        codec_down: Codec::Bf16,
+        release_every_cycles: 0,
+        inner: InnerOptimizer {
+            lr_nano: 20_000_000,
+            beta1_ppm: 900_000,
+            beta2_ppm: 950_000,
+            eps_pico: 10_000,
+            weight_decay_ppm: 0,
+            clip_norm_ppm: 1_000_000,
+            schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
+        },
+        audit: AuditParameters { loss_rows: 4, replay_steps: 4, replay_tolerance_ppm: 20_000, beacon_blocks: 3, opening_ms: 30_000 },
+    }
+}

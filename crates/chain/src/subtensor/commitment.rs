@@ -1,0 +1,66 @@
+//! The fields of the commitments pallet: `Raw0` to `Raw128` for short bytes, `BigRaw` up to 512.
+
+use subxt::dynamic::Value;
+use subxt::ext::scale_value::{Composite, Primitive, ValueDef, Variant};
+
+use crate::COMMITMENT_MAX;
+
+/// Longest field that has its length in its name.
+const RAW_MAX: usize = 128;
+
+/// The `info` argument of `set_commitment` with `data` (at most [`COMMITMENT_MAX`] bytes) as its only field.
+pub(super) fn info(data: &[u8]) -> Value {
+    debug_assert!(data.len() <= COMMITMENT_MAX);
+    let field = if data.len() <= RAW_MAX {
+        Value::unnamed_variant(format!("Raw{}", data.len()), [Value::from_bytes(data)])
+    } else {
+        Value::unnamed_variant("BigRaw", [Value::from_bytes(data)])
+    };
+    Value::named_composite([("fields", Value::unnamed_composite([Value::unnamed_composite([field])]))])
+}
+
+/// The bytes of the first field of a stored registration (`{ deposit, block, info: { fields } }`), if it is a field of plain bytes.
+pub(super) fn plain_bytes<T>(registration: &Value<T>) -> Option<Vec<u8>> {
+    let info = named(registration, "info")?;
+    let mut fields = named(info, "fields")?;
+    // Bounded vectors are wrapped once or more, depending on the runtime.
+    loop {
+        match &fields.value {
+            ValueDef::Composite(Composite::Unnamed(items)) => fields = items.first()?,
+            ValueDef::Variant(variant) => return variant_bytes(variant),
+            _ => return None,
+        }
+    }
+}
+
+fn variant_bytes<T>(variant: &Variant<T>) -> Option<Vec<u8>> {
+    let length = match variant.name.strip_prefix("Raw") {
+        Some(digits) => Some(digits.parse::<usize>().ok()?),
+        None if variant.name == "BigRaw" => None,
+        None => return None,
+    };
+    let mut bytes = Vec::new();
+    if let Some(value) = variant.values.values().next() {
+        collect(value, &mut bytes)?;
+    }
+    length.is_none_or(|length| length == bytes.len()).then_some(bytes)
+}
+
+/// All bytes inside nested lists and wrappers.
+fn collect<T>(value: &Value<T>, bytes: &mut Vec<u8>) -> Option<()> {
+    match &value.value {
+        ValueDef::Primitive(Primitive::U128(byte)) => {
+            bytes.push(u8::try_from(*byte).ok()?);
+            Some(())
+        }
+        ValueDef::Composite(composite) => composite.values().try_for_each(|value| collect(value, bytes)),
+        _ => None,
+    }
+}
+
+fn named<'a, T>(value: &'a Value<T>, name: &str) -> Option<&'a Value<T>> {
+    match &value.value {
+        ValueDef::Composite(Composite::Named(fields)) => fields.iter().find(|(field, _)| field == name).map(|(_, value)| value),
+        _ => None,
+    }
+}

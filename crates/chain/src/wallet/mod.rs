@@ -1,0 +1,267 @@
+//! Wallets in the folder layout of bittensor: `<path>/<name>/coldkeypub.txt`, `<path>/<name>/hotkeys/<hotkey>` and `<hotkey>pub.txt`.
+//!
+//! Daemons need the hotkey only; no code here ever opens a coldkey. New files have mode 0600 and never replace old ones.
+
+mod keyfile;
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use protocol::{AccountId, KeyKind, KeyRef};
+use sp_core::Pair as _;
+use zeroize::Zeroizing;
+
+use crate::hotkey::Hotkey;
+use keyfile::KeyfileError;
+
+/// Largest key file that is read; genuine ones stay under 1 kB.
+const KEYFILE_MAX: u64 = 64 * 1024;
+
+/// A wallet: which key files to use. `path` is the folder of all wallets (`~/.bittensor/wallets`, with `~` already resolved).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wallet {
+    pub path: PathBuf,
+    pub name: String,
+    pub hotkey: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum WalletError {
+    #[error("`{name}` cannot be the name of a wallet or hotkey\nhint: names have no slashes and do not start with a dot")]
+    Name { name: String },
+    #[error("no key file at {}\nhint: create it with `btcli wallet new-hotkey`, or check the wallet path, wallet name and hotkey name", path.display())]
+    Missing { path: PathBuf },
+    #[error("cannot read or write {}: {source}\nhint: the key file must belong to the user that runs this process, with mode 600", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{} is encrypted ({form})\nhint: daemons need a plain hotkey; `btcli wallet regen-hotkey --no-use-password` writes one", path.display())]
+    Encrypted { path: PathBuf, form: &'static str },
+    #[error("{} is no key file: {reason}\nhint: restore it from its secret phrase with `btcli wallet regen-hotkey`", path.display())]
+    Malformed { path: PathBuf, reason: String },
+    #[error("{} holds a key of a kind that this build cannot use: {what}\nhint: hotkeys must be ed25519 or sr25519", path.display())]
+    Unsupported { path: PathBuf, what: String },
+    #[error("the secret in {} does not belong to its address {address}\nhint: the file was edited or damaged; restore it from its secret phrase", path.display())]
+    AddressMismatch { path: PathBuf, address: String },
+    #[error("{} exists already\nhint: choose another name; key files are never overwritten", path.display())]
+    Exists { path: PathBuf },
+}
+
+impl WalletError {
+    fn of_keyfile(path: &Path, error: KeyfileError) -> Self {
+        let path = path.to_owned();
+        match error {
+            KeyfileError::Encrypted(form) => Self::Encrypted { path, form },
+            KeyfileError::Malformed(reason) => Self::Malformed { path, reason },
+            KeyfileError::Unsupported(what) => Self::Unsupported { path, what },
+            KeyfileError::AddressMismatch(address) => Self::AddressMismatch { path, address },
+        }
+    }
+
+    fn io(path: &Path, source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::NotFound => Self::Missing { path: path.to_owned() },
+            io::ErrorKind::AlreadyExists => Self::Exists { path: path.to_owned() },
+            _ => Self::Io { path: path.to_owned(), source },
+        }
+    }
+}
+
+impl Wallet {
+    pub fn new(path: impl Into<PathBuf>, name: impl Into<String>, hotkey: impl Into<String>) -> Self {
+        Self { path: path.into(), name: name.into(), hotkey: hotkey.into() }
+    }
+
+    /// The hotkey's file, with the secret.
+    pub fn hotkey_path(&self) -> PathBuf {
+        self.path.join(&self.name).join("hotkeys").join(&self.hotkey)
+    }
+
+    /// The hotkey's public file.
+    pub fn hotkeypub_path(&self) -> PathBuf {
+        self.path.join(&self.name).join("hotkeys").join(format!("{}pub.txt", self.hotkey))
+    }
+
+    pub fn coldkeypub_path(&self) -> PathBuf {
+        self.path.join(&self.name).join("coldkeypub.txt")
+    }
+
+    /// Reads the hotkey with its secret.
+    pub fn load_hotkey(&self) -> Result<Hotkey, WalletError> {
+        self.check_names()?;
+        let path = self.hotkey_path();
+        let bytes = read_keyfile(&path)?;
+        if fs::metadata(&path).is_ok_and(|meta| meta.permissions().mode() & 0o077 != 0) {
+            tracing::warn!(file = %path.display(), "the hotkey file can be read by other users; `chmod 600` it");
+        }
+        keyfile::read_secret(&bytes).map_err(|error| WalletError::of_keyfile(&path, error))
+    }
+
+    /// Reads the public half of the hotkey: from its public file, or from the key file where there is none.
+    pub fn load_hotkeypub(&self) -> Result<KeyRef, WalletError> {
+        self.check_names()?;
+        let path = self.hotkeypub_path();
+        match read_keyfile(&path) {
+            Ok(bytes) => keyfile::read_public(&bytes).map_err(|error| WalletError::of_keyfile(&path, error)),
+            Err(WalletError::Missing { .. }) => self.load_hotkey().map(|hotkey| hotkey.key()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads the public half of the coldkey.
+    pub fn load_coldkeypub(&self) -> Result<KeyRef, WalletError> {
+        self.check_names()?;
+        let path = self.coldkeypub_path();
+        let bytes = read_keyfile(&path)?;
+        keyfile::read_public(&bytes).map_err(|error| WalletError::of_keyfile(&path, error))
+    }
+
+    /// Makes a hotkey from fresh randomness and writes `hotkeys/<hotkey>` and `<hotkey>pub.txt`, mode 0600.
+    pub fn create_hotkey(&self, kind: KeyKind) -> Result<Hotkey, WalletError> {
+        self.check_names()?;
+        let (phrase, seed) = match kind {
+            KeyKind::Ed25519 => {
+                let (_, phrase, seed) = sp_core::ed25519::Pair::generate_with_phrase(None);
+                (Zeroizing::new(phrase), Zeroizing::new(seed))
+            }
+            KeyKind::Sr25519 => {
+                let (_, phrase, seed) = sp_core::sr25519::Pair::generate_with_phrase(None);
+                (Zeroizing::new(phrase), Zeroizing::new(seed))
+            }
+        };
+        let hotkey = Hotkey::from_seed(kind, &seed);
+        write_new(&self.hotkey_path(), &keyfile::secret_text(&hotkey, &seed, &phrase))?;
+        write_new(&self.hotkeypub_path(), keyfile::public_text(&hotkey.key()).as_bytes())?;
+        Ok(hotkey)
+    }
+
+    /// Writes `coldkeypub.txt` for an owner whose secret lives elsewhere.
+    pub fn write_coldkeypub(&self, key: &KeyRef) -> Result<(), WalletError> {
+        self.check_names()?;
+        write_new(&self.coldkeypub_path(), keyfile::public_text(key).as_bytes())
+    }
+
+    /// Makes a coldkey from fresh randomness, writes its public half and forgets the secret: for development networks, where
+    /// nothing ever moves funds. Gives the account.
+    pub fn create_throwaway_coldkey(&self) -> Result<AccountId, WalletError> {
+        let (pair, seed) = sp_core::sr25519::Pair::generate();
+        drop(Zeroizing::new(seed));
+        let key = KeyRef { kind: KeyKind::Sr25519, public: pair.public().0 };
+        self.write_coldkeypub(&key)?;
+        Ok(key.account())
+    }
+
+    fn check_names(&self) -> Result<(), WalletError> {
+        for name in [&self.name, &self.hotkey] {
+            if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\', '\0']) {
+                return Err(WalletError::Name { name: name.clone() });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_keyfile(path: &Path) -> Result<Zeroizing<Vec<u8>>, WalletError> {
+    let file = fs::File::open(path).map_err(|source| WalletError::io(path, source))?;
+    // One allocation: growing the buffer would leave copies of the secret behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(KEYFILE_MAX as usize + 1));
+    file.take(KEYFILE_MAX + 1).read_to_end(&mut bytes).map_err(|source| WalletError::io(path, source))?;
+    if bytes.len() as u64 > KEYFILE_MAX {
+        return Err(WalletError::Malformed { path: path.to_owned(), reason: format!("longer than {KEYFILE_MAX} bytes") });
+    }
+    Ok(bytes)
+}
+
+/// Writes a file that must not exist yet: complete or not at all, mode 0600, in folders of mode 0700.
+fn write_new(path: &Path, bytes: &[u8]) -> Result<(), WalletError> {
+    let fail = |source| WalletError::io(path, source);
+    let folder = path.parent().unwrap_or(Path::new("."));
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(fail)?;
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = folder.join(name);
+    let written = (|| {
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        // A hard link, unlike a rename, fails where the name is taken.
+        fs::hard_link(&temporary, path)?;
+        fs::File::open(folder)?.sync_all()
+    })();
+    let _ = fs::remove_file(&temporary);
+    written.map_err(fail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::Signer as _;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn a_created_hotkey_is_read_back_and_its_files_are_private() {
+        let folder = tempfile::tempdir().unwrap();
+        for kind in [KeyKind::Ed25519, KeyKind::Sr25519] {
+            let wallet = Wallet::new(folder.path().join("wallets"), "w", kind.to_string());
+            let created = wallet.create_hotkey(kind).unwrap();
+            assert_eq!(created.key().kind, kind);
+            let loaded = wallet.load_hotkey().unwrap();
+            assert_eq!(loaded.key(), created.key());
+            assert_eq!(wallet.load_hotkeypub().unwrap(), created.key());
+            let signature = loaded.sign(b"m");
+            assert_eq!(protocol::verify_signature(&created.key(), b"m", &signature), Ok(()));
+            assert_eq!(mode(&wallet.hotkey_path()), 0o600);
+            assert_eq!(mode(&wallet.hotkeypub_path()), 0o600);
+            let left: Vec<_> = fs::read_dir(wallet.hotkey_path().parent().unwrap()).unwrap().collect();
+            assert!(left.iter().all(|entry| !entry.as_ref().unwrap().file_name().to_string_lossy().contains("tmp")));
+        }
+    }
+
+    #[test]
+    fn key_files_are_never_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let wallet = Wallet::new(folder.path(), "w", "h");
+        let first = wallet.create_hotkey(KeyKind::Ed25519).unwrap();
+        assert!(matches!(wallet.create_hotkey(KeyKind::Ed25519), Err(WalletError::Exists { .. })));
+        assert_eq!(wallet.load_hotkey().unwrap().key(), first.key());
+    }
+
+    #[test]
+    fn a_throwaway_coldkey_leaves_only_its_public_half() {
+        let folder = tempfile::tempdir().unwrap();
+        let wallet = Wallet::new(folder.path(), "w", "h");
+        let coldkey = wallet.create_throwaway_coldkey().unwrap();
+        assert_eq!(wallet.load_coldkeypub().unwrap().account(), coldkey);
+        assert!(!folder.path().join("w/coldkey").exists());
+        assert!(!fs::read_to_string(wallet.coldkeypub_path()).unwrap().contains("rivate"));
+    }
+
+    #[test]
+    fn a_missing_wallet_is_told_with_its_path_and_a_hint() {
+        let wallet = Wallet::new("/nonexistent", "w", "h");
+        let error = wallet.load_hotkey().unwrap_err();
+        assert!(matches!(error, WalletError::Missing { .. }));
+        let text = error.to_string();
+        assert!(text.contains("/nonexistent/w/hotkeys/h") && text.contains("\nhint: "), "{text}");
+    }
+
+    #[test]
+    fn names_cannot_leave_the_wallet_folder() {
+        for name in ["../x", "a/b", "", ".hidden"] {
+            assert!(matches!(Wallet::new("/tmp", name, "h").load_hotkey(), Err(WalletError::Name { .. })));
+            assert!(matches!(Wallet::new("/tmp", "w", name).load_hotkey(), Err(WalletError::Name { .. })));
+        }
+    }
+
+    #[test]
+    fn an_endless_file_is_refused_without_reading_it_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let wallet = Wallet::new(folder.path(), "w", "h");
+        fs::create_dir_all(folder.path().join("w/hotkeys")).unwrap();
+        fs::write(wallet.hotkey_path(), vec![b' '; KEYFILE_MAX as usize + 10]).unwrap();
+        assert!(matches!(wallet.load_hotkey(), Err(WalletError::Malformed { .. })));
+    }
+}

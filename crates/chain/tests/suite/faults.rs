@@ -1,0 +1,127 @@
+//! Endpoints that are dead, silent, restarting, stalled, or of another network.
+
+use std::time::{Duration, Instant};
+
+use chain::devnode::{DevNode, DevOptions};
+use chain::{Chain, ChainError, ConnectSettings, Deadlines, SetWeightsError, SubtensorClient};
+use tokio::net::TcpListener;
+
+use crate::world::{NETUID, connect, deadlines, dev_chain, hotkey};
+
+/// A listener that accepts connections and never says a word.
+async fn silent_endpoint() -> (String, tokio::task::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("ws://{}", listener.local_addr().unwrap());
+    let task = tokio::spawn(async move {
+        let mut open = Vec::new();
+        while let Ok((socket, _)) = listener.accept().await {
+            open.push(socket);
+        }
+    });
+    (endpoint, task)
+}
+
+/// An address that nobody listens on.
+async fn dead_endpoint() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    format!("ws://{}", listener.local_addr().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_network_is_refused_by_its_genesis() {
+    let node = DevNode::start(dev_chain(0)).await.unwrap();
+    let settings = ConnectSettings { endpoints: vec![node.endpoint()], genesis: Some(chain::FINNEY_GENESIS) };
+    let error = SubtensorClient::connect_within(settings, deadlines()).await.err().unwrap();
+    assert!(matches!(&error, ChainError::WrongGenesis { found, .. } if *found == node.genesis()), "{error}");
+    assert!(error.to_string().contains("\nhint: "));
+    assert!(!error.is_retryable());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_without_a_usable_endpoint_are_told_at_once() {
+    for endpoints in [vec![], vec!["http://127.0.0.1:1".to_owned()]] {
+        let settings = ConnectSettings { endpoints, genesis: None };
+        let error = SubtensorClient::connect(settings).await.err().unwrap();
+        assert!(matches!(error, ChainError::Settings { .. }), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_and_silent_endpoints_are_passed_over() {
+    let node = DevNode::start(dev_chain(0)).await.unwrap();
+    let (silent, _task) = silent_endpoint().await;
+    let quick = Deadlines { connect_ms: 500, ..deadlines() };
+    let settings = ConnectSettings { endpoints: vec![dead_endpoint().await, silent.clone(), node.endpoint()], genesis: None };
+    let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
+    assert_eq!(client.genesis(), node.genesis());
+    let started = Instant::now();
+    let nobody = ConnectSettings { endpoints: vec![dead_endpoint().await, silent], genesis: None };
+    let error = SubtensorClient::connect_within(nobody, quick).await.err().unwrap();
+    assert!(error.is_retryable(), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_go_on_after_the_node_dropped_its_connections() {
+    let node = DevNode::start(dev_chain(20)).await.unwrap();
+    let client = connect(&node).await;
+    client.head().await.unwrap();
+    node.drop_connections().await.unwrap();
+    client.head().await.unwrap();
+    client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_moves_to_the_next_endpoint_of_the_same_network_only() {
+    let first = DevNode::start(dev_chain(20)).await.unwrap();
+    let other_network = DevNode::start(dev_chain(20)).await.unwrap();
+    let settings = ConnectSettings { endpoints: vec![first.endpoint(), other_network.endpoint()], genesis: None };
+    let quick = Deadlines { connect_ms: 500, call_ms: 500, finality_ms: 2_000 };
+    let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
+    assert_eq!(client.genesis(), first.genesis());
+    drop(first);
+    let error = client.head().await.unwrap_err();
+    assert!(matches!(error, ChainError::WrongGenesis { .. } | ChainError::Timeout { .. } | ChainError::Unavailable { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_whose_watch_broke_is_found_by_reading_back() {
+    let node = DevNode::start_with(dev_chain(20), DevOptions { finality_lag: 2, ..Default::default() }).await.unwrap();
+    let client = std::sync::Arc::new(connect(&node).await);
+    client.head().await.unwrap();
+    node.stall(true);
+    let setting = tokio::spawn({
+        let client = client.clone();
+        async move { client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await }
+    });
+    // The extrinsic waits in the pool of the stalled node; then the node restarts its server, then blocks come again.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    node.drop_connections().await.unwrap();
+    node.stall(false);
+    let block = setting.await.unwrap().unwrap();
+    assert!(client.head().await.unwrap().number >= block.number);
+    assert_eq!(client.weights(NETUID, 0).await.unwrap(), [(1, 1), (2, 65535)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_stalled_chain_the_setter_gives_up_at_its_deadline() {
+    let node = DevNode::start(dev_chain(20)).await.unwrap();
+    let settings = ConnectSettings { endpoints: vec![node.endpoint()], genesis: None };
+    let quick = Deadlines { finality_ms: 1_000, ..deadlines() };
+    let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
+    node.stall(true);
+    let head = client.head().await.unwrap();
+    let error = client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await.unwrap_err();
+    assert!(matches!(error, SetWeightsError::NotFinalized { millis: 1_000 }), "{error}");
+    assert!(error.is_retryable());
+    assert_eq!(client.head().await.unwrap(), head, "reads are answered all the while");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hashes_of_blocks_whose_state_was_forgotten_are_still_known() {
+    let node = DevNode::start(dev_chain(0)).await.unwrap();
+    let client = connect(&node).await;
+    let early = node.produce();
+    (0..400).for_each(|_| drop(node.produce()));
+    assert_eq!(client.block_hash(early.number).await.unwrap(), Some(early.hash));
+}

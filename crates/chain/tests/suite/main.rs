@@ -1,0 +1,7 @@
+//! The chain crate from outside: one conformance test on both implementations of `Chain`, and the client against a development node
+//! that misbehaves.
+
+mod conformance;
+mod devnode;
+mod faults;
+mod world;

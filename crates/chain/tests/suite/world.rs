@@ -1,0 +1,86 @@
+//! A subnet for tests: who is on it, and both chains that hold it.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use chain::devnode::{DevChain, DevNeuron, DevNode, DevOptions};
+use chain::{ConnectSettings, Deadlines, Hotkey, Hyperparameters, MemoryChain, MemorySettings, Neuron, SubtensorClient};
+use protocol::{AccountId, KeyKind};
+
+pub const NETUID: u16 = 24;
+pub const RATE_LIMIT: u64 = 100;
+/// Short, so that a test that waits for a deadline is quick; long enough for a busy machine.
+pub const DEADLINES: Deadlines = Deadlines { connect_ms: 5_000, call_ms: 5_000, finality_ms: 20_000 };
+
+pub fn deadlines() -> Deadlines {
+    DEADLINES
+}
+
+/// Two validators with permits (Ed25519, Sr25519), two miners, and a stranger who is not registered.
+pub fn hotkey(uid: u8) -> Hotkey {
+    let kind = if uid % 2 == 0 { KeyKind::Ed25519 } else { KeyKind::Sr25519 };
+    Hotkey::from_seed(kind, &[uid + 1; 32])
+}
+
+pub const STRANGER: u8 = 77;
+
+pub fn neurons() -> Vec<DevNeuron> {
+    (0..4)
+        .map(|uid| DevNeuron {
+            hotkey: hotkey(uid).account(),
+            coldkey: AccountId([100 + uid; 32]),
+            stake: 1_000_000_000 * u64::from(uid + 1),
+            validator_permit: uid < 2,
+        })
+        .collect()
+}
+
+pub fn hyperparameters(options: &DevOptions) -> Hyperparameters {
+    Hyperparameters {
+        tempo: 30,
+        weights_rate_limit: RATE_LIMIT,
+        min_allowed_weights: 2,
+        max_weight_limit: u16::MAX,
+        weights_version: options.weights_version,
+        commit_reveal: options.commit_reveal,
+        stake_threshold: options.stake_threshold,
+    }
+}
+
+pub fn dev_chain(block_ms: u64) -> DevChain {
+    let parameters = hyperparameters(&DevOptions::default());
+    DevChain {
+        netuid: NETUID,
+        block_ms,
+        tempo: parameters.tempo,
+        weights_rate_limit: parameters.weights_rate_limit,
+        min_allowed_weights: parameters.min_allowed_weights,
+        neurons: neurons(),
+        listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+    }
+}
+
+pub fn memory_chain(options: &DevOptions) -> MemoryChain {
+    let neurons = (0u16..)
+        .zip(neurons())
+        .map(|(uid, neuron)| Neuron {
+            uid,
+            hotkey: neuron.hotkey,
+            coldkey: neuron.coldkey,
+            stake: neuron.stake,
+            validator_permit: neuron.validator_permit,
+            last_update: 0,
+        })
+        .collect();
+    MemoryChain::new(MemorySettings {
+        netuid: NETUID,
+        seed: 7,
+        hyperparameters: hyperparameters(options),
+        neurons,
+        owner_hotkey: options.owner_hotkey,
+    })
+}
+
+pub async fn connect(node: &DevNode) -> SubtensorClient {
+    let settings = ConnectSettings { endpoints: vec![node.endpoint()], genesis: Some(node.genesis()) };
+    SubtensorClient::connect_within(settings, deadlines()).await.expect("the node answers")
+}

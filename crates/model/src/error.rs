@@ -1,0 +1,39 @@
+//! What a trainer or evaluator can fail with.
+
+use crate::{ConfigError, StateError};
+
+/// Errors of [`crate::Trainer`] and [`crate::Evaluator`]. After any of them the trainer's state is what it was before the
+/// call.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("checkpoint: {0}\nhint: fetch the checkpoint again, or check that folder and run belong together")]
+    Checkpoint(String),
+    #[error("the fragment plan does not fit the model: {0}\nhint: plan and checkpoint must come from the same run")]
+    Plan(String),
+    #[error("there is no fragment {fragment}: the plan has {fragments}")]
+    NoFragment { fragment: usize, fragments: usize },
+    #[error("fragment {fragment} has {expected} elements, got {found}")]
+    FragmentLength { fragment: usize, expected: u64, found: usize },
+    #[error("fragment {fragment} holds a value that is not finite")]
+    FragmentNotFinite { fragment: usize },
+    #[error("batch: {0}")]
+    Batch(String),
+    #[error("token {token} is outside the vocabulary of {vocabulary}\nhint: the shard was made with another tokenizer")]
+    Token { token: u32, vocabulary: usize },
+    #[error("forced routes: {0}")]
+    Routes(String),
+    /// The step was not taken: weights, moments and step count are unchanged.
+    #[error("{what} is not finite at step {step}\nhint: the learning rate may be too high, or the weights are damaged; the state before this step is kept")]
+    NotFinite { what: &'static str, step: u64 },
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("device {device:?}: {reason}\nhint: use \"cpu\", or \"cuda:0\" with QUASAR_TORCH_CUDA_DIR naming a full torch installation")]
+    Device { device: String, reason: String },
+    /// An error inside libtorch: out of memory, or a shape that should not occur.
+    #[error("libtorch: {0}\nhint: if this is about memory, use fewer rows per step or a device with more of it")]
+    Torch(String),
+    #[error("{path}: {source}")]
+    Io { path: String, source: std::io::Error },
+}

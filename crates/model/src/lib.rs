@@ -1,0 +1,37 @@
+//! Quasar (`model_type: quasar_long`): configuration, tensors, initialisation, and the two things that a run needs a
+//! model for, behind the traits [`Trainer`] and [`Evaluator`].
+//!
+//! Without the feature `libtorch` the crate holds everything that needs no tensor library: configuration, the list of
+//! tensors, fresh initial weights, trainer state, and a toy trainer for simulations. With it (the default) come the real
+//! forward pass and loss ([`torch::Network`]), [`QuasarTrainer`], [`QuasarEvaluator`] and [`checkpoint_loss`].
+//!
+//! This crate knows neither network nor protocol; it sees token rows and fragments of parameters as flat `f32` buffers.
+
+mod adamw;
+mod config;
+mod error;
+pub mod init;
+mod json;
+mod ranges;
+mod state;
+mod tensors;
+mod toy;
+mod train;
+
+#[cfg(feature = "libtorch")]
+pub mod torch;
+
+pub use config::{Branch, ConfigError, QuasarConfig};
+pub use error::TrainError;
+pub use init::InitError;
+pub use ranges::PlanRanges;
+pub use state::{StateError, TrainerState};
+pub use tensors::TensorEntry;
+pub use toy::{ToyTrainer, toy_contract, toy_plan};
+pub use train::{Batch, Evaluator, Hyper, Routes, StepReport, Trainer};
+
+#[cfg(feature = "libtorch")]
+pub use torch::{
+    ComputeType, EvaluatorOptions, Loss, QuasarEvaluator, QuasarTrainer, TrainerOptions, checkpoint_loss, cuda_is_available, load_cuda,
+    tune_allocator,
+};

@@ -1,0 +1,63 @@
+//! Grant bundles: a list of presigned requests, sealed to one hotkey inside a signed envelope.
+
+use protocol::envelope::{Context, Header, Purpose};
+use protocol::{AccountId, GrantBundle, SealedBytes, codec, x25519_public};
+
+use crate::seal::{self, SealError};
+
+/// Largest plaintext of a bundle: what fits into the largest envelope that carries one.
+const BUNDLE_BYTES_MAX: usize = 1 << 20;
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BundleError {
+    #[error("nothing can be sealed to {0}: its bytes are no Ed25519 point\nhint: publish a key certificate on chain or use an ed25519 hotkey")]
+    NeedsCertificate(AccountId),
+    #[error(transparent)]
+    Seal(#[from] SealError),
+    #[error("the sealed bundle is damaged: {0}")]
+    Malformed(protocol::codec::CodecError),
+}
+
+/// Seals `bundle` to `hotkey` for the envelope with `header`.
+pub fn seal_to(context: &Context, purpose: Purpose, header: &Header, hotkey: &AccountId, bundle: &GrantBundle) -> Result<SealedBytes, BundleError> {
+    let recipient = x25519_public(hotkey).ok_or(BundleError::NeedsCertificate(*hotkey))?;
+    Ok(seal::seal(&recipient, &context.seal_info(purpose), &header.digest().0, &codec::encode(bundle))?)
+}
+
+/// Opens a bundle that came in the envelope with `header`; `secret` is the hotkey's X25519 secret.
+pub fn open(context: &Context, header: &Header, sealed: &SealedBytes, secret: &[u8; 32]) -> Result<GrantBundle, BundleError> {
+    let purpose = Purpose::from_number(header.purpose).ok_or(BundleError::Seal(SealError::DoesNotOpen))?;
+    let plaintext = seal::open(secret, &context.seal_info(purpose), &header.digest().0, sealed)?;
+    codec::decode(&plaintext, BUNDLE_BYTES_MAX).map_err(BundleError::Malformed)
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::documents::StandingGrants;
+    use protocol::envelope::{RunId, header_for};
+    use protocol::{Ed25519Signer, GrantRequest, Method, Signer};
+
+    use super::*;
+
+    #[test]
+    fn a_bundle_opens_for_its_hotkey_in_its_own_envelope_only() {
+        let (orchestrator, hotkey) = (Ed25519Signer::from_seed([1; 32]), Ed25519Signer::from_seed([2; 32]));
+        let context = Context { genesis: [3; 32], netuid: 24, run: RunId([4; 16]) };
+        let header = header_for::<StandingGrants>(&context, orchestrator.key(), 1, 1_000);
+        let request = GrantRequest {
+            method: Method::Get,
+            key: "a/b".into(),
+            url: "https://store/a/b".into(),
+            headers: vec![],
+            length: None,
+            sha256: None,
+            expires_ms: 9,
+        };
+        let bundle = GrantBundle { requests: vec![request] };
+        let sealed = seal_to(&context, Purpose::StandingGrants, &header, &hotkey.key().account(), &bundle).unwrap();
+        assert_eq!(open(&context, &header, &sealed, &hotkey.x25519_secret()).unwrap(), bundle);
+        let other = header_for::<StandingGrants>(&context, orchestrator.key(), 2, 1_000);
+        assert!(open(&context, &other, &sealed, &hotkey.x25519_secret()).is_err());
+        assert!(open(&context, &header, &sealed, &orchestrator.x25519_secret()).is_err());
+    }
+}

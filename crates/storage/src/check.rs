@@ -1,0 +1,174 @@
+//! Does a store keep the promises that the protocol relies on? Asked once at start-up, because stores differ: of six S3 servers that were
+//! measured, two answered 200 to a conditional write whose condition failed.
+
+use bytes::Bytes;
+use protocol::{Digest, GrantRequest};
+
+use crate::client::{GrantAccess, GrantClient, GrantError, PutOutcome};
+use crate::{ObjectStore, Presign, PutCondition, StoreError};
+
+/// Writers that race for one write-once key.
+const RACERS: usize = 8;
+const LIMIT: u64 = 1 << 20;
+
+/// A store that does not keep a promise, or could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ConformanceError {
+    #[error(
+        "the store does not keep {} promise(s) that a run relies on: {}\nhint: use a store that honours conditional writes and signed headers (AWS S3, SeaweedFS 4, the embedded server)",
+        broken.len(), broken.join("; ")
+    )]
+    Broken { broken: Vec<&'static str> },
+    #[error("the store could not be examined: {0}")]
+    Store(#[from] StoreError),
+    #[error("the store could not be examined: {0}")]
+    Grant(#[from] GrantError),
+}
+
+/// Examines a store that is reached over HTTP, with keys below `prefix` (ending in `/`), which are removed afterwards.
+pub async fn conformance(store: &dyn ObjectStore, prefix: &str, now_ms: u64) -> Result<(), ConformanceError> {
+    // Its own grant tells which host has to be allowed.
+    let probe = store.presign(&Presign::Get { key: format!("{prefix}probe"), now_ms, expires_in_ms: 60_000 })?;
+    let host = url::Url::parse(&probe.url).ok().and_then(|url| {
+        let port = url.port_or_known_default()?;
+        Some(format!("{}:{port}", url.host_str()?))
+    });
+    let grants = GrantClient::new(host.into_iter().collect())?;
+    conformance_with(store, &grants, prefix, now_ms).await
+}
+
+/// Examines `store`, whose grants are redeemed through `grants`.
+pub async fn conformance_with(
+    store: &dyn ObjectStore,
+    grants: &dyn GrantAccess,
+    prefix: &str,
+    now_ms: u64,
+) -> Result<(), ConformanceError> {
+    let examination = Examination { store, grants, prefix, now_ms, broken: Vec::new() };
+    let result = examination.run().await;
+    for object in store.list(prefix).await? {
+        store.delete(&object.key).await?;
+    }
+    match result? {
+        broken if broken.is_empty() => Ok(()),
+        broken => Err(ConformanceError::Broken { broken }),
+    }
+}
+
+struct Examination<'a> {
+    store: &'a dyn ObjectStore,
+    grants: &'a dyn GrantAccess,
+    prefix: &'a str,
+    now_ms: u64,
+    broken: Vec<&'static str>,
+}
+
+impl Examination<'_> {
+    fn key(&self, name: &str) -> String {
+        // The time keeps a second examination apart from what a broken-off one left.
+        format!("{}conformance-{}/{name}", self.prefix, self.now_ms)
+    }
+
+    fn promise(&mut self, kept: bool, promise: &'static str) {
+        if !kept {
+            self.broken.push(promise);
+        }
+    }
+
+    async fn is_absent(&self, key: &str) -> Result<bool, StoreError> {
+        match self.store.head(key).await {
+            Ok(_) => Ok(false),
+            Err(StoreError::NotFound { .. }) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn upload(&self, key: &str, bytes: &[u8], if_absent: bool) -> Result<GrantRequest, StoreError> {
+        self.store.presign(&Presign::Put {
+            key: key.to_owned(),
+            length: bytes.len() as u64,
+            sha256: Some(Digest::sha256(bytes)),
+            if_absent,
+            now_ms: self.now_ms,
+            expires_in_ms: 120_000,
+        })
+    }
+
+    async fn run(mut self) -> Result<Vec<&'static str>, ConformanceError> {
+        self.conditional_writes().await?;
+        self.reads_and_lists().await?;
+        self.grants().await?;
+        Ok(self.broken)
+    }
+
+    async fn conditional_writes(&mut self) -> Result<(), ConformanceError> {
+        let (store, once) = (self.store, self.key("once"));
+        let first = store.put(&once, Bytes::from_static(b"first"), PutCondition::IfAbsent).await?;
+        let refused = |result: &Result<String, StoreError>| matches!(result, Err(StoreError::PreconditionFailed { .. }));
+        let second = store.put(&once, Bytes::from_static(b"second"), PutCondition::IfAbsent).await;
+        self.promise(refused(&second), "a second If-None-Match write is refused");
+        self.promise(store.get(&once, LIMIT).await?.bytes == "first", "a refused write changes nothing");
+
+        let moved = store.put(&once, Bytes::from_static(b"third"), PutCondition::IfMatch(first.clone())).await;
+        self.promise(moved.is_ok(), "an If-Match write with the current tag succeeds");
+        let stale = store.put(&once, Bytes::from_static(b"fourth"), PutCondition::IfMatch(first)).await;
+        self.promise(refused(&stale), "an If-Match write with an old tag is refused");
+        let nothing = store.put(&self.key("nothing"), Bytes::from_static(b"x"), PutCondition::IfMatch("\"0\"".to_owned())).await;
+        self.promise(refused(&nothing), "an If-Match write to a missing key is refused");
+
+        let raced = self.key("raced");
+        let writers = (0..RACERS).map(|racer| store.put(&raced, Bytes::from(vec![racer as u8]), PutCondition::IfAbsent));
+        let winners = futures::future::join_all(writers).await.into_iter().filter(Result::is_ok).count();
+        self.promise(winners == 1, "of concurrent If-None-Match writes exactly one wins");
+        Ok(())
+    }
+
+    async fn reads_and_lists(&mut self) -> Result<(), ConformanceError> {
+        let (store, key) = (self.store, self.key("read"));
+        store.put(&key, Bytes::from_static(b"0123456789"), PutCondition::Always).await?;
+        let object = store.get(&key, LIMIT).await?;
+        self.promise(object.etag.is_some(), "a read tells the ETag");
+        let again = store.get_if_changed(&key, object.etag.as_deref(), LIMIT).await?;
+        self.promise(again.is_none(), "a conditional read of an unchanged object transfers nothing");
+        self.promise(store.get_range(&key, 2, 5).await? == "234", "a ranged read returns its range");
+        let listed = store.list(&self.key("")).await?;
+        self.promise(listed.iter().any(|object| object.key == key && object.length == 10), "a listing shows what was just written");
+        store.delete(&key).await?;
+        self.promise(self.is_absent(&key).await?, "a deleted object is gone");
+        Ok(())
+    }
+
+    async fn grants(&mut self) -> Result<(), ConformanceError> {
+        let grants = self.grants;
+        let refused = |outcome: &Result<PutOutcome, GrantError>| matches!(outcome, Ok(outcome) if *outcome != PutOutcome::Stored);
+
+        let key = self.key("grant");
+        let grant = self.upload(&key, b"granted", true)?;
+        let other_bytes = grants.put(&grant, Bytes::from_static(b"GRANTED")).await;
+        let kept = refused(&other_bytes) && self.is_absent(&key).await?;
+        self.promise(kept, "an upload with another SHA-256 is refused and leaves nothing");
+
+        let unbound = GrantRequest { length: None, ..grant.clone() };
+        let other_length = grants.put(&unbound, Bytes::from_static(b"granted and more")).await;
+        let kept = refused(&other_length) && self.is_absent(&key).await?;
+        self.promise(kept, "an upload of another length is refused and leaves nothing");
+
+        let bare_url = grant.url.split('?').next().unwrap_or_default().to_owned();
+        let unsigned = GrantRequest { url: bare_url, headers: Vec::new(), length: None, ..grant.clone() };
+        let anonymous = grants.put(&unsigned, Bytes::from_static(b"granted")).await;
+        let kept = refused(&anonymous) && self.is_absent(&key).await?;
+        self.promise(kept, "an unsigned upload is refused and leaves nothing");
+
+        let stored = grants.put(&grant, Bytes::from_static(b"granted")).await?;
+        self.promise(stored == PutOutcome::Stored, "an upload as granted is stored");
+        let replayed = grants.put(&grant, Bytes::from_static(b"granted")).await?;
+        self.promise(replayed == PutOutcome::AlreadyThere, "a write-once grant works once");
+
+        let sign_read = |now_ms, expires_in_ms| self.store.presign(&Presign::Get { key: key.clone(), now_ms, expires_in_ms });
+        let read = grants.get(&sign_read(self.now_ms, 60_000)?, None, LIMIT).await;
+        self.promise(read.is_ok_and(|bytes| bytes == "granted"), "a read grant reads");
+        let expired = grants.get(&sign_read(self.now_ms.saturating_sub(3_600_000), 1_000)?, None, LIMIT).await;
+        self.promise(expired.is_err(), "an expired grant is refused");
+        Ok(())
+    }
+}

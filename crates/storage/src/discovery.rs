@@ -1,0 +1,215 @@
+//! Finding the active run and following it, through anonymous public reads alone.
+//!
+//! Trust starts at the owner that the user named: root version 1 is signed by it, version N signs version N + 1; the newest root
+//! names the orchestrator's key; everything else is signed by that key and tied together by digests. Nobody sets a run id.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use protocol::documents::{CatalogPage, CurrentRun, Head, RunManifest, RunRoot};
+use protocol::envelope::{Context, Document, EnvelopeError, Expect, PROTOCOL_VERSION, RunId, SequenceGuard, Verified, open, open_stored};
+use protocol::paths::{Keys, RunKeys};
+use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest};
+
+use crate::StoreError;
+use crate::client::{PublicRead, PublicReader};
+
+/// Most root versions that a client walks.
+const ROOT_VERSIONS_MAX: u32 = 1_000;
+
+#[derive(Debug, thiserror::Error)]
+pub enum DiscoveryError {
+    #[error("no run is published in this bucket yet\nhint: check bucket, endpoint and netuid; if they are right, wait for the orchestrator")]
+    NoRun,
+    #[error("the bucket's current run is {current}, but this machine is pinned to {pinned}\nhint: remove QUASAR_RUN_ID; the run is found by itself")]
+    Pinned { current: RunId, pinned: RunId },
+    #[error("the run speaks protocol {min} to {max}, this build speaks {PROTOCOL_VERSION}\nhint: install a release of this software that the run accepts")]
+    ProtocolVersion { min: u16, max: u16 },
+    #[error("{key}: {error}")]
+    Envelope { key: String, error: EnvelopeError },
+    #[error("{key} is missing\nhint: the run is incomplete in the bucket; its operator has to publish it again")]
+    Missing { key: String },
+    #[error("{key} has another digest than the document that names it\nhint: the object was replaced; the orchestrator's bucket is damaged or hostile")]
+    DigestMismatch { key: String },
+    #[error("{key} contradicts the run root: {what}\nhint: the run's operator exceeded the bounds that the owner signed")]
+    OutOfBounds { key: String, what: &'static str },
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What stays for the whole run.
+#[derive(Clone, Debug)]
+pub struct RunFacts {
+    pub root: RunRoot,
+    pub manifest: RunManifest,
+    pub plan: FragmentPlan,
+    pub shards: Vec<ShardManifest>,
+    pub context: Context,
+    pub keys: Keys,
+    pub run: RunKeys,
+    pub orchestrator: KeyRef,
+}
+
+/// Follows one run.
+pub struct RunReader {
+    public: PublicReader,
+    facts: Arc<RunFacts>,
+    etags: BTreeMap<String, String>,
+    guard: SequenceGuard,
+}
+
+impl RunReader {
+    /// Finds the run that is current in the bucket behind `public`.
+    pub async fn discover(
+        public: PublicReader,
+        genesis: [u8; 32],
+        netuid: u16,
+        owner: AccountId,
+        pin: Option<RunId>,
+        now_ms: u64,
+    ) -> Result<Self, DiscoveryError> {
+        let keys = Keys::new(netuid);
+        let outside = Context { genesis, netuid, run: RunId::NONE };
+        let (roots, newest) = walk_roots(&public, &keys, &outside, owner).await?;
+        let Some((root, root_digest)) = newest else { return Err(DiscoveryError::NoRun) };
+        let orchestrator = root.orchestrator;
+
+        let key = keys.current();
+        let bytes = read(&public, &key, CurrentRun::PURPOSE.limit()).await?.ok_or(DiscoveryError::NoRun)?;
+        let current = checked::<CurrentRun>(&key, open(&bytes, &outside, Expect::Key(&orchestrator), now_ms))?;
+        let mut guard = SequenceGuard::default();
+        guard.accept(&key, &current.header).map_err(|error| DiscoveryError::Envelope { key: key.clone(), error })?;
+        let current = current.document;
+        if current.root_version != roots || current.root_digest != root_digest {
+            return Err(DiscoveryError::DigestMismatch { key });
+        }
+        if let Some(pinned) = pin
+            && pinned != current.run
+        {
+            return Err(DiscoveryError::Pinned { current: current.run, pinned });
+        }
+
+        let context = Context { run: current.run, ..outside };
+        let run = keys.run(current.run);
+        let expect = Expect::Key(&orchestrator);
+        let (manifest, digest) = stored::<RunManifest>(&public, &run.manifest(), &context, expect).await?;
+        if digest != current.manifest_digest {
+            return Err(DiscoveryError::DigestMismatch { key: run.manifest() });
+        }
+        if !(manifest.protocol_min..=manifest.protocol_max).contains(&PROTOCOL_VERSION) {
+            return Err(DiscoveryError::ProtocolVersion { min: manifest.protocol_min, max: manifest.protocol_max });
+        }
+        let out_of_bounds = |what| DiscoveryError::OutOfBounds { key: run.manifest(), what };
+        if manifest.parameters.fragments > root.bounds.fragments_max || manifest.parameters.fragments == 0 {
+            return Err(out_of_bounds("the number of fragments"));
+        }
+        if manifest.parameters.slots > root.bounds.slots_max || manifest.parameters.slots == 0 {
+            return Err(out_of_bounds("the number of slots"));
+        }
+        let (plan, _) = stored::<FragmentPlan>(&public, &run.plan(&manifest.plan), &context, expect).await?;
+        if plan.digest() != manifest.plan || plan.fragments.len() != usize::from(manifest.parameters.fragments) {
+            return Err(DiscoveryError::DigestMismatch { key: run.plan(&manifest.plan) });
+        }
+        let mut shards = Vec::new();
+        for page in &manifest.catalog {
+            let key = run.catalog(page.page);
+            let (document, digest) = stored::<CatalogPage>(&public, &key, &context, expect).await?;
+            if digest != page.digest || !document.shards.iter().all(|shard| shard.file.is_consistent()) {
+                return Err(DiscoveryError::DigestMismatch { key });
+            }
+            shards.extend(document.shards);
+        }
+        let facts = RunFacts { root, manifest, plan, shards, context, keys, run, orchestrator };
+        Ok(Self { public, facts: Arc::new(facts), etags: BTreeMap::new(), guard })
+    }
+
+    pub fn facts(&self) -> &Arc<RunFacts> {
+        &self.facts
+    }
+
+    /// The head, if it changed since the last call.
+    pub async fn head(&mut self, now_ms: u64) -> Result<Option<Head>, DiscoveryError> {
+        let key = self.facts.run.head();
+        let Some(verified) = self.poll::<Head>(&key, now_ms).await? else { return Ok(None) };
+        let head = verified.document;
+        if head.fragments.len() != self.facts.plan.fragments.len() {
+            return Err(DiscoveryError::OutOfBounds { key, what: "the number of fragments" });
+        }
+        Ok(Some(head))
+    }
+
+    /// A mutable public object of the orchestrator, if it is there and changed since the last call.
+    pub async fn poll<D: Document>(&mut self, key: &str, now_ms: u64) -> Result<Option<Verified<D>>, DiscoveryError> {
+        let object = match self.public.get(key, self.etags.get(key).map(String::as_str), D::PURPOSE.limit() as u64 + 512).await? {
+            PublicRead::Absent | PublicRead::Unchanged => return Ok(None),
+            PublicRead::Found(object) => object,
+        };
+        let verified = checked::<D>(key, open(&object.bytes, &self.facts.context, Expect::Key(&self.facts.orchestrator), now_ms))?;
+        self.guard.accept(key, &verified.header).map_err(|error| DiscoveryError::Envelope { key: key.to_owned(), error })?;
+        match object.etag {
+            Some(etag) => self.etags.insert(key.to_owned(), etag),
+            None => self.etags.remove(key),
+        };
+        Ok(Some(verified))
+    }
+
+    /// A write-once public object; `None` while it is absent.
+    pub async fn once<D: Document>(&self, key: &str, expect: Expect<'_>) -> Result<Option<Verified<D>>, DiscoveryError> {
+        match read(&self.public, key, D::PURPOSE.limit()).await? {
+            Some(bytes) => checked(key, open_stored(&bytes, &self.facts.context, expect)).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether another run is current by now.
+    pub async fn moved(&mut self, now_ms: u64) -> Result<bool, DiscoveryError> {
+        let key = self.facts.keys.current();
+        let Some(bytes) = read(&self.public, &key, CurrentRun::PURPOSE.limit()).await? else { return Ok(false) };
+        let outside = self.facts.context.without_run();
+        let current = checked::<CurrentRun>(&key, open(&bytes, &outside, Expect::Key(&self.facts.orchestrator), now_ms))?;
+        self.guard.accept(&key, &current.header).map_err(|error| DiscoveryError::Envelope { key, error })?;
+        Ok(current.document.run != self.facts.context.run)
+    }
+}
+
+/// Number of root versions, and the newest one with its file's digest.
+async fn walk_roots(
+    public: &PublicReader,
+    keys: &Keys,
+    outside: &Context,
+    owner: AccountId,
+) -> Result<(u32, Option<(RunRoot, Digest)>), DiscoveryError> {
+    let mut newest: Option<(RunRoot, Digest)> = None;
+    for version in 1..=ROOT_VERSIONS_MAX {
+        let key = keys.root(version);
+        let Some(bytes) = read(public, &key, RunRoot::PURPOSE.limit()).await? else { return Ok((version - 1, newest)) };
+        let root = match &newest {
+            None => checked::<RunRoot>(&key, open_stored(&bytes, outside, Expect::Account(&owner)))?.document,
+            Some((previous, _)) => checked::<RunRoot>(&key, open_stored(&bytes, outside, Expect::Key(&previous.owner)))?.document,
+        };
+        let previous = newest.as_ref().map_or(Digest::ZERO, |(_, digest)| *digest);
+        if root.version != version || root.previous != previous {
+            return Err(DiscoveryError::DigestMismatch { key });
+        }
+        newest = Some((root, Digest::blake3(&bytes)));
+    }
+    Ok((ROOT_VERSIONS_MAX, newest))
+}
+
+async fn read(public: &PublicReader, key: &str, limit: usize) -> Result<Option<bytes::Bytes>, DiscoveryError> {
+    match public.get(key, None, limit as u64 + 512).await? {
+        PublicRead::Found(object) => Ok(Some(object.bytes)),
+        PublicRead::Absent | PublicRead::Unchanged => Ok(None),
+    }
+}
+
+/// A write-once document that must be there, with the digest of its file.
+async fn stored<D: Document>(public: &PublicReader, key: &str, context: &Context, expect: Expect<'_>) -> Result<(D, Digest), DiscoveryError> {
+    let bytes = read(public, key, D::PURPOSE.limit()).await?.ok_or_else(|| DiscoveryError::Missing { key: key.to_owned() })?;
+    let verified = checked::<D>(key, open_stored(&bytes, context, expect))?;
+    Ok((verified.document, Digest::blake3(&bytes)))
+}
+
+fn checked<D>(key: &str, result: Result<Verified<D>, EnvelopeError>) -> Result<Verified<D>, DiscoveryError> {
+    result.map_err(|error| DiscoveryError::Envelope { key: key.to_owned(), error })
+}

@@ -1,0 +1,183 @@
+//! A store in memory for simulations and tests: the same rules as a real one, without a network, a clock or randomness.
+//!
+//! Grants work, too: their URLs carry a keyed hash over everything that a presigned request binds, and [`MemoryGrants`] redeems them as
+//! a real store would.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use protocol::{Digest, GrantRequest, Method};
+
+use crate::blobs::{BlobError, Blobs, MemoryBlobs};
+use crate::client::{GrantAccess, GrantError, PutOutcome};
+use crate::{Object, ObjectMeta, ObjectStore, Presign, PutCondition, StoreError, key};
+
+/// Clones share the objects.
+#[derive(Clone, Default)]
+pub struct MemoryStore {
+    blobs: MemoryBlobs,
+}
+
+impl MemoryStore {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn found(&self, key: &str) -> Result<Object, StoreError> {
+        key::check(key)?;
+        let (stat, bytes) = self.blobs.get(key).ok_or_else(|| StoreError::NotFound { key: key.to_owned() })?;
+        Ok(Object { bytes, etag: Some(quoted(&stat.etag())) })
+    }
+}
+
+fn quoted(etag: &str) -> String {
+    format!("\"{etag}\"")
+}
+
+fn slice(key: &str, bytes: &Bytes, start: u64, end: u64) -> Result<Bytes, StoreError> {
+    if start > end || end > bytes.len() as u64 {
+        return Err(StoreError::invalid(key, format!("the object ends before byte {end}")));
+    }
+    Ok(bytes.slice(start as usize..end as usize))
+}
+
+#[async_trait]
+impl ObjectStore for MemoryStore {
+    async fn get_if_changed(&self, key: &str, etag: Option<&str>, limit: u64) -> Result<Option<Object>, StoreError> {
+        let object = self.found(key)?;
+        if etag.is_some() && etag == object.etag.as_deref() {
+            return Ok(None);
+        }
+        if object.bytes.len() as u64 > limit {
+            return Err(StoreError::TooLarge { key: key.to_owned(), limit });
+        }
+        Ok(Some(object))
+    }
+
+    async fn get_range(&self, key: &str, start: u64, end: u64) -> Result<Bytes, StoreError> {
+        slice(key, &self.found(key)?.bytes, start, end)
+    }
+
+    async fn head(&self, key: &str) -> Result<ObjectMeta, StoreError> {
+        let object = self.found(key)?;
+        Ok(ObjectMeta { key: key.to_owned(), length: object.bytes.len() as u64, etag: object.etag })
+    }
+
+    async fn put(&self, key: &str, bytes: Bytes, condition: PutCondition) -> Result<String, StoreError> {
+        key::check(key)?;
+        match self.blobs.put(key, bytes, &condition) {
+            Ok(stat) => Ok(quoted(&stat.etag())),
+            Err(BlobError::ConditionFailed) => Err(StoreError::PreconditionFailed { key: key.to_owned() }),
+            Err(error) => Err(StoreError::unavailable(key, error.to_string())),
+        }
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<ObjectMeta>, StoreError> {
+        if !key::is_valid_prefix(prefix) {
+            key::check(prefix)?;
+        }
+        let listed = self.blobs.list(prefix, None, usize::MAX);
+        Ok(listed.into_iter().map(|(key, stat)| ObjectMeta { key, length: stat.length, etag: Some(quoted(&stat.etag())) }).collect())
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        key::check(key)?;
+        self.blobs.delete(key);
+        Ok(())
+    }
+
+    fn presign(&self, request: &Presign) -> Result<GrantRequest, StoreError> {
+        key::check(request.key())?;
+        let whole_seconds = |expires_in_ms: u64| (expires_in_ms / 1000).clamp(1, crate::presign::MAX_VALIDITY.as_secs()) * 1000;
+        let mut grant = match request {
+            Presign::Get { key, now_ms, expires_in_ms } => GrantRequest {
+                method: Method::Get,
+                key: key.clone(),
+                url: String::new(),
+                headers: Vec::new(),
+                length: None,
+                sha256: None,
+                expires_ms: now_ms / 1000 * 1000 + whole_seconds(*expires_in_ms),
+            },
+            Presign::Put { key, length, sha256, if_absent, now_ms, expires_in_ms } => GrantRequest {
+                method: Method::Put,
+                key: key.clone(),
+                url: String::new(),
+                headers: if_absent.then(|| ("if-none-match".to_owned(), "*".to_owned())).into_iter().collect(),
+                length: Some(*length),
+                sha256: *sha256,
+                expires_ms: now_ms / 1000 * 1000 + whole_seconds(*expires_in_ms),
+            },
+        };
+        grant.url = format!("memory://store/{}?signature={}", key::url_path(&grant.key), signature(&grant));
+        Ok(grant)
+    }
+}
+
+/// A keyed hash over all that a grant binds. The key is no secret: a simulation has nobody to hide it from.
+fn signature(grant: &GrantRequest) -> Digest {
+    let bound = format!("{:?} {} {:?} {:?} {:?} {}", grant.method, grant.key, grant.headers, grant.length, grant.sha256, grant.expires_ms);
+    Digest::derive("quasar memory store grant v1", &[bound.as_bytes()])
+}
+
+/// Redeems the grants of a [`MemoryStore`], on a clock that the simulation owns.
+#[derive(Clone)]
+pub struct MemoryGrants {
+    store: MemoryStore,
+    /// Unix milliseconds.
+    now_ms: Arc<dyn Fn() -> u64 + Send + Sync>,
+}
+
+impl MemoryGrants {
+    pub fn new(store: MemoryStore, now_ms: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        Self { store, now_ms: Arc::new(now_ms) }
+    }
+
+    fn is_good(&self, grant: &GrantRequest, method: Method) -> bool {
+        let expected = format!("?signature={}", signature(grant));
+        grant.method == method && grant.url.ends_with(&expected) && grant.expires_ms > (self.now_ms)()
+    }
+}
+
+#[async_trait]
+impl GrantAccess for MemoryGrants {
+    async fn get(&self, grant: &GrantRequest, range: Option<(u64, u64)>, limit: u64) -> Result<Bytes, GrantError> {
+        let key = &grant.key;
+        if !self.is_good(grant, Method::Get) {
+            return Err(GrantError::Expired { key: key.clone() });
+        }
+        let object = self.store.found(key).map_err(|_| GrantError::Absent { key: key.clone() })?;
+        let bytes = match range {
+            None => object.bytes,
+            Some((start, end)) => {
+                slice(key, &object.bytes, start, end).map_err(|_| GrantError::Refused { key: key.clone(), status: 416 })?
+            }
+        };
+        if bytes.len() as u64 > limit {
+            return Err(GrantError::TooLarge { key: key.clone(), limit });
+        }
+        Ok(bytes)
+    }
+
+    async fn put(&self, grant: &GrantRequest, bytes: Bytes) -> Result<PutOutcome, GrantError> {
+        let key = &grant.key;
+        if !self.is_good(grant, Method::Put) {
+            return Ok(PutOutcome::Expired);
+        }
+        let refused = |status| Ok(PutOutcome::Refused { status });
+        if grant.length.is_some_and(|length| length != bytes.len() as u64) {
+            return refused(403);
+        }
+        if grant.sha256.is_some_and(|sha256| sha256 != Digest::sha256(&bytes)) {
+            return refused(400);
+        }
+        let once = grant.headers.iter().any(|(name, _)| name == "if-none-match");
+        let condition = if once { PutCondition::IfAbsent } else { PutCondition::Always };
+        match self.store.put(key, bytes, condition).await {
+            Ok(_) => Ok(PutOutcome::Stored),
+            Err(StoreError::PreconditionFailed { .. }) => Ok(PutOutcome::AlreadyThere),
+            Err(_) => refused(400),
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Developer commands: `cargo xtask setup | devnet | test | check`.
+//!
+//! A fresh clone can build nothing before libtorch is in place, so this crate is what a person runs first. It uses the
+//! standard library only and leans on tools that a build machine has anyway (cargo, pip, python3, sha256sum).
+//!
+//! - `setup` checks the system packages and installs the libtorch folder that `.cargo/config.toml` points to.
+//! - `devnet` is `setup`, a build of the three daemons, and `quasar-orchestrator devnet` with the given arguments.
+//! - `test` is `setup`, the same build, and the whole test suite: one profile, so that everything is compiled once.
+//! - `check` is formatting, the walls between the crates, and clippy with warnings as errors.
+
+mod arrows;
+mod commands;
+mod error;
+mod libtorch;
+mod system;
+mod workspace;
+
+use error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+Developer commands of the Quasar workspace.
+
+usage: cargo xtask COMMAND [arguments]
+
+  setup [--libtorch DIR]   check system packages, install libtorch (into .libtorch, or DIR)
+  devnet [ARGS…]           setup, build the daemons, run `quasar-orchestrator devnet ARGS…`
+  test [FILTER…]           setup, build the daemons, run the whole test suite (or the tests that match)
+  check [STEP…]            setup, then the steps fmt, arrows, clippy (all when none is named)
+  help                     this text
+
+environment:
+  LIBTORCH           a libtorch folder of your own; it must hold the same version
+  CARGO_TARGET_DIR   where cargo builds, as everywhere
+  QUASAR_DEV_CACHE_DIR   where downloads are kept (default $XDG_CACHE_HOME/quasar-training or ~/.cache/quasar-training)
+
+examples:
+  cargo xtask devnet
+  cargo xtask devnet --miners 3 --validators 1 --cycles 4 --chaos
+  cargo xtask test a_torn_download_resumes
+  cargo xtask check fmt arrows
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match dispatch(&arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn dispatch(arguments: &[String]) -> Result<ExitCode, Error> {
+    let (command, rest) = match arguments.split_first() {
+        Some((command, rest)) => (command.as_str(), rest),
+        None => ("help", arguments),
+    };
+    match command {
+        "setup" => commands::setup(libtorch_argument(rest)?),
+        "devnet" => commands::devnet(rest),
+        "test" => commands::test(rest),
+        "check" => commands::check(rest),
+        "help" | "--help" | "-h" => {
+            print!("{USAGE}");
+            Ok(ExitCode::SUCCESS)
+        }
+        other => Err(Error::usage(format!("there is no command `{other}`"), "`cargo xtask help` lists the commands")),
+    }
+}
+
+/// The folder of `setup --libtorch DIR`, if given.
+fn libtorch_argument(arguments: &[String]) -> Result<Option<PathBuf>, Error> {
+    match arguments {
+        [] => Ok(None),
+        [flag, folder] if flag == "--libtorch" => {
+            let folder = std::path::absolute(folder).map_err(|cause| Error::io("cannot resolve", folder, cause))?;
+            Ok(Some(folder))
+        }
+        _ => Err(Error::usage(
+            format!("`setup` does not understand `{}`", arguments.join(" ")),
+            "its only option is `--libtorch DIR`",
+        )),
+    }
+}

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Installs the validator from this clone as a systemd service; see scripts/install.sh for the options.
+exec "$(dirname "${BASH_SOURCE[0]}")/install.sh" validator "$@"
