@@ -13,3 +13,6 @@ pub mod machine;
 pub mod run;
 pub mod session;
 pub mod trainer;
+
+#[cfg(test)]
+mod tests;

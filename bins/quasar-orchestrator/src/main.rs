@@ -1,1 +1,5 @@
-fn main() {}
+//! The orchestrator of a Quasar training run.
+
+fn main() -> daemon::Exit {
+    daemon::exit::run(quasar_orchestrator::cli::main)
+}

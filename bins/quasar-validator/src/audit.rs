@@ -11,7 +11,7 @@ pub mod artifact;
 pub mod loss;
 pub mod replay;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use bytes::Bytes;
 use model::{Evaluator, TrainError, Trainer};

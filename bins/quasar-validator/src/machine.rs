@@ -206,7 +206,7 @@ impl Machine {
                 Some(fault) => tracing::error!(t = merge.t, %fault, "the merge manifest is faulty: nobody is credited for it"),
             }
             let newest = self.head.as_ref().and_then(|head| head.fragments.get(usize::from(merge.fragment))).map_or(0, |head| head.version);
-            if merge.version > merge.base_version && merge.version + VERSIONS_KEPT > newest {
+            if merge.version > merge.base_version && merge.version.saturating_add(VERSIONS_KEPT) > newest {
                 self.effects.push_back(Effect::Keep(KeyframeRef { fragment: merge.fragment, version: merge.version, digest: merge.keyframe }));
             }
         }

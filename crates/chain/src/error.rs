@@ -42,9 +42,13 @@ pub enum ChainError {
         "the commitment of {hotkey} was refused: {reason}\nhint: the chain takes about 3,100 bytes of commitments in each epoch, each counting at least 100"
     )]
     CommitmentRefused { hotkey: AccountId, reason: String },
-    #[error("an extrinsic of {hotkey} was sent but not seen in a finalized block within {millis} ms\nhint: look again before sending another one")]
+    #[error(
+        "an extrinsic of {hotkey} was sent but not seen in a finalized block within {millis} ms\nhint: look again before sending another one"
+    )]
     NotFinalized { hotkey: AccountId, millis: u64 },
-    #[error("the chain says that it took what we wrote, but reading it back gives something else: {what}\nhint: another process may use the same hotkey")]
+    #[error(
+        "the chain says that it took what we wrote, but reading it back gives something else: {what}\nhint: another process may use the same hotkey"
+    )]
     ReadBackDiffers { what: String },
 }
 
@@ -60,9 +64,13 @@ impl ChainError {
 pub enum SetWeightsError {
     #[error("the weights were refused: {reason}\nhint: {hint}", reason = .0, hint = .0.hint())]
     Refused(WeightsRefusal),
-    #[error("the weights were sent but not seen in a finalized block within {millis} ms\nhint: read the weights again before sending them once more")]
+    #[error(
+        "the weights were sent but not seen in a finalized block within {millis} ms\nhint: read the weights again before sending them once more"
+    )]
     NotFinalized { millis: u64 },
-    #[error("the weights landed in block {block}, but the chain's record differs from the row sent\nhint: another process may use the same hotkey")]
+    #[error(
+        "the weights landed in block {block}, but the chain's record differs from the row sent\nhint: another process may use the same hotkey"
+    )]
     ReadBackDiffers { block: BlockRef },
     #[error(transparent)]
     Chain(#[from] ChainError),
@@ -168,7 +176,9 @@ impl WeightsRefusal {
             Self::EmptyRow => "score somebody, or put the weight on yourself",
             Self::StakeTooLow => "more stake must be delegated to the hotkey",
             Self::TooFast | Self::Nonce => "wait some blocks; it is tried again by itself",
-            Self::CommitRevealEnabled => "the subnet's owner can switch commit-reveal off; a release with encrypted weights is needed otherwise",
+            Self::CommitRevealEnabled => {
+                "the subnet's owner can switch commit-reveal off; a release with encrypted weights is needed otherwise"
+            }
             Self::RootNetwork | Self::MechanismMissing => "check the netuid",
             Self::LengthsDiffer | Self::DuplicateUids | Self::UnknownUid | Self::TooManyUids => {
                 "the metagraph changed meanwhile; build the row from a fresh one"

@@ -12,7 +12,7 @@ const SR25519_CONTEXT: &[u8] = b"substrate";
 pub struct Hotkey(Pair);
 
 enum Pair {
-    Ed25519(Ed25519Signer),
+    Ed25519(Box<Ed25519Signer>),
     Sr25519(Box<schnorrkel::Keypair>),
 }
 
@@ -25,7 +25,7 @@ impl Hotkey {
     /// From a 32-byte seed: the Ed25519 seed, or the Sr25519 mini secret key expanded as Substrate does.
     pub fn from_seed(kind: KeyKind, seed: &[u8; 32]) -> Self {
         match kind {
-            KeyKind::Ed25519 => Self(Pair::Ed25519(Ed25519Signer::from_seed(*seed))),
+            KeyKind::Ed25519 => Self(Pair::Ed25519(Box::new(Ed25519Signer::from_seed(*seed)))),
             KeyKind::Sr25519 => {
                 // Any 32 bytes are a mini secret key: from_bytes fails only for another length.
                 let mini = schnorrkel::MiniSecretKey::from_bytes(seed).expect("32 bytes are a mini secret key");

@@ -45,8 +45,7 @@ struct Inner {
 impl MemoryChain {
     pub fn new(settings: MemorySettings) -> Self {
         let genesis = hash(settings.seed, 0);
-        let inner =
-            Inner { settings, head: 0, rows: BTreeMap::new(), commitments: BTreeMap::new(), reachable: true };
+        let inner = Inner { settings, head: 0, rows: BTreeMap::new(), commitments: BTreeMap::new(), reachable: true };
         Self { genesis, inner: Arc::new(Mutex::new(inner)) }
     }
 
@@ -131,13 +130,7 @@ impl Chain for MemoryChain {
         Ok(self.subnet(netuid)?.settings.hyperparameters.clone())
     }
 
-    async fn set_weights(
-        &self,
-        hotkey: &Hotkey,
-        netuid: u16,
-        row: &[(u16, u16)],
-        version_key: u64,
-    ) -> Result<BlockRef, SetWeightsError> {
+    async fn set_weights(&self, hotkey: &Hotkey, netuid: u16, row: &[(u16, u16)], version_key: u64) -> Result<BlockRef, SetWeightsError> {
         let refuse = |reason| Err(SetWeightsError::Refused(reason));
         if row.iter().all(|(_, value)| *value == 0) {
             return refuse(WeightsRefusal::EmptyRow);

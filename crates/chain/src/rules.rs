@@ -30,9 +30,8 @@ impl Subnet<'_> {
 
     /// The rate limit has passed, or weights were never set. A hotkey without a uid is left to dispatch.
     fn may_set_now(&self, hotkey: &AccountId, parameters: &Hyperparameters) -> bool {
-        self.neuron(hotkey).is_none_or(|neuron| {
-            neuron.last_update == 0 || self.block.saturating_sub(neuron.last_update) >= parameters.weights_rate_limit
-        })
+        self.neuron(hotkey)
+            .is_none_or(|neuron| neuron.last_update == 0 || self.block.saturating_sub(neuron.last_update) >= parameters.weights_rate_limit)
     }
 
     /// The guards of the transaction pool. They run again at dispatch.

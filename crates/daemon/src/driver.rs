@@ -119,13 +119,7 @@ pub struct DriverOptions {
 
 impl Default for DriverOptions {
     fn default() -> Self {
-        Self {
-            in_flight_max: 64,
-            batch_max: 256,
-            snapshot_every: 4_096,
-            stop_grace: Duration::from_secs(10),
-            clock: clock::now_ms,
-        }
+        Self { in_flight_max: 64, batch_max: 256, snapshot_every: 4_096, stop_grace: Duration::from_secs(10), clock: clock::now_ms }
     }
 }
 
@@ -418,9 +412,7 @@ fn panic_text(error: tokio::task::JoinError) -> String {
 }
 
 /// Journal calls wait for the disk: not on the runtime's threads.
-async fn blocking<T: Send + 'static>(
-    call: impl FnOnce() -> Result<T, JournalError> + Send + 'static,
-) -> Result<T, DriverError> {
+async fn blocking<T: Send + 'static>(call: impl FnOnce() -> Result<T, JournalError> + Send + 'static) -> Result<T, DriverError> {
     match tokio::task::spawn_blocking(call).await {
         Ok(result) => Ok(result?),
         Err(error) if error.is_panic() => Err(DriverError::EffectPanicked(panic_text(error))),

@@ -216,9 +216,7 @@ impl Journal {
     /// # Errors
     /// See [`JournalError`].
     pub fn get(&self, key: &str) -> Result<Option<Vec<u8>>, JournalError> {
-        let record = self.read(|transaction| {
-            Ok(transaction.open_table(VALUES)?.get(key)?.map(|record| record.value().to_vec()))
-        })?;
+        let record = self.read(|transaction| Ok(transaction.open_table(VALUES)?.get(key)?.map(|record| record.value().to_vec())))?;
         record.map(|record| self.unpack(&record, 0, key).map(|(_, bytes)| bytes)).transpose()
     }
 
@@ -332,9 +330,7 @@ fn from_redb(path: &Path, error: redb::Error) -> JournalError {
     match error {
         redb::Error::Io(error) => from_io(path, &error),
         redb::Error::Corrupted(reason) => JournalError::Damaged { path: path.to_owned(), reason },
-        redb::Error::DatabaseAlreadyOpen => {
-            JournalError::InUse { directory: path.parent().unwrap_or(path).to_owned(), holder: None }
-        }
+        redb::Error::DatabaseAlreadyOpen => JournalError::InUse { directory: path.parent().unwrap_or(path).to_owned(), holder: None },
         redb::Error::UpgradeRequired(version) => {
             JournalError::Damaged { path: path.to_owned(), reason: format!("it has the old file format {version}") }
         }

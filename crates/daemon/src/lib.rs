@@ -8,6 +8,7 @@ pub mod clock;
 pub mod driver;
 pub mod exit;
 pub mod health;
+pub mod inspect;
 pub mod journal;
 pub mod machine;
 pub mod retry;

@@ -66,17 +66,20 @@ where
 mod tests {
     use super::*;
 
-    const QUICK: Backoff =
-        Backoff { first: Duration::from_millis(1), longest: Duration::from_millis(4), deadline: Duration::from_secs(5) };
+    const QUICK: Backoff = Backoff { first: Duration::from_millis(1), longest: Duration::from_millis(4), deadline: Duration::from_secs(5) };
 
     #[tokio::test]
     async fn a_call_that_recovers_succeeds() {
         let mut calls = 0;
-        let result: Result<u32, String> = retry(QUICK, |_| true, || {
-            calls += 1;
-            let answer = if calls < 4 { Err("busy".to_owned()) } else { Ok(calls) };
-            async move { answer }
-        })
+        let result: Result<u32, String> = retry(
+            QUICK,
+            |_| true,
+            || {
+                calls += 1;
+                let answer = if calls < 4 { Err("busy".to_owned()) } else { Ok(calls) };
+                async move { answer }
+            },
+        )
         .await;
         assert_eq!(result, Ok(4));
     }
@@ -84,10 +87,14 @@ mod tests {
     #[tokio::test]
     async fn an_error_that_no_retry_repairs_is_returned_at_once() {
         let mut calls = 0;
-        let result: Result<(), &str> = retry(QUICK, |_| false, || {
-            calls += 1;
-            async { Err("denied") }
-        })
+        let result: Result<(), &str> = retry(
+            QUICK,
+            |_| false,
+            || {
+                calls += 1;
+                async { Err("denied") }
+            },
+        )
         .await;
         assert_eq!((result, calls), (Err("denied"), 1));
     }

@@ -1,12 +1,13 @@
-//! Sequence numbers of signed envelopes: `max(last + 1, now_ms)` (protocol.md §1), so that even a lost disk cannot repeat
-//! one, and the highest number seen of each mutable key, so that an old document is not taken for a new one.
+//! Sequence numbers of signed envelopes, durable before they are used: `max(last + 1, now_ms)`, so that even a lost disk cannot
+//! repeat one. The reader's side is [`protocol::envelope::SequenceGuard`].
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+
+use protocol::envelope::next_sequence;
 
 use crate::{Journal, JournalError};
 
-/// The signer's side: hands out numbers, each durable before it is used.
+/// Hands out the numbers of one signer.
 pub struct Sequence {
     journal: Arc<Journal>,
     key: String,
@@ -30,55 +31,10 @@ impl Sequence {
     /// The journal cannot be written; no number is given then.
     pub fn next(&self, now_ms: u64) -> Result<u64, JournalError> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = now_ms.max(last.saturating_add(1));
+        let next = next_sequence(*last, now_ms);
         self.journal.put(&self.key, &next.to_le_bytes())?;
         *last = next;
         Ok(next)
-    }
-}
-
-/// The reader's side: remembers the highest number of each (signer, purpose, key).
-pub struct HighestSeen {
-    journal: Arc<Journal>,
-    known: Mutex<HashMap<String, u64>>,
-}
-
-impl HighestSeen {
-    pub fn new(journal: Arc<Journal>) -> Self {
-        Self { journal, known: Mutex::new(HashMap::new()) }
-    }
-
-    /// The highest number taken so far under `name`.
-    ///
-    /// # Errors
-    /// The journal cannot be read.
-    pub fn highest(&self, name: &str) -> Result<Option<u64>, JournalError> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(number) = known.get(name) {
-            return Ok(Some(*number));
-        }
-        let stored = read_number(&self.journal, &format!("seen/{name}"))?;
-        if let Some(number) = stored {
-            known.insert(name.to_owned(), number);
-        }
-        Ok(stored)
-    }
-
-    /// Whether a document with this number may be taken: not older than the newest seen. The number is remembered. The same
-    /// number again is allowed, because a mutable key is read many times between two writes.
-    ///
-    /// # Errors
-    /// The journal cannot be read or written.
-    pub fn accept(&self, name: &str, number: u64) -> Result<bool, JournalError> {
-        match self.highest(name)? {
-            Some(highest) if number < highest => Ok(false),
-            Some(highest) if number == highest => Ok(true),
-            _ => {
-                self.journal.put(&format!("seen/{name}"), &number.to_le_bytes())?;
-                self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), number);
-                Ok(true)
-            }
-        }
     }
 }
 
@@ -102,17 +58,5 @@ mod tests {
         drop(sequence);
         let sequence = Sequence::open(Arc::new(Journal::open(directory.path()).unwrap()), "progress").unwrap();
         assert_eq!(sequence.next(10).unwrap(), 201);
-    }
-
-    #[test]
-    fn an_older_document_is_refused_also_after_a_restart() {
-        let directory = tempfile::tempdir().unwrap();
-        let seen = HighestSeen::new(Arc::new(Journal::open(directory.path()).unwrap()));
-        assert_eq!([5, 5, 4, 6].map(|number| seen.accept("head", number).unwrap()), [true, true, false, true]);
-        assert!(seen.accept("other", 1).unwrap());
-        drop(seen);
-        let seen = HighestSeen::new(Arc::new(Journal::open(directory.path()).unwrap()));
-        assert!(!seen.accept("head", 5).unwrap());
-        assert_eq!(seen.highest("head").unwrap(), Some(6));
     }
 }

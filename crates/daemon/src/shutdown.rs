@@ -37,9 +37,11 @@ impl Shutdown {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let asked = shutdown.clone();
         tokio::spawn(async move {
-            let mut next = async || tokio::select! {
-                _ = terminate.recv() => "SIGTERM",
-                _ = interrupt.recv() => "SIGINT",
+            let mut next = async || {
+                tokio::select! {
+                    _ = terminate.recv() => "SIGTERM",
+                    _ = interrupt.recv() => "SIGINT",
+                }
             };
             let name = next().await;
             tracing::info!(signal = name, "stopping; a second signal ends the process at once");

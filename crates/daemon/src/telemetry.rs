@@ -41,8 +41,7 @@ pub fn check_filter(filter: &str) -> Result<(), TelemetryError> {
 }
 
 fn parse(filter: &str) -> Result<EnvFilter, TelemetryError> {
-    EnvFilter::try_new(filter)
-        .map_err(|error| TelemetryError::Filter { filter: filter.to_owned(), reason: error.to_string() })
+    EnvFilter::try_new(filter).map_err(|error| TelemetryError::Filter { filter: filter.to_owned(), reason: error.to_string() })
 }
 
 /// Sets up logging for the process, once.

@@ -39,7 +39,9 @@ pub enum DataError {
     Catalog { path: PathBuf, reason: String },
     #[error("the shard {} is not usable: {reason}\nhint: fetch or prepare it again", path.display())]
     Shard { path: PathBuf, reason: String },
-    #[error("token {token} at position {position} of row {row} is outside the vocabulary of {vocab_size}\nhint: the shard was made with another tokenizer")]
+    #[error(
+        "token {token} at position {position} of row {row} is outside the vocabulary of {vocab_size}\nhint: the shard was made with another tokenizer"
+    )]
     TokenOutside { token: u32, row: u64, position: usize, vocab_size: u32 },
     #[error("row {row} does not exist: there are {rows}")]
     NoRow { row: u64, rows: u64 },

@@ -164,7 +164,8 @@ pub(crate) mod tests {
     }
 
     fn sample() -> impl Iterator<Item = Result<Document, DataError>> {
-        let texts = ["the state of the union is strong, the states of the union are many", "the union of the states, the strength of the state"];
+        let texts =
+            ["the state of the union is strong, the states of the union are many", "the union of the states, the strength of the state"];
         texts.into_iter().cycle().take(8).map(|text| Ok(Document { id: "x".to_owned(), text: text.to_owned() }))
     }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use data::{Catalog, DataError, Document, Documents, HeldOut, PrepareSettings, ShardReader, Tokenizer, prepare, tokenizer};
+use quasar_data::{Catalog, DataError, Document, Documents, HeldOut, PrepareSettings, ShardReader, Tokenizer, prepare, tokenizer};
 
 fn corpus(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../configs/corpus").join(name)
@@ -32,9 +32,6 @@ fn the_committed_tokenizer_is_what_training_on_the_training_speeches_gives() {
     let rule = held_out();
     let training = documents().filter(|document| document.as_ref().map_or(true, |document| !rule.contains(&document.id)));
     let trained = tokenizer::train(training, 4096).unwrap();
-    if let Ok(path) = std::env::var("QUASAR_DEV_WRITE_TOKENIZER") {
-        std::fs::write(path, &trained).unwrap();
-    }
     assert!(trained == std::fs::read(corpus("tokenizer.json")).unwrap(), "training gives another tokenizer.json");
 }
 

@@ -1,16 +1,23 @@
-//! Measures training steps of a checkpoint on random tokens: `throughput CHECKPOINT [rows] [row tokens] [threads] [steps]`.
+//! Measures training steps on random tokens, of a checkpoint folder or of a fresh model with a configuration file:
+//! `throughput CHECKPOINT|CONFIG [rows] [row tokens] [threads] [steps]`.
 
 use std::path::PathBuf;
 use std::time::Instant;
 
-use quasar_model::{Batch, Hyper, QuasarTrainer, Trainer};
+use protocol::DType;
+use quasar_model::{Batch, Hyper, QuasarConfig, QuasarTrainer, Trainer};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let folder = PathBuf::from(arguments.next().ok_or("usage: throughput CHECKPOINT [rows] [row tokens] [threads] [steps]")?);
+    let mut folder = PathBuf::from(arguments.next().ok_or("usage: throughput CHECKPOINT|CONFIG [rows] [row tokens] [threads] [steps]")?);
     let mut number = |default: usize| arguments.next().map_or(Ok(default), |text| text.parse());
     let (rows, row_tokens, threads, steps) = (number(4)?, number(128)?, number(1)?, number(20)?);
     quasar_model::tune_allocator();
+    let fresh = tempfile::tempdir()?;
+    if folder.is_file() {
+        quasar_model::init::fresh(&QuasarConfig::from_file(&folder)?, 1, DType::F32, fresh.path())?;
+        folder = fresh.path().to_owned();
+    }
     let plan = fragments::plan(fragments::CheckpointTree::open(&folder)?.contract(), 24)?;
     let mut trainer = QuasarTrainer::open(&folder, plan, "cpu", threads)?;
     let vocabulary = trainer.config().vocab_size as u64;

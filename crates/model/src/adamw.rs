@@ -133,7 +133,7 @@ mod tests {
     fn a_step_follows_the_published_formula() {
         let (mut weights, mut first, mut second) = (vec![2.0, 2.0], vec![0.1, 0.1], vec![0.04, 0.04]);
         let buffers = Buffers { weights: &mut weights, first: &mut first, second: &mut second, gradient: &[3.0, 3.0] };
-        update(buffers, &[0..1], &HYPER, 1.0, 2, 1);
+        update(buffers, std::slice::from_ref(&(0..1)), &HYPER, 1.0, 2, 1);
         let (m, v) = (0.9 * 0.1 + 0.1 * 3.0, 0.99 * 0.04 + 0.01 * 9.0);
         let moved = 0.1 * (m / (1.0 - 0.9f64.powi(2))) / ((v / (1.0 - 0.99f64.powi(2))).sqrt() + 1e-8);
         assert!((f64::from(weights[0]) - (2.0 * (1.0 - 0.05) - moved)).abs() < 1e-6);

@@ -22,7 +22,9 @@ pub enum ConfigError {
     Missing { key: &'static str },
     #[error("`{key}` is {found}; expected {expected}\nhint: correct this key in config.json")]
     Value { key: &'static str, found: String, expected: String },
-    #[error("`{key}` is {found}, which is not implemented (implemented: {implemented})\nhint: this program would compute another model than the configuration describes; turn the feature off or use a version that has it")]
+    #[error(
+        "`{key}` is {found}, which is not implemented (implemented: {implemented})\nhint: this program would compute another model than the configuration describes; turn the feature off or use a version that has it"
+    )]
     Unsupported { key: String, found: String, implemented: String },
 }
 
@@ -259,7 +261,12 @@ impl QuasarConfig {
         must(self.rope_theta > 0.0, "rope_theta", self.rope_theta as usize, "a positive number")?;
         must(self.rms_norm_eps > 0.0, "rms_norm_eps", self.rms_norm_eps as usize, "a positive number")?;
         must(self.num_experts.is_multiple_of(self.n_group), "n_group", self.n_group, "a divisor of num_experts")?;
-        must(self.num_experts / self.n_group >= 2, "n_group", self.n_group, "at most num_experts / 2: a group is judged by its two best experts")?;
+        must(
+            self.num_experts / self.n_group >= 2,
+            "n_group",
+            self.n_group,
+            "at most num_experts / 2: a group is judged by its two best experts",
+        )?;
         must(self.topk_group <= self.n_group, "topk_group", self.topk_group, "at most n_group")?;
         must(
             self.num_experts_per_tok <= self.topk_group * (self.num_experts / self.n_group),

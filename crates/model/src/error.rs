@@ -25,7 +25,9 @@ pub enum TrainError {
     #[error("forced routes: {0}")]
     Routes(String),
     /// The step was not taken: weights, moments and step count are unchanged.
-    #[error("{what} is not finite at step {step}\nhint: the learning rate may be too high, or the weights are damaged; the state before this step is kept")]
+    #[error(
+        "{what} is not finite at step {step}\nhint: the learning rate may be too high, or the weights are damaged; the state before this step is kept"
+    )]
     NotFinite { what: &'static str, step: u64 },
     #[error(transparent)]
     State(#[from] StateError),

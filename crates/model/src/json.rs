@@ -21,40 +21,42 @@ impl Keys<'_> {
     pub fn size_or(&self, key: &'static str, limit: usize, default: Option<usize>) -> Result<usize, ConfigError> {
         match self.get(key) {
             None => default.ok_or(ConfigError::Missing { key }),
-            Some(value) => value
-                .as_u64()
-                .and_then(|n| usize::try_from(n).ok())
-                .filter(|n| *n <= limit)
-                .ok_or_else(|| ConfigError::Value { key, found: value.to_string(), expected: format!("an integer from 0 to {limit}") }),
+            Some(value) => value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n <= limit).ok_or_else(|| ConfigError::Value {
+                key,
+                found: value.to_string(),
+                expected: format!("an integer from 0 to {limit}"),
+            }),
         }
     }
 
     pub fn number_or(&self, key: &'static str, default: f64) -> Result<f64, ConfigError> {
         match self.get(key) {
             None => Ok(default),
-            Some(value) => value
-                .as_f64()
-                .filter(|n| n.is_finite())
-                .ok_or_else(|| ConfigError::Value { key, found: value.to_string(), expected: "a finite number".into() }),
+            Some(value) => value.as_f64().filter(|n| n.is_finite()).ok_or_else(|| ConfigError::Value {
+                key,
+                found: value.to_string(),
+                expected: "a finite number".into(),
+            }),
         }
     }
 
     pub fn flag_or(&self, key: &'static str, default: bool) -> Result<bool, ConfigError> {
         match self.get(key) {
             None => Ok(default),
-            Some(value) => value
-                .as_bool()
-                .ok_or_else(|| ConfigError::Value { key, found: value.to_string(), expected: "true or false".into() }),
+            Some(value) => {
+                value.as_bool().ok_or_else(|| ConfigError::Value { key, found: value.to_string(), expected: "true or false".into() })
+            }
         }
     }
 
     pub fn text_or(&self, key: &'static str, default: &str) -> Result<String, ConfigError> {
         match self.get(key) {
             None => Ok(default.to_owned()),
-            Some(value) => value
-                .as_str()
-                .map(str::to_owned)
-                .ok_or_else(|| ConfigError::Value { key, found: value.to_string(), expected: "a string".into() }),
+            Some(value) => value.as_str().map(str::to_owned).ok_or_else(|| ConfigError::Value {
+                key,
+                found: value.to_string(),
+                expected: "a string".into(),
+            }),
         }
     }
 
@@ -62,10 +64,11 @@ impl Keys<'_> {
     pub fn list(&self, key: &'static str) -> Result<&[Value], ConfigError> {
         match self.get(key) {
             None => Ok(&[]),
-            Some(value) => value
-                .as_array()
-                .map(Vec::as_slice)
-                .ok_or_else(|| ConfigError::Value { key, found: value.to_string(), expected: "a list".into() }),
+            Some(value) => value.as_array().map(Vec::as_slice).ok_or_else(|| ConfigError::Value {
+                key,
+                found: value.to_string(),
+                expected: "a list".into(),
+            }),
         }
     }
 
@@ -105,6 +108,10 @@ impl Keys<'_> {
             Value::Object(items) => items.is_empty(),
             Value::Null => true,
         };
-        if off { Ok(()) } else { Err(ConfigError::Unsupported { key: key.to_owned(), found: value.to_string(), implemented: "off".into() }) }
+        if off {
+            Ok(())
+        } else {
+            Err(ConfigError::Unsupported { key: key.to_owned(), found: value.to_string(), implemented: "off".into() })
+        }
     }
 }

@@ -138,7 +138,9 @@ mod tests {
 
     #[test]
     fn fragments_go_out_and_in_again_in_slice_order() {
-        let plan = FragmentPlan { fragments: vec![vec![slice("a", 2, 4, 2), slice("b", 0, 1, 1)], vec![slice("a", 0, 2, 2), slice("b", 1, 3, 1)]] };
+        let plan = FragmentPlan {
+            fragments: vec![vec![slice("a", 2, 4, 2), slice("b", 0, 1, 1)], vec![slice("a", 0, 2, 2), slice("b", 1, 3, 1)]],
+        };
         let ranges = PlanRanges::new(&plan, 11, place).unwrap();
         let buffer: Vec<f32> = (0..11).map(|n| n as f32).collect();
         assert_eq!(ranges.export(0, &buffer).unwrap(), [4.0, 5.0, 6.0, 7.0, 8.0]);

@@ -15,9 +15,13 @@ const TRAILER: usize = 32;
 /// Why bytes are not a trainer state.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum StateError {
-    #[error("not a trainer state of version {VERSION}\nhint: it was written by another program or version; start again from the run's fragments")]
+    #[error(
+        "not a trainer state of version {VERSION}\nhint: it was written by another program or version; start again from the run's fragments"
+    )]
     Format,
-    #[error("a trainer state for {expected} parameters must have {expected_bytes} bytes, got {found_bytes}\nhint: the file is truncated or belongs to another run; start again from the run's fragments")]
+    #[error(
+        "a trainer state for {expected} parameters must have {expected_bytes} bytes, got {found_bytes}\nhint: the file is truncated or belongs to another run; start again from the run's fragments"
+    )]
     Length { expected: usize, expected_bytes: usize, found_bytes: usize },
     #[error("the trainer state is damaged: its digest does not match\nhint: start again from the run's fragments")]
     Digest,

@@ -4,6 +4,8 @@
 //! are bit-identical everywhere, and its parameters come in fragments as those of the large model do. Tokens are taken
 //! modulo [`CLASSES`].
 
+use std::slice;
+
 use fragments::{Contract, TensorSpec};
 use protocol::{DType, FragmentPlan, MergeRule, Slice};
 
@@ -114,7 +116,7 @@ impl Trainer for ToyTrainer {
             return Err(TrainError::NotFinite { what: "the loss", step });
         }
         let buffers = Buffers { weights: &mut self.weights, first: &mut self.first, second: &mut self.second, gradient: &gradient };
-        adamw::update(buffers, &[CLASSES..ELEMENTS], hyper, adamw::clip_scale(hyper, grad_norm), step, 1);
+        adamw::update(buffers, slice::from_ref(&(CLASSES..ELEMENTS)), hyper, adamw::clip_scale(hyper, grad_norm), step, 1);
         self.step = step;
         let routes = record.then(Routes::default);
         Ok(StepReport { loss, grad_norm, tokens: batch.tokens.len() as u64, routes })

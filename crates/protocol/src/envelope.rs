@@ -320,6 +320,15 @@ pub fn peek(bytes: &[u8]) -> Result<(Envelope, &[u8; SIGNATURE_BYTES], Digest), 
     Ok((envelope, signature, Digest::blake3(body)))
 }
 
+/// Decodes and checks the signature under the key that the document itself names: who signed, not whether they were to sign.
+pub fn verify_as_stated(bytes: &[u8]) -> Result<(Envelope, Digest), EnvelopeError> {
+    let (envelope, signature, id) = peek(bytes)?;
+    let purpose = Purpose::from_number(envelope.header.purpose).ok_or(EnvelopeError::Version(envelope.header.version))?;
+    let body = &bytes[..bytes.len() - SIGNATURE_BYTES];
+    verify_signature(&envelope.header.signer, &signed_bytes(purpose, body), signature).map_err(EnvelopeError::Signature)?;
+    Ok((envelope, id))
+}
+
 /// Decodes and checks a document in the fixed order of the protocol: size, strict decode, version and purpose, network, subnet
 /// and run, signer, lifetime, signature, payload. Sequences are the reader's duty ([`SequenceGuard`]).
 pub fn open<D: Document>(bytes: &[u8], context: &Context, expect: Expect<'_>, now_ms: u64) -> Result<Verified<D>, EnvelopeError> {

@@ -10,7 +10,9 @@ const BUNDLE_BYTES_MAX: usize = 1 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BundleError {
-    #[error("nothing can be sealed to {0}: its bytes are no Ed25519 point\nhint: publish a key certificate on chain or use an ed25519 hotkey")]
+    #[error(
+        "nothing can be sealed to {0}: its bytes are no Ed25519 point\nhint: publish a key certificate on chain or use an ed25519 hotkey"
+    )]
     NeedsCertificate(AccountId),
     #[error(transparent)]
     Seal(#[from] SealError),
@@ -19,7 +21,13 @@ pub enum BundleError {
 }
 
 /// Seals `bundle` to `hotkey` for the envelope with `header`.
-pub fn seal_to(context: &Context, purpose: Purpose, header: &Header, hotkey: &AccountId, bundle: &GrantBundle) -> Result<SealedBytes, BundleError> {
+pub fn seal_to(
+    context: &Context,
+    purpose: Purpose,
+    header: &Header,
+    hotkey: &AccountId,
+    bundle: &GrantBundle,
+) -> Result<SealedBytes, BundleError> {
     let recipient = x25519_public(hotkey).ok_or(BundleError::NeedsCertificate(*hotkey))?;
     Ok(seal::seal(&recipient, &context.seal_info(purpose), &header.digest().0, &codec::encode(bundle))?)
 }

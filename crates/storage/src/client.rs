@@ -23,13 +23,17 @@ pub enum PutOutcome {
     /// The signature is no longer valid, or never was (403): ask for a new grant.
     Expired,
     /// The store refused for good, for instance because the bytes do not have the signed digest.
-    Refused { status: u16 },
+    Refused {
+        status: u16,
+    },
 }
 
 /// A grant that could not be redeemed. Messages name keys, never URLs.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GrantError {
-    #[error("the grant for `{key}` has expired\nhint: a new one comes with the next grant bundle; check this machine's clock if it does not")]
+    #[error(
+        "the grant for `{key}` has expired\nhint: a new one comes with the next grant bundle; check this machine's clock if it does not"
+    )]
     Expired { key: String },
     #[error("there is no object `{key}`")]
     Absent { key: String },

@@ -19,17 +19,25 @@ const ROOT_VERSIONS_MAX: u32 = 1_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DiscoveryError {
-    #[error("no run is published in this bucket yet\nhint: check bucket, endpoint and netuid; if they are right, wait for the orchestrator")]
+    #[error(
+        "no run is published in this bucket yet\nhint: check bucket, endpoint and netuid; if they are right, wait for the orchestrator"
+    )]
     NoRun,
-    #[error("the bucket's current run is {current}, but this machine is pinned to {pinned}\nhint: remove QUASAR_RUN_ID; the run is found by itself")]
+    #[error(
+        "the bucket's current run is {current}, but this machine is pinned to {pinned}\nhint: remove QUASAR_RUN_ID; the run is found by itself"
+    )]
     Pinned { current: RunId, pinned: RunId },
-    #[error("the run speaks protocol {min} to {max}, this build speaks {PROTOCOL_VERSION}\nhint: install a release of this software that the run accepts")]
+    #[error(
+        "the run speaks protocol {min} to {max}, this build speaks {PROTOCOL_VERSION}\nhint: install a release of this software that the run accepts"
+    )]
     ProtocolVersion { min: u16, max: u16 },
     #[error("{key}: {error}")]
     Envelope { key: String, error: EnvelopeError },
     #[error("{key} is missing\nhint: the run is incomplete in the bucket; its operator has to publish it again")]
     Missing { key: String },
-    #[error("{key} has another digest than the document that names it\nhint: the object was replaced; the orchestrator's bucket is damaged or hostile")]
+    #[error(
+        "{key} has another digest than the document that names it\nhint: the object was replaced; the orchestrator's bucket is damaged or hostile"
+    )]
     DigestMismatch { key: String },
     #[error("{key} contradicts the run root: {what}\nhint: the run's operator exceeded the bounds that the owner signed")]
     OutOfBounds { key: String, what: &'static str },
@@ -204,7 +212,12 @@ async fn read(public: &PublicReader, key: &str, limit: usize) -> Result<Option<b
 }
 
 /// A write-once document that must be there, with the digest of its file.
-async fn stored<D: Document>(public: &PublicReader, key: &str, context: &Context, expect: Expect<'_>) -> Result<(D, Digest), DiscoveryError> {
+async fn stored<D: Document>(
+    public: &PublicReader,
+    key: &str,
+    context: &Context,
+    expect: Expect<'_>,
+) -> Result<(D, Digest), DiscoveryError> {
     let bytes = read(public, key, D::PURPOSE.limit()).await?.ok_or_else(|| DiscoveryError::Missing { key: key.to_owned() })?;
     let verified = checked::<D>(key, open_stored(&bytes, context, expect))?;
     Ok((verified.document, Digest::blake3(&bytes)))

@@ -27,9 +27,13 @@ pub struct BucketUrl(String);
 impl BucketUrl {
     /// `endpoint` as `https://host[:port]`, `None` for AWS itself.
     pub fn new(endpoint: Option<&str>, region: &str, bucket: &str, path_style: bool) -> Result<Self, StoreError> {
-        let endpoint = endpoint.map_or_else(|| format!("https://s3.{region}.amazonaws.com"), |given| given.trim_end_matches('/').to_owned());
+        let endpoint =
+            endpoint.map_or_else(|| format!("https://s3.{region}.amazonaws.com"), |given| given.trim_end_matches('/').to_owned());
         let invalid = || {
-            StoreError::invalid("", "the endpoint is not a URL of the form https://host[:port]\nhint: set QUASAR_S3_ENDPOINT or leave it out for AWS")
+            StoreError::invalid(
+                "",
+                "the endpoint is not a URL of the form https://host[:port]\nhint: set QUASAR_S3_ENDPOINT or leave it out for AWS",
+            )
         };
         let parsed = url::Url::parse(&endpoint).map_err(|_| invalid())?;
         if !matches!(parsed.scheme(), "http" | "https") || parsed.host_str().is_none() || parsed.query().is_some() {

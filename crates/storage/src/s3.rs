@@ -82,13 +82,13 @@ impl S3Store {
         };
         let mut config = aws_sdk_s3::Config::builder()
             .behavior_version(BehaviorVersion::v2026_01_12())
-            .http_client(Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).pool_idle_timeout(policy::IDLE_CONNECTION).build_https())
+            .http_client(
+                Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).pool_idle_timeout(policy::IDLE_CONNECTION).build_https(),
+            )
             .region(Region::new(settings.region.clone()))
             .force_path_style(settings.path_style)
             .retry_config(RetryConfig::disabled())
-            .timeout_config(
-                TimeoutConfig::builder().connect_timeout(policy::CONNECT_TIMEOUT).read_timeout(policy::READ_TIMEOUT).build(),
-            )
+            .timeout_config(TimeoutConfig::builder().connect_timeout(policy::CONNECT_TIMEOUT).read_timeout(policy::READ_TIMEOUT).build())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
@@ -251,7 +251,9 @@ impl ObjectStore for S3Store {
         loop {
             let page = policy::retry(StoreError::is_retryable, |_| async {
                 let request = self.client.list_objects_v2().bucket(&self.settings.bucket).prefix(prefix);
-                within(prefix, 0, request.set_continuation_token(token.clone()).send()).await?.map_err(|error| self.sort(prefix, Access::List, error))
+                within(prefix, 0, request.set_continuation_token(token.clone()).send())
+                    .await?
+                    .map_err(|error| self.sort(prefix, Access::List, error))
             })
             .await?;
             for object in page.contents() {

@@ -15,7 +15,9 @@ pub const OVERHEAD: usize = 48;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SealError {
-    #[error("the recipient's key cannot be sealed to\nhint: the hotkey's public key is degenerate; register another one or publish a key certificate")]
+    #[error(
+        "the recipient's key cannot be sealed to\nhint: the hotkey's public key is degenerate; register another one or publish a key certificate"
+    )]
     BadRecipient,
     #[error("the sealed bytes do not open with this key and context\nhint: they are damaged or meant for another hotkey, run or purpose")]
     DoesNotOpen,

@@ -139,7 +139,9 @@ impl<G: GrantAccess> RangeSource for RenewedSource<G> {
 /// A download that did not finish. What was fetched stays beside the destination; the same call goes on from there.
 #[derive(Debug, thiserror::Error)]
 pub enum TransferError {
-    #[error("the disk is full: `{path}` cannot be written\nhint: free space or move the data folder; the download goes on where it stopped")]
+    #[error(
+        "the disk is full: `{path}` cannot be written\nhint: free space or move the data folder; the download goes on where it stopped"
+    )]
     DiskFull { path: PathBuf },
     #[error("`{path}` cannot be used: {source}")]
     Io { path: PathBuf, source: io::Error },

@@ -10,7 +10,8 @@ use quasar_storage::server::{Backend, Faults, S3Server, ServerSettings};
 use quasar_storage::transfer::{TransferError, download};
 use quasar_storage::{MemoryGrants, MemoryStore, ObjectStore, Presign, PutCondition, S3Settings, S3Store, StoreError};
 
-const LIMIT: u64 = 16 << 20;
+const LIMIT: u64 = 32 << 20;
+const SECRET: &str = "not-for-the-log";
 
 struct World {
     server: S3Server,
@@ -23,7 +24,7 @@ struct World {
 async fn world(on_disk: bool) -> World {
     let folder = tempfile::tempdir().unwrap();
     let server = start(if on_disk { Backend::Disk(folder.path().to_owned()) } else { Backend::Memory }).await;
-    let store = store_at(&server.endpoint(), Some("secret"));
+    let store = store_at(&server.endpoint(), Some(SECRET));
     let grants = GrantClient::new(vec![server.address().to_string()]).unwrap();
     let public = PublicReader::new(&server.endpoint(), "quasar").unwrap();
     World { server, store, grants, public, _folder: folder }
@@ -34,7 +35,7 @@ async fn start(backend: Backend) -> S3Server {
         backend,
         bucket: "quasar".into(),
         access_key: "access".into(),
-        secret_key: "secret".into(),
+        secret_key: SECRET.into(),
         public_prefixes: vec!["q/public/".into()],
         listen: "127.0.0.1:0".parse().unwrap(),
     })
@@ -331,7 +332,7 @@ async fn a_flaky_and_slow_store_is_ridden_out_and_a_dead_one_is_reported() {
 #[tokio::test]
 async fn large_files_are_downloaded_through_a_grant_and_resumed_after_faults() {
     for on_disk in [false, true] {
-        let World { server, store, grants, .. } = world(on_disk).await;
+        let World { server, store, grants, _folder, .. } = world(on_disk).await;
         let bytes = Bytes::from((0..(20usize << 20) + 123).map(|index| (index * 13 % 251) as u8).collect::<Vec<_>>());
         let record = protocol::FileRecord::of_bytes("tokens.bin", &bytes);
         store.put("q/data/tokens.bin", bytes.clone(), PutCondition::IfAbsent).await.unwrap();
@@ -350,10 +351,10 @@ async fn large_files_are_downloaded_through_a_grant_and_resumed_after_faults() {
 async fn objects_on_disk_survive_a_restart_of_the_server() {
     let folder = tempfile::tempdir().unwrap();
     let server = start(Backend::Disk(folder.path().to_owned())).await;
-    let etag = store_at(&server.endpoint(), Some("secret")).put("q/public/x", "kept".into(), PutCondition::Always).await.unwrap();
+    let etag = store_at(&server.endpoint(), Some(SECRET)).put("q/public/x", "kept".into(), PutCondition::Always).await.unwrap();
     server.stop().await;
     let server = start(Backend::Disk(folder.path().to_owned())).await;
-    let store = store_at(&server.endpoint(), Some("secret"));
+    let store = store_at(&server.endpoint(), Some(SECRET));
     assert_eq!(store.get_if_changed("q/public/x", Some(&etag), LIMIT).await.unwrap(), None);
     assert_eq!(store.get("q/public/x", LIMIT).await.unwrap().bytes, "kept");
     store.put("q/public/x", "new".into(), PutCondition::IfMatch(etag)).await.unwrap();
@@ -381,7 +382,7 @@ async fn presigned_urls_and_secrets_appear_in_no_log_at_any_level() {
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
     // All tasks of this test run on this thread.
     let _guard = tracing::subscriber::set_default(subscriber);
-    let World { store, grants, .. } = world(false).await;
+    let World { server: _server, store, grants, .. } = world(false).await;
     let write = store.presign(&upload("q/in/a", b"abc", true)).unwrap();
     for _ in 0..2 {
         grants.put(&write, Bytes::from_static(b"abc")).await.unwrap();
@@ -391,7 +392,7 @@ async fn presigned_urls_and_secrets_appear_in_no_log_at_any_level() {
     let absent = store.presign(&reading("q/in/none")).unwrap();
     grants.get(&absent, None, LIMIT).await.unwrap_err();
     let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-    let leaked = text.lines().find(|line| line.contains("X-Amz-Signature") || line.contains("secret"));
+    let leaked = text.lines().find(|line| line.contains("X-Amz-Signature") || line.contains(SECRET));
     assert_eq!(leaked, None);
     assert!(!text.is_empty(), "the log was captured");
 }

@@ -32,7 +32,7 @@ pub use base::BaseTrees;
 use book::GrantBook;
 pub use keyframes::{KeyframeStoreError, Keyframes, Promise};
 use looks::Looks;
-use openings::OpeningFiles;
+pub use openings::OpeningFiles;
 pub use spool::{Spool, SpoolError};
 pub use tokens::{ChunkCache, LeaseTokens, TokenStore};
 
@@ -57,7 +57,7 @@ impl Payloads {
         self.lock().insert(t, payload);
     }
 
-    fn get(&self, t: u64) -> Option<Bytes> {
+    pub fn get(&self, t: u64) -> Option<Bytes> {
         self.lock().get(&t).cloned()
     }
 

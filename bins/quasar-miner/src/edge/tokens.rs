@@ -133,6 +133,14 @@ impl LeaseTokens {
         Ok(Self { rows: LeaseRows::of(lease), row_tokens: row_tokens as usize, ranges })
     }
 
+    /// Rows made up by `token(row, column)`.
+    #[cfg(test)]
+    pub fn made_up(lease: &Lease, row_tokens: usize, token: impl Fn(u64, usize) -> u32) -> Self {
+        let held = |range: &RowRange| (range.start..range.end).flat_map(|row| (0..row_tokens).map(move |column| (row, column))).map(|(row, column)| token(row, column)).collect();
+        let ranges = lease.rows.iter().map(|range| (range.clone(), held(range))).collect();
+        Self { rows: LeaseRows::of(lease), row_tokens, ranges }
+    }
+
     /// Rows of step `step`; `None` behind the end of the lease.
     pub fn step(&self, step: u32) -> Option<StepTokens> {
         let rows = self.rows.step(step);

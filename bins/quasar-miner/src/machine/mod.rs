@@ -17,8 +17,6 @@ mod polls;
 mod pulls;
 mod record;
 mod segments;
-#[cfg(test)]
-mod tests;
 
 use std::collections::VecDeque;
 

@@ -153,6 +153,8 @@ pub struct Status {
     pub step_ms: u64,
     pub rows: protocol::ledger::LedgerTotals,
     pub learners: Vec<LearnerStatus>,
+    /// Cycle whose audits are selected next.
+    pub audit_cycle: u64,
     pub audits_open: u64,
     pub audits_ordered: u64,
     pub release: String,
@@ -359,6 +361,7 @@ impl Orchestrator {
             step_ms: self.timing.step_ms(),
             rows: self.ledger.totals(),
             learners,
+            audit_cycle: self.audit_cycle,
             audits_open: self.audits.len() as u64,
             audits_ordered: self.audits_ordered,
             release: self.release.release.clone(),
@@ -497,3 +500,6 @@ impl Machine for Orchestrator {
         None
     }
 }
+
+#[cfg(test)]
+mod tests;

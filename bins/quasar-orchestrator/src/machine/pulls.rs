@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Effect, Key, Orchestrator, Slot, Want};
 
-/// Before the first pull of a run, learners are waited for until the quorum of the run manifest stands.
+/// A learner's step is believed to take at least this share of the average, as one part in so many.
 const STEP_MS_SHARE_MIN: u64 = 4;
 /// Committed payloads that are on their way are waited for, after the quorum, for so many steps.
 const UPLOAD_GRACE_STEPS: u64 = 2;
@@ -225,7 +225,6 @@ impl Orchestrator {
         let quorum = schedule::quorum(self.parameters().quorum_min, eligible).max(1);
         let step_ms = self.timing.step_ms();
         let mut closing = Vec::new();
-        let mut quorums = Vec::new();
         for (t, pull) in &mut self.pulls {
             if pull.stage != PullStage::Open {
                 continue;
@@ -233,7 +232,6 @@ impl Orchestrator {
             let accepted = pull.accepted();
             if accepted >= quorum && pull.quorum_ms.is_none() {
                 pull.quorum_ms = Some(now_ms);
-                quorums.push(now_ms - pull.opened_ms);
             }
             let complete = accepted >= eligible.max(1) && !pull.pending();
             let grace_over = pull.quorum_ms.is_some_and(|quorum_ms| {
@@ -244,9 +242,6 @@ impl Orchestrator {
             if complete || grace_over || now_ms >= pull.deadline_ms {
                 closing.push(*t);
             }
-        }
-        for quorum_ms in quorums {
-            self.timing.add_quorum(quorum_ms);
         }
         for t in closing {
             self.close_pull(t);

@@ -1,4 +1,4 @@
-//! Moving averages of what the learners and the merges take (Decoupled DiLoCo, equation 3: ξ_step, ξ_quorum, ξ_sync).
+//! Moving averages of what the learners and the merges take (Decoupled DiLoCo, equation 3: ξ_step, ξ_sync).
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,6 @@ const STEP_MS_MIN: u64 = 10;
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Timing {
     step: Average,
-    quorum: Average,
     sync: Average,
 }
 
@@ -35,11 +34,6 @@ impl Timing {
         self.step.add(ms.max(STEP_MS_MIN));
     }
 
-    /// From the opening of a pull to its quorum.
-    pub fn add_quorum(&mut self, ms: u64) {
-        self.quorum.add(ms);
-    }
-
     /// From the close of a pull to its merge.
     pub fn add_sync(&mut self, ms: u64) {
         self.sync.add(ms);
@@ -47,10 +41,6 @@ impl Timing {
 
     pub fn step_ms(&self) -> u64 {
         self.step.get().max(STEP_MS_MIN)
-    }
-
-    pub fn quorum_ms(&self) -> u64 {
-        self.quorum.get()
     }
 
     pub fn sync_ms(&self) -> u64 {

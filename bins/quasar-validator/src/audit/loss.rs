@@ -3,7 +3,7 @@
 //! The differences are small against their noise, so they are statistics: measured, published, and no reason to fail anybody.
 
 use model::{Batch, Evaluator};
-use protocol::documents::{Measurements, micro_nats};
+use protocol::documents::{Lease, Measurements, micro_nats};
 use protocol::lease::{LeaseRows, row_order};
 
 use super::artifact::Artifact;
@@ -11,8 +11,14 @@ use super::{Evidence, Finding, RowRef, Rules, Sources, Subject};
 
 /// Rows evaluated at a time: bounds the memory of one forward pass.
 const BATCH_ROWS: usize = 4;
-/// A lease with more rows than this is not believed.
-pub(crate) const LEASE_ROWS_MAX: u64 = 1 << 24;
+/// A lease or held-out set is drawn from among so many rows at most: the draw holds one number for each.
+const ROWS_MAX: u64 = 1 << 24;
+
+/// Rows of a lease; `None` if it contradicts itself or has more than anybody leases.
+pub(crate) fn lease_rows(lease: &Lease) -> Option<u64> {
+    let total = lease.rows.iter().try_fold(0u64, |sum, range| sum.checked_add(range.end.checked_sub(range.start)?))?;
+    (total <= ROWS_MAX && lease.batch_rows > 0).then_some(total)
+}
 
 /// Weights of the run at known fragment versions.
 pub struct Replica {
@@ -104,10 +110,7 @@ pub fn got_worse(measured: &Measurements) -> bool {
 fn assigned_rows(subject: &Subject, evidence: &Evidence, rules: &Rules<'_>, artifact: &Artifact) -> Vec<RowRef> {
     let commitment = &artifact.commitment;
     let Some(lease) = evidence.leases.iter().find(|lease| lease.id == commitment.lease) else { return Vec::new() };
-    let total: u64 = lease.rows.iter().map(|range| range.end.saturating_sub(range.start)).sum();
-    if total > LEASE_ROWS_MAX || lease.rows.iter().any(|range| range.start > range.end) {
-        return Vec::new();
-    }
+    let Some(total) = lease_rows(lease) else { return Vec::new() };
     let consumed = (u64::from(commitment.lease_step.min(lease.steps)) * u64::from(lease.batch_rows)).min(total);
     let rows = LeaseRows::of(lease);
     let draw = row_order(&subject.selection.audit, consumed as u32);
@@ -121,8 +124,8 @@ fn assigned_rows(subject: &Subject, evidence: &Evidence, rules: &Rules<'_>, arti
 /// Rows drawn by the audit's digest from all held-out shards.
 fn held_out_rows(subject: &Subject, rules: &Rules<'_>) -> Vec<RowRef> {
     let shards: Vec<_> = rules.shards.iter().filter(|shard| shard.held_out).collect();
-    let total: u64 = shards.iter().map(|shard| shard.rows).sum();
-    let draw = row_order(&subject.selection.audit, total.min(LEASE_ROWS_MAX) as u32);
+    let total = shards.iter().fold(0u64, |sum, shard| sum.saturating_add(shard.rows));
+    let draw = row_order(&subject.selection.audit, total.min(ROWS_MAX) as u32);
     let locate = |index: &u32| {
         let mut index = u64::from(*index);
         for shard in &shards {

@@ -93,13 +93,16 @@ impl Segment {
             let note = format!("the opened state is not the one that was committed for step {}", commitment.start_step);
             return Err(Finding::mismatch(Reason::StartMismatch, note));
         }
-        let expected = commitment.local_step.checked_sub(commitment.start_step).unwrap_or(0);
+        let expected = commitment.local_step.saturating_sub(commitment.start_step);
         if expected == 0 || expected > u64::from(rules.parameters.audit.replay_steps) {
             return Err(bad(format!("the committed segment has {expected} steps, 1 to {} are allowed", rules.parameters.audit.replay_steps)));
         }
         let contiguous = manifest.steps.iter().zip(commitment.start_step..).all(|(step, number)| step.local_step == number);
         if manifest.steps.len() as u64 != expected || !contiguous {
             return Err(bad(format!("{} steps were opened where {expected} were committed", manifest.steps.len())));
+        }
+        if manifest.steps.iter().any(|step| step.applied.len() > rules.plan.fragments.len()) {
+            return Err(bad("a step applies more fragments than there are".into()));
         }
         let routes = decode_routes(&opening.routes, manifest.steps.len()).ok_or_else(|| bad("the routes do not decode".into()))?;
         Ok(Self { manifest, state, routes })
@@ -128,30 +131,28 @@ struct StepInput {
 /// Rows and optimizer settings of every opened step, from the leases that the orchestrator gave.
 fn batches(opened: &[OpenedStep], evidence: &Evidence, rules: &Rules<'_>, artifact: &Artifact) -> Result<Vec<StepInput>, Finding> {
     let wrong = |note: String| Finding::mismatch(Reason::RowsMismatch, note);
-    let mut current: Option<(&Lease, LeaseRows)> = None;
+    let mut held: Vec<(&Lease, LeaseRows)> = Vec::new();
     let mut inputs = Vec::with_capacity(opened.len());
-    let mut previous: Option<&OpenedStep> = None;
-    for step in opened {
-        if previous.is_some_and(|before| before.lease == step.lease && before.lease_step >= step.lease_step) {
+    for (number, step) in opened.iter().enumerate() {
+        if opened[..number].iter().any(|before| before.lease == step.lease && before.lease_step >= step.lease_step) {
             return Err(wrong(format!("step {} takes rows of lease {} a second time", step.local_step, step.lease)));
         }
-        if current.as_ref().is_none_or(|(lease, _)| lease.id != step.lease) {
+        if held.iter().all(|(lease, _)| lease.id != step.lease) {
             let lease = evidence.leases.iter().find(|lease| lease.id == step.lease);
             let lease = lease.ok_or_else(|| wrong(format!("the learner never held lease {}", step.lease)))?;
-            let total = lease.rows.iter().try_fold(0u64, |sum, range| sum.checked_add(range.end.checked_sub(range.start)?));
-            if total.is_none_or(|total| total > loss::LEASE_ROWS_MAX) || lease.batch_rows == 0 {
+            if loss::lease_rows(lease).is_none() {
                 return Err(Finding::not_evaluated(format!("lease {} of the audit order is malformed", lease.id)));
             }
-            current = Some((lease, LeaseRows::of(lease)));
+            held.push((lease, LeaseRows::of(lease)));
         }
-        let Some((lease, rows)) = &current else { unreachable!("set just above") };
-        let rows: Vec<RowRef> = rows.step(step.lease_step).iter().map(|row| RowRef { shard: row.shard.to_owned(), row: row.row }).collect();
-        if step.lease_step >= lease.steps || rows.is_empty() {
-            return Err(wrong(format!("lease {} has no step {}", lease.id, step.lease_step)));
+        for (lease, rows) in held.iter().filter(|(lease, _)| lease.id == step.lease) {
+            let rows: Vec<RowRef> = rows.step(step.lease_step).iter().map(|row| RowRef { shard: row.shard.to_owned(), row: row.row }).collect();
+            if step.lease_step >= lease.steps || rows.is_empty() {
+                return Err(wrong(format!("lease {} has no step {}", lease.id, step.lease_step)));
+            }
+            let index = lease.schedule_start.saturating_add(u64::from(step.lease_step));
+            inputs.push(StepInput { rows, hyper: hyper(&rules.parameters.inner, index) });
         }
-        let hyper = hyper(&rules.parameters.inner, lease.schedule_start + u64::from(step.lease_step));
-        inputs.push(StepInput { rows, hyper });
-        previous = Some(step);
     }
     let commitment = &artifact.commitment;
     match opened.last() {

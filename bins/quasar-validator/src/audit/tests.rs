@@ -1,4 +1,5 @@
-//! Audits of a simulated learner on the toy model: honest, and dishonest in every way that a replay is there to find.
+//! Audits of a simulated learner on the toy model: honest, and dishonest in every way that a replay is there to find. The
+//! tests of the effects publish the same learner's work in a bucket.
 
 use std::cell::RefCell;
 
@@ -15,28 +16,37 @@ use protocol::{Ed25519Signer, FileRecord, Signer, steps};
 use super::*;
 use crate::machine::fixture::{contribution, parameters, subject};
 
-const FRAGMENT: u16 = 1;
-const T: u64 = 4;
+pub const FRAGMENT: u16 = 1;
+pub const T: u64 = 4;
 const ROW_TOKENS: u32 = 16;
 
 /// The run's side: plan, shards, published fragment versions.
-struct World {
-    context: Context,
-    parameters: RunParameters,
-    plan: FragmentPlan,
-    shards: Vec<ShardManifest>,
+pub struct World {
+    pub context: Context,
+    pub parameters: RunParameters,
+    pub plan: FragmentPlan,
+    pub shards: Vec<ShardManifest>,
     /// By fragment and version; rounded to bf16 as published.
-    keyframes: Vec<Vec<Vec<f32>>>,
-    lease: Lease,
+    pub keyframes: Vec<Vec<Vec<f32>>>,
+    pub lease: Lease,
+    /// Selection to open for; that of the fixture if none.
+    pub selection: Option<Selection>,
+    /// Whether fragment 2 arrives in version 1 inside the segment.
+    pub has_arrival: bool,
     /// What was asked for, to see that the audit needs no more.
     asked: RefCell<Vec<(u16, u64)>>,
     is_offline: bool,
 }
 
 /// Tokens with a pattern that a learner can learn.
-fn tokens(shard: &str, row: u64) -> Vec<u32> {
+pub fn tokens(shard: &str, row: u64) -> Vec<u32> {
     let seed = if shard == "held" { 5 } else { 11 };
     (0..u64::from(ROW_TOKENS)).map(|n| ((row * 7 + n * n * seed) % 29) as u32).collect()
+}
+
+/// The token file of a shard.
+pub fn token_file(shard: &str, rows: u64) -> Vec<u8> {
+    (0..rows).flat_map(|row| tokens(shard, row)).flat_map(u32::to_le_bytes).collect()
 }
 
 fn shard(id: &str, rows: u64, held_out: bool) -> ShardManifest {
@@ -45,7 +55,7 @@ fn shard(id: &str, rows: u64, held_out: bool) -> ShardManifest {
         rows,
         row_tokens: ROW_TOKENS,
         tokens: rows * u64::from(ROW_TOKENS),
-        file: FileRecord::of_bytes("tokens.bin", b""),
+        file: FileRecord::of_bytes("tokens.bin", &token_file(id, rows)),
         tokenizer: Digest::ZERO,
         vocab_size: 32,
         licence: String::new(),
@@ -55,7 +65,7 @@ fn shard(id: &str, rows: u64, held_out: bool) -> ShardManifest {
 }
 
 impl World {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let plan = toy_plan(3);
         let published = |seed: u64| -> Vec<Vec<f32>> {
             let toy = ToyTrainer::new(plan.clone(), seed).unwrap();
@@ -80,6 +90,8 @@ impl World {
             shards: vec![shard("train", 64, false), shard("held", 6, true)],
             keyframes,
             lease,
+            selection: None,
+            has_arrival: true,
             asked: RefCell::default(),
             is_offline: false,
         }
@@ -114,15 +126,15 @@ impl Sources for World {
     }
 }
 
-struct Case {
-    subject: Subject,
-    evidence: Evidence,
+pub struct Case {
+    pub subject: Subject,
+    pub evidence: Evidence,
 }
 
 /// How a learner departs from the rules.
 #[derive(Default)]
-struct Cheat {
-    other_rows: bool,
+pub struct Cheat {
+    pub other_rows: bool,
     lr_factor: Option<f64>,
     /// Training of the last step is left out; the payload of the step before is sent.
     idle: bool,
@@ -135,13 +147,13 @@ struct Cheat {
     commitment: Option<fn(&mut Commitment)>,
 }
 
-fn signer() -> Ed25519Signer {
+pub fn signer() -> Ed25519Signer {
     Ed25519Signer::from_seed([1; 32])
 }
 
 /// Seven steps of a learner that got fragment 2 in version 1 before step 5 and commits fragment 1 after step 6. The segment
 /// starts at step 4.
-fn case(world: &World, cheat: &Cheat) -> Case {
+pub fn case(world: &World, cheat: &Cheat) -> Case {
     let (plan, fragment) = (&world.plan, usize::from(FRAGMENT));
     let mut toy = ToyTrainer::new(plan.clone(), 50).unwrap();
     for other in 0..3 {
@@ -152,7 +164,7 @@ fn case(world: &World, cheat: &Cheat) -> Case {
     let (mut opened, mut start) = (Vec::new(), None);
     for local_step in 0..7u64 {
         let mut applied = Vec::new();
-        if local_step == 5 {
+        if local_step == 5 && world.has_arrival {
             Trainer::apply(&mut toy, 2, &world.keyframes[2][1]).unwrap();
             versions[2] = 1;
             applied.push((2, 1));
@@ -205,6 +217,9 @@ fn case(world: &World, cheat: &Cheat) -> Case {
     let mut subject = subject(1, 0);
     subject.fragment = FRAGMENT;
     (subject.selection.hotkey, subject.selection.t) = (signer().key().account(), T);
+    if let Some(selection) = &world.selection {
+        subject.selection = selection.clone();
+    }
     subject.contribution = Contribution {
         hotkey: subject.selection.hotkey,
         commitment: protocol::envelope::peek(&envelope).unwrap().2,
@@ -330,7 +345,8 @@ fn missing_repeated_or_invented_steps_are_a_bad_opening() {
     let future: fn(&mut OpeningManifest) = |opening| opening.steps[1].applied = vec![(2, 55)];
     let fragment: fn(&mut OpeningManifest) = |opening| opening.steps[1].applied = vec![(200, 0)];
     let other: fn(&mut OpeningManifest) = |opening| opening.t = 3;
-    for opening in [fewer, gap, none, future, fragment, other] {
+    let endless: fn(&mut OpeningManifest) = |opening| opening.steps[1].applied = vec![(2, 1); 900];
+    for opening in [fewer, gap, none, future, fragment, other, endless] {
         assert_eq!(outcome(Cheat { opening: Some(opening), ..Cheat::default() }), BAD_OPENING);
     }
     let long: fn(&mut Commitment) = |commitment| commitment.local_step = 4_000;
@@ -383,7 +399,7 @@ fn without_an_opening_the_loss_is_still_measured() {
 #[test]
 fn a_contribution_that_raises_the_loss_but_replays_still_passes() {
     let mut world = World::new();
-    world.parameters.inner.lr_nano = 3_000_000_000;
+    world.parameters.inner.lr_nano = 100_000_000_000;
     let judgement = world.judge(&case(&world, &Cheat::default()));
     assert_eq!((judgement.result, judgement.reason), (VerdictResult::Pass, Reason::LossWorse), "{judgement:?}");
 }

@@ -64,13 +64,13 @@ fn check(manifest: &MergeManifest, t: u64, fragments: u16, latest: &Latest) -> R
         return Err(MergeFault::Base);
     }
     let merged = manifest.accepted().count();
-    if manifest.version != manifest.base_version + u64::from(merged > 0) {
+    if manifest.version != manifest.base_version.saturating_add(u64::from(merged > 0)) {
         return Err(MergeFault::Version);
     }
     if !manifest.contributions.is_sorted_by(|a, b| (a.hotkey, a.slot) < (b.hotkey, b.slot)) {
         return Err(MergeFault::Order);
     }
-    if manifest.accepted().any(|one| one.base_version > manifest.base_version || one.base_version + 1 < manifest.base_version) {
+    if manifest.accepted().any(|one| one.base_version > manifest.base_version || one.base_version < manifest.base_version.saturating_sub(1)) {
         return Err(MergeFault::ContributionBase);
     }
     let work: Vec<Work> =
@@ -203,7 +203,7 @@ impl Cycles {
         if cycle_of(t + 1, self.fragments) != cycle {
             let merges = std::mem::take(&mut self.open);
             let last_block = merges.iter().map(|merge| merge.block).max().unwrap_or(0);
-            let closed = Closed { merges, beacon_block: last_block + self.beacon_blocks, poller: Poller::new(self.retry_ms) };
+            let closed = Closed { merges, beacon_block: last_block.saturating_add(self.beacon_blocks), poller: Poller::new(self.retry_ms) };
             self.closed.insert(cycle, closed);
         }
         Folded { manifest, fault }
@@ -223,7 +223,7 @@ impl Cycles {
         let Some(closed) = self.closed.get_mut(&cycle) else { return Vec::new() };
         let Some(hash) = hash.filter(|_| !validators.is_empty()) else {
             closed.poller.end(now_ms);
-            if hash.is_none() && closed.beacon_block + FORGOTTEN_BLOCKS < head_block {
+            if hash.is_none() && closed.beacon_block < head_block.saturating_sub(FORGOTTEN_BLOCKS) {
                 tracing::warn!(cycle, block = closed.beacon_block, "the chain node has forgotten the beacon's block: this cycle stays without audits here");
                 self.closed.remove(&cycle);
             }
@@ -267,7 +267,9 @@ impl Cycles {
     pub fn deadline(&self) -> Option<u64> {
         // A beacon that was never asked for waits for its block, not for a time.
         let beacons = self.closed.values().filter_map(|closed| closed.poller.deadline()).filter(|due_ms| *due_ms > 0);
-        self.missing.values().copied().chain(beacons).min()
+        // While all reads are under way, an answer comes first.
+        let missing = self.missing.values().copied().filter(|_| self.reading.len() < READS_MAX);
+        missing.chain(beacons).min()
     }
 }
 

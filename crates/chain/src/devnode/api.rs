@@ -70,7 +70,7 @@ fn next_epoch(state: &State, netuid: u16) -> Option<u64> {
 
 /// `NeuronInfoLite`. The node computes no rewards: ranks, trust and emission are zero.
 #[derive(Encode)]
-struct NeuronLite {
+pub(super) struct NeuronLite {
     hotkey: [u8; 32],
     coldkey: [u8; 32],
     uid: Compact<u16>,
@@ -113,7 +113,7 @@ struct Prometheus {
 }
 
 impl NeuronLite {
-    fn of(netuid: u16, neuron: &Neuron) -> Self {
+    pub(super) fn of(netuid: u16, neuron: &Neuron) -> Self {
         Self {
             hotkey: neuron.hotkey.0,
             coldkey: neuron.coldkey.0,
@@ -139,7 +139,7 @@ impl NeuronLite {
 
 /// `SubnetHyperparams` (the first version of the answer). What the node does not use has the runtime's default.
 #[derive(Encode)]
-struct SubnetHyperparams {
+pub(super) struct SubnetHyperparams {
     rho: Compact<u16>,
     kappa: Compact<u16>,
     immunity_period: Compact<u16>,
@@ -170,7 +170,7 @@ struct SubnetHyperparams {
 }
 
 impl SubnetHyperparams {
-    fn of(state: &State, netuid: u16, parameters: &Hyperparameters) -> Self {
+    pub(super) fn of(state: &State, netuid: u16, parameters: &Hyperparameters) -> Self {
         Self {
             rho: Compact(10),
             kappa: Compact(32_767),

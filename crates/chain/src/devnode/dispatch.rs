@@ -39,8 +39,7 @@ pub(super) fn check_pool(state: &State, signed: &Signed, block: u64) -> Result<(
     let Call::SetWeights { netuid, mechanism, .. } = &signed.call else { return Ok(()) };
     let parameters = state.hyperparameters(*netuid).filter(|_| *mechanism == 0);
     let neurons = state.neurons(*netuid);
-    let subnet =
-        Subnet { hyperparameters: parameters.as_ref(), neurons: &neurons, owner: state.owner_hotkey(*netuid), block };
+    let subnet = Subnet { hyperparameters: parameters.as_ref(), neurons: &neurons, owner: state.owner_hotkey(*netuid), block };
     subnet.check_pool(&signed.signer).map_err(|refusal| match refusal {
         WeightsRefusal::StakeTooLow => Invalid::Custom(1),
         WeightsRefusal::TooFast => Invalid::Custom(6),
@@ -159,8 +158,21 @@ mod tests {
         use WeightsRefusal::*;
         let runtime = Runtime::load();
         for refusal in [
-            CommitRevealEnabled, RootNetwork, LengthsDiffer, MechanismMissing, TooManyUids, NotRegistered, StakeTooLow, VersionKey,
-            TooFast, NoValidatorPermit, DuplicateUids, UnknownUid, TooFewWeights, WeightTooLarge, ColdkeySwap,
+            CommitRevealEnabled,
+            RootNetwork,
+            LengthsDiffer,
+            MechanismMissing,
+            TooManyUids,
+            NotRegistered,
+            StakeTooLow,
+            VersionKey,
+            TooFast,
+            NoValidatorPermit,
+            DuplicateUids,
+            UnknownUid,
+            TooFewWeights,
+            WeightTooLarge,
+            ColdkeySwap,
         ] {
             let name = error_name(&refusal);
             assert!(runtime.module_error(SUBTENSOR, name).is_some(), "{name}");

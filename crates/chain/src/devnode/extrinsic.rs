@@ -96,9 +96,7 @@ pub(super) fn open(bytes: &[u8], context: &impl Context) -> Result<Signed, Inval
     };
     let Some(signer) = account(&bytes[signature.address_range()]) else { return Err(Invalid::BadProof) };
 
-    let extension = |name: &str| {
-        extensions.iter().find(|extension| extension.name() == name).map(|extension| &bytes[extension.range()])
-    };
+    let extension = |name: &str| extensions.iter().find(|extension| extension.name() == name).map(|extension| &bytes[extension.range()]);
     let era = extension("CheckMortality").ok_or(Invalid::Call)?;
     let nonce = extension("CheckNonce").ok_or(Invalid::Call)?;
     let nonce = Compact::<u32>::decode(&mut &*nonce).map_err(|_| Invalid::Call)?.0;
@@ -232,7 +230,8 @@ mod tests {
         assert_eq!(birth([0x25, 0x00], 130), 130);
         assert_eq!(birth([0x26, 0x04], 67), 66);
         assert!(matches!(birth_block(&[0], 5), Some(Birth::Immortal)));
-        assert!(birth_block(&[0xff, 0xff], 5).is_none());
+        assert!(birth_block(&[0x41, 0x00], 5).is_none(), "phase 4 of period 4");
+        assert!(birth_block(&[0x10, 0x00], 5).is_none(), "period 2");
         assert!(birth_block(&[], 5).is_none());
     }
 

@@ -43,7 +43,10 @@ pub(super) struct Content {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     Waiting,
-    InBlock { hash: [u8; 32], finalized: bool },
+    InBlock {
+        hash: [u8; 32],
+        finalized: bool,
+    },
     /// It stopped being valid before a block took it.
     Dropped,
 }

@@ -11,6 +11,8 @@
 mod api;
 mod dispatch;
 mod extrinsic;
+#[cfg(test)]
+mod golden;
 mod ledger;
 mod rpc;
 mod runtime;
@@ -82,7 +84,9 @@ pub struct DevOptions {
 
 #[derive(Debug, thiserror::Error)]
 pub enum DevNodeError {
-    #[error("the development chain's settings are wrong: {0}\nhint: netuid 1 to {NETUID_MAX}, at most {NEURONS_MAX} neurons, each hotkey once")]
+    #[error(
+        "the development chain's settings are wrong: {0}\nhint: netuid 1 to {NETUID_MAX}, at most {NEURONS_MAX} neurons, each hotkey once"
+    )]
     Settings(String),
     #[error("the development chain cannot listen on {address}: {source}\nhint: choose another port, or port 0 for a free one")]
     Listen { address: SocketAddr, source: io::Error },
@@ -130,8 +134,7 @@ impl DevNode {
         check(&chain)?;
         let runtime = Arc::new(Runtime::load());
         let ledger = Ledger::new(runtime, &chain, &options, now_ms());
-        let node =
-            Arc::new(Node { ledger: Mutex::new(ledger), changed: watch::Sender::new(0), stalled: AtomicBool::new(false) });
+        let node = Arc::new(Node { ledger: Mutex::new(ledger), changed: watch::Sender::new(0), stalled: AtomicBool::new(false) });
         let (address, server) = serve(&node, chain.listen).await?;
         let producer = (chain.block_ms > 0).then(|| tokio::spawn(produce_blocks(node.clone(), chain.block_ms)));
         Ok(Self { node, address, server: Mutex::new(server), producer })
@@ -229,6 +232,7 @@ async fn produce_blocks(node: Arc<Node>, block_ms: u64) {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "the node is an edge of its own: its blocks carry the time, nothing else uses it")]
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_millis() as u64)
 }

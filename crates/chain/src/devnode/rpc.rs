@@ -53,7 +53,7 @@ fn register(module: &mut RpcModule<Node>) -> Result<(), jsonrpsee::core::Registe
     module.register_method("state_getKeysPaged", |params, node, _| {
         let ledger = node.ledger();
         let prefix = bytes(&params, 0)?;
-        let count: usize = argument(&params, 1)?.and_then(|count| count.as_u64()).unwrap_or(0) as usize;
+        let count = argument(&params, 1)?.and_then(|count| count.as_u64()).ok_or_else(|| invalid("a number of keys"))? as usize;
         let after = match argument(&params, 2)? {
             None | Some(Value::Null) => None,
             Some(_) => Some(bytes(&params, 2)?),
@@ -61,6 +61,23 @@ fn register(module: &mut RpcModule<Node>) -> Result<(), jsonrpsee::core::Registe
         let content = content(known(at(&params, 3, &ledger)?)?)?;
         let keys = content.state.keys(&prefix, after.as_deref(), count.min(KEYS_PAGE_MAX));
         RpcResult::Ok(keys.iter().map(hex).collect::<Vec<_>>())
+    })?;
+    module.register_method("state_queryStorageAt", |params, node, _| {
+        let ledger = node.ledger();
+        let Some(Value::Array(keys)) = argument(&params, 0)? else { return Err(invalid("a list of keys")) };
+        if keys.len() > KEYS_PAGE_MAX {
+            return Err(invalid("fewer keys"));
+        }
+        let block = known(at(&params, 1, &ledger)?)?;
+        let state = &content(block)?.state;
+        let changes = keys
+            .iter()
+            .map(|key| {
+                let bytes = key.as_str().and_then(unhex).ok_or_else(|| invalid("hexadecimal bytes"))?;
+                Ok((key, state.raw(&bytes).map(hex)))
+            })
+            .collect::<RpcResult<Vec<_>>>()?;
+        RpcResult::Ok(json!([{ "block": hex(block.hash), "changes": changes }]))
     })?;
     module.register_method("state_getRuntimeVersion", |_, node, _| {
         let ledger = node.ledger();
@@ -151,10 +168,10 @@ async fn submit_and_watch(params: Params<'static>, pending: PendingSubscriptionS
                     told = true;
                 }
                 if finalized {
-                    return Ok(send(&sink, &json!({ "finalized": hex(hash) })).await?);
+                    return send(&sink, &json!({ "finalized": hex(hash) })).await;
                 }
             }
-            Fate::Dropped => return Ok(send(&sink, &"invalid").await?),
+            Fate::Dropped => return send(&sink, &"invalid").await,
         }
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return Ok(()) },
@@ -218,8 +235,11 @@ fn text(params: &Params<'_>, index: usize) -> RpcResult<String> {
 }
 
 fn bytes(params: &Params<'_>, index: usize) -> RpcResult<Vec<u8>> {
-    let text = text(params, index)?;
-    hex::decode(text.strip_prefix("0x").unwrap_or(&text)).map_err(|_| invalid("hexadecimal bytes"))
+    unhex(&text(params, index)?).ok_or_else(|| invalid("hexadecimal bytes"))
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    hex::decode(text.strip_prefix("0x").unwrap_or(text)).ok()
 }
 
 fn hex(bytes: impl AsRef<[u8]>) -> String {

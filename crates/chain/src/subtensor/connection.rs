@@ -84,8 +84,7 @@ impl Connections {
                 });
             }
         }
-        let mut connections =
-            Self { endpoints, expected_genesis, deadlines, state: Mutex::new(State { link: None, next: 0 }) };
+        let mut connections = Self { endpoints, expected_genesis, deadlines, state: Mutex::new(State { link: None, next: 0 }) };
         let link = connections.link().await?;
         let genesis = link.api.genesis_hash().0;
         // From here on every endpoint must serve the network that the first one serves.
@@ -146,9 +145,7 @@ impl Connections {
         })??;
         let found = api.genesis_hash().0;
         match self.expected_genesis {
-            Some(expected) if expected != found => {
-                Err(ChainError::WrongGenesis { endpoint: endpoint.to_owned(), expected, found })
-            }
+            Some(expected) if expected != found => Err(ChainError::WrongGenesis { endpoint: endpoint.to_owned(), expected, found }),
             _ => Ok(Link { endpoint: endpoint.to_owned(), api, rpc }),
         }
     }
@@ -220,9 +217,5 @@ pub(super) fn chain_error(call: &'static str, endpoint: &str, error: subxt::Erro
         _ => false,
     };
     let reason = error.to_string();
-    if transport {
-        ChainError::Unavailable { endpoint: endpoint.to_owned(), reason }
-    } else {
-        ChainError::Answer { call, reason }
-    }
+    if transport { ChainError::Unavailable { endpoint: endpoint.to_owned(), reason } } else { ChainError::Answer { call, reason } }
 }

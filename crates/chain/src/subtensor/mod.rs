@@ -3,6 +3,8 @@
 
 mod commitment;
 mod connection;
+#[cfg(test)]
+mod golden;
 mod read;
 mod submit;
 
@@ -159,9 +161,7 @@ impl Chain for SubtensorClient {
     }
 
     async fn metagraph(&self, netuid: u16) -> Result<Metagraph, ChainError> {
-        self.at_head("metagraph", |at| async move { read::metagraph(&at, netuid).await })
-            .await?
-            .ok_or(ChainError::SubnetMissing { netuid })
+        self.at_head("metagraph", |at| async move { read::metagraph(&at, netuid).await }).await?.ok_or(ChainError::SubnetMissing { netuid })
     }
 
     async fn hyperparameters(&self, netuid: u16) -> Result<Hyperparameters, ChainError> {
@@ -170,13 +170,7 @@ impl Chain for SubtensorClient {
             .ok_or(ChainError::SubnetMissing { netuid })
     }
 
-    async fn set_weights(
-        &self,
-        hotkey: &Hotkey,
-        netuid: u16,
-        row: &[(u16, u16)],
-        version_key: u64,
-    ) -> Result<BlockRef, SetWeightsError> {
+    async fn set_weights(&self, hotkey: &Hotkey, netuid: u16, row: &[(u16, u16)], version_key: u64) -> Result<BlockRef, SetWeightsError> {
         let refuse = |reason| Err(SetWeightsError::Refused(reason));
         // The chain would take a row of zeros, and nobody would earn anything by it.
         if row.iter().all(|(_, value)| *value == 0) {
@@ -255,15 +249,10 @@ impl Chain for SubtensorClient {
         if registered.is_none() {
             return Err(ChainError::NotRegistered { hotkey: account, netuid });
         }
-        let call = dynamic::transaction(
-            "Commitments",
-            "set_commitment",
-            vec![Value::from(netuid), commitment::info(data)],
-        );
+        let call = dynamic::transaction("Commitments", "set_commitment", vec![Value::from(netuid), commitment::info(data)]);
         let refused = |reason: String| Err(ChainError::CommitmentRefused { hotkey: account, reason });
-        let landed = self
-            .write(hotkey, &call, |at| async move { Ok(committed(&at, netuid, &account).await?.as_deref() == Some(data)) })
-            .await;
+        let landed =
+            self.write(hotkey, &call, |at| async move { Ok(committed(&at, netuid, &account).await?.as_deref() == Some(data)) }).await;
         let block = match landed {
             Ok(block) => block,
             Err(Failure::PoolCode(code)) => return refused(format!("custom error {code}")),

@@ -123,5 +123,8 @@ where
         Some(value) => Some(value),
         None => entry.default_value(),
     };
-    value.map(|value| value.decode().map_err(subxt::Error::from)).transpose()
+    match value {
+        Some(value) => Ok(Some(value.decode()?)),
+        None => Ok(None),
+    }
 }

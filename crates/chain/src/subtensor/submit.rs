@@ -67,13 +67,8 @@ pub(super) async fn submit<C: Payload>(
     finality_limit: Duration,
 ) -> Result<BlockRef, Failure> {
     let not_sent = |error: ExtrinsicError| Failure::NotSent(chain_error("submit", &link.endpoint, error.into()));
-    let late = || {
-        Failure::NotSent(ChainError::Timeout {
-            endpoint: link.endpoint.clone(),
-            call: "submit",
-            millis: call_limit.as_millis() as u64,
-        })
-    };
+    let late =
+        || Failure::NotSent(ChainError::Timeout { endpoint: link.endpoint.clone(), call: "submit", millis: call_limit.as_millis() as u64 });
     let signer = ExtrinsicSigner(hotkey);
     let preparing = async {
         let params = DefaultExtrinsicParamsBuilder::<SubstrateConfig>::new().mortal(ERA_BLOCKS).build();

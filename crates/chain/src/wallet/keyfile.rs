@@ -59,8 +59,9 @@ impl Keyfile {
             }
         }
         // The parser's message would quote the text around the fault, which may be a secret: only its place is told.
-        let file: Self = serde_json::from_slice(bytes)
-            .map_err(|error| KeyfileError::Malformed(format!("not the JSON of a key (line {}, column {})", error.line(), error.column())))?;
+        let file: Self = serde_json::from_slice(bytes).map_err(|error| {
+            KeyfileError::Malformed(format!("not the JSON of a key (line {}, column {})", error.line(), error.column()))
+        })?;
         for (field, present) in [
             ("accountType", file.account_type.is_some()),
             ("signingScheme", file.signing_scheme.is_some()),
@@ -220,12 +221,8 @@ pub(super) fn secret_text(hotkey: &Hotkey, seed: &[u8; 32], phrase: &str) -> Zer
 /// The text of a public key file.
 pub(super) fn public_text(key: &KeyRef) -> String {
     let public = format!("0x{}", hex::encode(key.public));
-    let file = PublicFile {
-        account_id: &public,
-        public_key: &public,
-        ss58_address: &key.account().to_string(),
-        crypto_type: key.kind as u8,
-    };
+    let file =
+        PublicFile { account_id: &public, public_key: &public, ss58_address: &key.account().to_string(), crypto_type: key.kind as u8 };
     serde_json::to_string(&file).expect("plain strings serialise")
 }
 

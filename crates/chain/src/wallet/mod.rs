@@ -220,6 +220,43 @@ mod tests {
         }
     }
 
+    fn fixture(hotkey: &str) -> Wallet {
+        Wallet::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/wallets"), "test", hotkey)
+    }
+
+    #[test]
+    fn hotkeys_of_the_python_package_are_read_and_sign_as_it_does() {
+        let golden: serde_json::Value = serde_json::from_str(include_str!("../../tests/data/golden-461.json")).unwrap();
+        let bytes = |text: &serde_json::Value| hex::decode(text.as_str().unwrap().trim_start_matches("0x")).unwrap();
+        for (index, name) in [(0, "sr25519"), (1, "ed25519")] {
+            let entry = &golden["reference"]["wallets"][index];
+            let hotkey = fixture(name).load_hotkey().unwrap();
+            assert_eq!(hotkey.account().to_string(), entry["ss58_address"].as_str().unwrap());
+            assert_eq!(hotkey.key().public.to_vec(), bytes(&entry["public_key_hex"]));
+            assert_eq!(fixture(name).load_hotkeypub().unwrap(), hotkey.key());
+            let (message, signature) = (bytes(&entry["message_hex"]), bytes(&entry["signature_hex"]));
+            let signature: [u8; 64] = signature.try_into().unwrap();
+            assert_eq!(protocol::verify_signature(&hotkey.key(), &message, &signature), Ok(()));
+            if hotkey.key().kind == KeyKind::Ed25519 {
+                assert_eq!(hotkey.sign(&message), signature);
+            }
+        }
+        let coldkey = &golden["reference"]["wallets"][2];
+        let public = fixture("sr25519").load_coldkeypub().unwrap();
+        assert_eq!(public.account().to_string(), coldkey["ss58_address"].as_str().unwrap());
+    }
+
+    #[test]
+    fn an_encrypted_hotkey_is_told_with_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let wallet = Wallet::new(folder.path(), "w", "h");
+        fs::create_dir_all(folder.path().join("w/hotkeys")).unwrap();
+        fs::copy(fixture("x").path.join("test/coldkey"), wallet.hotkey_path()).unwrap();
+        let error = wallet.load_hotkey().unwrap_err();
+        assert!(matches!(error, WalletError::Encrypted { .. }));
+        assert!(error.to_string().contains("\nhint: "));
+    }
+
     #[test]
     fn key_files_are_never_overwritten() {
         let folder = tempfile::tempdir().unwrap();

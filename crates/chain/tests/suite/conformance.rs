@@ -71,7 +71,7 @@ async fn conformance(world: &impl Hurry) {
 
 async fn blocks_are_found_by_number(world: &impl Hurry) {
     let chain = world.chain();
-    world.advance(5);
+    world.advance(10);
     let head = chain.head().await.unwrap();
     assert!(head.number >= 5);
     assert_eq!(chain.block_hash(0).await.unwrap(), Some(chain.genesis()));

@@ -147,7 +147,8 @@ async fn rubbish_in_calls_is_answered_with_errors_and_the_node_lives_on() {
             assert!(ask(method, params).await.is_err(), "{method}");
         }
     }
-    for api in ["AccountNonceApi_account_nonce", "NeuronInfoRuntimeApi_get_neurons_lite", "Metadata_metadata_at_version", "Nothing_like_it"] {
+    for api in ["AccountNonceApi_account_nonce", "NeuronInfoRuntimeApi_get_neurons_lite", "Metadata_metadata_at_version", "Nothing_like_it"]
+    {
         assert!(ask("state_call", rpc_params![api, "0x"]).await.is_err(), "{api}");
     }
     let refused = ask("state_call", rpc_params!["TaggedTransactionQueue_validate_transaction", "0x"]).await.unwrap();
@@ -185,6 +186,12 @@ async fn heads_are_announced_and_keys_are_listed() {
     assert_eq!(found, (0..4).map(|uid| hotkey(uid).account().0).collect::<Vec<_>>());
 }
 
+fn produce(node: &DevNode, blocks: u64) {
+    (0..blocks).for_each(|_| {
+        node.produce();
+    });
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn epochs_end_every_tempo() {
     let node = DevNode::start(dev_chain(0)).await.unwrap();
@@ -193,11 +200,11 @@ async fn epochs_end_every_tempo() {
         let at = api.at_current_block().await.unwrap();
         at.storage().fetch(dynamic::storage::<(u16,), u64>("SubtensorModule", entry), (NETUID,)).await.unwrap().decode().unwrap()
     };
-    (0..29).for_each(|_| drop(node.produce()));
+    produce(&node, 29);
     assert_eq!((read("SubnetEpochIndex").await, read("BlocksSinceLastStep").await), (0, 29));
     node.produce();
     assert_eq!((read("SubnetEpochIndex").await, read("LastEpochBlock").await, read("BlocksSinceLastStep").await), (1, 30, 0));
-    (0..30).for_each(|_| drop(node.produce()));
+    produce(&node, 30);
     assert_eq!((read("SubnetEpochIndex").await, read("LastEpochBlock").await), (2, 60));
 }
 

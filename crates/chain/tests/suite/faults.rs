@@ -84,6 +84,54 @@ async fn a_client_moves_to_the_next_endpoint_of_the_same_network_only() {
     assert!(matches!(error, ChainError::WrongGenesis { .. } | ChainError::Timeout { .. } | ChainError::Unavailable { .. }), "{error}");
 }
 
+/// Forwards connections to `node` until it is told to freeze: then they stay open and carry nothing.
+struct Relay {
+    endpoint: String,
+    frozen: tokio::sync::watch::Sender<bool>,
+}
+
+impl Relay {
+    async fn start(node: &DevNode) -> Self {
+        let target = node.endpoint().strip_prefix("ws://").unwrap().to_owned();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("ws://{}", listener.local_addr().unwrap());
+        let frozen = tokio::sync::watch::Sender::new(false);
+        let signal = frozen.subscribe();
+        tokio::spawn(async move {
+            while let Ok((mut inbound, _)) = listener.accept().await {
+                let target = target.clone();
+                let mut signal = signal.clone();
+                tokio::spawn(async move {
+                    let mut outbound = tokio::net::TcpStream::connect(target).await.unwrap();
+                    let freeze = async move { signal.wait_for(|frozen| *frozen).await.is_ok() };
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut inbound, &mut outbound) => {}
+                        // Both sockets stay open, as on a half-dead connection.
+                        true = freeze => std::future::pending().await,
+                        else => {}
+                    }
+                });
+            }
+        });
+        Self { endpoint, frozen }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_half_dead_connection_is_left_for_the_next_endpoint() {
+    let node = DevNode::start(dev_chain(20)).await.unwrap();
+    let relay = Relay::start(&node).await;
+    let settings = ConnectSettings { endpoints: vec![relay.endpoint.clone(), node.endpoint()], genesis: Some(node.genesis()) };
+    let quick = Deadlines { connect_ms: 2_000, call_ms: 1_000, finality_ms: 10_000 };
+    let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
+    let before = client.head().await.unwrap();
+    relay.frozen.send_replace(true);
+    let started = Instant::now();
+    assert!(client.head().await.unwrap().number >= before.number);
+    assert!(started.elapsed() < Duration::from_secs(5));
+    client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_whose_watch_broke_is_found_by_reading_back() {
     let node = DevNode::start_with(dev_chain(20), DevOptions { finality_lag: 2, ..Default::default() }).await.unwrap();
@@ -122,6 +170,8 @@ async fn hashes_of_blocks_whose_state_was_forgotten_are_still_known() {
     let node = DevNode::start(dev_chain(0)).await.unwrap();
     let client = connect(&node).await;
     let early = node.produce();
-    (0..400).for_each(|_| drop(node.produce()));
+    (0..400).for_each(|_| {
+        node.produce();
+    });
     assert_eq!(client.block_hash(early.number).await.unwrap(), Some(early.hash));
 }

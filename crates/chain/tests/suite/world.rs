@@ -8,16 +8,15 @@ use protocol::{AccountId, KeyKind};
 
 pub const NETUID: u16 = 24;
 pub const RATE_LIMIT: u64 = 100;
-/// Short, so that a test that waits for a deadline is quick; long enough for a busy machine.
-pub const DEADLINES: Deadlines = Deadlines { connect_ms: 5_000, call_ms: 5_000, finality_ms: 20_000 };
 
+/// Short, so that a test that waits for a deadline is quick; long enough for a busy machine.
 pub fn deadlines() -> Deadlines {
-    DEADLINES
+    Deadlines { connect_ms: 5_000, call_ms: 5_000, finality_ms: 20_000 }
 }
 
 /// Two validators with permits (Ed25519, Sr25519), two miners, and a stranger who is not registered.
 pub fn hotkey(uid: u8) -> Hotkey {
-    let kind = if uid % 2 == 0 { KeyKind::Ed25519 } else { KeyKind::Sr25519 };
+    let kind = if uid.is_multiple_of(2) { KeyKind::Ed25519 } else { KeyKind::Sr25519 };
     Hotkey::from_seed(kind, &[uid + 1; 32])
 }
 

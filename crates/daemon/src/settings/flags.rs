@@ -266,8 +266,11 @@ mod tests {
 
     #[test]
     fn every_flag_of_the_table_exists_and_every_flag_is_in_the_table() {
-        let roles =
-            [(Role::Miner, flags_of::<MinerArgs>()), (Role::Validator, flags_of::<ValidatorArgs>()), (Role::Orchestrator, flags_of::<OrchestratorArgs>())];
+        let roles = [
+            (Role::Miner, flags_of::<MinerArgs>()),
+            (Role::Validator, flags_of::<ValidatorArgs>()),
+            (Role::Orchestrator, flags_of::<OrchestratorArgs>()),
+        ];
         for (role, flags) in roles {
             for flag in &flags {
                 assert!(table::by_flag(role, flag).is_some(), "{role}: --{flag} is not in the table");

@@ -239,3 +239,35 @@ fn read_limited(path: &Path) -> Result<String, String> {
     }
     Ok(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use super::*;
+
+    fn of(pairs: &[(&str, &[u8])], file: Option<PathBuf>) -> Result<Sources, SettingsError> {
+        let pairs = pairs.iter().map(|(name, text)| (OsString::from(name), OsString::from_vec(text.to_vec())));
+        Sources::of(pairs.collect::<Vec<_>>().into_iter(), file, Vec::new())
+    }
+
+    #[test]
+    fn empty_and_foreign_variables_count_as_not_set() {
+        let sources = of(&[("QUASAR_RUN_ID", b""), ("QUASAR_NETUID", b"24"), ("PATH", b"/bin"), ("HOME", b"/home/m")], None).unwrap();
+        assert_eq!(sources.environment.keys().collect::<Vec<_>>(), ["HOME", "QUASAR_NETUID"]);
+        assert_eq!(sources.home(), Some(Path::new("/home/m")));
+    }
+
+    #[test]
+    fn the_file_is_that_of_the_flag_or_else_of_the_environment() {
+        let variable: &[(&str, &[u8])] = &[("QUASAR_CONFIG", b"/etc/quasar/miner.toml")];
+        assert_eq!(of(variable, None).unwrap().file, Some(PathBuf::from("/etc/quasar/miner.toml")));
+        assert_eq!(of(variable, Some("/a".into())).unwrap().file, Some(PathBuf::from("/a")));
+    }
+
+    #[test]
+    fn our_variables_must_be_text_and_others_are_not_our_business() {
+        assert!(matches!(of(&[("QUASAR_WALLET_NAME", &[0xff])], None), Err(SettingsError::Invalid { .. })));
+        assert!(of(&[("AWS_PROFILE", &[0xff])], None).unwrap().environment.is_empty());
+    }
+}

@@ -46,7 +46,9 @@ pub enum SettingsError {
     Missing { key: &'static str, hint: String },
     #[error("the local chain's file {} is not usable: {reason}\nhint: the devnet writes it: {{\"genesis\": \"0x…\", \"endpoint\": \"ws://127.0.0.1:…\"}}", path.display())]
     LocalChain { path: PathBuf, reason: String },
-    #[error("bucket credentials are incomplete: `{missing}` is not set\nhint: set QUASAR_S3_ACCESS_KEY and QUASAR_S3_SECRET_KEY, or QUASAR_S3_ANONYMOUS=1 for reading only")]
+    #[error(
+        "bucket credentials are incomplete: `{missing}` is not set\nhint: set QUASAR_S3_ACCESS_KEY and QUASAR_S3_SECRET_KEY, or QUASAR_S3_ANONYMOUS=1 for reading only"
+    )]
     Credentials { missing: &'static str },
     #[error("a {role} reads the bucket without credentials\nhint: remove `s3.anonymous`; its grants come sealed through the bucket")]
     NotAnonymous { role: Role },

@@ -10,9 +10,8 @@ const MASK: &str = "********";
 
 /// One line a setting: key, value, origin; then the notices.
 pub fn text(settings: &Settings) -> String {
-    let rows: Vec<[String; 3]> = rows(settings)
-        .map(|(key, value, origin)| [key.to_owned(), value.unwrap_or_else(|| "-".to_owned()), origin])
-        .collect();
+    let rows: Vec<[String; 3]> =
+        rows(settings).map(|(key, value, origin)| [key.to_owned(), value.unwrap_or_else(|| "-".to_owned()), origin]).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let (keys, values) = (width(0), width(1));
     let mut text = String::new();

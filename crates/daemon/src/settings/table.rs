@@ -106,14 +106,14 @@ impl Setting {
 
 /// All settings, in the order in which they are shown.
 pub const SETTINGS: &[Setting] = &[
-    Setting::new("network", &["QUASAR_NETWORK"], ALL, Kind::Choice(&["finney", "test", "local"]), "Bittensor network")
-        .flag("network"),
+    Setting::new("network", &["QUASAR_NETWORK"], ALL, Kind::Choice(&["finney", "test", "local"]), "Bittensor network").flag("network"),
     Setting::new("netuid", &["QUASAR_NETUID"], ALL, Kind::Integer(0, u16::MAX as u64), "subnet number on that network").flag("netuid"),
     Setting::new("chain.endpoints", &["QUASAR_CHAIN_ENDPOINTS"], ALL, Kind::List, "chain endpoints in order of preference (wss://…)")
         .flag("chain-endpoints"),
     Setting::new("chain.local_file", &["QUASAR_LOCAL_CHAIN"], ALL, Kind::Path, "file with genesis and endpoint of network `local`")
         .flag("local-chain"),
-    Setting::new("owner_identity", &["QUASAR_OWNER_IDENTITY"], ALL, Kind::Account, "SS58 address of the run's owner").flag("owner-identity"),
+    Setting::new("owner_identity", &["QUASAR_OWNER_IDENTITY"], ALL, Kind::Account, "SS58 address of the run's owner")
+        .flag("owner-identity"),
     Setting::new("run_id", &["QUASAR_RUN_ID"], ALL, Kind::Text, "refuse every run but this one").flag("run-id"),
     Setting::new("wallet.path", &["QUASAR_WALLET_PATH"], ALL, Kind::Path, "folder of the wallets")
         .flag("wallet-path")
@@ -123,14 +123,27 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new("s3.bucket", &["QUASAR_S3_BUCKET"], ALL, Kind::Text, "bucket of the subnet").flag("s3-bucket"),
     Setting::new("s3.region", &["QUASAR_S3_REGION"], ALL, Kind::Text, "region of the bucket").flag("s3-region").default("us-east-1"),
     Setting::new("s3.endpoint_url", &["QUASAR_S3_ENDPOINT_URL"], ALL, Kind::Url, "S3 endpoint, if it is not AWS").flag("s3-endpoint-url"),
-    Setting::new("s3.path_style", &["QUASAR_S3_PATH_STYLE"], ALL, Kind::Choice(&["auto", "yes", "no"]), "bucket in the path; auto: with an endpoint URL")
-        .default("auto"),
+    Setting::new(
+        "s3.path_style",
+        &["QUASAR_S3_PATH_STYLE"],
+        ALL,
+        Kind::Choice(&["auto", "yes", "no"]),
+        "bucket in the path; auto: with an endpoint URL",
+    )
+    .default("auto"),
     Setting::new("s3.access_key", &["QUASAR_S3_ACCESS_KEY", "AWS_ACCESS_KEY_ID"], ORCHESTRATOR, Kind::Text, "access key id").secret(),
-    Setting::new("s3.secret_key", &["QUASAR_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY"], ORCHESTRATOR, Kind::Text, "secret access key").secret(),
+    Setting::new("s3.secret_key", &["QUASAR_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY"], ORCHESTRATOR, Kind::Text, "secret access key")
+        .secret(),
     Setting::new("s3.anonymous", &["QUASAR_S3_ANONYMOUS"], ALL, Kind::Flag, "no credentials; miners and validators never have any"),
     Setting::new(
         "state_dir",
-        &["QUASAR_STATE_DIR", "QUASAR_LEARNER_STATE_DIR", "QUASAR_MINER_CACHE_DIR", "QUASAR_VALIDATOR_CACHE_DIR", "QUASAR_SYNCER_CACHE_DIR"],
+        &[
+            "QUASAR_STATE_DIR",
+            "QUASAR_LEARNER_STATE_DIR",
+            "QUASAR_MINER_CACHE_DIR",
+            "QUASAR_VALIDATOR_CACHE_DIR",
+            "QUASAR_SYNCER_CACHE_DIR",
+        ],
         ALL,
         Kind::Path,
         "journal, local snapshots, caches; one process each; default ~/.quasar/ROLE",
@@ -144,8 +157,14 @@ pub const SETTINGS: &[Setting] = &[
         .flag("log-format")
         .default("human"),
     Setting::new("log.filter", &["QUASAR_LOG"], ALL, Kind::LogFilter, "log filter").flag("log").default("info"),
-    Setting::new("torch.cuda_dir", &["QUASAR_TORCH_CUDA_DIR"], TRAINERS, Kind::Path, "folder of a full torch 2.11.0 installation, for CUDA")
-        .flag("torch-cuda-dir"),
+    Setting::new(
+        "torch.cuda_dir",
+        &["QUASAR_TORCH_CUDA_DIR"],
+        TRAINERS,
+        Kind::Path,
+        "folder of a full torch 2.11.0 installation, for CUDA",
+    )
+    .flag("torch-cuda-dir"),
     Setting::new("miner.devices", &["QUASAR_MINER_DEVICES"], MINER, Kind::Devices, "GPUs, one learner each: auto, cpu, or 0,1,…")
         .flag("devices")
         .default("auto"),
@@ -156,10 +175,18 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new("miner.worker_prefix", &["QUASAR_MINER_WORKER_PREFIX"], MINER, Kind::Text, "learners without a name get PREFIX-SLOT")
         .flag("worker-prefix")
         .default("worker"),
-    Setting::new("miner.first_slot", &["QUASAR_MINER_FIRST_SLOT"], MINER, Kind::Integer(0, u8::MAX as u64), "slot of the first learner; two machines of one hotkey take different ranges")
-        .flag("first-slot")
-        .default("0"),
-    Setting::new("miner.threads", &["QUASAR_MINER_THREADS"], MINER, Kind::Integer(1, 1024), "CPU threads of each learner").flag("threads").default("1"),
+    Setting::new(
+        "miner.first_slot",
+        &["QUASAR_MINER_FIRST_SLOT"],
+        MINER,
+        Kind::Integer(0, u8::MAX as u64),
+        "slot of the first learner; two machines of one hotkey take different ranges",
+    )
+    .flag("first-slot")
+    .default("0"),
+    Setting::new("miner.threads", &["QUASAR_MINER_THREADS"], MINER, Kind::Integer(1, 1024), "CPU threads of each learner")
+        .flag("threads")
+        .default("1"),
     Setting::new("miner.max_jobs", &[], MINER, Kind::Integer(1, MANY), "stop after this many jobs").flag("max-jobs"),
     Setting::new("miner.timeout_sec", &[], MINER, Kind::Seconds, "stop after this long").flag("timeout-sec"),
     Setting::new("validator.worker_id", &["QUASAR_VALIDATOR_WORKER_ID"], VALIDATOR, Kind::Text, "name of this validator, for display")
@@ -168,32 +195,100 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new("validator.device", &["QUASAR_VALIDATOR_DEVICE"], VALIDATOR, Kind::Device, "where audits run: auto, cpu, cuda:0")
         .flag("device")
         .default("auto"),
-    Setting::new("validator.threads", &["QUASAR_VALIDATOR_THREADS"], VALIDATOR, Kind::Integer(1, 1024), "CPU threads of an audit").flag("threads").default("1"),
-    Setting::new("validator.poll_interval_sec", &["QUASAR_VALIDATOR_POLL_INTERVAL"], VALIDATOR, Kind::Seconds, "longest pause between looks at the bucket")
-        .flag("poll-interval-sec")
-        .default("30"),
-    Setting::new("weights.refresh_sec", &["QUASAR_WEIGHT_REFRESH_SEC"], VALIDATOR, Kind::Seconds, "weights are set again after this long at the latest")
-        .default("1800"),
-    Setting::new("weights.retry_base_sec", &["QUASAR_WEIGHT_RETRY_BASE_SEC"], VALIDATOR, Kind::Seconds, "first pause after a failed attempt")
-        .default("30"),
-    Setting::new("weights.retry_max_sec", &["QUASAR_WEIGHT_RETRY_MAX_SEC"], VALIDATOR, Kind::Seconds, "longest pause after failed attempts")
-        .default("600"),
-    Setting::new("orchestrator.checkpoint_manifest", &["QUASAR_CHECKPOINT_MANIFEST_URI"], ORCHESTRATOR, Kind::Text, "first checkpoint, when the run is created")
-        .flag("checkpoint-manifest"),
-    Setting::new("orchestrator.poll_interval_sec", &["QUASAR_ORCHESTRATOR_POLL_INTERVAL"], ORCHESTRATOR, Kind::Seconds, "longest pause between looks at the bucket")
-        .flag("poll-interval-sec")
-        .default("5"),
-    Setting::new("orchestrator.heartbeat_ttl_sec", &["QUASAR_ORCHESTRATOR_HEARTBEAT_TTL_SEC"], ORCHESTRATOR, Kind::Seconds, "a learner that is silent this long is not live")
-        .default("120"),
+    Setting::new("validator.threads", &["QUASAR_VALIDATOR_THREADS"], VALIDATOR, Kind::Integer(1, 1024), "CPU threads of an audit")
+        .flag("threads")
+        .default("1"),
+    Setting::new(
+        "validator.poll_interval_sec",
+        &["QUASAR_VALIDATOR_POLL_INTERVAL"],
+        VALIDATOR,
+        Kind::Seconds,
+        "longest pause between looks at the bucket",
+    )
+    .flag("poll-interval-sec")
+    .default("30"),
+    Setting::new(
+        "weights.refresh_sec",
+        &["QUASAR_WEIGHT_REFRESH_SEC"],
+        VALIDATOR,
+        Kind::Seconds,
+        "weights are set again after this long at the latest",
+    )
+    .default("1800"),
+    Setting::new(
+        "weights.retry_base_sec",
+        &["QUASAR_WEIGHT_RETRY_BASE_SEC"],
+        VALIDATOR,
+        Kind::Seconds,
+        "first pause after a failed attempt",
+    )
+    .default("30"),
+    Setting::new(
+        "weights.retry_max_sec",
+        &["QUASAR_WEIGHT_RETRY_MAX_SEC"],
+        VALIDATOR,
+        Kind::Seconds,
+        "longest pause after failed attempts",
+    )
+    .default("600"),
+    Setting::new(
+        "orchestrator.checkpoint_manifest",
+        &["QUASAR_CHECKPOINT_MANIFEST_URI"],
+        ORCHESTRATOR,
+        Kind::Text,
+        "first checkpoint, when the run is created",
+    )
+    .flag("checkpoint-manifest"),
+    Setting::new(
+        "orchestrator.poll_interval_sec",
+        &["QUASAR_ORCHESTRATOR_POLL_INTERVAL"],
+        ORCHESTRATOR,
+        Kind::Seconds,
+        "longest pause between looks at the bucket",
+    )
+    .flag("poll-interval-sec")
+    .default("5"),
+    Setting::new(
+        "orchestrator.heartbeat_ttl_sec",
+        &["QUASAR_ORCHESTRATOR_HEARTBEAT_TTL_SEC"],
+        ORCHESTRATOR,
+        Kind::Seconds,
+        "a learner that is silent this long is not live",
+    )
+    .default("120"),
     Setting::new("orchestrator.grant_ttl_sec", &["QUASAR_GRANT_TTL_SEC"], ORCHESTRATOR, Kind::Seconds, "no on-demand grant lives longer")
         .default("900"),
-    Setting::new("orchestrator.job_ttl_sec", &["QUASAR_JOB_TTL_SEC"], ORCHESTRATOR, Kind::Seconds, "no job lives longer; default: what the run manifest says"),
-    Setting::new("orchestrator.max_inflight_per_hotkey", &["QUASAR_MAX_INFLIGHT_PER_HOTKEY"], ORCHESTRATOR, Kind::Integer(1, 256), "most jobs of one hotkey at a time")
-        .default("8"),
-    Setting::new("orchestrator.max_miners_per_round", &["QUASAR_MAX_MINERS_PER_ROUND"], ORCHESTRATOR, Kind::Integer(0, u16::MAX as u64), "most hotkeys with a job at a time; 0: all")
-        .default("0"),
-    Setting::new("release.dtype", &["QUASAR_RELEASE_DTYPE"], ORCHESTRATOR, Kind::Choice(&["base", "float32", "bfloat16", "float16"]), "element type of released tensors; base: that of the base tree")
-        .default("base"),
+    Setting::new(
+        "orchestrator.job_ttl_sec",
+        &["QUASAR_JOB_TTL_SEC"],
+        ORCHESTRATOR,
+        Kind::Seconds,
+        "no job lives longer; default: what the run manifest says",
+    ),
+    Setting::new(
+        "orchestrator.max_inflight_per_hotkey",
+        &["QUASAR_MAX_INFLIGHT_PER_HOTKEY"],
+        ORCHESTRATOR,
+        Kind::Integer(1, 256),
+        "most jobs of one hotkey at a time",
+    )
+    .default("8"),
+    Setting::new(
+        "orchestrator.max_miners_per_round",
+        &["QUASAR_MAX_MINERS_PER_ROUND"],
+        ORCHESTRATOR,
+        Kind::Integer(0, u16::MAX as u64),
+        "most hotkeys with a job at a time; 0: all",
+    )
+    .default("0"),
+    Setting::new(
+        "release.dtype",
+        &["QUASAR_RELEASE_DTYPE"],
+        ORCHESTRATOR,
+        Kind::Choice(&["base", "float32", "bfloat16", "float16"]),
+        "element type of released tensors; base: that of the base tree",
+    )
+    .default("base"),
     Setting::new("release.output_dir", &["QUASAR_RELEASE_OUTPUT_DIR"], ORCHESTRATOR, Kind::Path, "keep a local copy of each release here"),
 ];
 

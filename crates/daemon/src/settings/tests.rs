@@ -22,7 +22,8 @@ fn error(role: Role, sources: &Sources) -> SettingsError {
 
 #[test]
 fn later_layers_win_and_every_value_knows_its_origin() {
-    let (_file, mut sources) = file("netuid = 1\nnetwork = \"test\"\n[s3]\nbucket = \"from-file\"\nregion = \"eu-1\"\n[validator]\npoll_interval_sec = 2.5\n");
+    let (_file, mut sources) =
+        file("netuid = 1\nnetwork = \"test\"\n[s3]\nbucket = \"from-file\"\nregion = \"eu-1\"\n[validator]\npoll_interval_sec = 2.5\n");
     sources.environment = environment(&[("QUASAR_NETUID", "2"), ("QUASAR_S3_BUCKET", "from-environment")]).environment;
     sources.flags = vec![("netuid", "3".to_owned())];
     let settings = Settings::load(Role::Validator, &sources).unwrap();
@@ -94,7 +95,10 @@ fn only_an_orchestrator_has_bucket_credentials() {
     assert_eq!(settings.store().unwrap().access_key, None);
     assert!(settings.notices[0].contains("QUASAR_S3_ACCESS_KEY has no effect"));
     let half = environment(&keys[..2]);
-    assert!(matches!(Settings::load(Role::Orchestrator, &half).unwrap().store(), Err(SettingsError::Credentials { missing: "s3.secret_key" })));
+    assert!(matches!(
+        Settings::load(Role::Orchestrator, &half).unwrap().store(),
+        Err(SettingsError::Credentials { missing: "s3.secret_key" })
+    ));
     let told = environment(&[("QUASAR_S3_BUCKET", "b"), ("QUASAR_S3_ANONYMOUS", "0")]);
     assert!(matches!(Settings::load(Role::Miner, &told).unwrap().store(), Err(SettingsError::NotAnonymous { .. })));
 }
@@ -189,12 +193,4 @@ fn learners_are_named_after_the_worker_or_the_prefix() {
     assert_eq!(named(&[("QUASAR_MINER_WORKER_ID", "w")]).worker_name(0, 1), "w");
     assert_eq!(named(&[("QUASAR_MINER_WORKER_ID", "w")]).worker_name(1, 2), "w-1");
     assert_eq!(named(&[]).worker_name(3, 1), "worker-3");
-}
-
-#[test]
-fn empty_variables_count_as_not_set() {
-    let settings = Settings::load(Role::Miner, &Sources::default()).unwrap();
-    assert_eq!(settings.run_id(), None);
-    let sources = Sources { environment: BTreeMap::new(), ..Sources::default() };
-    assert_eq!(Settings::load(Role::Miner, &sources).unwrap().health_listen(), None);
 }

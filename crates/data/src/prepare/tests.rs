@@ -9,8 +9,9 @@ impl Scene {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("tokenizer.json"), tokenizer::tests::small()).unwrap();
-        let lines: Vec<String> =
-            (0..20).map(|i| format!("{{\"id\": \"d{i}\", \"text\": \"document {i}: {}\"}}", "the state of the union ".repeat(i + 1))).collect();
+        let lines: Vec<String> = (0..20)
+            .map(|i| format!("{{\"id\": \"d{i}\", \"text\": \"document {i}: {}\"}}", "the state of the union ".repeat(i + 1)))
+            .collect();
         fs::write(folder.path().join("text.jsonl"), lines.join("\n")).unwrap();
         Self { folder }
     }

@@ -6,6 +6,9 @@ use super::network::Weights;
 use super::ops::{Result, add_linear, linear, rms_norm};
 use crate::QuasarConfig;
 
+/// Lower bound of the divisor that cancels `branch_output_gain`.
+const GAIN_FLOOR: f64 = 1e-6;
+
 /// Rotary tables for positions `0..T`: `rotated = x · cos + (x P) · sin`, with `P` the signed permutation that turns
 /// channel `j` into minus channel `j + r/2` and back. Channels behind the rotary width have cos 1 and sin 0, as have all
 /// channels from `nope_after_position` on.
@@ -101,9 +104,11 @@ pub(crate) fn gqa(projected: &Tensor, weights: &Weights, prefix: &str, shape: Sh
 /// Adds the branch output `y [N, D]` to the residual stream `x`: gains, low-rank adapter, learnt gate.
 pub(crate) fn add_branch(x: &Tensor, y: &Tensor, weights: &Weights, prefix: &str) -> Result<Tensor> {
     let get = |name: &str| weights.get(&format!("{prefix}{name}"));
-    let (gain, global) = (get("branch_output_gain"), get("branch_global_output_gain"));
-    // The gain divides out while it is at least 1e-6. All gains as one vector: one product over the tokens.
-    let gains = global.f_div(&gain.f_clamp_min(1e-6)?)?.f_mul(gain)?.f_mul(get("branch_output_channel_gain"))?;
+    // gain / max(gain, 1e-6), written so that the gradient is exactly zero while the gain divides out: rounding noise in its
+    // place would be blown up to full steps by AdamW, differently on every machine.
+    let ratio = get("branch_output_gain").f_div_scalar(GAIN_FLOOR)?.f_clamp_max(1.0)?;
+    // All gains as one vector: one product over the tokens.
+    let gains = get("branch_global_output_gain").f_mul(&ratio)?.f_mul(get("branch_output_channel_gain"))?;
     let y = y.f_mul(&gains)?;
     let low_rank = linear(&y, get("branch_output_adapter_down.weight"))?;
     let y = add_linear(&y, &low_rank, get("branch_output_adapter_up.weight"))?;

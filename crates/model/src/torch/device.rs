@@ -88,11 +88,13 @@ pub fn tune_allocator() {
         }
         const M_TRIM_THRESHOLD: i32 = -1;
         const M_MMAP_THRESHOLD: i32 = -3;
-        const BYTES: i32 = 1 << 30;
+        /// glibc refuses a larger value on 64-bit machines (half of its HEAP_MAX_SIZE).
+        const MMAP_BYTES: i32 = 32 << 20;
+        const TRIM_BYTES: i32 = 1 << 30;
         // SAFETY: mallopt only sets parameters of the allocator.
         unsafe {
-            mallopt(M_MMAP_THRESHOLD, BYTES);
-            mallopt(M_TRIM_THRESHOLD, BYTES);
+            mallopt(M_MMAP_THRESHOLD, MMAP_BYTES);
+            mallopt(M_TRIM_THRESHOLD, TRIM_BYTES);
         }
     }
 }

@@ -24,7 +24,13 @@ pub struct Loss {
 
 /// Mean loss of the checkpoint in `folder` on the headerless little-endian u32 tokens of `file`, cut into rows of
 /// `sequence_length`; a shorter rest at the end is left out. At most `max_rows` rows are read.
-pub fn checkpoint_loss(folder: &Path, file: &Path, sequence_length: usize, options: &EvaluatorOptions, max_rows: Option<u64>) -> Result<Loss, TrainError> {
+pub fn checkpoint_loss(
+    folder: &Path,
+    file: &Path,
+    sequence_length: usize,
+    options: &EvaluatorOptions,
+    max_rows: Option<u64>,
+) -> Result<Loss, TrainError> {
     if !(2..=SEQUENCE_MAX).contains(&sequence_length) {
         return Err(TrainError::Batch(format!("a sequence length of {sequence_length}; it must lie between 2 and {SEQUENCE_MAX}")));
     }

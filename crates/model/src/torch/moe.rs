@@ -17,7 +17,13 @@ pub(crate) struct Routing {
 
 impl Routing {
     /// `tokens` is the number of tokens in the batch.
-    pub fn new(config: &QuasarConfig, tokens: usize, forced: Option<&Routes>, record: bool, device: Device) -> std::result::Result<Self, TrainError> {
+    pub fn new(
+        config: &QuasarConfig,
+        tokens: usize,
+        forced: Option<&Routes>,
+        record: bool,
+        device: Device,
+    ) -> std::result::Result<Self, TrainError> {
         let recorded = record.then(Vec::new);
         let Some(routes) = forced else { return Ok(Self { recorded, ..Self::default() }) };
         let per_pass = tokens * config.num_experts_per_tok;
@@ -126,7 +132,13 @@ fn rows_of(x: &Tensor, index: &Tensor) -> Result<Tensor> {
 /// `x [N K, in]`, sorted by expert, times the matrices `[E, in, out]` of the experts.
 fn by_expert(x: &Tensor, matrices: &Tensor, counts: &[i64]) -> Result<Tensor> {
     if x.device().is_cuda() && x.f_kind()? == Kind::BFloat16 {
-        let ends: Vec<i32> = counts.iter().scan(0, |end, count| { *end += *count as i32; Some(*end) }).collect();
+        let ends: Vec<i32> = counts
+            .iter()
+            .scan(0, |end, count| {
+                *end += *count as i32;
+                Some(*end)
+            })
+            .collect();
         let ends = Tensor::f_from_slice(&ends)?.f_to_device(x.device())?;
         return x.f_internal_grouped_mm(matrices, Some(&ends), None::<&Tensor>, None);
     }
@@ -136,7 +148,14 @@ fn by_expert(x: &Tensor, matrices: &Tensor, counts: &[i64]) -> Result<Tensor> {
 }
 
 /// Adds the mixture's output for the normed input `h [N, D]` to the residual stream `x`.
-pub(crate) fn add_moe(x: &Tensor, h: &Tensor, weights: &Weights, prefix: &str, config: &QuasarConfig, routing: &mut Routing) -> Result<Tensor> {
+pub(crate) fn add_moe(
+    x: &Tensor,
+    h: &Tensor,
+    weights: &Weights,
+    prefix: &str,
+    config: &QuasarConfig,
+    routing: &mut Routing,
+) -> Result<Tensor> {
     let get = |name: &str| weights.get(&format!("{prefix}{name}"));
     let score = linear(&wide(h)?, &wide(get("gate.weight"))?)?.f_sigmoid()?;
     let experts = routing.choose(&score, get("gate.expert_bias"), config)?;

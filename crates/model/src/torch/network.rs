@@ -50,7 +50,13 @@ pub struct Trace {
 
 impl Network {
     /// `buffers` are the constants of the checkpoint by name.
-    pub(crate) fn new(config: QuasarConfig, layout: Layout, buffers: HashMap<String, Vec<f32>>, device: Device, kind: Kind) -> Result<Self> {
+    pub(crate) fn new(
+        config: QuasarConfig,
+        layout: Layout,
+        buffers: HashMap<String, Vec<f32>>,
+        device: Device,
+        kind: Kind,
+    ) -> Result<Self> {
         let buffers = buffers.into_iter().map(|(name, values)| Ok((name, Tensor::f_from_slice(&values)?.f_to_device(device)?)));
         Ok(Self { buffers: buffers.collect::<Result<_>>()?, config, layout, device, kind, rope: RefCell::new(None) })
     }
@@ -77,7 +83,13 @@ impl Network {
     }
 
     /// The output of the final norm, `[rows * row_tokens, D]`. `trace` takes the input of each layer.
-    pub(crate) fn hidden(&self, weights: &Weights, tokens: &Tensor, routing: &mut Routing, mut trace: Option<&mut Vec<Tensor>>) -> Result<Tensor> {
+    pub(crate) fn hidden(
+        &self,
+        weights: &Weights,
+        tokens: &Tensor,
+        routing: &mut Routing,
+        mut trace: Option<&mut Vec<Tensor>>,
+    ) -> Result<Tensor> {
         let config = &self.config;
         let size = tokens.size();
         let shape = Shape {

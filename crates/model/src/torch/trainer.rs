@@ -161,8 +161,9 @@ fn to_host(x: &Tensor) -> Result<Vec<f32>, TrainError> {
 /// The memory of a contiguous f32 tensor on the CPU.
 ///
 /// # Safety
-/// No other slice of the same memory may be alive, and no tensor operation may run on it, while the result is.
-unsafe fn memory<'a>(x: &'a Tensor, elements: usize) -> &'a mut [f32] {
+/// No other slice of the same memory may be alive, and no tensor operation may run on it, while the result is: tensors
+/// share memory, so that the exclusive borrow alone does not say so.
+unsafe fn memory(x: &mut Tensor, elements: usize) -> &mut [f32] {
     debug_assert!(x.device() == Device::Cpu && x.is_contiguous() && x.kind() == Kind::Float && x.numel() >= elements);
     unsafe { std::slice::from_raw_parts_mut(x.data_ptr().cast(), elements) }
 }
@@ -174,12 +175,12 @@ impl Trainer for QuasarTrainer {
 
     fn step(&mut self, batch: &Batch, hyper: &Hyper, forced: Option<&Routes>, record: bool) -> Result<StepReport, TrainError> {
         hyper.check()?;
-        let Pass { loss, gradient, routes } = self.pass(batch, forced, record)?;
+        let Pass { loss, mut gradient, routes } = self.pass(batch, forced, record)?;
         let (step, trained) = (self.step + 1, self.network.layout.trained);
         let on_host = self.network.device == Device::Cpu;
         let grad_norm = if on_host {
             // SAFETY: the gradient is fresh, contiguous, and used by nothing else.
-            adamw::norm(unsafe { memory(&gradient, trained) })
+            adamw::norm(unsafe { memory(&mut gradient, trained) })
         } else {
             gradient.f_norm_scalaropt_dtype(2.0, Kind::Double)?.f_double_value(&[])?
         };
@@ -191,10 +192,10 @@ impl Trainer for QuasarTrainer {
             // SAFETY: four separate contiguous f32 tensors on the CPU; `self` is borrowed mutably.
             let buffers = unsafe {
                 Buffers {
-                    weights: memory(&self.weights, trained),
-                    first: memory(&self.first, trained),
-                    second: memory(&self.second, trained),
-                    gradient: memory(&gradient, trained),
+                    weights: memory(&mut self.weights, trained),
+                    first: memory(&mut self.first, trained),
+                    second: memory(&mut self.second, trained),
+                    gradient: memory(&mut gradient, trained),
                 }
             };
             adamw::update(buffers, &self.network.layout.decayed, hyper, scale, step, self.threads);

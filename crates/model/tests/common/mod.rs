@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use fragments::CheckpointTree;
-use quasar_model::{QuasarConfig, QuasarTrainer, TrainerOptions};
 use protocol::{DType, FragmentPlan};
+use quasar_model::{QuasarConfig, QuasarTrainer, TrainerOptions};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 

@@ -19,9 +19,10 @@ impl S3Access for PublicPrefixes {
             return Ok(());
         }
         let is_read = matches!(context.s3_op().name(), "GetObject" | "HeadObject");
-        let is_public = context.s3_path().as_object().is_some_and(|(bucket, key)| {
-            bucket == &*self.bucket && self.prefixes.iter().any(|prefix| key.starts_with(prefix.as_str()))
-        });
+        let is_public = context
+            .s3_path()
+            .as_object()
+            .is_some_and(|(bucket, key)| bucket == &*self.bucket && self.prefixes.iter().any(|prefix| key.starts_with(prefix.as_str())));
         if is_read && is_public { Ok(()) } else { Err(s3_error!(AccessDenied)) }
     }
 }

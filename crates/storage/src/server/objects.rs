@@ -8,7 +8,8 @@ use std::time::{Duration, UNIX_EPOCH};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
-use hyper::StatusCode;
+use hyper::header::{self, HeaderValue};
+use hyper::{HeaderMap, StatusCode};
 use s3s::checksum::ChecksumHasher;
 use s3s::crypto::{Checksum as _, Md5};
 use s3s::dto::{
@@ -84,17 +85,18 @@ fn names(condition: &ETagCondition, stat: &Stat) -> bool {
     condition.is_any() || condition.as_etag().is_some_and(|etag| stat.matches(etag.value()))
 }
 
-/// What conditional headers make of a read.
-enum Read {
-    Proceed,
-    Unchanged,
-}
-
-fn read_condition(if_match: Option<&ETagCondition>, if_none_match: Option<&ETagCondition>, stat: &Stat) -> S3Result<Read> {
+/// Judges the conditional headers of a read. "Not modified" is an error here, because `s3s` takes a status from nothing else.
+fn read_condition(if_match: Option<&ETagCondition>, if_none_match: Option<&ETagCondition>, stat: &Stat) -> S3Result<()> {
     if if_match.is_some_and(|condition| !names(condition, stat)) {
         return Err(s3_error!(PreconditionFailed));
     }
-    Ok(if if_none_match.is_some_and(|condition| names(condition, stat)) { Read::Unchanged } else { Read::Proceed })
+    if if_none_match.is_some_and(|condition| names(condition, stat)) {
+        let mut not_modified = s3_error!(NotModified);
+        let etag = HeaderValue::from_str(&format!("\"{}\"", stat.etag())).map_err(S3Error::internal_error)?;
+        not_modified.set_headers(HeaderMap::from_iter([(header::ETAG, etag)]));
+        return Err(not_modified);
+    }
+    Ok(())
 }
 
 #[async_trait]
@@ -105,10 +107,7 @@ impl S3 for Objects {
         // The answer to a poll that finds nothing new needs no file.
         let stat = self.blobs.stat(&input.key).ok_or_else(|| missing(&request))?;
         let condition = |stat: &Stat| read_condition(input.if_match.as_ref(), input.if_none_match.as_ref(), stat);
-        if let Read::Unchanged = condition(&stat)? {
-            let output = GetObjectOutput { e_tag: tag(&stat), ..GetObjectOutput::default() };
-            return Ok(S3Response::with_status(output, StatusCode::NOT_MODIFIED));
-        }
+        condition(&stat)?;
         let (stat, opened) = self.blobs.open(&input.key).await.map_err(storage_error)?.ok_or_else(|| missing(&request))?;
         condition(&stat)?;
         let range = match &input.range {
@@ -136,17 +135,14 @@ impl S3 for Objects {
         let input = &request.input;
         self.check(&input.bucket, &input.key)?;
         let stat = self.blobs.stat(&input.key).ok_or_else(|| missing(&request))?;
-        let output = HeadObjectOutput {
+        read_condition(input.if_match.as_ref(), input.if_none_match.as_ref(), &stat)?;
+        Ok(S3Response::new(HeadObjectOutput {
             content_length: Some(stat.length as i64),
             accept_ranges: Some("bytes".to_owned()),
             e_tag: tag(&stat),
             last_modified: modified(&stat),
             ..HeadObjectOutput::default()
-        };
-        match read_condition(input.if_match.as_ref(), input.if_none_match.as_ref(), &stat)? {
-            Read::Proceed => Ok(S3Response::new(output)),
-            Read::Unchanged => Ok(S3Response::with_status(output, StatusCode::NOT_MODIFIED)),
-        }
+        }))
     }
 
     async fn put_object(&self, request: S3Request<PutObjectInput>) -> S3Result<S3Response<PutObjectOutput>> {
@@ -198,7 +194,7 @@ impl S3 for Objects {
             return Err(s3_error!(NotImplemented, "conditional deletes"));
         }
         self.blobs.remove(&input.key).await.map_err(storage_error)?;
-        Ok(S3Response::with_status(DeleteObjectOutput::default(), StatusCode::NO_CONTENT))
+        Ok(S3Response::new(DeleteObjectOutput::default()))
     }
 
     async fn head_bucket(&self, request: S3Request<HeadBucketInput>) -> S3Result<S3Response<HeadBucketOutput>> {
@@ -219,11 +215,9 @@ impl S3 for Objects {
             let page = self.blobs.list(&prefix, after.as_deref(), PAGE_KEYS);
             let ended = page.len() < PAGE_KEYS;
             for (key, stat) in page {
-                let folder = input
-                    .delimiter
-                    .as_deref()
-                    .filter(|delimiter| !delimiter.is_empty())
-                    .and_then(|delimiter| key[prefix.len()..].find(delimiter).map(|at| key[..prefix.len() + at + delimiter.len()].to_owned()));
+                let folder = input.delimiter.as_deref().filter(|delimiter| !delimiter.is_empty()).and_then(|delimiter| {
+                    key[prefix.len()..].find(delimiter).map(|at| key[..prefix.len() + at + delimiter.len()].to_owned())
+                });
                 if folder.is_some() && folders.last() == folder.as_ref() {
                     continue;
                 }
@@ -359,7 +353,7 @@ impl Checksums {
         }
     }
 
-    fn verify(self, trailers: Option<&hyper::HeaderMap>) -> S3Result<()> {
+    fn verify(self, trailers: Option<&HeaderMap>) -> S3Result<()> {
         use base64::Engine as _;
         let found = self.hasher.finalize();
         let found = [

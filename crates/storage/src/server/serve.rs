@@ -104,7 +104,9 @@ async fn handle(service: S3Service, faults: Arc<FaultState>, request: Request<In
     if verdict == Verdict::LoseAnswer {
         response = plain(StatusCode::SERVICE_UNAVAILABLE);
     }
-    if !response.status().is_success() {
+    if response.status() == StatusCode::NOT_MODIFIED {
+        *response.body_mut() = s3s::Body::empty();
+    } else if !response.status().is_success() {
         let _ = tokio::time::timeout(DRAIN_TIMEOUT, body.drain()).await;
     }
     Ok(response)

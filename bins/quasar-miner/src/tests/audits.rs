@@ -1,0 +1,111 @@
+//! Openings: what a miner uploads must replay to what it committed, bit for bit on the same machine.
+
+use model::{Batch, Trainer, TrainerState};
+use protocol::documents::OpeningManifest;
+use protocol::lease::LeaseRows;
+use protocol::steps::segment_digest;
+use protocol::{Digest, codec};
+
+use fragments::codec::{PayloadHeader, encode};
+
+use super::world::{FRAGMENTS, ROW_TOKENS, START_MS, STEP_MS, World, lease, parameters, token, toy};
+use crate::trainer::hyper;
+
+fn train(world: &mut World, steps: u64) {
+    while world.records.last().is_none_or(|record| record.local_step < steps) {
+        world.run_for(STEP_MS);
+    }
+}
+
+/// Answers one pull after a fragment moved in the middle of a segment; gives the commitment's record and the payload.
+fn committed(world: &mut World) -> (protocol::documents::Commitment, bytes::Bytes) {
+    world.job.leases = vec![lease(1, 60)];
+    train(world, 5);
+    world.publish(2, 1);
+    train(world, 7);
+    world.open_pull(1);
+    train(world, 11);
+    let commitment = world.record().commitments[0].clone();
+    let payload = world.plane.payloads.get(1).unwrap();
+    (commitment, payload)
+}
+
+#[test]
+fn an_opening_is_complete_and_replays_to_the_committed_payload() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::new(folder.path(), START_MS);
+    let (commitment, payload) = committed(&mut world);
+    let audit = Digest::blake3(b"audit");
+    world.notice(audit, 1);
+    world.run_for(500);
+    assert_eq!(world.record().openings.len(), 3);
+    assert!(world.record().openings.iter().all(|part| !part.uploaded));
+    world.grant_uploads();
+    world.run_for(1_000);
+    assert!(world.record().openings.iter().all(|part| part.uploaded));
+
+    let manifest: OpeningManifest = codec::decode(&world.opening_part(&audit, 0), 1 << 20).unwrap();
+    let elements = toy().plan().total_elements() as usize;
+    let state = TrainerState::from_bytes(&world.opening_part(&audit, 1), elements).unwrap();
+    assert_eq!((manifest.audit, manifest.t, manifest.start_step), (audit, 1, commitment.start_step));
+    assert_eq!(segment_digest(manifest.start_step, &state.digest(), &manifest.versions), commitment.start_digest);
+    let steps: Vec<u64> = manifest.steps.iter().map(|step| step.local_step).collect();
+    assert_eq!(steps, (commitment.start_step..commitment.local_step).collect::<Vec<_>>());
+    let routes = world.opening_part(&audit, 2);
+    assert_eq!(routes.len(), manifest.steps.len() * (4 + 2 * 3));
+    assert_eq!(routes[..4], 3u32.to_le_bytes());
+
+    let mut replica = toy();
+    replica.restore(&state).unwrap();
+    let lease = lease(1, 60);
+    let rows = LeaseRows::of(&lease);
+    for (index, step) in manifest.steps.iter().enumerate() {
+        for (fragment, version) in step.applied.iter().filter(|_| index > 0) {
+            Trainer::apply(&mut replica, usize::from(*fragment), &World::values(*fragment, *version)).unwrap();
+        }
+        let tokens: Vec<u32> = rows.step(step.lease_step).iter().flat_map(|row| (0..ROW_TOKENS).map(|column| token(row.row, column))).collect();
+        let batch = Batch { tokens: &tokens, rows: 2, row_tokens: ROW_TOKENS };
+        let lr = parameters().inner.lr(lease.schedule_start + u64::from(step.lease_step));
+        let report = replica.step(&batch, &hyper(&parameters().inner, lr), None, false).unwrap();
+        assert_eq!(protocol::documents::micro_nats(report.loss), step.loss);
+    }
+    let plan = model::toy_plan(FRAGMENTS);
+    let weights = replica.export(1).unwrap();
+    let change: Vec<f32> = World::values(1, 0).iter().zip(&weights).map(|(base, weight)| base - weight).collect();
+    let replayed = encode(&PayloadHeader::bf16(&plan, plan.digest(), 1, commitment.base_version), &change).unwrap();
+    assert_eq!(Digest::blake3(&replayed), commitment.blake3);
+    assert_eq!(replayed, payload);
+
+    world.head.notices.clear();
+    world.run_for(500);
+    assert!(world.record().openings.is_empty());
+}
+
+#[test]
+fn a_segment_of_an_earlier_session_is_opened_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::new(folder.path(), START_MS);
+    let (commitment, _) = committed(&mut world);
+    world.grant_uploads();
+    world.run_for(500);
+    assert_eq!(world.uploads, ["payload 1"]);
+    world.plane.spool.flush().unwrap();
+    let mut again = World::new(folder.path(), START_MS + 60_000);
+    let audit = Digest::blake3(b"audit");
+    again.notice(audit, 1);
+    again.run_for(1_000);
+    assert_eq!(again.record().openings.len(), 3);
+    let manifest: OpeningManifest = codec::decode(&again.opening_part(&audit, 0), 1 << 20).unwrap();
+    assert_eq!((manifest.start_step, manifest.steps.len() as u64), (commitment.start_step, commitment.local_step - commitment.start_step));
+}
+
+#[test]
+fn a_segment_that_is_gone_leaves_the_record_without_parts() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::new(folder.path(), START_MS);
+    train(&mut world, 2);
+    world.notice(Digest::blake3(b"audit"), 77);
+    world.run_for(1_000);
+    assert!(world.record().openings.is_empty());
+    train(&mut world, 4);
+}

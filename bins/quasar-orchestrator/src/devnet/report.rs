@@ -1,0 +1,135 @@
+//! The summary of a devnet, computed from what lies in the bucket and on the chain.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use chain::{Chain, SubtensorClient};
+use daemon::Failure;
+use data::catalog::Catalog;
+use protocol::documents::{MergeManifest, VerdictResult};
+use protocol::envelope::{Expect, open_stored};
+use serde::Serialize;
+use storage::ObjectStore;
+
+use super::DevnetArgs;
+use super::place::Place;
+use crate::machine::Status;
+
+#[derive(Debug, Serialize)]
+pub struct Summary {
+    pub ok: bool,
+    held_out_loss_before: f64,
+    held_out_loss_after: f64,
+    outer_steps: u64,
+    merges: u64,
+    contributions: u64,
+    mean_contributors_per_merge: f64,
+    verdicts: Verdicts,
+    /// Weights that the first validator set, as the chain holds them.
+    weights: BTreeMap<String, u16>,
+    release_dir: String,
+    tokens: u64,
+    seconds: f64,
+    #[serde(skip)]
+    problems: Vec<String>,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct Verdicts {
+    pass: u64,
+    fail: u64,
+    other: u64,
+}
+
+impl Summary {
+    pub async fn collect(arguments: &DevnetArgs, place: &Place, chain: &SubtensorClient, status: &Status, begun: Instant) -> Result<Self, Failure> {
+        let mut problems = Vec::new();
+        let mut merged: BTreeMap<u16, u64> = BTreeMap::new();
+        let (mut merges, mut contributions, mut tokens) = (0u64, 0u64, 0u64);
+        for t in 0..status.closed_below {
+            let Ok(object) = place.store().get(&place.run_keys().merge(t), 1 << 21).await else { continue };
+            let manifest = open_stored::<MergeManifest>(&object.bytes, &place.context(), Expect::Account(place.orchestrator_account()))
+                .map_err(Failure::unavailable)?
+                .document;
+            if manifest.version > manifest.base_version {
+                merges += 1;
+                *merged.entry(manifest.fragment).or_default() += 1;
+                contributions += manifest.accepted().count() as u64;
+                tokens += manifest.accepted().map(|contribution| contribution.tokens).sum::<u64>();
+            }
+        }
+        for fragment in 0..place.fragments() {
+            let count = merged.get(&fragment).copied().unwrap_or(0);
+            if count < arguments.cycles {
+                problems.push(format!("fragment {fragment} was merged {count} times"));
+            }
+        }
+        let mut verdicts = Verdicts::default();
+        for reveal in place.verdicts().await {
+            match reveal.verdict.result {
+                VerdictResult::Pass => verdicts.pass += 1,
+                VerdictResult::Mismatch => verdicts.fail += 1,
+                VerdictResult::Inconclusive | VerdictResult::NoOpening | VerdictResult::NotEvaluated => verdicts.other += 1,
+            }
+        }
+        let accounts = place.accounts();
+        let mut weights = BTreeMap::new();
+        for index in 0..arguments.validators {
+            let row = chain.weights(place.netuid(), place.validator_uid(index)).await.map_err(Failure::unavailable)?;
+            if row.is_empty() {
+                problems.push(format!("validator-{index} has no weights on chain"));
+            }
+            if index == 0 {
+                weights = row.iter().filter_map(|(uid, value)| Some((accounts.get(usize::from(*uid))?.to_string(), *value))).collect();
+            }
+        }
+        let release = place.fetch_release(&status.release).await?;
+        let catalog = Catalog::load(&place.shards()).map_err(Failure::unavailable)?;
+        let held_out = catalog.side(true).next().ok_or_else(|| Failure::unavailable(anyhow::anyhow!("no held-out shard was prepared")))?;
+        let tokens_file = Catalog::tokens_path(&place.shards(), held_out);
+        let before = place.eval(&place.base_tree(), &tokens_file).await?;
+        let after = place.eval(&release, &tokens_file).await?;
+        if !(after < before) {
+            problems.push("the held-out loss did not fall".to_owned());
+        }
+        Ok(Self {
+            ok: problems.is_empty(),
+            held_out_loss_before: before,
+            held_out_loss_after: after,
+            outer_steps: status.closed_below,
+            merges,
+            contributions,
+            mean_contributors_per_merge: contributions as f64 / merges.max(1) as f64,
+            verdicts,
+            weights,
+            release_dir: release.to_string_lossy().into_owned(),
+            tokens: tokens / u64::from(place.fragments()),
+            seconds: begun.elapsed().as_secs_f64(),
+            problems,
+        })
+    }
+
+    pub fn print(&self, json: bool) {
+        if !json {
+            println!("held-out loss   {:.4} -> {:.4} nats ({:+.4})", self.held_out_loss_before, self.held_out_loss_after, self.held_out_loss_after - self.held_out_loss_before);
+            println!("outer steps     {} with {} merges of {:.2} contributors on average", self.outer_steps, self.merges, self.mean_contributors_per_merge);
+            println!("verdicts        {} pass, {} fail, {} other", self.verdicts.pass, self.verdicts.fail, self.verdicts.other);
+            for (account, weight) in &self.weights {
+                println!("weight          {account} {weight}");
+            }
+            println!("tokens          {} in {:.1} s", self.tokens, self.seconds);
+            println!("release         {}", self.release_dir);
+            for problem in &self.problems {
+                println!("problem         {problem}");
+            }
+            return;
+        }
+        for problem in &self.problems {
+            eprintln!("problem: {problem}");
+        }
+        match serde_json::to_string(self) {
+            Ok(line) => println!("{line}"),
+            Err(error) => eprintln!("error: {error}"),
+        }
+    }
+}

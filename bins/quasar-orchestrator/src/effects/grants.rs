@@ -1,0 +1,96 @@
+//! Sealed bundles of presigned requests.
+
+use bytes::Bytes;
+use daemon::clock;
+use protocol::documents::{PROGRESS_BYTES, PullGrants, StandingGrants};
+use protocol::envelope::{self, Document, Purpose, header_for};
+use protocol::{AccountId, GrantBundle, SealedBytes};
+use storage::{Presign, bundle};
+
+use super::Service;
+use crate::machine::{Key, Slot, VERSIONS_AHEAD, Want};
+
+const STANDING_MS: u64 = 60 * 60_000;
+const ON_DEMAND_MS: u64 = 15 * 60_000;
+
+impl Service {
+    pub(super) async fn publish_standing(&self, revision: u64, slot: Slot, session_epoch: u64, validator: bool, live: bool, versions: &[u64]) {
+        let key = self.run.standing(&slot.0, slot.1);
+        self.put_latest(&key, revision, || {
+            let now_ms = clock::now_ms();
+            let read = |key: String| Presign::Get { key, now_ms, expires_in_ms: STANDING_MS };
+            let release = &self.manifest.base_release;
+            let mut wanted = vec![read(self.keys.release_manifest(release))];
+            wanted.extend(self.base_files.iter().map(|file| read(self.keys.release_file(release, &file.path))));
+            if validator {
+                let held_out = self.shards.iter().filter(|shard| shard.held_out);
+                wanted.extend(held_out.map(|shard| read(self.keys.shard_tokens(&shard.id))));
+            } else {
+                wanted.push(Presign::Put {
+                    key: self.run.progress(&slot.0, slot.1),
+                    length: PROGRESS_BYTES as u64,
+                    sha256: None,
+                    if_absent: false,
+                    now_ms,
+                    expires_in_ms: STANDING_MS,
+                });
+            }
+            if live {
+                for (fragment, version) in versions.iter().enumerate() {
+                    // Replays go back to older versions; learners look ahead.
+                    let from = if validator { version.saturating_sub(VERSIONS_AHEAD / 2) } else { *version };
+                    wanted.extend((from..=version + VERSIONS_AHEAD).map(|version| read(self.run.keyframe(fragment as u16, version))));
+                }
+            }
+            self.bundle::<StandingGrants>(slot.0, &wanted, |sealed| StandingGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed })
+        })
+        .await;
+    }
+
+    pub(super) async fn publish_pull_grants(&self, revision: u64, slot: Slot, session_epoch: u64, wants: &[Want]) {
+        let key = self.run.pull_grants(&slot.0, slot.1);
+        self.put_latest(&key, revision, || {
+            let now_ms = clock::now_ms();
+            let wanted: Vec<Presign> = wants
+                .iter()
+                .map(|want| match want {
+                    Want::Read { key } => Presign::Get { key: self.spell(key), now_ms, expires_in_ms: ON_DEMAND_MS },
+                    Want::WriteOnce { key, length, sha256 } => Presign::Put {
+                        key: self.spell(key),
+                        length: *length,
+                        sha256: Some(*sha256),
+                        if_absent: true,
+                        now_ms,
+                        expires_in_ms: ON_DEMAND_MS,
+                    },
+                })
+                .collect();
+            self.bundle::<PullGrants>(slot.0, &wanted, |sealed| PullGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed })
+        })
+        .await;
+    }
+
+    fn spell(&self, key: &Key) -> String {
+        match key {
+            Key::Shard(shard) => self.keys.shard_tokens(shard),
+            Key::Payload { slot, t } => self.run.payload(&slot.0, slot.1, *t),
+            Key::Opening { slot, audit, part } => self.run.opening(&slot.0, slot.1, audit, *part),
+        }
+    }
+
+    /// Presigns, seals to `hotkey` and signs.
+    fn bundle<D: Document>(&self, hotkey: AccountId, wanted: &[Presign], document: impl Fn(SealedBytes) -> D) -> Result<Bytes, String> {
+        let now_ms = clock::now_ms();
+        let requests = wanted.iter().map(|request| self.store.presign(request)).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
+        let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
+        let header = header_for::<D>(&self.context, self.signer.key(), sequence, now_ms);
+        let purpose: Purpose = D::PURPOSE;
+        let sealed = match bundle::seal_to(&self.context, purpose, &header, &hotkey, &GrantBundle { requests }) {
+            Ok(sealed) => sealed,
+            // Nothing can be sealed to this hotkey: an empty bundle says that it was seen.
+            Err(bundle::BundleError::NeedsCertificate(_)) => SealedBytes { encapsulated: [0; 32], ciphertext: Vec::new() },
+            Err(error) => return Err(error.to_string()),
+        };
+        Ok(Bytes::from(envelope::sign_with_header(header, &document(sealed), &*self.signer)))
+    }
+}

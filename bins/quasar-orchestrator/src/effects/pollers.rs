@@ -1,0 +1,121 @@
+//! Pollers: progress records of watched slots, blocks and metagraph of the chain. They report changes only.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use daemon::driver::Inputs;
+use daemon::{Shutdown, clock};
+use futures::StreamExt;
+use protocol::documents::Progress;
+use protocol::envelope::{Expect, Purpose, SequenceGuard, open};
+use storage::{StoreError};
+
+use super::Service;
+use crate::machine::{Guest, Input, Slot};
+
+/// Reads of progress records that run at the same time.
+const READS_AT_ONCE: usize = 32;
+/// Silent slots are looked at so many times more rarely than live ones.
+const SILENT_FACTOR: u64 = 10;
+/// The metagraph is read after so many polls of the block.
+const BLOCKS_PER_METAGRAPH: u64 = 10;
+
+/// Starts all pollers; they end with `shutdown`.
+pub fn spawn_pollers(service: &Arc<Service>, inputs: &Inputs<Input>, shutdown: &Shutdown) {
+    tokio::spawn(poll_progress(service.clone(), inputs.clone(), shutdown.clone()));
+    tokio::spawn(poll_chain(service.clone(), inputs.clone(), shutdown.clone()));
+}
+
+#[derive(Default)]
+struct Seen {
+    etags: HashMap<Slot, String>,
+    guard: SequenceGuard,
+}
+
+async fn poll_progress(service: Arc<Service>, inputs: Inputs<Input>, shutdown: Shutdown) {
+    let interval = Duration::from_millis(service.manifest.parameters.poll_ms);
+    let mut seen = Seen::default();
+    let mut round = 0u64;
+    while !shutdown.is_triggered() {
+        let slots: Vec<Slot> = {
+            let watched = service.watched.lock().unwrap_or_else(PoisonError::into_inner);
+            let silent = if round.is_multiple_of(SILENT_FACTOR) { watched.1.as_slice() } else { &[] };
+            watched.0.iter().chain(silent).copied().collect()
+        };
+        round += 1;
+        let reads = slots.into_iter().map(|slot| {
+            let service = service.clone();
+            let etag = seen.etags.get(&slot).cloned();
+            async move {
+                let key = service.run.progress(&slot.0, slot.1);
+                (slot, key.clone(), service.store.get_if_changed(&key, etag.as_deref(), Purpose::Progress.limit() as u64).await)
+            }
+        });
+        let results: Vec<_> = futures::stream::iter(reads).buffer_unordered(READS_AT_ONCE).collect().await;
+        for (slot, key, result) in results {
+            match result {
+                Ok(Some(object)) => {
+                    if let Some(etag) = object.etag {
+                        seen.etags.insert(slot, etag);
+                    }
+                    let now_ms = clock::now_ms();
+                    match open::<Progress>(&object.bytes, &service.context, Expect::Account(&slot.0), now_ms) {
+                        Ok(verified) if verified.document.is_well_formed(service.plan.fragments.len()) => {
+                            if let Err(error) = seen.guard.accept(&key, &verified.header) {
+                                tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: {error}");
+                                continue;
+                            }
+                            service.records.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, (verified.id, object.bytes));
+                            inputs.send(Input::Progress { slot, id: verified.id, record: Box::new(verified.document) }).await;
+                        }
+                        Ok(_) => tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: its lists exceed their bounds"),
+                        Err(error) => tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: {error}"),
+                    }
+                }
+                Ok(None) | Err(StoreError::NotFound { .. }) => {}
+                Err(error) => tracing::debug!("{error}"),
+            }
+        }
+        if !shutdown.sleep(interval).await {
+            return;
+        }
+    }
+}
+
+async fn poll_chain(service: Arc<Service>, inputs: Inputs<Input>, shutdown: Shutdown) {
+    let interval = Duration::from_millis((service.manifest.parameters.poll_ms * 5).clamp(500, 6_000));
+    let netuid = service.context.netuid;
+    let (mut block, mut guests, mut round) = (0, Vec::new(), 0u64);
+    while !shutdown.is_triggered() {
+        match service.chain.head().await {
+            Ok(head) if head.number > block => {
+                block = head.number;
+                inputs.send(Input::Block { number: block }).await;
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!("the chain's head cannot be read: {error}"),
+        }
+        if round.is_multiple_of(BLOCKS_PER_METAGRAPH) || guests.is_empty() {
+            match service.chain.metagraph(netuid).await {
+                Ok(metagraph) => {
+                    let now: Vec<Guest> = metagraph
+                        .neurons
+                        .iter()
+                        .map(|neuron| Guest { hotkey: neuron.hotkey, validator: neuron.validator_permit })
+                        .collect();
+                    if now != guests {
+                        tracing::info!(hotkeys = now.len(), validators = now.iter().filter(|guest| guest.validator).count(), "metagraph");
+                        guests.clone_from(&now);
+                        inputs.send(Input::Metagraph { guests: now }).await;
+                    }
+                }
+                Err(error) => tracing::warn!("the metagraph cannot be read: {error}"),
+            }
+        }
+        round += 1;
+        if !shutdown.sleep(interval).await {
+            return;
+        }
+    }
+}

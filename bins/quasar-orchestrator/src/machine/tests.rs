@@ -1,0 +1,461 @@
+//! The machine against a small world: learners that commit and upload, a store and a chain that answer at once, virtual time, and
+//! crashes wherever a test wants them.
+
+use std::collections::BTreeMap;
+
+use protocol::documents::{
+    AuditParameters, Codec, Commitment, Contribution, FragmentProgress, InnerOptimizer, LearnerState, LrSchedule, OpeningPart,
+};
+
+use super::*;
+
+const P: u16 = 4;
+const STEP_MS: u64 = 400;
+
+fn parameters(cycles: u64) -> RunParameters {
+    RunParameters {
+        fragments: P,
+        inner_steps: P,
+        overlap: 2,
+        grace_ppm: 800_000,
+        cycles,
+        outer_lr_ppm: 1_000_000,
+        outer_momentum_ppm: 0,
+        step_target_ms: 0,
+        poll_ms: 100,
+        slots: 2,
+        quorum_min: 2,
+        pull_deadline_ms: 10_000,
+        learner_ttl_ms: 5_000,
+        sequence_length: 128,
+        batch_rows: 4,
+        lease_steps: 24,
+        codec_up: Codec::Bf16,
+        codec_down: Codec::Bf16,
+        release_every_cycles: 0,
+        inner: InnerOptimizer {
+            lr_nano: 1,
+            beta1_ppm: 1,
+            beta2_ppm: 1,
+            eps_pico: 1,
+            weight_decay_ppm: 0,
+            clip_norm_ppm: 1,
+            schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
+        },
+        audit: AuditParameters { loss_rows: 16, replay_steps: 4, replay_tolerance_ppm: 1, beacon_blocks: 3, opening_ms: 20_000 },
+    }
+}
+
+fn setup(cycles: u64) -> RunSetup {
+    RunSetup {
+        run: RunId([7; 16]),
+        parameters: parameters(cycles),
+        release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
+        fragments: (0..P)
+            .map(|fragment| FragmentSetup {
+                keyframe: Digest::blake3(&[fragment as u8]),
+                keyframe_length: 100,
+                state: Digest::blake3(&[fragment as u8, 1]),
+                payload_length: 1_000,
+            })
+            .collect(),
+        shards: vec![("a".into(), 10_000, 128)],
+    }
+}
+
+fn miner(index: u8) -> AccountId {
+    AccountId([index; 32])
+}
+
+/// A learner as far as the orchestrator can see it.
+struct Sim {
+    slot: Slot,
+    record: Progress,
+    next_step_ms: u64,
+    step_ms: u64,
+    lease_steps: BTreeMap<u64, u32>,
+    silent: bool,
+}
+
+impl Sim {
+    fn new(index: u8, session_epoch: u64, step_ms: u64) -> Self {
+        let record = Progress {
+            worker: format!("miner-{index}"),
+            session_epoch,
+            slot: 0,
+            protocol: 1,
+            state: LearnerState::Ready,
+            reason: Reason::None,
+            lease: 0,
+            lease_step: 0,
+            local_step: 0,
+            step_ms: step_ms as u32,
+            loss: 8_000_000,
+            step_chain: Digest::ZERO,
+            fragments: vec![FragmentProgress::default(); usize::from(P)],
+            commitments: Vec::new(),
+            uploaded: Vec::new(),
+            openings: Vec::new(),
+            padding: Vec::new(),
+        };
+        Self { slot: (miner(index), 0), record, next_step_ms: 0, step_ms, lease_steps: BTreeMap::new(), silent: false }
+    }
+
+    /// One step boundary: apply what the head shows, answer its pulls, train.
+    fn step(&mut self, head: &Head, now_ms: u64) {
+        if now_ms < self.next_step_ms || self.lease_steps.is_empty() {
+            return;
+        }
+        self.next_step_ms = now_ms + self.step_ms;
+        for (fragment, progress) in self.record.fragments.iter_mut().enumerate() {
+            if head.fragments[fragment].version > progress.version {
+                *progress = FragmentProgress { version: head.fragments[fragment].version, steps: 0 };
+            }
+        }
+        self.record.commitments.retain(|commitment| head.pulls.iter().any(|pull| pull.t == commitment.t));
+        for pull in &head.pulls {
+            let progress = self.record.fragments[usize::from(pull.fragment)];
+            if progress.steps == 0 || self.record.commitments.iter().any(|commitment| commitment.t == pull.t) {
+                continue;
+            }
+            self.record.commitments.push(Commitment {
+                t: pull.t,
+                fragment: pull.fragment,
+                base_version: progress.version,
+                length: 1_000,
+                sha256: Digest::ZERO,
+                blake3: Digest::blake3(&[self.slot.0.0[0], pull.t as u8]),
+                steps: progress.steps,
+                tokens: 0,
+                lease: self.record.lease,
+                lease_step: self.record.lease_step,
+                local_step: self.record.local_step,
+                start_step: 0,
+                start_digest: Digest::ZERO,
+                step_chain: Digest::ZERO,
+            });
+        }
+        let current = self.lease_steps.iter().find(|(id, steps)| **id > self.record.lease || (**id == self.record.lease && self.record.lease_step < **steps));
+        let Some((id, _)) = current else { return };
+        if *id != self.record.lease {
+            self.record.lease = *id;
+            self.record.lease_step = 0;
+        }
+        self.record.lease_step += 1;
+        self.record.local_step += 1;
+        self.record.state = LearnerState::Training;
+        for progress in &mut self.record.fragments {
+            progress.steps += 1;
+        }
+    }
+}
+
+struct World {
+    machine: Orchestrator,
+    now_ms: u64,
+    head: Option<Head>,
+    learners: Vec<Sim>,
+    /// Everything that is written once: a second write finds the first.
+    tapes: BTreeMap<u64, Tape>,
+    merges: BTreeMap<u64, MergeManifest>,
+    orders: Vec<(Selection, usize)>,
+    released: u32,
+    rejects: BTreeMap<Slot, Reason>,
+    /// Crash and recover after so many inputs, once.
+    crash_after: Option<u64>,
+    inputs: u64,
+    trace: Vec<String>,
+}
+
+impl World {
+    fn new(cycles: u64, miners: u8) -> Self {
+        let mut world = Self {
+            machine: Orchestrator::new(setup(cycles)),
+            now_ms: 1_000_000,
+            head: None,
+            learners: (1..=miners).map(|index| Sim::new(index, 500, STEP_MS + u64::from(index) * 20)).collect(),
+            tapes: BTreeMap::new(),
+            merges: BTreeMap::new(),
+            orders: Vec::new(),
+            released: 0,
+            rejects: BTreeMap::new(),
+            crash_after: None,
+            inputs: 0,
+            trace: Vec::new(),
+        };
+        let mut guests: Vec<Guest> = (1..=miners).map(|index| Guest { hotkey: miner(index), validator: false }).collect();
+        guests.push(Guest { hotkey: miner(200), validator: true });
+        world.input(Input::Started);
+        world.input(Input::Metagraph { guests });
+        world
+    }
+
+    fn input(&mut self, input: Input) {
+        let mut queue = VecDeque::from([input]);
+        while let Some(input) = queue.pop_front() {
+            self.inputs += 1;
+            self.machine.handle(self.now_ms, input);
+            if self.crash_after == Some(self.inputs) {
+                // The process dies before any effect of this input is executed; its successor has the journal.
+                let bytes = bincode::serde::encode_to_vec(&self.machine, bincode::config::standard()).unwrap();
+                self.machine = bincode::serde::decode_from_slice(&bytes, bincode::config::standard()).unwrap().0;
+                self.trace.push(format!("{} crash", self.inputs));
+                queue.clear();
+                queue.push_back(Input::Started);
+                continue;
+            }
+            while let Some(effect) = self.machine.poll_effect() {
+                queue.extend(self.execute(effect));
+            }
+        }
+    }
+
+    fn execute(&mut self, effect: Effect) -> Option<Input> {
+        match effect {
+            Effect::PublishHead { head } => {
+                if let Some(old) = &self.head {
+                    for (old, new) in old.fragments.iter().zip(&head.fragments) {
+                        assert!(new.version >= old.version, "the head never goes back");
+                    }
+                    assert!(head.closed_below >= old.closed_below);
+                }
+                assert!(head.pulls.len() <= 3, "at most τ + 1 pulls");
+                self.head = Some(*head);
+                Some(Input::HeadPublished)
+            }
+            Effect::PublishJob { job, .. } => {
+                if let Some(sim) = self.learners.iter_mut().find(|sim| sim.slot == (job.hotkey, job.slot) && sim.record.session_epoch == job.session_epoch) {
+                    sim.lease_steps = job.leases.iter().map(|lease| (lease.id, lease.steps)).collect();
+                }
+                None
+            }
+            Effect::PublishPullGrants { slot, wants, .. } => {
+                let sim = self.learners.iter_mut().find(|sim| sim.slot == slot)?;
+                for want in wants {
+                    match want {
+                        Want::WriteOnce { key: Key::Payload { t, .. }, .. } if !sim.record.uploaded.contains(&t) => {
+                            sim.record.uploaded.push(t);
+                        }
+                        Want::WriteOnce { key: Key::Opening { part, audit, .. }, .. } => {
+                            for opening in &mut sim.record.openings {
+                                opening.uploaded |= opening.audit == audit && opening.part == part;
+                            }
+                        }
+                        _ => {}
+                    }
+                }
+                None
+            }
+            Effect::StoreCommitment { slot, t, id } => Some(Input::CommitmentStored { slot, t, id }),
+            Effect::CheckPayload { slot, t, .. } => {
+                let outcome = self.rejects.get(&slot).copied().unwrap_or(Reason::None);
+                Some(Input::PayloadChecked { slot, t, outcome })
+            }
+            Effect::WriteTape { tape } => {
+                let tape = self.tapes.entry(tape.t).or_insert(*tape).clone();
+                Some(Input::TapeWritten { tape: Box::new(tape) })
+            }
+            Effect::Merge { tape, rejected, previous_keyframe } => {
+                let manifest = self.merges.entry(tape.t).or_insert_with(|| merge(&tape, rejected, previous_keyframe)).clone();
+                self.trace.push(format!("merge {} v{}", manifest.t, manifest.version));
+                Some(Input::Merged { manifest: Box::new(manifest), keyframe_length: 100 })
+            }
+            Effect::ReadBeacon { cycle, block } => Some(Input::Beacon { cycle, block, hash: [block as u8; 32] }),
+            Effect::OrderAudit { selection, parts, .. } => {
+                let audit = selection.audit;
+                if !self.orders.iter().any(|(known, _)| known.audit == audit) {
+                    self.orders.push((*selection, parts.len()));
+                }
+                Some(Input::AuditOrdered { audit })
+            }
+            Effect::Release { .. } => {
+                self.released += 1;
+                Some(Input::Released { release: ReleaseRef { release: "run-1".into(), manifest: Digest::ZERO } })
+            }
+            Effect::Watch { .. } | Effect::PublishCurrent | Effect::PublishStanding { .. } | Effect::PublishStatus { .. } => None,
+        }
+    }
+
+    /// Lets `ms` pass in polls of 100 ms.
+    fn run(&mut self, ms: u64) {
+        for _ in 0..ms / 100 {
+            self.now_ms += 100;
+            if self.now_ms.is_multiple_of(1_000) {
+                self.input(Input::Block { number: self.now_ms / 1_000 });
+            }
+            for index in 0..self.learners.len() {
+                if self.learners[index].silent {
+                    continue;
+                }
+                if let Some(head) = self.head.clone() {
+                    self.learners[index].step(&head, self.now_ms);
+                    self.open_audits(index, &head);
+                }
+                let sim = &self.learners[index];
+                let id = Digest::blake3(&codec::encode(&sim.record));
+                let input = Input::Progress { slot: sim.slot, id, record: Box::new(sim.record.clone()) };
+                self.input(input);
+            }
+            self.input(Input::Tick);
+        }
+    }
+
+    fn open_audits(&mut self, index: usize, head: &Head) {
+        let sim = &mut self.learners[index];
+        for notice in &head.notices {
+            let Notice::OpenAudit { audit, hotkey, .. } = notice;
+            if *hotkey == sim.slot.0 && !sim.record.openings.iter().any(|part| part.audit == *audit) {
+                sim.record.openings = (0..3)
+                    .map(|part| OpeningPart { audit: *audit, part, length: 5, sha256: Digest::ZERO, uploaded: false })
+                    .collect();
+            }
+        }
+    }
+
+    fn until_complete(&mut self, limit_ms: u64) {
+        let end = self.now_ms + limit_ms;
+        while self.machine.state() != RunState::Complete {
+            assert!(self.now_ms < end, "not complete; trace {:?}", self.trace);
+            self.run(1_000);
+        }
+    }
+}
+
+fn merge(tape: &Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> MergeManifest {
+    let accepted = tape.inputs.iter().map(|input| Contribution {
+        hotkey: input.hotkey,
+        slot: input.slot,
+        commitment: input.commitment,
+        payload: input.payload,
+        base_version: input.base_version,
+        steps: input.steps,
+        tokens: input.tokens,
+        weight_ppm: input.weight_ppm,
+        norm: 1,
+        clip_ppm: 1_000_000,
+        cosine_ppm: 1,
+        outcome: Reason::None,
+    });
+    let merged = !tape.inputs.is_empty();
+    MergeManifest {
+        t: tape.t,
+        fragment: tape.fragment,
+        base_version: tape.base_version,
+        version: tape.base_version + u64::from(merged),
+        block: tape.block,
+        contributions: rejected.into_iter().chain(accepted).collect(),
+        keyframe: if merged { Digest::blake3(&codec::encode(tape)) } else { previous.0 },
+        state: Digest::blake3(&codec::encode(tape)),
+        step_norm: 1,
+    }
+}
+
+#[test]
+fn every_fragment_is_merged_as_often_as_the_run_says_and_the_end_is_released_once() {
+    let mut world = World::new(3, 3);
+    world.until_complete(120_000);
+    assert_eq!(world.machine.fragment_versions(), vec![3; usize::from(P)]);
+    assert_eq!(world.released, 1);
+    let tokens: u64 = world.merges.values().flat_map(|merge| merge.accepted().map(|c| c.tokens)).sum();
+    assert!(tokens > 0);
+}
+
+#[test]
+fn all_learners_that_answer_in_time_are_in_the_merge() {
+    let mut world = World::new(6, 5);
+    world.until_complete(240_000);
+    let contributors: Vec<usize> = world.merges.values().map(|merge| merge.accepted().count()).collect();
+    let mean = contributors.iter().sum::<usize>() as f64 / contributors.len() as f64;
+    assert!(mean > 4.0, "mean {mean} of 5: {contributors:?}");
+}
+
+#[test]
+fn a_crash_after_any_input_loses_no_merge_and_makes_none_twice() {
+    let mut reference = World::new(1, 2);
+    reference.until_complete(60_000);
+    for crash_after in 1..=reference.inputs {
+        let mut world = World::new(1, 2);
+        world.crash_after = Some(crash_after + 2);
+        world.until_complete(60_000);
+        assert_eq!(world.machine.fragment_versions(), vec![1; usize::from(P)], "crash after {crash_after}");
+        for (t, tape) in &world.tapes {
+            assert_eq!(world.merges[t].base_version, tape.base_version);
+        }
+        let mut versions: Vec<(u16, u64)> = world.merges.values().filter(|merge| merge.version > merge.base_version).map(|merge| (merge.fragment, merge.version)).collect();
+        let count = versions.len();
+        versions.sort_unstable();
+        versions.dedup();
+        assert_eq!(versions.len(), count, "crash after {crash_after}: a version was made twice");
+    }
+}
+
+#[test]
+fn a_silent_learner_delays_no_merge_and_its_rows_return() {
+    let mut world = World::new(0, 3);
+    world.run(10_000);
+    let before = world.merges.len();
+    world.learners[2].silent = true;
+    world.run(20_000);
+    assert!(world.merges.len() > before + 10, "{} merges before, {} after", before, world.merges.len());
+    let leased = world.machine.ledger.totals().leased_rows;
+    assert!(leased <= 2 * 2 * 24 * 4, "{leased} rows are leased to two learners");
+    let totals = world.machine.ledger.totals();
+    assert_eq!(totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows, 10_000);
+}
+
+#[test]
+fn a_newer_session_takes_the_slot_and_the_older_one_is_not_heard_any_more() {
+    let mut world = World::new(0, 2);
+    world.run(3_000);
+    let old = world.learners[0].record.clone();
+    let slot = world.learners[0].slot;
+    world.learners[0] = Sim::new(1, 600, STEP_MS);
+    world.run(3_000);
+    assert_eq!(world.machine.learners[&slot].session_epoch, 600);
+    world.input(Input::Progress { slot, id: Digest::ZERO, record: Box::new(old) });
+    assert_eq!(world.machine.learners[&slot].session_epoch, 600);
+    assert!(world.learners[0].record.local_step > 0);
+}
+
+#[test]
+fn a_refused_upload_is_named_in_the_manifest_and_does_not_move_the_merge() {
+    let mut world = World::new(1, 3);
+    let slot = world.learners[0].slot;
+    world.rejects.insert(slot, Reason::NotFinite);
+    world.until_complete(60_000);
+    let outcomes: Vec<Reason> = world.merges.values().flat_map(|merge| &merge.contributions).filter(|c| (c.hotkey, c.slot) == slot).map(|c| c.outcome).collect();
+    assert!(!outcomes.is_empty() && outcomes.iter().all(|outcome| *outcome == Reason::NotFinite), "{outcomes:?}");
+    assert_eq!(world.machine.learners[&slot].contributions, 0);
+}
+
+#[test]
+fn each_merged_learner_cycle_is_audited_once_and_opened() {
+    let mut world = World::new(3, 3);
+    world.until_complete(120_000);
+    world.run(40_000);
+    assert_eq!(world.orders.len(), 9, "three learners, three cycles");
+    assert!(world.orders.iter().all(|(_, parts)| *parts == 3));
+    assert_eq!(world.machine.status().audits_open, 0);
+}
+
+#[test]
+fn a_miner_that_does_not_open_gets_an_order_without_opening() {
+    let mut world = World::new(1, 2);
+    world.until_complete(60_000);
+    world.learners[0].silent = true;
+    let slot = world.learners[0].slot;
+    world.run(60_000);
+    let order = world.orders.iter().find(|(selection, _)| selection.hotkey == slot.0).unwrap();
+    assert_eq!(order.1, 0);
+}
+
+#[test]
+fn draining_stops_leases_and_pulls_and_releases() {
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    world.input(Input::Drain);
+    world.until_complete(30_000);
+    let opened = world.machine.next_t;
+    world.run(5_000);
+    assert_eq!(world.machine.next_t, opened);
+}

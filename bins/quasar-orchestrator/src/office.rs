@@ -1,0 +1,104 @@
+//! What every command of the operator needs: the bucket with credentials, the online key, the network.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use chain::{Hotkey, Wallet};
+use daemon::settings::{CommonArgs, OrchestratorArgs, Settings};
+use daemon::{Failure, Role, clock};
+use protocol::documents::CurrentRun;
+use protocol::envelope::{self, Context, Document, Expect, RunId, Verified, open_stored};
+use protocol::paths::Keys;
+use protocol::{KeyRef, Signer};
+use storage::presign::BucketUrl;
+use storage::{ObjectStore, PutCondition, S3Settings, S3Store, StoreError};
+
+/// The operator's place: settings, bucket, signing key.
+pub struct Office {
+    pub settings: Settings,
+    pub store: Arc<dyn ObjectStore>,
+    pub signer: Arc<Hotkey>,
+    pub context: Context,
+    pub keys: Keys,
+    /// `host[:port]` that grants of this bucket point to.
+    pub store_host: String,
+}
+
+impl Office {
+    /// Loads everything and connects to nothing yet. The genesis comes from the network's settings; a network without a known
+    /// one needs [`Office::with_genesis`].
+    pub fn open(common: &CommonArgs, of_run: &OrchestratorArgs) -> Result<Self, Failure> {
+        let settings = common.settings(Role::Orchestrator, of_run)?;
+        daemon::telemetry::init(settings.log_format(), settings.log_filter()).map_err(Failure::configuration)?;
+        for notice in &settings.notices {
+            tracing::warn!("{notice}");
+        }
+        let network = settings.network()?;
+        let netuid = settings.netuid()?;
+        let wallet = settings.wallet()?;
+        let signer = Wallet::new(&wallet.path, wallet.name, wallet.hotkey).load_hotkey().map_err(Failure::configuration)?;
+        let store = settings.store()?;
+        let url = BucketUrl::new(store.endpoint_url.as_deref(), &store.region, &store.bucket, store.path_style).map_err(Failure::configuration)?;
+        let s3 = S3Store::new(S3Settings {
+            endpoint: store.endpoint_url,
+            region: store.region,
+            bucket: store.bucket,
+            access_key: store.access_key,
+            secret_key: store.secret_key,
+            path_style: store.path_style,
+        })
+        .map_err(Failure::configuration)?;
+        let genesis = network.genesis.ok_or_else(|| {
+            Failure::configuration(anyhow::anyhow!("the genesis of this network is not known beforehand"))
+                .hint("use QUASAR_NETWORK=local with a file that names genesis and endpoint")
+        })?;
+        let context = Context { genesis, netuid, run: RunId::NONE };
+        Ok(Self { settings, store: Arc::new(s3), signer: Arc::new(signer), context, keys: Keys::new(netuid), store_host: url.host() })
+    }
+
+    pub fn key(&self) -> KeyRef {
+        Signer::key(&*self.signer)
+    }
+
+    pub fn state_dir(&self) -> Result<PathBuf, Failure> {
+        let folder = self.settings.state_dir()?;
+        std::fs::create_dir_all(&folder)
+            .map_err(|error| Failure::configuration(anyhow::anyhow!("{} cannot be created: {error}", folder.display())))?;
+        Ok(folder)
+    }
+
+    /// Signs with the time as sequence, which is above everything signed before.
+    pub fn sign<D: Document>(&self, document: &D, context: &Context) -> Vec<u8> {
+        let now_ms = clock::now_ms();
+        envelope::sign(document, context, &*self.signer, now_ms, now_ms)
+    }
+
+    /// Writes a write-once document; the same key again is an error that says so.
+    pub async fn put_once<D: Document>(&self, key: &str, document: &D, context: &Context) -> Result<Vec<u8>, Failure> {
+        let bytes = self.sign(document, context);
+        self.put_bytes_once(key, Bytes::from(bytes.clone())).await?;
+        Ok(bytes)
+    }
+
+    pub async fn put_bytes_once(&self, key: &str, bytes: Bytes) -> Result<(), Failure> {
+        match self.store.put(key, bytes, PutCondition::IfAbsent).await {
+            Ok(_) => Ok(()),
+            Err(StoreError::PreconditionFailed { key }) => Err(Failure::configuration(anyhow::anyhow!("{key} is there already and is never changed"))
+                .hint("this step was done before; go on with the next one, or choose another name")),
+            Err(error) => Err(Failure::unavailable(error)),
+        }
+    }
+
+    /// Reads a document that `signer` stored.
+    pub async fn read<D: Document>(&self, key: &str, context: &Context, signer: &KeyRef) -> Result<Verified<D>, Failure> {
+        let object = self.store.get(key, D::PURPOSE.limit() as u64 + 512).await.map_err(Failure::unavailable)?;
+        open_stored(&object.bytes, context, Expect::Key(signer)).map_err(|error| Failure::configuration(error).context(key.to_owned()))
+    }
+
+    /// Writes `current.qsr` anew: it expires after ten minutes, and is renewed by the running orchestrator.
+    pub async fn publish_current(&self, current: &CurrentRun) -> Result<(), StoreError> {
+        let bytes = self.sign(current, &self.context);
+        self.store.put(&self.keys.current(), Bytes::from(bytes), PutCondition::Always).await.map(drop)
+    }
+}

@@ -1,0 +1,201 @@
+//! `run create`: fragment states of version 0, plan, catalog, run manifest, head, current, in this order.
+
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use daemon::{Failure, clock};
+use fragments::keyframe::{self, KeyframeId};
+use fragments::state::{FragmentState, StateHeader};
+use fragments::{CheckpointTree, codec as payload};
+use protocol::documents::{
+    CatalogPage, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, ReleaseRef, RunManifest, RunParameters, RunRoot, RunState,
+};
+use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
+use protocol::paths::prefix;
+use protocol::{Digest, FileRecord, ShardManifest};
+use serde::Deserialize;
+use storage::{PutCondition, StoreError};
+
+use super::checkpoint;
+use crate::office::Office;
+
+/// Shard manifests of one catalog page.
+const PAGE_SHARDS: usize = 256;
+
+/// Create a run from a published release and published shards, and make it the current one
+#[derive(Debug, clap::Args)]
+pub struct CreateArgs {
+    /// Run parameters (TOML)
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Release that the run starts from
+    #[arg(long, value_name = "NAME")]
+    release: String,
+    /// Only these shards; default: all that are published
+    #[arg(long, value_name = "ID", value_delimiter = ',')]
+    shards: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RunFile {
+    name: String,
+    parameters: RunParameters,
+}
+
+pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failure> {
+    let text = std::fs::read_to_string(&arguments.config)
+        .map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", arguments.config.display())))?;
+    let file: RunFile = toml::from_str(&text)
+        .map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", arguments.config.display())).hint("compare with configs/run-devnet.toml"))?;
+    let (root, root_bytes) = newest_root(office).await?;
+    if root.orchestrator != office.key() {
+        return Err(Failure::configuration(anyhow::anyhow!("the root names orchestrator {}, this wallet is {}", root.orchestrator.account(), office.key().account()))
+            .hint("use the wallet that the root names, or sign a new root"));
+    }
+    let parameters = file.parameters;
+    check(&parameters, &root)?;
+
+    let tree_dir = office.state_dir()?.join("releases").join(&arguments.release);
+    let (release, release_digest) = checkpoint::fetch_to(office, &arguments.release, &tree_dir).await?;
+    let tree = CheckpointTree::open(&tree_dir).map_err(Failure::configuration)?;
+    let plan = fragments::plan(tree.contract(), usize::from(parameters.fragments)).map_err(Failure::configuration)?;
+    let digest = plan.digest();
+    let shards = published_shards(office, &arguments.shards).await?;
+    if !shards.iter().any(|shard| !shard.held_out) {
+        return Err(Failure::configuration(anyhow::anyhow!("no training shard is published")).hint("`data prepare`, then `data publish`"));
+    }
+    if let Some(shard) = shards.iter().find(|shard| shard.row_tokens != parameters.sequence_length) {
+        return Err(Failure::configuration(anyhow::anyhow!(
+            "shard {} has rows of {} tokens, the run of {}",
+            shard.id,
+            shard.row_tokens,
+            parameters.sequence_length
+        ))
+        .hint("prepare the data with the run's sequence length"));
+    }
+
+    let now_ms = clock::now_ms();
+    let run = new_run_id(office, now_ms, &text);
+    let context = Context { run, ..office.context };
+    let run_keys = office.keys.run(run);
+
+    let mut heads = Vec::new();
+    for fragment in 0..plan.fragments.len() {
+        let theta = tree.read_fragment(&plan, fragment).map_err(Failure::configuration)?;
+        let id = KeyframeId { plan: digest, fragment: fragment as u32, version: 0 };
+        let keyframe = keyframe::write(&plan, &id, &theta).map_err(Failure::configuration)?;
+        let header = StateHeader { plan: digest, fragment: fragment as u64, version: 0, elements: plan.elements(fragment) };
+        let state = FragmentState::new(theta).to_bytes(&header).map_err(Failure::configuration)?;
+        let number = fragment as u16;
+        let key = run_keys.keyframe(number, 0);
+        let record = FileRecord::of_bytes(key.clone(), &keyframe);
+        let manifest = FragmentManifest { fragment: number, version: 0, t: u64::MAX, keyframe: record.clone(), state: Digest::blake3(&state) };
+        office.put_bytes_once(&run_keys.state(number, 0), Bytes::from(state)).await?;
+        office.put_bytes_once(&key, Bytes::from(keyframe)).await?;
+        office.put_once(&run_keys.fragment_manifest(number, 0), &manifest, &context).await?;
+        heads.push(FragmentHead { version: 0, length: record.length, digest: record.blake3 });
+        if payload::payload_bytes(&plan, fragment) > root.bounds.payload_bytes_max {
+            return Err(Failure::configuration(anyhow::anyhow!("fragment {fragment} exceeds the payload bound of the root")));
+        }
+    }
+    office.put_once(&run_keys.plan(&digest), &plan, &context).await?;
+    let mut catalog = Vec::new();
+    for (page, shards) in shards.chunks(PAGE_SHARDS).enumerate() {
+        let page = page as u32;
+        let bytes = office.put_once(&run_keys.catalog(page), &CatalogPage { page, shards: shards.to_vec() }, &context).await?;
+        catalog.push(CatalogRef { page, digest: Digest::blake3(&bytes) });
+    }
+    let manifest = RunManifest {
+        run,
+        name: file.name,
+        protocol_min: PROTOCOL_VERSION,
+        protocol_max: PROTOCOL_VERSION,
+        created_ms: now_ms,
+        plan: digest,
+        base_release: release.release.clone(),
+        base_manifest: release_digest,
+        catalog,
+        parameters,
+    };
+    let manifest_bytes = office.put_once(&run_keys.manifest(), &manifest, &context).await?;
+    let head = Head {
+        state: RunState::Open,
+        outer_step: 0,
+        closed_below: 0,
+        block: 0,
+        run_step: 0,
+        pulls: Vec::new(),
+        fragments: heads,
+        release: ReleaseRef { release: release.release, manifest: release_digest },
+        ledger: Digest::ZERO,
+        notices: Vec::new(),
+    };
+    let head = office.sign(&head, &context);
+    office.store.put(&run_keys.head(), Bytes::from(head), PutCondition::IfAbsent).await.map_err(Failure::unavailable)?;
+    let current =
+        CurrentRun { root_version: root.version, root_digest: Digest::blake3(&root_bytes), run, manifest_digest: Digest::blake3(&manifest_bytes) };
+    office.publish_current(&current).await.map_err(Failure::unavailable)?;
+    println!("run {run} is current: {} fragments, {} shards, plan {}", plan.fragments.len(), shards.len(), digest.short());
+    Ok(())
+}
+
+fn check(parameters: &RunParameters, root: &RunRoot) -> Result<(), Failure> {
+    let wrong = |what: &str| Err(Failure::configuration(anyhow::anyhow!("the run parameters are wrong: {what}")));
+    if parameters.fragments == 0 || parameters.fragments > root.bounds.fragments_max || usize::from(parameters.fragments) > 64 {
+        return wrong("fragments must be between 1 and the root's bound");
+    }
+    if parameters.slots == 0 || parameters.slots > root.bounds.slots_max {
+        return wrong("slots must be between 1 and the root's bound");
+    }
+    if parameters.inner_steps == 0 || parameters.batch_rows == 0 || parameters.lease_steps == 0 || parameters.poll_ms == 0 {
+        return wrong("inner_steps, batch_rows, lease_steps and poll_ms must not be zero");
+    }
+    if parameters.audit.replay_steps == 0 {
+        return wrong("audit.replay_steps must not be zero");
+    }
+    Ok(())
+}
+
+/// A run id nobody can choose: from the key that signs, the time and the parameters.
+fn new_run_id(office: &Office, now_ms: u64, text: &str) -> RunId {
+    let digest = Digest::derive("quasar/v1/run", &[&office.key().public, &now_ms.to_le_bytes(), text.as_bytes()]);
+    RunId(std::array::from_fn(|i| digest.0[i]))
+}
+
+/// The newest root and its file. The owner is the one that the settings name.
+pub async fn newest_root(office: &Office) -> Result<(RunRoot, Bytes), Failure> {
+    let owner = office.settings.owner_identity()?;
+    let mut newest: Option<(RunRoot, Bytes)> = None;
+    for version in 1.. {
+        let object = match office.store.get(&office.keys.root(version), 1 << 17).await {
+            Ok(object) => object,
+            Err(StoreError::NotFound { .. }) => break,
+            Err(error) => return Err(Failure::unavailable(error)),
+        };
+        let expect = newest.as_ref().map(|(root, _)| root.owner);
+        let expect = expect.as_ref().map_or(Expect::Account(&owner), Expect::Key);
+        let root = open_stored::<RunRoot>(&object.bytes, &office.context, expect).map_err(Failure::configuration)?.document;
+        newest = Some((root, object.bytes));
+    }
+    newest.ok_or_else(|| Failure::configuration(anyhow::anyhow!("no run root is published")).hint("the owner signs one with `root sign`"))
+}
+
+async fn published_shards(office: &Office, only: &[String]) -> Result<Vec<ShardManifest>, Failure> {
+    let listing = format!("{}/data/shards/", prefix(office.context.netuid));
+    let mut shards = Vec::new();
+    for meta in office.store.list(&listing).await.map_err(Failure::unavailable)? {
+        if !meta.key.ends_with("/manifest.qsr") {
+            continue;
+        }
+        let shard = office.read::<ShardManifest>(&meta.key, &office.context, &office.key()).await?.document;
+        if only.is_empty() || only.contains(&shard.id) {
+            shards.push(shard);
+        }
+    }
+    if let Some(missing) = only.iter().find(|id| !shards.iter().any(|shard| shard.id == **id)) {
+        return Err(Failure::configuration(anyhow::anyhow!("shard {missing} is not published")).hint("`data publish --dir DIR`"));
+    }
+    shards.sort_by(|a, b| a.id.cmp(&b.id));
+    Ok(shards)
+}

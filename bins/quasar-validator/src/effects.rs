@@ -1,0 +1,262 @@
+//! Where decisions meet the world: every [`Effect`] is executed against bucket, grants, chain, journal and the audit thread, and
+//! what came of it goes back to the machine as an [`Input`]. All of them can be done twice without harm.
+
+pub mod base;
+pub mod bench;
+pub mod chain;
+mod files;
+pub mod grants;
+pub mod keyframes;
+#[cfg(test)]
+mod tests;
+pub mod tokens;
+mod trouble;
+pub mod verdicts;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use daemon::driver::Inputs;
+use daemon::health::Component;
+use daemon::sequence::Sequence;
+use daemon::{Executor, Journal, clock};
+use fragments::codec;
+use ::chain::Hotkey;
+use protocol::audits::Selection;
+use protocol::documents::{AuditOrder, MergeManifest, OPENING_PARTS, PROGRESS_BYTES, VerdictResult};
+use protocol::envelope::Expect;
+use protocol::{AccountId, Digest};
+use storage::client::GrantAccess;
+use storage::discovery::{RunFacts, RunReader};
+use zeroize::Zeroizing;
+
+use crate::audit::{Evidence, Judgement, Opening, Subject};
+use crate::machine::audits::{Judged, OrderRead, compare};
+use crate::machine::{Effect, HeadFacts, Input};
+use base::BaseTree;
+use bench::{Bench, OpenEngine};
+use chain::{ChainDesk, ChainLink};
+use grants::Grants;
+use keyframes::Keyframes;
+use tokens::TokenCache;
+pub use trouble::Trouble;
+use verdicts::VerdictDesk;
+
+/// Largest opened part in bytes for each element of the model (weights and two moments in f32), and for the rest.
+const OPENING_BYTES_PER_ELEMENT: u64 = 16;
+const OPENING_BYTES_MIN: u64 = 16 << 20;
+
+/// What the effects of one run need.
+pub struct EffectSettings<'a> {
+    /// Follows mutable objects.
+    pub reader: RunReader,
+    /// Reads write-once objects.
+    pub archive: RunReader,
+    pub access: Arc<dyn GrantAccess>,
+    pub link: Arc<ChainLink>,
+    pub hotkey: Arc<Hotkey>,
+    /// Opens sealed grants; `None` for a hotkey that nothing can be sealed to.
+    pub secret: Option<Zeroizing<[u8; 32]>>,
+    pub journal: Arc<Journal>,
+    pub state_dir: &'a Path,
+    pub open_engine: OpenEngine,
+    pub is_dry_run: bool,
+    pub store_health: Component,
+    pub chain_health: Component,
+}
+
+/// Executes the effects of one run's machine.
+pub struct Effects {
+    own: AccountId,
+    facts: Arc<RunFacts>,
+    reader: Arc<tokio::sync::Mutex<RunReader>>,
+    archive: Arc<RunReader>,
+    grants: Arc<Grants>,
+    base: Arc<BaseTree>,
+    keyframes: Arc<Keyframes>,
+    bench: Bench,
+    verdicts: VerdictDesk,
+    chain: ChainDesk,
+    store_health: Component,
+    chain_health: Component,
+}
+
+impl Effects {
+    /// Sets everything up; must be called inside a runtime.
+    pub fn new(settings: EffectSettings<'_>) -> Result<Self, Trouble> {
+        let EffectSettings { reader, archive, access, link, hotkey, secret, journal, state_dir, open_engine, is_dry_run, store_health, chain_health } = settings;
+        let (facts, own) = (reader.facts().clone(), hotkey.account());
+        let (reader, archive) = (Arc::new(tokio::sync::Mutex::new(reader)), Arc::new(archive));
+        let grants = Arc::new(Grants::new(reader.clone(), facts.clone(), access, own, secret));
+        let base = Arc::new(BaseTree::new(facts.clone(), grants.clone(), &state_dir.join("checkpoints")));
+        let (runs, folder) = (state_dir.join("runs"), state_dir.join("runs").join(facts.context.run.to_string()));
+        base.tidy();
+        keyframes::tidy(&runs, &folder);
+        let keyframes = Arc::new(Keyframes::new(facts.clone(), grants.clone(), base.clone(), folder));
+        let tokens = Arc::new(TokenCache::new(facts.clone(), grants.clone(), state_dir.join("tokens")));
+        let handle = tokio::runtime::Handle::current();
+        let bench = Bench::start(facts.clone(), open_engine, keyframes.clone(), tokens, handle).map_err(Trouble::io(state_dir))?;
+        let sequence = Arc::new(Sequence::open(journal.clone(), "signed")?);
+        let verdicts = VerdictDesk {
+            facts: facts.clone(),
+            reader: archive.clone(),
+            grants: grants.clone(),
+            hotkey: hotkey.clone(),
+            journal: journal.clone(),
+            sequence,
+        };
+        let chain = ChainDesk { link, hotkey, netuid: facts.context.netuid, run: facts.context.run, journal, is_dry_run };
+        Ok(Self { own, facts, reader, archive, grants, base, keyframes, bench, verdicts, chain, store_health, chain_health })
+    }
+
+    async fn head(&self) -> Option<Box<HeadFacts>> {
+        match self.reader.lock().await.head(clock::now_ms()).await {
+            Ok(head) => {
+                self.store_health.ready();
+                head.map(|head| Box::new(HeadFacts::from(head)))
+            }
+            Err(error) => {
+                self.store_health.not_ready(Trouble::from(error).line());
+                None
+            }
+        }
+    }
+
+    async fn merge(&self, t: u64) -> Option<Box<MergeManifest>> {
+        let key = self.facts.run.merge(t);
+        match self.archive.once::<MergeManifest>(&key, Expect::Key(&self.facts.orchestrator)).await {
+            Ok(merge) => merge.map(|merge| Box::new(merge.document)),
+            Err(error) => {
+                tracing::warn!(t, error = Trouble::from(error).line(), "a merge manifest could not be read");
+                None
+            }
+        }
+    }
+
+    /// Notes whether the chain answers.
+    fn of_chain<T, E: Into<Trouble>>(&self, answer: Result<T, E>) -> Option<T> {
+        match answer {
+            Ok(answer) => {
+                self.chain_health.ready();
+                Some(answer)
+            }
+            Err(error) => {
+                self.chain_health.not_ready(error.into().line());
+                None
+            }
+        }
+    }
+
+    async fn order(&self, selection: &Selection) -> OrderRead {
+        if !self.grants.can_open() {
+            return OrderRead::Absent;
+        }
+        let key = self.facts.run.audit(&self.own, &selection.audit);
+        let order = match self.archive.once::<AuditOrder>(&key, Expect::Key(&self.facts.orchestrator)).await {
+            Ok(Some(order)) => order,
+            Ok(None) => return OrderRead::Absent,
+            Err(error) => {
+                tracing::warn!(audit = selection.audit.short(), error = Trouble::from(error).line(), "an audit order could not be read");
+                return OrderRead::Absent;
+            }
+        };
+        let read = compare(selection, &order.document);
+        // A differing order still carries the grants for the verdict that says so, where it names the same audit.
+        match self.grants.keep(order) {
+            Ok(()) => read,
+            Err(trouble) => {
+                tracing::warn!(audit = selection.audit.short(), error = trouble.line(), "the grants of an audit order could not be opened");
+                OrderRead::Absent
+            }
+        }
+    }
+
+    async fn judge(&self, subject: Subject, versions: Vec<u64>) -> Judged {
+        let audit = subject.selection.audit;
+        let judge = async {
+            // What was decided before a restart is not decided again.
+            if let Some(decided) = self.verdicts.decided(&audit).await? {
+                let verdict = decided.verdict;
+                let note = "decided before the restart".to_owned();
+                let judgement = Judgement { result: verdict.result, reason: verdict.reason, measured: verdict.measured, note };
+                return Ok(Judged::Done(Box::new(judgement)));
+            }
+            let tree = self.base.folder().await?.to_owned();
+            let evidence = self.evidence(&subject, versions).await?;
+            let judgement = self.bench.judge(tree, subject.clone(), evidence).await?;
+            // Own trouble may pass: the machine decides how often that is tried.
+            Ok(match judgement.result {
+                VerdictResult::NotEvaluated => Judged::Failed(judgement.note),
+                _ => Judged::Done(Box::new(judgement)),
+            })
+        };
+        judge.await.unwrap_or_else(|trouble: Trouble| Judged::Failed(trouble.line()))
+    }
+
+    async fn evidence(&self, subject: &Subject, versions: Vec<u64>) -> Result<Evidence, Trouble> {
+        let Selection { audit, hotkey, slot, t, .. } = &subject.selection;
+        let order = self.grants.order(audit).ok_or(Trouble::NoOrder)?;
+        let run = &self.facts.run;
+        let payload_bytes = codec::payload_bytes(&self.facts.plan, usize::from(subject.fragment));
+        let commitment = self.grants.get(Some(audit), &run.commitment(hotkey, *slot, *t), PROGRESS_BYTES as u64).await?;
+        let payload = self.grants.get(Some(audit), &run.payload(hotkey, *slot, *t), payload_bytes).await?;
+        let limit = (self.facts.plan.total_elements() * OPENING_BYTES_PER_ELEMENT).max(OPENING_BYTES_MIN);
+        let mut parts = Vec::new();
+        for (number, part) in (0..OPENING_PARTS).zip(&order.opening) {
+            let key = run.opening(hotkey, *slot, audit, number);
+            let bytes = self.grants.get(Some(audit), &key, part.length.min(limit)).await?;
+            if Digest::sha256(&bytes) != part.sha256 {
+                return Err(Trouble::Digest { key });
+            }
+            parts.push(bytes);
+        }
+        let opening = <[_; OPENING_PARTS as usize]>::try_from(parts).ok().map(|[manifest, state, routes]| Opening { manifest, state, routes });
+        Ok(Evidence { commitment, payload, opening, leases: order.leases, versions })
+    }
+
+    async fn moved(&self) -> bool {
+        match self.reader.lock().await.moved(clock::now_ms()).await {
+            Ok(has_moved) => has_moved,
+            Err(error) => {
+                tracing::debug!(error = Trouble::from(error).line(), "the current run could not be looked up");
+                false
+            }
+        }
+    }
+}
+
+impl Executor for Effects {
+    type Input = Input;
+    type Effect = Effect;
+
+    async fn execute(&self, effect: Effect, inputs: Inputs<Input>) {
+        let input = match effect {
+            Effect::ReadHead => Input::Head(self.head().await),
+            Effect::ReadMerge { t } => Input::Merge { t, manifest: self.merge(t).await },
+            Effect::Keep(keyframe) => {
+                if let Err(trouble) = self.keyframes.keep(keyframe).await {
+                    tracing::debug!(fragment = keyframe.fragment, version = keyframe.version, error = trouble.line(), "a keyframe is fetched later");
+                }
+                return;
+            }
+            Effect::ReadBlock => Input::Block(self.of_chain(self.chain.block().await)),
+            Effect::ReadChain => Input::Chain(self.of_chain(self.chain.view().await).map(Box::new)),
+            Effect::ReadBeacon { cycle, block } => Input::Beacon { cycle, hash: self.of_chain(self.chain.beacon(block).await).flatten() },
+            Effect::ReadOrder(selection) => Input::Order { audit: selection.audit, read: self.order(&selection).await },
+            Effect::Judge { subject, versions } => Input::Judged { audit: subject.selection.audit, judged: self.judge(*subject, versions).await },
+            Effect::Commit(verdict) => Input::Committed { audit: verdict.audit, written: self.verdicts.commit(*verdict).await },
+            Effect::Reveal(audit) => Input::Revealed { audit, written: self.verdicts.reveal(audit).await },
+            Effect::ReadVerdict(subject) => {
+                let audit = subject.selection.audit;
+                let verdict = self.verdicts.revealed(&subject).await.unwrap_or_else(|trouble| {
+                    tracing::warn!(audit = audit.short(), validator = subject.selection.validator.short(), error = trouble.line(), "a verdict could not be read");
+                    None
+                });
+                Input::Verdict { audit, verdict: verdict.map(Box::new) }
+            }
+            Effect::SetWeights { scores, due } => Input::Weights(self.chain.set_weights(&scores, due).await),
+            Effect::CheckMoved => Input::Moved(self.moved().await),
+        };
+        inputs.send(input).await;
+    }
+}

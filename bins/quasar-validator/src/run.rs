@@ -1,0 +1,255 @@
+//! `run`: find the current run, follow it with a fresh machine, and begin again when the next run is current.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use chain::{ChainError, ConnectSettings, Hotkey};
+use daemon::driver::{DriverOptions, Recovered};
+use daemon::health::{self, Health};
+use daemon::settings::{CommonArgs, Role, ValidatorArgs, ValidatorSettings};
+use daemon::{Driver, Exit, Failure, Journal, Settings, Shutdown, clock, telemetry};
+use model::{QuasarEvaluator, QuasarTrainer, TrainError};
+use protocol::envelope::{EnvelopeError, RunId};
+use protocol::{AccountId, FragmentPlan, Reason};
+use storage::client::{GrantClient, PublicReader};
+use storage::discovery::{DiscoveryError, RunReader};
+
+use crate::audit::Engine;
+use crate::commands::identity;
+use crate::effects::bench::OpenEngine;
+use crate::effects::chain::ChainLink;
+use crate::effects::{EffectSettings, Effects};
+use crate::machine::weights::WeightTimes;
+use crate::machine::{Ended, Machine, MachineSettings};
+
+/// Pause between two looks for a run, and between two tries to reach what does not answer.
+const RETRY: Duration = Duration::from_secs(2);
+/// While nothing changes, the reason for waiting is logged this often.
+const REMIND: Duration = Duration::from_secs(60);
+/// A driver that did not turn for so long is dead.
+const STALE_AFTER: Duration = Duration::from_secs(30);
+/// How long effects under way may go on after a stop.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("`{0}` is not a run id\nhint: unset QUASAR_RUN_ID; the run is found by itself")]
+    RunId(String),
+    #[error("the hotkey {0} is not registered\nhint: {remedy}", remedy = Reason::NotRegistered.remedy())]
+    Unregistered(AccountId),
+}
+
+/// Everything that stays while runs come and go.
+struct Validator {
+    settings: Settings,
+    own: ValidatorSettings,
+    hotkey: Arc<Hotkey>,
+    link: Arc<ChainLink>,
+    public: PublicReader,
+    journal: Arc<Journal>,
+    state_dir: PathBuf,
+    netuid: u16,
+    owner: AccountId,
+    pin: Option<RunId>,
+    device: String,
+    health: Health,
+    shutdown: Shutdown,
+}
+
+/// The command.
+pub fn main(common: &CommonArgs, args: &ValidatorArgs) -> Result<Exit, Failure> {
+    let settings = common.settings(Role::Validator, args)?;
+    telemetry::init(settings.log_format(), settings.log_filter())?;
+    for notice in &settings.notices {
+        tracing::warn!("{notice}");
+    }
+    // Before any tensor is made and any thread is started.
+    model::tune_allocator();
+    let device = device(&settings.validator()).map_err(Failure::configuration)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::unavailable)?;
+    let exit = runtime.block_on(async {
+        let shutdown = Shutdown::on_signals().map_err(Failure::unavailable)?;
+        Validator::start(settings, device, shutdown).await?.run().await
+    });
+    // Transfers that hang must not hold up the exit.
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    exit
+}
+
+/// The device to audit on, as the models know it. Loads the CUDA part of libtorch if the settings name a folder with it.
+fn device(settings: &ValidatorSettings) -> Result<String, TrainError> {
+    if let (Some(folder), true) = (&settings.torch_cuda_dir, settings.device != "cpu") {
+        model::load_cuda(folder)?;
+    }
+    Ok(match settings.device.as_str() {
+        "auto" if model::cuda_is_available() => "cuda:0".to_owned(),
+        "auto" => "cpu".to_owned(),
+        named => named.to_owned(),
+    })
+}
+
+/// Opens evaluator and trainer on a base tree.
+fn opener(device: String, plan: FragmentPlan, threads: usize) -> OpenEngine {
+    Arc::new(move |tree: &Path| {
+        let evaluator = QuasarEvaluator::open(tree, &plan, &device, threads)?;
+        let trainer = QuasarTrainer::open(tree, plan.clone(), &device, threads)?;
+        Ok(Engine::new(Box::new(evaluator), Box::new(trainer)))
+    })
+}
+
+fn public_reader(settings: &Settings) -> Result<PublicReader, Failure> {
+    let store = settings.store()?;
+    let endpoint = store.endpoint_url.unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", store.region));
+    PublicReader::new(&endpoint, &store.bucket).map_err(Failure::configuration)
+}
+
+impl Validator {
+    async fn start(settings: Settings, device: String, shutdown: Shutdown) -> Result<Self, Failure> {
+        let network = settings.network()?;
+        let link = Arc::new(ChainLink::new(ConnectSettings { endpoints: network.endpoints, genesis: network.genesis }));
+        let (netuid, owner) = (settings.netuid()?, settings.owner_identity()?);
+        let pin = match settings.run_id() {
+            Some(text) => Some(text.parse().map_err(|_| Failure::configuration(RunError::RunId(text.to_owned())))?),
+            None => None,
+        };
+        let public = public_reader(&settings)?;
+        let hotkey = identity::wallet(&settings)?.load_hotkey().map_err(Failure::configuration)?;
+        if hotkey.x25519_secret().is_none() {
+            let reason = Reason::NeedsCertificate;
+            tracing::warn!(hint = reason.remedy(), "{}: no audits are possible, weights follow the verdicts of others", reason.sentence());
+        }
+        let state_dir = settings.state_dir()?;
+        let journal = Arc::new(Journal::open(&state_dir).map_err(|error| Failure::new(error.exit(), error))?);
+        let health = Health::new();
+        if let Some(address) = settings.health_listen() {
+            let address = health::serve(address, health.clone(), shutdown.clone()).await?;
+            tracing::info!(%address, "health pages");
+        }
+        let own = settings.validator();
+        tracing::info!(hotkey = %hotkey.account(), device, name = own.worker_id, version = env!("CARGO_PKG_VERSION"), "validator started");
+        let hotkey = Arc::new(hotkey);
+        Ok(Self { settings, own, hotkey, link, public, journal, state_dir, netuid, owner, pin, device, health, shutdown })
+    }
+
+    async fn run(&self) -> Result<Exit, Failure> {
+        let Some(genesis) = self.genesis().await? else { return Ok(Exit::Done) };
+        loop {
+            let Some(reader) = self.discover(genesis).await? else { return Ok(Exit::Done) };
+            let Some(archive) = self.discover(genesis).await? else { return Ok(Exit::Done) };
+            if reader.facts().context != archive.facts().context {
+                continue;
+            }
+            match self.serve(reader, archive).await? {
+                Some(Ended::Moved) => tracing::info!("looking for the next run"),
+                Some(Ended::Unregistered) => return Err(Failure::try_later(RunError::Unregistered(self.hotkey.account()))),
+                None => return Ok(Exit::Done),
+            }
+        }
+    }
+
+    /// The network's genesis; `None` if a stop comes first.
+    async fn genesis(&self) -> Result<Option<[u8; 32]>, Failure> {
+        let mut waiting = Waiting::default();
+        loop {
+            match self.link.genesis().await {
+                Ok(genesis) => return Ok(Some(genesis)),
+                Err(error @ (ChainError::Settings { .. } | ChainError::WrongGenesis { .. })) => return Err(Failure::configuration(error)),
+                Err(error) => waiting.log(&error.to_string()),
+            }
+            if !self.shutdown.sleep(RETRY).await {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// The current run; `None` if a stop comes first.
+    async fn discover(&self, genesis: [u8; 32]) -> Result<Option<RunReader>, Failure> {
+        let component = self.health.component("run");
+        let mut waiting = Waiting::default();
+        loop {
+            match RunReader::discover(self.public.clone(), genesis, self.netuid, self.owner, self.pin, clock::now_ms()).await {
+                Ok(reader) => {
+                    component.ready();
+                    return Ok(Some(reader));
+                }
+                Err(error) if is_final(&error) => return Err(Failure::configuration(error)),
+                Err(error) => {
+                    component.not_ready("no run found yet");
+                    waiting.log(&error.to_string());
+                }
+            }
+            if !self.shutdown.sleep(RETRY).await {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Follows one run; gives why its machine ended, or `None` after a stop.
+    async fn serve(&self, reader: RunReader, archive: RunReader) -> Result<Option<Ended>, Failure> {
+        let facts = reader.facts().clone();
+        tracing::info!(run = %facts.context.run, name = facts.manifest.name, "run found");
+        let machine = Machine::new(MachineSettings {
+            run: facts.context.run,
+            own: self.hotkey.account(),
+            parameters: facts.manifest.parameters.clone(),
+            poll_ms_max: self.own.poll_interval_ms,
+            weights: WeightTimes {
+                refresh_ms: self.own.weight_refresh_ms,
+                retry_base_ms: self.own.weight_retry_base_ms,
+                retry_max_ms: self.own.weight_retry_max_ms,
+            },
+        });
+        let effects = Effects::new(EffectSettings {
+            reader,
+            archive,
+            access: Arc::new(GrantClient::new(facts.root.store_hosts.clone()).map_err(Failure::configuration)?),
+            link: self.link.clone(),
+            hotkey: self.hotkey.clone(),
+            secret: self.hotkey.x25519_secret(),
+            journal: self.journal.clone(),
+            state_dir: &self.state_dir,
+            open_engine: opener(self.device.clone(), facts.plan.clone(), self.own.threads),
+            is_dry_run: self.settings.dry_run(),
+            store_health: self.health.component("store"),
+            chain_health: self.health.component("chain"),
+        })
+        .map_err(Failure::unavailable)?;
+        // Public facts are the machine's memory: it starts fresh, and the driver's journal ends with the process.
+        let memory = Arc::new(Journal::in_memory().map_err(|error| Failure::new(error.exit(), error))?);
+        let component = self.health.watched("driver", STALE_AFTER);
+        component.ready();
+        let options = DriverOptions { stop_grace: STOP_GRACE, ..DriverOptions::default() };
+        let driver = Driver::with_options(Recovered::fresh(machine), memory, Arc::new(effects), options).component(component);
+        let (machine, _) = driver.run(&self.shutdown).await?;
+        Ok(machine.ended())
+    }
+}
+
+/// Whether a person has to change something before discovery can succeed.
+fn is_final(error: &DiscoveryError) -> bool {
+    match error {
+        DiscoveryError::Pinned { .. } | DiscoveryError::ProtocolVersion { .. } => true,
+        DiscoveryError::Envelope { error, .. } => matches!(
+            error,
+            EnvelopeError::Genesis { .. } | EnvelopeError::Netuid { .. } | EnvelopeError::Signer { .. } | EnvelopeError::Version(_)
+        ),
+        _ => false,
+    }
+}
+
+/// Says why it waits, once when the reason changes and then once a minute.
+#[derive(Default)]
+struct Waiting {
+    last: Option<(String, tokio::time::Instant)>,
+}
+
+impl Waiting {
+    fn log(&mut self, reason: &str) {
+        let is_new = self.last.as_ref().is_none_or(|(last, at)| last != reason || at.elapsed() >= REMIND);
+        if is_new {
+            tracing::warn!(reason = reason.replace('\n', "; "), "waiting");
+            self.last = Some((reason.to_owned(), tokio::time::Instant::now()));
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Any signed document as JSON, for `inspect FILE.qsr` of every binary.
+
+use std::path::Path;
+
+use protocol::documents::payload_json;
+use protocol::envelope::{Purpose, peek, verify_as_stated};
+use serde_json::{Value, json};
+
+use crate::{Failure, clock};
+
+/// Largest file that is looked at.
+const FILE_BYTES_MAX: u64 = 8 << 20;
+
+/// Reads a `.qsr` file and shows header, payload and whether the signature is the stated signer's. JSON is for people: it is
+/// never signed.
+///
+/// # Errors
+/// The file is unreadable or no envelope. A wrong signature is shown, not an error.
+pub fn file(path: &Path) -> Result<Value, Failure> {
+    let unreadable = |error: std::io::Error| Failure::configuration(anyhow::anyhow!("{} cannot be read: {error}", path.display()));
+    let length = std::fs::metadata(path).map_err(unreadable)?.len();
+    if length > FILE_BYTES_MAX {
+        return Err(Failure::configuration(anyhow::anyhow!("{} has {length} bytes; no signed document is that large", path.display())));
+    }
+    let bytes = std::fs::read(path).map_err(unreadable)?;
+    document(&bytes, clock::now_ms()).map_err(|failure| failure.context(path.display().to_string()))
+}
+
+/// As [`file`], for bytes.
+///
+/// # Errors
+/// The bytes are no envelope.
+pub fn document(bytes: &[u8], now_ms: u64) -> Result<Value, Failure> {
+    let (envelope, _, id) = peek(bytes).map_err(Failure::configuration)?;
+    let header = envelope.header;
+    let purpose = Purpose::from_number(header.purpose);
+    let verification = match verify_as_stated(bytes) {
+        Ok(_) if header.expires_ms != 0 && now_ms > header.expires_ms => "signature valid, lifetime over".to_owned(),
+        Ok(_) => "signature valid".to_owned(),
+        Err(error) => format!("NOT VALID: {error}"),
+    };
+    let payload = match purpose.map(|purpose| payload_json(purpose, &envelope.payload)) {
+        Some(Ok(payload)) => payload,
+        Some(Err(error)) => json!({ "undecodable": error.to_string() }),
+        None => json!({ "unknown_purpose": header.purpose }),
+    };
+    Ok(json!({ "id": id, "purpose": purpose, "verification": verification, "header": header, "payload": payload }))
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::documents::CurrentRun;
+    use protocol::envelope::{Context, RunId, sign};
+    use protocol::{Digest, Ed25519Signer};
+
+    use super::*;
+
+    #[test]
+    fn a_document_is_shown_with_its_verification_and_a_changed_one_says_so() {
+        let context = Context { genesis: [1; 32], netuid: 24, run: RunId::NONE };
+        let current = CurrentRun { root_version: 3, root_digest: Digest::ZERO, run: RunId([2; 16]), manifest_digest: Digest::ZERO };
+        let mut bytes = sign(&current, &context, &Ed25519Signer::from_seed([5; 32]), 1, 1_000);
+        let shown = document(&bytes, 2_000).unwrap();
+        assert_eq!(shown["payload"]["root_version"], 3);
+        assert_eq!(shown["verification"], "signature valid");
+        assert_eq!(document(&bytes, u64::MAX).unwrap()["verification"], "signature valid, lifetime over");
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        assert!(document(&bytes, 2_000).unwrap()["verification"].as_str().unwrap().starts_with("NOT VALID"));
+        assert!(document(b"no envelope", 0).is_err());
+    }
+}
