@@ -59,3 +59,16 @@ impl DataError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_told_apart_from_other_failures() {
+        let failed = |kind: ErrorKind| DataError::writing(Path::new("/data"))(kind.into());
+        assert!(matches!(failed(ErrorKind::StorageFull), DataError::DiskFull { .. }));
+        assert!(failed(ErrorKind::QuotaExceeded).to_string().contains("hint: free space"));
+        assert!(matches!(failed(ErrorKind::PermissionDenied), DataError::Unwritable { .. }));
+    }
+}

@@ -249,7 +249,11 @@ impl<'a> Side<'a> {
             }
         };
         writer.push(row)?;
-        if writer.rows() == self.rows_per_shard { self.close(folder, writer) } else { Ok(self.writer = Some((folder, writer))) }
+        if writer.rows() == self.rows_per_shard {
+            return self.close(folder, writer);
+        }
+        self.writer = Some((folder, writer));
+        Ok(())
     }
 
     /// Ends a shard: record, id, manifest, then the folder gets its name.

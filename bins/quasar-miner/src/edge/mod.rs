@@ -19,7 +19,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use chain::Hotkey;
-use daemon::{Sequence, clock};
+use daemon::clock;
+use daemon::sequence::Sequence;
 use protocol::documents::{Lease, Progress, encode_progress};
 use protocol::envelope;
 use protocol::{Digest, GrantRequest, Method};

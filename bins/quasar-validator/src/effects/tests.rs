@@ -388,7 +388,7 @@ fn broken() -> OpenEngine {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn honest_work_passes_and_earns_the_weights_after_a_self_weight_was_set_before() {
+async fn honest_work_passes_and_earns_the_weights() {
     let published = Published::new(&Cheat::default()).await;
     published.publish_order(true, |_| {}).await;
     published.live(toys(&published.world), false, async |published: &Published| published.reveal().await.is_some() && published.row().await == [(MINER_UID, u16::MAX)]).await;

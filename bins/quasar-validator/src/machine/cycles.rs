@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::audits::{Selection, select};
-use protocol::documents::{FragmentHead, MergeManifest};
+use protocol::documents::{Contribution, FragmentHead, MergeManifest};
 use protocol::envelope::RunId;
 use protocol::schedule::{Work, cycle_of, fragment_of, merge_weights};
-use protocol::{AccountId, Digest};
+use protocol::{AccountId, Digest, Reason};
 use serde::{Deserialize, Serialize};
 
 use super::poller::Poller;
@@ -39,7 +39,7 @@ pub enum MergeFault {
     Version,
     #[error("contributions are not sorted by hotkey and slot, or one appears twice")]
     Order,
-    #[error("a merged contribution has a base version that no pull allows")]
+    #[error("a weighed contribution has a base version that no pull allows")]
     ContributionBase,
     #[error("its weights are not those that the signed rule gives")]
     Weights,
@@ -70,12 +70,14 @@ fn check(manifest: &MergeManifest, t: u64, fragments: u16, latest: &Latest) -> R
     if !manifest.contributions.is_sorted_by(|a, b| (a.hotkey, a.slot) < (b.hotkey, b.slot)) {
         return Err(MergeFault::Order);
     }
-    if manifest.accepted().any(|one| one.base_version > manifest.base_version || one.base_version < manifest.base_version.saturating_sub(1)) {
+    // Weights are fixed before the filters look at norms and directions: what those refused was weighed as well.
+    let weighed: Vec<&Contribution> = manifest.contributions.iter().filter(|one| one.tokens > 0 || one.weight_ppm > 0 || one.outcome == Reason::None).collect();
+    if weighed.iter().any(|one| one.base_version > manifest.base_version || one.base_version < manifest.base_version.saturating_sub(1)) {
         return Err(MergeFault::ContributionBase);
     }
     let work: Vec<Work> =
-        manifest.accepted().map(|one| Work { tokens: one.tokens, versions_behind: manifest.base_version - one.base_version }).collect();
-    if !manifest.accepted().map(|one| one.weight_ppm).eq(merge_weights(&work)) {
+        weighed.iter().map(|one| Work { tokens: one.tokens, versions_behind: manifest.base_version - one.base_version }).collect();
+    if !weighed.iter().map(|one| one.weight_ppm).eq(merge_weights(&work)) {
         return Err(MergeFault::Weights);
     }
     match latest.digests {
@@ -284,7 +286,6 @@ fn subject(selection: Selection, merges: &[MergeManifest]) -> Option<Subject> {
 mod tests {
     use super::*;
     use crate::machine::fixture::{account, contribution, merge};
-    use protocol::Reason;
 
     fn cycles() -> Cycles {
         Cycles::new(RunId([1; 16]), 2, 3, 100)
@@ -356,7 +357,9 @@ mod tests {
         assert_eq!(with(|m| m.contributions[0].base_version = 1), MergeFault::ContributionBase);
         assert_eq!(with(|m| m.contributions[0].weight_ppm += 1), MergeFault::Weights);
         assert_eq!(with(|m| m.contributions[0].tokens = 1_000), MergeFault::Weights);
-        let mut empty = merge(1, 2, vec![contribution(1, 0, 5, Reason::Late)]);
+        let filtered = merge(1, 2, vec![contribution(1, 0, 100, Reason::None), contribution(2, 0, 50, Reason::DirectionOutlier)]);
+        assert_eq!((check(&filtered, 1, 2, &latest), filtered.contributions[0].weight_ppm), (Ok(()), 666_666));
+        let mut empty = merge(1, 2, vec![contribution(1, 0, 0, Reason::Late)]);
         assert_eq!(check(&empty, 1, 2, &latest), Ok(()));
         empty.keyframe = Digest::blake3(b"other");
         assert_eq!(check(&empty, 1, 2, &latest), Err(MergeFault::Changed));

@@ -30,17 +30,16 @@ pub fn contribution(hotkey: u8, slot: u8, tokens: u64, outcome: Reason) -> Contr
     }
 }
 
-/// A sound manifest of outer step `t` with base version `t / fragments`, at block 5.
+/// A sound manifest of outer step `t` with base version `t / fragments`, at block 5. Contributions with tokens were weighed.
 pub fn merge(t: u64, fragments: u16, mut contributions: Vec<Contribution>) -> MergeManifest {
     let base_version = t / u64::from(fragments);
-    let merged = contributions.iter_mut().filter(|one| one.outcome == Reason::None);
-    let mut merged: Vec<&mut Contribution> = merged.collect();
-    let work: Vec<Work> = merged.iter().map(|one| Work { tokens: one.tokens, versions_behind: 0 }).collect();
-    for (one, weight) in merged.iter_mut().zip(merge_weights(&work)) {
+    let weighed: Vec<Work> = contributions.iter().filter(|one| one.tokens > 0).map(|one| Work { tokens: one.tokens, versions_behind: 0 }).collect();
+    for (one, weight) in contributions.iter_mut().filter(|one| one.tokens > 0).zip(merge_weights(&weighed)) {
         one.base_version = base_version;
         one.weight_ppm = weight;
     }
-    let version = base_version + u64::from(!merged.is_empty());
+    let is_merged = contributions.iter().any(|one| one.outcome == Reason::None);
+    let version = base_version + u64::from(is_merged);
     MergeManifest {
         t,
         fragment: (t % u64::from(fragments)) as u16,

@@ -256,7 +256,7 @@ impl Context for Ledger {
     }
 }
 
-/// Ends the subnet's epoch when it is due (`chain.md`, commit-reveal): pending, too long, or a tempo after the last one.
+/// Ends the subnet's epoch when it is due: one was asked for, the last is too long ago, or a tempo has passed.
 fn step_epoch(state: &mut State, netuid: u16, number: u64) {
     let tempo = u64::from(state.value::<u16>(SUBTENSOR, "Tempo", (netuid,)));
     let last: u64 = state.value(SUBTENSOR, "LastEpochBlock", (netuid,));
