@@ -27,14 +27,17 @@ Exit codes: 0 done, 64 wrong command line, 69 something needed does not answer, 
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    #[command(flatten)]
-    common: CommonArgs,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Join the current run and train until stopped
-    Run(MinerArgs),
+    Run {
+        #[command(flatten)]
+        miner: MinerArgs,
+        #[command(flatten)]
+        common: CommonArgs,
+    },
     /// Check what a miner needs, and say what is missing
     Doctor {
         /// Print one JSON object
@@ -42,20 +45,31 @@ enum Command {
         json: bool,
         #[command(flatten)]
         miner: MinerArgs,
+        #[command(flatten)]
+        common: CommonArgs,
     },
     /// Checkpoints on this disk
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
     /// The hotkey
-    #[command(subcommand)]
-    Identity(IdentityCommand),
+    Identity {
+        #[command(subcommand)]
+        command: IdentityCommand,
+        #[command(flatten)]
+        common: CommonArgs,
+    },
     /// Print any signed document as JSON, with the result of its verification
     Inspect {
         /// A `.qsr` file
         file: PathBuf,
     },
     /// The effective settings
-    Config(ConfigArgs),
+    Config {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        common: CommonArgs,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -63,8 +77,7 @@ enum CheckpointCommand {
     /// Write a fresh model
     Init {
         /// Model configuration (`config.json`)
-        // The group of common flags has a --config of its own.
-        #[arg(long = "config", id = "model_config", value_name = "FILE")]
+        #[arg(long, value_name = "FILE")]
         config: PathBuf,
         /// The same seed gives the same bytes on every machine
         #[arg(long, default_value_t = 0)]
@@ -144,13 +157,13 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
         }
     };
     match cli.command {
-        Command::Run(miner) => crate::run::main(&cli.common, &miner),
-        Command::Doctor { json, miner } => commands::doctor::main(&cli.common, &miner, json),
+        Command::Run { miner, common } => crate::run::main(&common, &miner),
+        Command::Doctor { json, miner, common } => commands::doctor::main(&common, &miner, json),
         Command::Checkpoint(CheckpointCommand::Init { config, seed, dtype, out }) => commands::checkpoint::init(&config, seed, dtype.into(), &out),
-        Command::Identity(IdentityCommand::Show { json }) => commands::identity::show(&cli.common, json),
-        Command::Identity(IdentityCommand::New { kind, json }) => commands::identity::new(&cli.common, kind.into(), json),
+        Command::Identity { command: IdentityCommand::Show { json }, common } => commands::identity::show(&common, json),
+        Command::Identity { command: IdentityCommand::New { kind, json }, common } => commands::identity::new(&common, kind.into(), json),
         Command::Inspect { file } => commands::inspect::main(&file),
-        Command::Config(config) => commands::config::main(&cli.common, &config),
+        Command::Config { config, common } => commands::config::main(&common, &config),
     }
 }
 

@@ -52,7 +52,7 @@ pub async fn run(
     };
     component.not_ready("the learner has ended");
     tasks.shutdown().await;
-    edge.trainer().stop(STEP_PATIENCE).await;
+    edge.close(STEP_PATIENCE).await;
     end
 }
 

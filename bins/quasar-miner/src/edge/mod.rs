@@ -142,8 +142,13 @@ impl Edge {
         })
     }
 
-    pub fn trainer(&self) -> &TrainerThread {
-        &self.trainer
+    /// Lets the trainer end after the step under way, for which it waits at most so long, and brings the spool to disk.
+    pub async fn close(&self, patience: Duration) {
+        self.trainer.stop(patience).await;
+        let plane = self.plane.clone();
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || plane.spool.flush()).await {
+            tracing::warn!(slot = self.slot, %error, "the last segments are not on disk");
+        }
     }
 
     /// Does one thing and reports what came of it.

@@ -318,6 +318,7 @@ mod tests {
         let spool = Spool::open(folder.path().join("spool"), 50, 72).unwrap();
         fill(&spool, 0..7);
         spool.put_export(100, 4, 7).unwrap();
+        spool.flush().unwrap();
         drop(spool);
         let spool = Spool::open(folder.path().join("spool"), 60, 72).unwrap();
         let opened = spool.open_segment(100).unwrap();

@@ -143,10 +143,6 @@ impl Leases {
         self.open.len() < 2 && self.first().is_none_or(|entry| left(entry) <= LOW_STEPS)
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.open.is_empty()
-    }
-
     /// Leases whose tokens are to be fetched now.
     pub(super) fn missing_tokens(&self, now_ms: u64) -> Vec<Lease> {
         let is_due = |entry: &&Entry| matches!(entry.tokens, Tokens::Missing { not_before_ms } if not_before_ms <= now_ms);
@@ -234,6 +230,6 @@ mod tests {
         assert_eq!(leases.set_job(&job(vec![lease(2, 2)]), 0), Changes { begun: vec![], ended: vec![1] });
         assert_eq!(leases.deadline(0), Some(1_000));
         assert_eq!(leases.expire(1_000), [2]);
-        assert!(leases.is_empty() && !leases.fetched(2, Ok(()), 0));
+        assert!(!leases.fetched(2, Ok(()), 0));
     }
 }

@@ -469,7 +469,11 @@ impl Learner {
         self.segments.stepped(step.lease, step.lease_step, step.applied, done.loss);
         self.applied.clear();
         self.fragments.stepped(done.tokens);
-        (self.loss, self.step_ms, self.faults_in_row, self.fault) = (done.loss, done.step_ms, 0, Reason::None);
+        (self.loss, self.step_ms, self.faults_in_row) = (done.loss, done.step_ms, 0);
+        // A fault that is over is still told once.
+        if self.record.has_told(self.fault) {
+            self.fault = Reason::None;
+        }
         tracing::debug!(slot = self.settings.slot, local_step = step.local_step, lease = step.lease, lease_step = step.lease_step, loss = done.loss as f64 * 1e-6, step_ms = done.step_ms, "step");
         self.row_taken(step.lease, now_ms);
     }

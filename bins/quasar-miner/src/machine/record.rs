@@ -1,5 +1,6 @@
 //! The progress record: what it says, and when it is written again.
 
+use protocol::Reason;
 use protocol::documents::Progress;
 use protocol::envelope::PROTOCOL_VERSION;
 
@@ -74,6 +75,11 @@ impl Record {
     /// Whether the last record of the session was written, or failed to be.
     pub(super) fn is_last_done(&self) -> bool {
         self.last_done
+    }
+
+    /// Whether a record with this reason was written.
+    pub(super) fn has_told(&self, reason: Reason) -> bool {
+        self.stored.as_ref().is_some_and(|record| record.reason == reason)
     }
 
     /// Whether the orchestrator can know of this session.

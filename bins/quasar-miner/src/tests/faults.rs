@@ -12,7 +12,7 @@ use crate::machine::{End, Fault, Input};
 fn world() -> (tempfile::TempDir, World) {
     let folder = tempfile::tempdir().unwrap();
     let mut world = World::new(folder.path(), START_MS);
-    world.job.leases = vec![lease(1, 40)];
+    world.job.leases = vec![lease(1, 400)];
     (folder, world)
 }
 
@@ -32,7 +32,7 @@ fn after_a_value_that_is_not_finite_the_learner_goes_back_says_so_and_goes_on() 
     train(&mut world, 6);
     world.failures.store(1, Ordering::Relaxed);
     let faulted_at = world.boundaries.len();
-    train(&mut world, 12);
+    train(&mut world, 16);
     assert!(world.records.iter().any(|record| (record.state, record.reason) == (LearnerState::Faulted, Reason::TrainingFault)));
     assert_eq!((world.record().state, world.record().reason), (LearnerState::Training, Reason::None));
     let restore = world.boundaries[faulted_at..].iter().find(|boundary| boundary.restore.is_some()).unwrap();
@@ -55,7 +55,8 @@ fn versions_received_since_the_snapshot_are_applied_again_after_going_back() {
     }
     world.failures.store(1, Ordering::Relaxed);
     let from = world.boundaries.len();
-    train(&mut world, world.record().local_step + 6);
+    let local_step = world.record().local_step;
+    train(&mut world, local_step + 6);
     let restore = world.boundaries[from..].iter().find(|boundary| boundary.restore.is_some()).unwrap();
     if restore.snapshot.as_ref().is_some_and(|snapshot| restore.restore.unwrap() < snapshot.local_step) {
         assert!(world.record().fragments[1].version == 1 && restore.snapshot.as_ref().unwrap().versions[1] == 1);

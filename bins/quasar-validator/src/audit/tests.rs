@@ -135,16 +135,16 @@ pub struct Case {
 #[derive(Default)]
 pub struct Cheat {
     pub other_rows: bool,
-    lr_factor: Option<f64>,
+    pub lr_factor: Option<f64>,
     /// Training of the last step is left out; the payload of the step before is sent.
-    idle: bool,
-    payload: Option<fn(&mut Vec<f32>)>,
-    state: Option<fn(&mut TrainerState)>,
-    opening: Option<fn(&mut OpeningManifest)>,
-    raw_payload: Option<fn(&mut Vec<u8>)>,
-    routes: Option<fn(&mut Vec<u8>)>,
-    no_opening: bool,
-    commitment: Option<fn(&mut Commitment)>,
+    pub idle: bool,
+    pub payload: Option<fn(&mut Vec<f32>)>,
+    pub state: Option<fn(&mut TrainerState)>,
+    pub opening: Option<fn(&mut OpeningManifest)>,
+    pub raw_payload: Option<fn(&mut Vec<u8>)>,
+    pub routes: Option<fn(&mut Vec<u8>)>,
+    pub no_opening: bool,
+    pub commitment: Option<fn(&mut Commitment)>,
 }
 
 pub fn signer() -> Ed25519Signer {
@@ -408,7 +408,7 @@ fn a_contribution_that_raises_the_loss_but_replays_still_passes() {
 fn bytes_that_are_not_the_committed_ones_fail_nobody_and_committed_nonsense_does() {
     let flipped: fn(&mut Vec<u8>) = |bytes| bytes[70] ^= 1;
     assert_eq!(outcome(Cheat { raw_payload: Some(flipped), ..Cheat::default() }), (VerdictResult::Inconclusive, Reason::DigestMismatch));
-    let cut: fn(&mut Vec<u8>) = |bytes| drop(bytes.pop());
+    let cut: fn(&mut Vec<u8>) = |bytes| bytes.truncate(bytes.len() - 1);
     assert_eq!(outcome(Cheat { raw_payload: Some(cut), ..Cheat::default() }), (VerdictResult::Inconclusive, Reason::LengthMismatch));
     // A committed payload with an infinite value: the store cannot know, the signature proves it.
     let world = World::new();

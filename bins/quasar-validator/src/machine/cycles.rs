@@ -358,7 +358,7 @@ mod tests {
         assert_eq!(with(|m| m.contributions[0].weight_ppm += 1), MergeFault::Weights);
         assert_eq!(with(|m| m.contributions[0].tokens = 1_000), MergeFault::Weights);
         let filtered = merge(1, 2, vec![contribution(1, 0, 100, Reason::None), contribution(2, 0, 50, Reason::DirectionOutlier)]);
-        assert_eq!((check(&filtered, 1, 2, &latest), filtered.contributions[0].weight_ppm), (Ok(()), 666_666));
+        assert_eq!((check(&filtered, 1, 2, &latest), filtered.contributions[0].weight_ppm), (Ok(()), 600_000));
         let mut empty = merge(1, 2, vec![contribution(1, 0, 0, Reason::Late)]);
         assert_eq!(check(&empty, 1, 2, &latest), Ok(()));
         empty.keyframe = Digest::blake3(b"other");

@@ -11,9 +11,9 @@ use super::{Role, Settings, SettingsError, Sources};
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Settings")]
 pub struct CommonArgs {
-    /// Configuration file (TOML) [env: QUASAR_CONFIG]
-    #[arg(long, value_name = "FILE", global = true)]
-    pub config: Option<PathBuf>,
+    /// Settings file (TOML) [env: QUASAR_CONFIG]
+    #[arg(long = "settings", value_name = "FILE", global = true)]
+    pub settings_file: Option<PathBuf>,
     /// Bittensor network: finney, test or local [env: QUASAR_NETWORK]
     #[arg(long, value_name = "NAME", global = true)]
     pub network: Option<String>,
@@ -189,7 +189,7 @@ impl CommonArgs {
     pub fn sources(&self, of_role: impl Into<RoleFlags>) -> Result<Sources, SettingsError> {
         let mut flags = self.given();
         flags.extend(of_role.into().0);
-        Sources::of_process(self.config.clone(), flags)
+        Sources::of_process(self.settings_file.clone(), flags)
     }
 
     /// The settings of a role from the process' environment, its file, these flags and those of the role.

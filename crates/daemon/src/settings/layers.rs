@@ -48,7 +48,7 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// The process' environment and the flags that were given; the file is that of `--config` or `QUASAR_CONFIG`.
+    /// The process' environment and the flags that were given; the file is that of `--settings` or `QUASAR_CONFIG`.
     ///
     /// # Errors
     /// A `QUASAR_*` variable is not valid UTF-8.

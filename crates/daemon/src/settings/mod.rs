@@ -26,7 +26,7 @@ pub use value::Devices;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SettingsError {
-    #[error("the configuration file {} cannot be read: {reason}\nhint: check --config or QUASAR_CONFIG, and the file's permissions", path.display())]
+    #[error("the configuration file {} cannot be read: {reason}\nhint: check --settings or QUASAR_CONFIG, and the file's permissions", path.display())]
     Unreadable { path: PathBuf, reason: String },
     #[error("line {line} of {} is not valid TOML: {reason}\nhint: texts need quotes; a table starts with a line such as [wallet]", path.display())]
     Syntax { path: PathBuf, line: usize, reason: String },

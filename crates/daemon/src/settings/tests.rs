@@ -67,7 +67,7 @@ fn a_syntax_error_names_the_line_and_quotes_nothing() {
 #[test]
 fn a_missing_or_huge_file_is_an_error_with_a_hint() {
     let sources = Sources { file: Some("/nonexistent/quasar.toml".into()), ..Sources::default() };
-    assert!(error(Role::Miner, &sources).to_string().contains("hint: check --config"));
+    assert!(error(Role::Miner, &sources).to_string().contains("hint: check --settings"));
     let (_file, sources) = file(&"# long\n".repeat(200_000));
     assert!(error(Role::Miner, &sources).to_string().contains("longer than"));
 }

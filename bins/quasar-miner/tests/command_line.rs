@@ -1,0 +1,156 @@
+//! The binary as a person or a supervisor meets it: output, exit codes, hints.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+const OWNER: &str = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY";
+
+/// The binary without any setting of the machine that runs the test.
+fn miner() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quasar-miner"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("QUASAR_") || name.to_string_lossy().starts_with("AWS_") {
+            command.env_remove(name);
+        }
+    }
+    command.stdin(Stdio::null());
+    command
+}
+
+fn output(arguments: &[&str]) -> Output {
+    miner().args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A miner's whole configuration in one folder: wallet, state, a chain whose genesis is known, a bucket that is not there.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("chain.json"), format!(r#"{{"genesis":"0x{}","endpoint":"ws://127.0.0.1:1"}}"#, "22".repeat(32))).unwrap();
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn new_hotkey(&self, kind: &str) -> serde_json::Value {
+        let path = self.path("wallets").display().to_string();
+        let made = output(&["identity", "new", "--wallet-path", &path, "--wallet-name", "w", "--hotkey-name", kind, "--kind", kind, "--json"]);
+        assert!(made.status.success(), "{}", text(&made.stderr));
+        serde_json::from_slice(&made.stdout).unwrap()
+    }
+
+    fn run(&self, hotkey: &str) -> Command {
+        let mut command = miner();
+        command.args(["run", "--worker-id", "test", "--owner-identity", OWNER, "--network", "local", "--netuid", "24", "--devices", "cpu"]);
+        command.args(["--s3-bucket", "b", "--s3-endpoint-url", "http://127.0.0.1:1", "--wallet-name", "w", "--hotkey-name", hotkey]);
+        for (flag, name) in [("--local-chain", "chain.json"), ("--wallet-path", "wallets"), ("--state-dir", "state")] {
+            command.arg(flag).arg(self.path(name));
+        }
+        command
+    }
+}
+
+/// Waits until the process has logged `mark`.
+fn wait_for_log(child: &mut Child, mark: &str) {
+    let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut seen = Vec::new();
+    for line in lines.map_while(Result::ok) {
+        if line.contains(mark) {
+            return;
+        }
+        seen.push(line);
+    }
+    panic!("no `{mark}` in {seen:#?}");
+}
+
+#[test]
+fn help_and_version_are_results_and_a_wrong_flag_is_a_usage_error() {
+    let help = output(&["--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    assert!(text(&help.stdout).contains("Examples:"));
+    assert!(text(&output(&["--version"]).stdout).starts_with("quasar-miner "));
+    assert_eq!(output(&["run", "--no-such-flag"]).status.code(), Some(64));
+}
+
+#[test]
+fn the_same_identity_is_made_shown_and_never_overwritten() {
+    let place = Place::new();
+    let made = place.new_hotkey("ed25519");
+    assert_eq!(made["crypto_type"], "ed25519");
+    let path = place.path("wallets").display().to_string();
+    let name = ["--wallet-path", &path, "--wallet-name", "w", "--hotkey-name", "ed25519"];
+    let shown = output(&[["identity", "show", "--json"].as_slice(), &name].concat());
+    assert_eq!(serde_json::from_slice::<serde_json::Value>(&shown.stdout).unwrap(), made);
+    let again = output(&[["identity", "new"].as_slice(), &name].concat());
+    assert_eq!(again.status.code(), Some(78));
+    assert!(text(&again.stderr).contains("hint: "));
+}
+
+#[test]
+fn grouped_launch_mode_is_refused_with_the_mode_to_use() {
+    let place = Place::new();
+    let refused = place.run("h").env("QUASAR_MINER_LAUNCH_MODE", "grouped").output().unwrap();
+    assert_eq!(refused.status.code(), Some(78));
+    assert!(text(&refused.stderr).contains("per-gpu"), "{}", text(&refused.stderr));
+}
+
+#[test]
+fn a_missing_wallet_and_a_hotkey_that_nothing_can_be_sealed_to_are_configuration_errors() {
+    let place = Place::new();
+    let missing = place.run("nobody").output().unwrap();
+    assert_eq!(missing.status.code(), Some(78));
+    assert!(text(&missing.stderr).contains("nobody") && text(&missing.stderr).contains("hint: "), "{}", text(&missing.stderr));
+    place.new_hotkey("sr25519");
+    let unsealable = place.run("sr25519").output().unwrap();
+    assert_eq!(unsealable.status.code(), Some(78));
+    assert!(text(&unsealable.stderr).contains("ed25519"), "{}", text(&unsealable.stderr));
+}
+
+#[test]
+fn a_miner_waits_for_its_bucket_keeps_others_from_its_state_and_stops_when_told() {
+    let place = Place::new();
+    place.new_hotkey("ed25519");
+    let mut first = place.run("ed25519").stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_log(&mut first, "waiting");
+    let second = place.run("ed25519").output().unwrap();
+    assert_eq!(second.status.code(), Some(78));
+    assert!(text(&second.stderr).contains("in use"), "{}", text(&second.stderr));
+    assert!(Command::new("kill").args(["-TERM", &first.id().to_string()]).status().unwrap().success());
+    assert_eq!(first.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_fresh_checkpoint_depends_on_its_seed_alone_and_is_never_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../crates/model/tests/data/small_config.json");
+    let init = |out: &str, seed: &str| {
+        let out = folder.path().join(out);
+        let made = miner().args(["checkpoint", "init", "--seed", seed, "--config"]).arg(&config).arg("--out").arg(&out).output().unwrap();
+        (made.status.code(), std::fs::read(out.join("model.safetensors")).unwrap())
+    };
+    let (exit, first) = init("a", "7");
+    assert_eq!(exit, Some(0));
+    assert_eq!(init("b", "7").1, first);
+    assert_ne!(init("c", "8").1, first);
+    assert_eq!(init("a", "9"), (Some(78), first));
+}
+
+#[test]
+fn inspect_says_of_rubbish_that_it_is_no_document() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("x.qsr");
+    std::fs::write(&file, b"rubbish").unwrap();
+    let shown = output(&["inspect", &file.display().to_string()]);
+    assert_eq!(shown.status.code(), Some(78));
+    assert!(text(&shown.stderr).starts_with("error: "), "{}", text(&shown.stderr));
+}
