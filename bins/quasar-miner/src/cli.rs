@@ -159,7 +159,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
     match cli.command {
         Command::Run { miner, common } => crate::run::main(&common, &miner),
         Command::Doctor { json, miner, common } => commands::doctor::main(&common, &miner, json),
-        Command::Checkpoint(CheckpointCommand::Init { config, seed, dtype, out }) => commands::checkpoint::init(&config, seed, dtype.into(), &out),
+        Command::Checkpoint(CheckpointCommand::Init { config, seed, dtype, out }) => {
+            commands::checkpoint::init(&config, seed, dtype.into(), &out)
+        }
         Command::Identity { command: IdentityCommand::Show { json }, common } => commands::identity::show(&common, json),
         Command::Identity { command: IdentityCommand::New { kind, json }, common } => commands::identity::new(&common, kind.into(), json),
         Command::Inspect { file } => commands::inspect::main(&file),

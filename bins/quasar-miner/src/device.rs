@@ -24,7 +24,9 @@ pub fn names(settings: &MinerSettings) -> Result<Vec<String>, TrainError> {
     Ok(match &settings.devices {
         Devices::Cpu => vec!["cpu".to_owned()],
         Devices::Cuda(numbers) => cuda(&mut numbers.iter().copied()),
-        Devices::Auto if model::cuda_is_available() => cuda(&mut (0..GPUS_MAX).take_while(|number| Path::new(&format!("/dev/nvidia{number}")).exists())),
+        Devices::Auto if model::cuda_is_available() => {
+            cuda(&mut (0..GPUS_MAX).take_while(|number| Path::new(&format!("/dev/nvidia{number}")).exists()))
+        }
         Devices::Auto => vec!["cpu".to_owned()],
     })
 }

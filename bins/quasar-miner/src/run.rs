@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use chain::{ChainError, ConnectSettings, Hotkey};
 use daemon::health::{self, Health};
-use daemon::settings::{CommonArgs, MinerArgs, Role};
 use daemon::sequence::Sequence;
+use daemon::settings::{CommonArgs, MinerArgs, Role};
 use daemon::{Exit, Failure, Journal, Settings, Shutdown, clock, telemetry};
 use protocol::envelope::{EnvelopeError, RunId};
 use protocol::{AccountId, Signer};
@@ -36,7 +36,9 @@ const STALE_AFTER: Duration = Duration::from_secs(30);
 enum RunError {
     #[error("nothing can be sealed to the sr25519 hotkey {0}\nhint: {remedy}", remedy = protocol::Reason::NeedsCertificate.remedy())]
     NeedsCertificate(AccountId),
-    #[error("the run has {slots} slots for a hotkey, but {learners} learners from slot {first} on do not fit\nhint: use fewer devices, a lower --first-slot, or another hotkey")]
+    #[error(
+        "the run has {slots} slots for a hotkey, but {learners} learners from slot {first} on do not fit\nhint: use fewer devices, a lower --first-slot, or another hotkey"
+    )]
     Slots { slots: u8, learners: usize, first: u8 },
     #[error("`{0}` is not a run id\nhint: unset QUASAR_RUN_ID; the run is found by itself")]
     RunId(String),
@@ -136,7 +138,21 @@ impl Miner {
             });
         }
         tracing::info!(hotkey = %account, devices = devices.join(","), version = env!("CARGO_PKG_VERSION"), "miner started");
-        Ok(Self { settings, hotkey: Arc::new(hotkey), secret, chain, public, journal, state_dir, netuid, owner, pin, devices, health, shutdown })
+        Ok(Self {
+            settings,
+            hotkey: Arc::new(hotkey),
+            secret,
+            chain,
+            public,
+            journal,
+            state_dir,
+            netuid,
+            owner,
+            pin,
+            devices,
+            health,
+            shutdown,
+        })
     }
 
     async fn run(&self) -> Result<Exit, Failure> {
@@ -257,17 +273,27 @@ impl Miner {
         })
     }
 
-    fn start_learner(&self, learners: &mut JoinSet<End>, shared: &Arc<Shared>, reader: RunReader, slot: u8, device: &str, stop: &Shutdown) -> Result<(), Failure> {
+    fn start_learner(
+        &self,
+        learners: &mut JoinSet<End>,
+        shared: &Arc<Shared>,
+        reader: RunReader,
+        slot: u8,
+        device: &str,
+        stop: &Shutdown,
+    ) -> Result<(), Failure> {
         let (facts, miner) = (reader.facts().clone(), self.settings.miner());
         // A session must be newer than the last one even if the clock went back meanwhile.
-        let sessions = Sequence::open(self.journal.clone(), &format!("session/{slot}")).map_err(|error| Failure::new(error.exit(), error))?;
+        let sessions =
+            Sequence::open(self.journal.clone(), &format!("session/{slot}")).map_err(|error| Failure::new(error.exit(), error))?;
         let session_epoch = sessions.next(clock::now_ms()).map_err(|error| Failure::new(error.exit(), error))?;
         let folder = self.state_dir.join("runs").join(facts.manifest.run.to_string()).join(format!("slot-{slot}"));
         let plane = Arc::new(Plane::open(&folder, session_epoch, &facts).map_err(Failure::unavailable)?);
         let (inputs, queue) = mpsc::channel(session::INPUTS);
         let open = device::opener(device.to_owned(), facts.plan.clone(), miner.threads);
         let inner = facts.manifest.parameters.inner.clone();
-        let trainer = TrainerThread::start(format!("learner-{slot}"), open, plane.clone(), inner, inputs.clone()).map_err(Failure::unavailable)?;
+        let trainer =
+            TrainerThread::start(format!("learner-{slot}"), open, plane.clone(), inner, inputs.clone()).map_err(Failure::unavailable)?;
         let machine = Learner::new(LearnerSettings {
             worker: miner.worker_name(slot, self.devices.len()),
             hotkey: self.hotkey.key().account(),

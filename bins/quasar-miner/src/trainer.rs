@@ -36,7 +36,13 @@ pub struct TrainerThread {
 
 impl TrainerThread {
     /// Starts the thread. Results go to `inputs`.
-    pub fn start(name: String, open: OpenTrainer, plane: Arc<Plane>, inner: InnerOptimizer, inputs: mpsc::Sender<Input>) -> std::io::Result<Self> {
+    pub fn start(
+        name: String,
+        open: OpenTrainer,
+        plane: Arc<Plane>,
+        inner: InnerOptimizer,
+        inputs: mpsc::Sender<Input>,
+    ) -> std::io::Result<Self> {
         let (orders, queue) = channel();
         let work = move || serve(open, &queue, &plane, &inner, &|input| inputs.blocking_send(input).is_ok());
         let thread = std::thread::Builder::new().name(name).spawn(work)?;
@@ -185,7 +191,8 @@ impl Worker {
         for (value, base) in change.iter_mut().zip(&base) {
             *value = base - *value;
         }
-        let header = PayloadHeader::bf16(plane.keyframes.plan(), plane.keyframes.plan_digest(), usize::from(order.fragment), order.base_version);
+        let header =
+            PayloadHeader::bf16(plane.keyframes.plan(), plane.keyframes.plan_digest(), usize::from(order.fragment), order.base_version);
         let payload = codec::encode(&header, &change).map_err(|error| match error {
             CodecError::NotFinite { .. } => Fault::NotFinite,
             error => Fault::Broken(error.to_string()),

@@ -34,7 +34,8 @@ struct Place {
 impl Place {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("chain.json"), format!(r#"{{"genesis":"0x{}","endpoint":"ws://127.0.0.1:1"}}"#, "22".repeat(32))).unwrap();
+        std::fs::write(folder.path().join("chain.json"), format!(r#"{{"genesis":"0x{}","endpoint":"ws://127.0.0.1:1"}}"#, "22".repeat(32)))
+            .unwrap();
         Self { folder }
     }
 
@@ -44,7 +45,8 @@ impl Place {
 
     fn new_hotkey(&self, kind: &str) -> serde_json::Value {
         let path = self.path("wallets").display().to_string();
-        let made = output(&["identity", "new", "--wallet-path", &path, "--wallet-name", "w", "--hotkey-name", kind, "--kind", kind, "--json"]);
+        let made =
+            output(&["identity", "new", "--wallet-path", &path, "--wallet-name", "w", "--hotkey-name", kind, "--kind", kind, "--json"]);
         assert!(made.status.success(), "{}", text(&made.stderr));
         serde_json::from_slice(&made.stdout).unwrap()
     }

@@ -58,9 +58,7 @@ enum Command {
     /// Train a small model across real daemons on this machine
     Devnet(devnet::DevnetArgs),
     /// Print a signed document as JSON, with the result of its verification
-    Inspect {
-        file: PathBuf,
-    },
+    Inspect { file: PathBuf },
     /// Show or check the configuration
     Config(ConfigArgs),
 }
@@ -100,7 +98,9 @@ pub fn main() -> Result<Exit, Failure> {
     let plain = OrchestratorArgs::default();
     match cli.command {
         Command::Run { of_run, command: None } => return runtime.block_on(serve::serve(office(&of_run)?)),
-        Command::Run { of_run, command: Some(RunCommand::Create(arguments)) } => runtime.block_on(run::create(&office(&of_run)?, arguments))?,
+        Command::Run { of_run, command: Some(RunCommand::Create(arguments)) } => {
+            runtime.block_on(run::create(&office(&of_run)?, arguments))?
+        }
         Command::Root { command: RootCommand::Sign(arguments) } => runtime.block_on(root::sign(&office(&plain)?, arguments))?,
         Command::Checkpoint { command } => match command {
             CheckpointCommand::Publish(arguments) => runtime.block_on(checkpoint::publish(&office(&plain)?, arguments))?,
@@ -126,7 +126,11 @@ fn config(common: &CommonArgs, arguments: &ConfigArgs) -> Result<Exit, Failure> 
     match arguments.command {
         ConfigCommand::Show { json } => {
             let settings = Settings::load(Role::Orchestrator, &sources)?;
-            if json { println!("{:#}", show::json(&settings)) } else { print!("{}", show::text(&settings)) }
+            if json {
+                println!("{:#}", show::json(&settings))
+            } else {
+                print!("{}", show::text(&settings))
+            }
             Ok(Exit::Done)
         }
         ConfigCommand::Validate => {

@@ -39,7 +39,8 @@ impl Office {
         let wallet = settings.wallet()?;
         let signer = Wallet::new(&wallet.path, wallet.name, wallet.hotkey).load_hotkey().map_err(Failure::configuration)?;
         let store = settings.store()?;
-        let url = BucketUrl::new(store.endpoint_url.as_deref(), &store.region, &store.bucket, store.path_style).map_err(Failure::configuration)?;
+        let url = BucketUrl::new(store.endpoint_url.as_deref(), &store.region, &store.bucket, store.path_style)
+            .map_err(Failure::configuration)?;
         let s3 = S3Store::new(S3Settings {
             endpoint: store.endpoint_url,
             region: store.region,
@@ -84,8 +85,10 @@ impl Office {
     pub async fn put_bytes_once(&self, key: &str, bytes: Bytes) -> Result<(), Failure> {
         match self.store.put(key, bytes, PutCondition::IfAbsent).await {
             Ok(_) => Ok(()),
-            Err(StoreError::PreconditionFailed { key }) => Err(Failure::configuration(anyhow::anyhow!("{key} is there already and is never changed"))
-                .hint("this step was done before; go on with the next one, or choose another name")),
+            Err(StoreError::PreconditionFailed { key }) => {
+                Err(Failure::configuration(anyhow::anyhow!("{key} is there already and is never changed"))
+                    .hint("this step was done before; go on with the next one, or choose another name"))
+            }
             Err(error) => Err(Failure::unavailable(error)),
         }
     }

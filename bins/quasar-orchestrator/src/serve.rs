@@ -30,8 +30,12 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
         .map_err(Failure::configuration)?;
     let (root, root_bytes) = run::newest_root(&office).await?;
     if root.orchestrator != office.key() {
-        return Err(Failure::configuration(anyhow::anyhow!("the root names orchestrator {}, this wallet is {}", root.orchestrator.account(), office.key().account()))
-            .hint("use the wallet that the root names, or sign a new root"));
+        return Err(Failure::configuration(anyhow::anyhow!(
+            "the root names orchestrator {}, this wallet is {}",
+            root.orchestrator.account(),
+            office.key().account()
+        ))
+        .hint("use the wallet that the root names, or sign a new root"));
     }
     let current = current_run(&office).await?;
     if current.root_digest != Digest::blake3(&root_bytes) {
@@ -43,16 +47,22 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
     let plan = office.read::<FragmentPlan>(&run_keys.plan(&manifest.plan), &context, &office.key()).await?.document;
     let mut shards: Vec<ShardManifest> = Vec::new();
     for page in &manifest.catalog {
-        shards.extend(office.read::<protocol::documents::CatalogPage>(&run_keys.catalog(page.page), &context, &office.key()).await?.document.shards);
+        shards.extend(
+            office.read::<protocol::documents::CatalogPage>(&run_keys.catalog(page.page), &context, &office.key()).await?.document.shards,
+        );
     }
     let folder = state_dir.join("runs").join(current.run.to_string());
     for name in ["payloads", "states", "releases"] {
-        std::fs::create_dir_all(folder.join(name)).map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", folder.display())))?;
+        std::fs::create_dir_all(folder.join(name))
+            .map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", folder.display())))?;
     }
     let base_tree = state_dir.join("releases").join(&manifest.base_release);
     let (base, base_digest) = checkpoint::fetch_to(&office, &manifest.base_release, &base_tree).await?;
     if base_digest != manifest.base_manifest {
-        return Err(Failure::configuration(anyhow::anyhow!("release {} is not the one that the run was created from", manifest.base_release)));
+        return Err(Failure::configuration(anyhow::anyhow!(
+            "release {} is not the one that the run was created from",
+            manifest.base_release
+        )));
     }
     let setup = setup(&office, &context, &manifest, &plan, &shards).await?;
 
@@ -92,7 +102,8 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
     let options = DriverOptions { snapshot_every: SNAPSHOT_EVERY, ..DriverOptions::default() };
     let component = health.component("orchestrator");
     component.ready();
-    let driver = Driver::with_options(recovered, journal, Arc::new(Hands(service.clone())), options).first(Input::Started).component(component);
+    let driver =
+        Driver::with_options(recovered, journal, Arc::new(Hands(service.clone())), options).first(Input::Started).component(component);
     spawn_pollers(&service, &driver.inputs(), &shutdown);
     let (_, exit) = driver.run(&shutdown).await?;
     tracing::info!("stopped");
@@ -113,7 +124,13 @@ async fn current_run(office: &Office) -> Result<CurrentRun, Failure> {
         .map_err(Failure::configuration)
 }
 
-async fn setup(office: &Office, context: &Context, manifest: &RunManifest, plan: &FragmentPlan, shards: &[ShardManifest]) -> Result<RunSetup, Failure> {
+async fn setup(
+    office: &Office,
+    context: &Context,
+    manifest: &RunManifest,
+    plan: &FragmentPlan,
+    shards: &[ShardManifest],
+) -> Result<RunSetup, Failure> {
     let run_keys = office.keys.run(context.run);
     let mut fragments = Vec::new();
     for fragment in 0..plan.fragments.len() {

@@ -37,7 +37,18 @@ impl Subject {
     pub fn verdict(&self, judgement: &Judgement) -> Verdict {
         let Selection { audit, validator, cycle, hotkey, slot, t, .. } = self.selection;
         let payload = self.contribution.payload;
-        Verdict { audit, validator, cycle, hotkey, slot, t, payload, result: judgement.result, reason: judgement.reason, measured: judgement.measured }
+        Verdict {
+            audit,
+            validator,
+            cycle,
+            hotkey,
+            slot,
+            t,
+            payload,
+            result: judgement.result,
+            reason: judgement.reason,
+            measured: judgement.measured,
+        }
     }
 }
 

@@ -16,12 +16,12 @@ pub mod verdicts;
 use std::path::Path;
 use std::sync::Arc;
 
+use ::chain::Hotkey;
 use daemon::driver::Inputs;
 use daemon::health::Component;
 use daemon::sequence::Sequence;
 use daemon::{Executor, Journal, clock};
 use fragments::codec;
-use ::chain::Hotkey;
 use protocol::audits::Selection;
 use protocol::documents::{AuditOrder, MergeManifest, OPENING_PARTS, PROGRESS_BYTES, VerdictResult};
 use protocol::envelope::Expect;
@@ -84,7 +84,20 @@ pub struct Effects {
 impl Effects {
     /// Sets everything up; must be called inside a runtime.
     pub fn new(settings: EffectSettings<'_>) -> Result<Self, Trouble> {
-        let EffectSettings { reader, archive, access, link, hotkey, secret, journal, state_dir, open_engine, is_dry_run, store_health, chain_health } = settings;
+        let EffectSettings {
+            reader,
+            archive,
+            access,
+            link,
+            hotkey,
+            secret,
+            journal,
+            state_dir,
+            open_engine,
+            is_dry_run,
+            store_health,
+            chain_health,
+        } = settings;
         let (facts, own) = (reader.facts().clone(), hotkey.account());
         let (reader, archive) = (Arc::new(tokio::sync::Mutex::new(reader)), Arc::new(archive));
         let grants = Arc::new(Grants::new(reader.clone(), facts.clone(), access, own, secret));
@@ -210,7 +223,8 @@ impl Effects {
             }
             parts.push(bytes);
         }
-        let opening = <[_; OPENING_PARTS as usize]>::try_from(parts).ok().map(|[manifest, state, routes]| Opening { manifest, state, routes });
+        let opening =
+            <[_; OPENING_PARTS as usize]>::try_from(parts).ok().map(|[manifest, state, routes]| Opening { manifest, state, routes });
         Ok(Evidence { commitment, payload, opening, leases: order.leases, versions })
     }
 
@@ -235,7 +249,12 @@ impl Executor for Effects {
             Effect::ReadMerge { t } => Input::Merge { t, manifest: self.merge(t).await },
             Effect::Keep(keyframe) => {
                 if let Err(trouble) = self.keyframes.keep(keyframe).await {
-                    tracing::debug!(fragment = keyframe.fragment, version = keyframe.version, error = trouble.line(), "a keyframe is fetched later");
+                    tracing::debug!(
+                        fragment = keyframe.fragment,
+                        version = keyframe.version,
+                        error = trouble.line(),
+                        "a keyframe is fetched later"
+                    );
                 }
                 return;
             }
@@ -243,13 +262,20 @@ impl Executor for Effects {
             Effect::ReadChain => Input::Chain(self.of_chain(self.chain.view().await).map(Box::new)),
             Effect::ReadBeacon { cycle, block } => Input::Beacon { cycle, hash: self.of_chain(self.chain.beacon(block).await).flatten() },
             Effect::ReadOrder(selection) => Input::Order { audit: selection.audit, read: self.order(&selection).await },
-            Effect::Judge { subject, versions } => Input::Judged { audit: subject.selection.audit, judged: self.judge(*subject, versions).await },
+            Effect::Judge { subject, versions } => {
+                Input::Judged { audit: subject.selection.audit, judged: self.judge(*subject, versions).await }
+            }
             Effect::Commit(verdict) => Input::Committed { audit: verdict.audit, written: self.verdicts.commit(*verdict).await },
             Effect::Reveal(audit) => Input::Revealed { audit, written: self.verdicts.reveal(audit).await },
             Effect::ReadVerdict(subject) => {
                 let audit = subject.selection.audit;
                 let verdict = self.verdicts.revealed(&subject).await.unwrap_or_else(|trouble| {
-                    tracing::warn!(audit = audit.short(), validator = subject.selection.validator.short(), error = trouble.line(), "a verdict could not be read");
+                    tracing::warn!(
+                        audit = audit.short(),
+                        validator = subject.selection.validator.short(),
+                        error = trouble.line(),
+                        "a verdict could not be read"
+                    );
                     None
                 });
                 Input::Verdict { audit, verdict: verdict.map(Box::new) }

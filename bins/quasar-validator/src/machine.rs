@@ -89,17 +89,38 @@ pub enum Input {
     /// `None` = unchanged or unreadable.
     Head(Option<Box<HeadFacts>>),
     /// `None` = absent or unreadable.
-    Merge { t: u64, manifest: Option<Box<MergeManifest>> },
+    Merge {
+        t: u64,
+        manifest: Option<Box<MergeManifest>>,
+    },
     /// Number of the finalized head block; `None` = the chain did not answer.
     Block(Option<u64>),
     Chain(Option<Box<ChainView>>),
-    Beacon { cycle: u64, hash: Option<[u8; 32]> },
-    Order { audit: Digest, read: OrderRead },
-    Judged { audit: Digest, judged: Judged },
-    Committed { audit: Digest, written: Written },
-    Revealed { audit: Digest, written: Written },
+    Beacon {
+        cycle: u64,
+        hash: Option<[u8; 32]>,
+    },
+    Order {
+        audit: Digest,
+        read: OrderRead,
+    },
+    Judged {
+        audit: Digest,
+        judged: Judged,
+    },
+    Committed {
+        audit: Digest,
+        written: Written,
+    },
+    Revealed {
+        audit: Digest,
+        written: Written,
+    },
     /// `None` = not revealed yet.
-    Verdict { audit: Digest, verdict: Option<Box<Verdict>> },
+    Verdict {
+        audit: Digest,
+        verdict: Option<Box<Verdict>>,
+    },
     Weights(WeightsOutcome),
     /// Whether another run is current in the bucket.
     Moved(bool),
@@ -108,20 +129,31 @@ pub enum Input {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     ReadHead,
-    ReadMerge { t: u64 },
+    ReadMerge {
+        t: u64,
+    },
     /// Fetch a keyframe while its grant lives.
     Keep(KeyframeRef),
     ReadBlock,
     ReadChain,
-    ReadBeacon { cycle: u64, block: u64 },
+    ReadBeacon {
+        cycle: u64,
+        block: u64,
+    },
     ReadOrder(Selection),
-    Judge { subject: Box<Subject>, versions: Vec<u64> },
+    Judge {
+        subject: Box<Subject>,
+        versions: Vec<u64>,
+    },
     /// Journal the verdict with its salt, then publish the commitment.
     Commit(Box<Verdict>),
     /// Publish the journaled verdict.
     Reveal(Digest),
     ReadVerdict(Box<Subject>),
-    SetWeights { scores: Vec<(AccountId, u64)>, due: Due },
+    SetWeights {
+        scores: Vec<(AccountId, u64)>,
+        due: Due,
+    },
     CheckMoved,
 }
 
@@ -192,7 +224,10 @@ impl Machine {
         self.cycles.follow(head.closed_below);
         let contradictions = self.cycles.contradictions(&head.fragments);
         if !contradictions.is_empty() {
-            tracing::error!(?contradictions, "the head names other keyframes than the merge manifests: the orchestrator contradicts itself");
+            tracing::error!(
+                ?contradictions,
+                "the head names other keyframes than the merge manifests: the orchestrator contradicts itself"
+            );
         }
         self.head = Some(head);
     }
@@ -207,7 +242,11 @@ impl Machine {
             }
             let newest = self.head.as_ref().and_then(|head| head.fragments.get(usize::from(merge.fragment))).map_or(0, |head| head.version);
             if merge.version > merge.base_version && merge.version.saturating_add(VERSIONS_KEPT) > newest {
-                self.effects.push_back(Effect::Keep(KeyframeRef { fragment: merge.fragment, version: merge.version, digest: merge.keyframe }));
+                self.effects.push_back(Effect::Keep(KeyframeRef {
+                    fragment: merge.fragment,
+                    version: merge.version,
+                    digest: merge.keyframe,
+                }));
             }
         }
     }
@@ -233,7 +272,11 @@ impl Machine {
             if own.validator_permit {
                 tracing::info!(uid = own.uid, "the hotkey has a validator permit");
             } else {
-                tracing::warn!(uid = own.uid, hint = "more stake brings a permit at the next epoch", "the hotkey has no validator permit: no audits, and no weights on others");
+                tracing::warn!(
+                    uid = own.uid,
+                    hint = "more stake brings a permit at the next epoch",
+                    "the hotkey has no validator permit: no audits, and no weights on others"
+                );
             }
         }
         self.chain = Some(view);
@@ -287,7 +330,14 @@ impl Machine {
         if self.weights.is_final_set() && !self.is_complete_logged {
             self.is_complete_logged = true;
             let tally = self.verdicts.tally();
-            tracing::info!(merges = self.cycles.folded_below(), passed = tally.pass, failed = tally.fail, other = tally.other, missing = tally.missing, "the run is complete and the final weights are set; waiting for the next run");
+            tracing::info!(
+                merges = self.cycles.folded_below(),
+                passed = tally.pass,
+                failed = tally.fail,
+                other = tally.other,
+                missing = tally.missing,
+                "the run is complete and the final weights are set; waiting for the next run"
+            );
         }
     }
 }

@@ -42,7 +42,9 @@ pub enum CodecError {
     Values { got: u64, expected: u64 },
     #[error("the payload has {got} bytes, expected are {expected}\nhint: fragment plan or codec of the sender differ; update the miner")]
     Length { got: u64, expected: u64 },
-    #[error("the payload's header differs from the expected one at byte {byte}\nhint: fragment plan, base version or codec of the sender differ; update the miner")]
+    #[error(
+        "the payload's header differs from the expected one at byte {byte}\nhint: fragment plan, base version or codec of the sender differ; update the miner"
+    )]
     Header { byte: usize },
     #[error("element {element} is not a finite bf16 number\nhint: the learner diverged; it goes back to its last good state")]
     NotFinite { element: u64 },

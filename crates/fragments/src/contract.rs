@@ -71,7 +71,9 @@ pub struct Contract {
 pub enum ContractError {
     #[error("the parameter contract has {length} bytes, the limit is {CONTRACT_BYTES_MAX}")]
     TooLong { length: u64 },
-    #[error("the parameter contract is not valid: {message}\nhint: it must read {{\"version\":1,\"tensors\":[{{\"name\",\"shape\",\"dtype\"}}]}}; without the file the contract is taken from the weights")]
+    #[error(
+        "the parameter contract is not valid: {message}\nhint: it must read {{\"version\":1,\"tensors\":[{{\"name\",\"shape\",\"dtype\"}}]}}; without the file the contract is taken from the weights"
+    )]
     Json { message: String },
     #[error("the parameter contract has version {version}, this program knows version {VERSION}\nhint: install a newer release")]
     Version { version: u32 },
@@ -81,7 +83,9 @@ pub enum ContractError {
     Duplicate { tensor: String },
     #[error("`{tensor}` is a buffer and cannot be in the contract\nhint: list trained parameters only")]
     Buffer { tensor: String },
-    #[error("tensor `{tensor}` has the unusable shape {shape:?}\nhint: every dimension must be at least 1, with at most {DIMENSIONS_MAX} dimensions")]
+    #[error(
+        "tensor `{tensor}` has the unusable shape {shape:?}\nhint: every dimension must be at least 1, with at most {DIMENSIONS_MAX} dimensions"
+    )]
     Shape { tensor: String, shape: Vec<u64> },
 }
 
@@ -121,8 +125,7 @@ impl Contract {
         if bytes.len() as u64 > CONTRACT_BYTES_MAX {
             return Err(ContractError::TooLong { length: bytes.len() as u64 });
         }
-        let file: ContractFile =
-            serde_json::from_slice(bytes).map_err(|error| ContractError::Json { message: error.to_string() })?;
+        let file: ContractFile = serde_json::from_slice(bytes).map_err(|error| ContractError::Json { message: error.to_string() })?;
         if file.version != VERSION {
             return Err(ContractError::Version { version: file.version });
         }

@@ -23,7 +23,8 @@ fn spec(name: &str, shape: &str) -> TensorSpec {
 
 /// Tensors with their buffers, in the manner of a small Quasar model: embeddings, dense and expert layers, gains.
 pub(crate) fn small_tensors() -> Vec<TensorSpec> {
-    let mut tensors = vec![spec("model.word_embeddings.weight", "512x64"), spec("lm_head.weight", "512x64"), spec("model.norm.weight", "64")];
+    let mut tensors =
+        vec![spec("model.word_embeddings.weight", "512x64"), spec("lm_head.weight", "512x64"), spec("model.norm.weight", "64")];
     tensors.push(spec("model.rotary_emb.inv_freq", "8"));
     for layer in 0..4 {
         for (name, shape) in [

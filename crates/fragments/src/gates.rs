@@ -48,7 +48,8 @@ pub struct NormVerdict {
 pub fn norm_gate(norms: &[Vec<f64>], votes: &[bool]) -> Vec<NormVerdict> {
     let units = norms.first().map_or(0, Vec::len);
     let totals: Vec<f64> = norms.iter().map(|norms| norms.iter().map(|norm| norm * norm).sum::<f64>().sqrt()).collect();
-    let voters = |accepted: &dyn Fn(usize) -> bool| -> Vec<usize> { (0..norms.len()).filter(|index| votes[*index] && accepted(*index)).collect() };
+    let voters =
+        |accepted: &dyn Fn(usize) -> bool| -> Vec<usize> { (0..norms.len()).filter(|index| votes[*index] && accepted(*index)).collect() };
     let total_limit = limit(voters(&|_| true).into_iter().map(|index| totals[index]), NORM_REJECT);
     let accepted: Vec<bool> = totals.iter().map(|total| *total <= total_limit).collect();
     let voters = voters(&|index| accepted[index]);
@@ -79,9 +80,8 @@ pub fn leave_one_out_keeps(slices: &[Slice], inputs: &[&[f32]]) -> Result<Vec<bo
 /// Marks accepted contributions of weight > 0 that stand alone as [`Reason::DirectionOutlier`]. Directions are those of the clipped
 /// contributions.
 pub(crate) fn leave_one_out(units: &[Unit], inputs: &[Input], norms: &[Vec<f64>], verdicts: &mut [NormVerdict]) {
-    let clipped_norm = |index: usize| {
-        norms[index].iter().zip(&verdicts[index].scales).map(|(norm, scale)| (norm * scale).powi(2)).sum::<f64>().sqrt()
-    };
+    let clipped_norm =
+        |index: usize| norms[index].iter().zip(&verdicts[index].scales).map(|(norm, scale)| (norm * scale).powi(2)).sum::<f64>().sqrt();
     let members: Vec<(usize, f64)> = (0..inputs.len())
         .filter(|index| inputs[*index].weight > 0 && verdicts[*index].outcome == Reason::None)
         .map(|index| (index, clipped_norm(index)))
@@ -95,10 +95,8 @@ pub(crate) fn leave_one_out(units: &[Unit], inputs: &[Input], norms: &[Vec<f64>]
         .par_iter()
         .enumerate()
         .map(|(unit_index, unit)| {
-            let terms: Vec<(&[f32], f64)> = members
-                .iter()
-                .map(|(index, norm)| (unit.of(inputs[*index].values), verdicts[*index].scales[unit_index] / norm))
-                .collect();
+            let terms: Vec<(&[f32], f64)> =
+                members.iter().map(|(index, norm)| (unit.of(inputs[*index].values), verdicts[*index].scales[unit_index] / norm)).collect();
             products_with_sum(&terms)
         })
         .collect();
@@ -144,7 +142,15 @@ mod tests {
     use protocol::{DType, MergeRule};
 
     fn slices(elements: u64) -> Vec<Slice> {
-        let slice = Slice { tensor: "w".to_owned(), row_start: 0, row_end: 2, row_elements: elements / 2, unit_rows: 1, dtype: DType::Bf16, rule: MergeRule::Rda };
+        let slice = Slice {
+            tensor: "w".to_owned(),
+            row_start: 0,
+            row_end: 2,
+            row_elements: elements / 2,
+            unit_rows: 1,
+            dtype: DType::Bf16,
+            rule: MergeRule::Rda,
+        };
         vec![slice]
     }
 
@@ -187,7 +193,9 @@ mod tests {
     #[test]
     fn a_reversed_direction_among_six_stands_out_and_among_five_is_not_judged() {
         let common = values(1, 4000);
-        let mix = |seed: u64, sign: f32| -> Vec<f32> { common.iter().zip(values(seed, 4000)).map(|(common, own)| sign * 0.3 * common + own).collect() };
+        let mix = |seed: u64, sign: f32| -> Vec<f32> {
+            common.iter().zip(values(seed, 4000)).map(|(common, own)| sign * 0.3 * common + own).collect()
+        };
         let mut contributions: Vec<Vec<f32>> = (10..17).map(|seed| mix(seed, 1.0)).collect();
         contributions.push(mix(20, -1.0));
         let inputs: Vec<&[f32]> = contributions.iter().map(Vec::as_slice).collect();

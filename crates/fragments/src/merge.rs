@@ -213,7 +213,8 @@ impl Prepared {
         let reports = (0..inputs.len()).map(|index| {
             let (norms, verdict) = (&self.norms[index], &verdicts[index]);
             let norm = norms.iter().map(|norm| norm * norm).sum::<f64>().sqrt();
-            let mut report = InputReport { outcome: verdict.outcome, norm_micro: (norm * MICRO).round() as u64, clip_ppm: 0, cosine_ppm: 0 };
+            let mut report =
+                InputReport { outcome: verdict.outcome, norm_micro: (norm * MICRO).round() as u64, clip_ppm: 0, cosine_ppm: 0 };
             if let Ok(member) = members.binary_search(&index) {
                 let clipped = norms.iter().zip(&verdict.scales).map(|(norm, scale)| (norm * scale).powi(2)).sum::<f64>().sqrt();
                 let product: f64 = of_units.iter().map(|unit| unit.products[member]).sum();
@@ -253,20 +254,14 @@ fn merge_unit(rule: MergeRule, parts: &[Part], output: &mut [f32]) -> UnitReport
         (MergeRule::Mean, voting) => weighted_mean(voting, output),
         (MergeRule::Rda, voting) => radial_directional_average(voting, output),
     }
-    UnitReport {
-        squares: sum_of_squares(output),
-        products: parts.iter().map(|part| part.scale * dot(part.values, output)).collect(),
-    }
+    UnitReport { squares: sum_of_squares(output), products: parts.iter().map(|part| part.scale * dot(part.values, output)).collect() }
 }
 
 /// Σ w s v / Σ w over all parts.
 fn weighted_mean(parts: &[&Part], output: &mut [f32]) {
     let total: f64 = parts.iter().map(|part| part.weight as f64).sum();
-    let terms: Vec<(&[f32], f64)> = parts
-        .iter()
-        .filter(|part| part.norm > 0.0)
-        .map(|part| (part.values, part.weight as f64 * part.scale / total))
-        .collect();
+    let terms: Vec<(&[f32], f64)> =
+        parts.iter().filter(|part| part.norm > 0.0).map(|part| (part.values, part.weight as f64 * part.scale / total)).collect();
     let mut sums = [0.0; BLOCK_ELEMENTS];
     for (block, output) in output.chunks_mut(BLOCK_ELEMENTS).enumerate() {
         accumulate(&terms, block * BLOCK_ELEMENTS, &mut sums[..output.len()]);
@@ -280,8 +275,7 @@ fn weighted_mean(parts: &[&Part], output: &mut [f32]) {
 fn radial_directional_average(parts: &[&Part], output: &mut [f32]) {
     let changed: Vec<&Part> = parts.iter().copied().filter(|part| part.norm > 0.0).collect();
     let total: f64 = changed.iter().map(|part| part.weight as f64).sum();
-    let terms: Vec<(&[f32], f64)> =
-        changed.iter().map(|part| (part.values, part.weight as f64 / (total * part.norm))).collect();
+    let terms: Vec<(&[f32], f64)> = changed.iter().map(|part| (part.values, part.weight as f64 / (total * part.norm))).collect();
     let mut direction = vec![0.0; output.len()];
     let mut squares = 0.0;
     for (block, sums) in direction.chunks_mut(BLOCK_ELEMENTS).enumerate() {

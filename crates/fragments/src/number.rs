@@ -14,9 +14,11 @@ const LANES: usize = 8;
 /// Index of the first infinite or not-a-number element.
 pub fn first_non_finite(values: &[f32]) -> Option<usize> {
     // The search for "any" compiles to vector code, the search for "which" does not: look only where there is one.
-    values.par_chunks(TASK_ELEMENTS).enumerate().find_first(|(_, chunk)| !chunk_is_finite(chunk)).map(|(index, chunk)| {
-        index * TASK_ELEMENTS + chunk.iter().position(|value| !value.is_finite()).unwrap_or_default()
-    })
+    values
+        .par_chunks(TASK_ELEMENTS)
+        .enumerate()
+        .find_first(|(_, chunk)| !chunk_is_finite(chunk))
+        .map(|(index, chunk)| index * TASK_ELEMENTS + chunk.iter().position(|value| !value.is_finite()).unwrap_or_default())
 }
 
 /// Whether every element is a finite number.
@@ -32,9 +34,9 @@ fn chunk_is_finite(chunk: &[f32]) -> bool {
 pub(crate) fn first_non_finite_bytes(dtype: DType, bytes: &[u8]) -> Option<usize> {
     let two = |exponent: u16| move |element: &[u8]| u16::from_le_bytes([element[0], element[1]]) & exponent == exponent;
     match dtype {
-        DType::F32 => first_bad_element(bytes, 4, |element| {
-            !f32::from_le_bytes([element[0], element[1], element[2], element[3]]).is_finite()
-        }),
+        DType::F32 => {
+            first_bad_element(bytes, 4, |element| !f32::from_le_bytes([element[0], element[1], element[2], element[3]]).is_finite())
+        }
         DType::Bf16 => first_bad_element(bytes, 2, two(0x7f80)),
         DType::F16 => first_bad_element(bytes, 2, two(0x7c00)),
     }
@@ -42,9 +44,11 @@ pub(crate) fn first_non_finite_bytes(dtype: DType, bytes: &[u8]) -> Option<usize
 
 fn first_bad_element(bytes: &[u8], width: usize, bad: impl Fn(&[u8]) -> bool + Sync) -> Option<usize> {
     let any = |chunk: &[u8]| chunk.chunks_exact(width).fold(false, |any, element| any | bad(element));
-    bytes.par_chunks(width * TASK_ELEMENTS).enumerate().find_first(|(_, chunk)| any(chunk)).map(|(index, chunk)| {
-        index * TASK_ELEMENTS + chunk.chunks_exact(width).position(&bad).unwrap_or_default()
-    })
+    bytes
+        .par_chunks(width * TASK_ELEMENTS)
+        .enumerate()
+        .find_first(|(_, chunk)| any(chunk))
+        .map(|(index, chunk)| index * TASK_ELEMENTS + chunk.chunks_exact(width).position(&bad).unwrap_or_default())
 }
 
 /// Widens the little-endian elements of `bytes` and appends them to `out`.
@@ -80,22 +84,20 @@ pub(crate) fn append_rounded(dtype: DType, values: &[f32], out: &mut Vec<u8>) {
     let width = dtype.bytes() as usize;
     let start = out.len();
     out.resize(start + values.len() * width, 0);
-    out[start..].par_chunks_mut(width * TASK_ELEMENTS).zip(values.par_chunks(TASK_ELEMENTS)).for_each(|(out, values)| {
-        match dtype {
-            DType::F32 => {
-                for (element, value) in out.chunks_exact_mut(4).zip(values) {
-                    element.copy_from_slice(&value.to_le_bytes());
-                }
+    out[start..].par_chunks_mut(width * TASK_ELEMENTS).zip(values.par_chunks(TASK_ELEMENTS)).for_each(|(out, values)| match dtype {
+        DType::F32 => {
+            for (element, value) in out.chunks_exact_mut(4).zip(values) {
+                element.copy_from_slice(&value.to_le_bytes());
             }
-            DType::Bf16 => {
-                for (element, value) in out.chunks_exact_mut(2).zip(values) {
-                    element.copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
-                }
+        }
+        DType::Bf16 => {
+            for (element, value) in out.chunks_exact_mut(2).zip(values) {
+                element.copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
             }
-            DType::F16 => {
-                for (element, value) in out.chunks_exact_mut(2).zip(values) {
-                    element.copy_from_slice(&f16::from_f32(*value).to_le_bytes());
-                }
+        }
+        DType::F16 => {
+            for (element, value) in out.chunks_exact_mut(2).zip(values) {
+                element.copy_from_slice(&f16::from_f32(*value).to_le_bytes());
             }
         }
     });

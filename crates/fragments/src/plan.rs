@@ -44,7 +44,9 @@ pub enum PlanError {
     Order { fragment: usize, tensor: String, row_start: u64 },
     #[error("the plan names `{tensor}`, which is not in the contract\nhint: plan and checkpoint belong to different models")]
     Unknown { tensor: String },
-    #[error("the plan's slice of `{tensor}` from row {row_start} does not fit the contract\nhint: plan and checkpoint belong to different models")]
+    #[error(
+        "the plan's slice of `{tensor}` from row {row_start} does not fit the contract\nhint: plan and checkpoint belong to different models"
+    )]
     Slice { tensor: String, row_start: u64 },
     #[error("row {row} of `{tensor}` is in no fragment\nhint: plan and checkpoint belong to different models")]
     Uncovered { tensor: String, row: u64 },

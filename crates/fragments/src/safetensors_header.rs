@@ -37,7 +37,9 @@ pub enum HeaderError {
     Dimensions { tensor: String, dimensions: usize },
     #[error("tensor `{tensor}` of shape {shape:?} needs {needed} bytes but has {given}\nhint: the header lies; fetch the file again")]
     Size { tensor: String, shape: Vec<u64>, needed: u128, given: u64 },
-    #[error("tensor `{tensor}` begins at {begin}, expected {expected}: tensors overlap or leave a hole\nhint: the header lies; fetch the file again")]
+    #[error(
+        "tensor `{tensor}` begins at {begin}, expected {expected}: tensors overlap or leave a hole\nhint: the header lies; fetch the file again"
+    )]
     Offsets { tensor: String, begin: u64, expected: u64 },
     #[error("tensors end at {end} but the file holds {available} bytes of data\nhint: the file is truncated or padded; fetch it again")]
     Length { end: u64, available: u64 },
@@ -82,8 +84,8 @@ pub(crate) fn parse(file: &[u8]) -> Result<Header, HeaderError> {
         return Err(HeaderError::Truncated { claimed, available });
     }
     let data_start = LENGTH_BYTES + claimed as usize;
-    let raw: RawHeader = serde_json::from_slice(&file[LENGTH_BYTES..data_start])
-        .map_err(|error| HeaderError::Json { message: error.to_string() })?;
+    let raw: RawHeader =
+        serde_json::from_slice(&file[LENGTH_BYTES..data_start]).map_err(|error| HeaderError::Json { message: error.to_string() })?;
     let mut tensors = raw.tensors.into_iter().map(|(name, entry)| entry.check(name)).collect::<Result<Vec<_>, _>>()?;
     tensors.sort_by_key(|tensor| (tensor.begin, tensor.end));
     let mut expected = 0;
@@ -167,10 +169,7 @@ impl<'de> Deserialize<'de> for RawHeader {
 
 /// Length and header of a file that holds `tensors` one behind the other in the given order. The same arguments give
 /// the same bytes. The header is padded with spaces so that the data begins at a multiple of eight.
-pub(crate) fn build<'a>(
-    metadata: &[(&str, String)],
-    tensors: impl IntoIterator<Item = (&'a str, DType, Vec<u64>)>,
-) -> Vec<u8> {
+pub(crate) fn build<'a>(metadata: &[(&str, String)], tensors: impl IntoIterator<Item = (&'a str, DType, Vec<u64>)>) -> Vec<u8> {
     let mut json = String::from("{");
     if !metadata.is_empty() {
         let entries: Vec<String> = metadata.iter().map(|(key, value)| format!("{}:{}", quoted(key), quoted(value))).collect();

@@ -23,7 +23,14 @@ pub struct Selection {
 
 /// Audits of a cycle. `merges` are the cycle's manifests in any order, `validators` the permitted hotkeys in any order; every
 /// learner with a merged contribution is audited once, by one validator.
-pub fn select(run: RunId, cycle: u64, beacon_block: u64, beacon: &[u8; 32], merges: &[MergeManifest], validators: &[AccountId]) -> Vec<Selection> {
+pub fn select(
+    run: RunId,
+    cycle: u64,
+    beacon_block: u64,
+    beacon: &[u8; 32],
+    merges: &[MergeManifest],
+    validators: &[AccountId],
+) -> Vec<Selection> {
     let mut validators = validators.to_vec();
     validators.sort();
     validators.dedup();

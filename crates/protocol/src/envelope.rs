@@ -245,7 +245,9 @@ pub enum EnvelopeError {
     Netuid { got: u16, expected: u16 },
     #[error("the document belongs to run {got}, expected {expected}\nhint: the run has changed; discover it again")]
     Run { got: RunId, expected: RunId },
-    #[error("signed by {got}, expected {expected}\nhint: check the owner identity; if it is right, somebody without the right to do so wrote this")]
+    #[error(
+        "signed by {got}, expected {expected}\nhint: check the owner identity; if it is right, somebody without the right to do so wrote this"
+    )]
     Signer { got: AccountId, expected: AccountId },
     #[error("issued {ahead_ms} ms in the future\nhint: set the clocks of both machines by NTP")]
     Future { ahead_ms: u64 },

@@ -221,9 +221,7 @@ pub fn verify_signature(key: &KeyRef, message: &[u8], signature: &[u8; 64]) -> R
             if public.is_weak() {
                 return Err(SignatureError::WeakKey(kind));
             }
-            public
-                .verify_strict(message, &ed25519_dalek::Signature::from_bytes(signature))
-                .map_err(|_| SignatureError::Mismatch(kind))
+            public.verify_strict(message, &ed25519_dalek::Signature::from_bytes(signature)).map_err(|_| SignatureError::Mismatch(kind))
         }
         KeyKind::Sr25519 => {
             let public = schnorrkel::PublicKey::from_bytes(&key.public).map_err(|_| SignatureError::Key(kind))?;

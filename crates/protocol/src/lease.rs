@@ -75,8 +75,7 @@ mod tests {
     fn every_row_of_a_lease_is_taken_exactly_once() {
         let ranges = [RowRange { shard: "a".into(), start: 10, end: 17 }, RowRange { shard: "b".into(), start: 0, end: 5 }];
         let rows = LeaseRows::new(&ranges, &Digest::blake3(b"seed"), 4);
-        let mut seen: Vec<(String, u64)> =
-            (0..3).flat_map(|step| rows.step(step)).map(|row| (row.shard.to_owned(), row.row)).collect();
+        let mut seen: Vec<(String, u64)> = (0..3).flat_map(|step| rows.step(step)).map(|row| (row.shard.to_owned(), row.row)).collect();
         assert_eq!(seen.len(), 12);
         seen.sort();
         seen.dedup();

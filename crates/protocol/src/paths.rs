@@ -49,7 +49,11 @@ impl Keys {
     }
 
     pub fn run(&self, run: RunId) -> RunKeys {
-        RunKeys { public: format!("{}/public/{run}", self.prefix), restricted: format!("{}/{run}", self.prefix), private: format!("{}/private/{run}", self.prefix) }
+        RunKeys {
+            public: format!("{}/public/{run}", self.prefix),
+            restricted: format!("{}/{run}", self.prefix),
+            private: format!("{}/private/{run}", self.prefix),
+        }
     }
 }
 
@@ -152,7 +156,10 @@ pub fn is_valid(key: &str) -> bool {
     !key.is_empty()
         && key.len() <= 1024
         && key.split('/').all(|segment| {
-            !segment.is_empty() && segment != "." && segment != ".." && segment.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._=-".contains(&byte))
+            !segment.is_empty()
+                && segment != "."
+                && segment != ".."
+                && segment.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._=-".contains(&byte))
         })
 }
 

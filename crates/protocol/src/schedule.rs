@@ -96,7 +96,11 @@ mod tests {
 
     #[test]
     fn a_stale_base_halves_the_weight() {
-        let weights = merge_weights(&[Work { tokens: 10, versions_behind: 0 }, Work { tokens: 10, versions_behind: 1 }, Work { tokens: 10, versions_behind: 0 }]);
+        let weights = merge_weights(&[
+            Work { tokens: 10, versions_behind: 0 },
+            Work { tokens: 10, versions_behind: 1 },
+            Work { tokens: 10, versions_behind: 0 },
+        ]);
         assert!(weights[1] < weights[0] && weights[0] == weights[2]);
     }
 

@@ -79,9 +79,6 @@ fn libtorch_argument(arguments: &[String]) -> Result<Option<PathBuf>, Error> {
             let folder = std::path::absolute(folder).map_err(|cause| Error::io("cannot resolve", folder, cause))?;
             Ok(Some(folder))
         }
-        _ => Err(Error::usage(
-            format!("`setup` does not understand `{}`", arguments.join(" ")),
-            "its only option is `--libtorch DIR`",
-        )),
+        _ => Err(Error::usage(format!("`setup` does not understand `{}`", arguments.join(" ")), "its only option is `--libtorch DIR`")),
     }
 }

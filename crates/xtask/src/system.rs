@@ -21,16 +21,8 @@ const BUILD: &[Package] = &[
 ];
 
 const INSTALL: &[Package] = &[
-    Package {
-        name: "python3",
-        purpose: "unpacks the libtorch wheels",
-        present: || answers("python3", &["-c", "import zipfile, zlib"]),
-    },
-    Package {
-        name: "python3-pip",
-        purpose: "downloads the libtorch wheels",
-        present: || answers("python3", &["-m", "pip", "--version"]),
-    },
+    Package { name: "python3", purpose: "unpacks the libtorch wheels", present: || answers("python3", &["-c", "import zipfile, zlib"]) },
+    Package { name: "python3-pip", purpose: "downloads the libtorch wheels", present: || answers("python3", &["-m", "pip", "--version"]) },
 ];
 
 const CERTIFICATES: &[&str] =

@@ -42,8 +42,7 @@ pub fn run(mut command: Command, hint: &str) -> Result<(), Error> {
 /// Runs a command silently and returns what it printed; its error output becomes part of the error.
 pub fn output(mut command: Command, hint: &str) -> Result<String, Error> {
     let shown = shown(&command);
-    let output =
-        command.stdin(Stdio::null()).output().map_err(|cause| Error::failed(format!("cannot start `{shown}`: {cause}"), hint))?;
+    let output = command.stdin(Stdio::null()).output().map_err(|cause| Error::failed(format!("cannot start `{shown}`: {cause}"), hint))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }

@@ -164,7 +164,11 @@ async fn run_check(settings: &Settings, genesis: Option<[u8; 32]>) -> Check {
     let mut reader = match RunReader::discover(public, genesis, netuid, owner, None, now_ms).await {
         Ok(reader) => reader,
         Err(error @ DiscoveryError::NoRun) => {
-            return Check::warning("run", "no run is published yet", error.to_string().lines().nth(1).unwrap_or_default().trim_start_matches("hint: "));
+            return Check::warning(
+                "run",
+                "no run is published yet",
+                error.to_string().lines().nth(1).unwrap_or_default().trim_start_matches("hint: "),
+            );
         }
         Err(error) => return Check::failed("run", &error.to_string()),
     };
@@ -185,6 +189,8 @@ fn state_folder(folder: &Path) -> Check {
     let _ = std::fs::remove_file(&probe);
     match written {
         Ok(()) => Check::ok("state folder", format!("{} can be written", folder.display())),
-        Err(error) => Check::failed("state folder", &format!("{}: {error}\nhint: check the folder's owner and free space", folder.display())),
+        Err(error) => {
+            Check::failed("state folder", &format!("{}: {error}\nhint: check the folder's owner and free space", folder.display()))
+        }
     }
 }

@@ -36,7 +36,12 @@ impl BaseTrees {
     }
 
     /// Brings the base tree of the run to this disk. `grant` gives the request for a key.
-    pub async fn fetch(&self, facts: &RunFacts, access: &dyn GrantAccess, grant: impl Fn(&str) -> Option<GrantRequest>) -> Result<(), Trouble> {
+    pub async fn fetch(
+        &self,
+        facts: &RunFacts,
+        access: &dyn GrantAccess,
+        grant: impl Fn(&str) -> Option<GrantRequest>,
+    ) -> Result<(), Trouble> {
         let _one_at_a_time = self.fetching.lock().await;
         let tree = self.tree(facts);
         if tree.join(COMPLETE).exists() {
@@ -50,7 +55,8 @@ impl BaseTrees {
         fs::create_dir_all(&tree).map_err(|error| files::trouble(&error))?;
         for file in &manifest.files {
             let grant = grant(&facts.keys.release_file(release, &file.path)).ok_or(Trouble::Grant)?;
-            let done = transfer::download(&(access, &grant), file, &tree.join(&file.path)).await.map_err(|error| transfer_trouble(&error))?;
+            let done =
+                transfer::download(&(access, &grant), file, &tree.join(&file.path)).await.map_err(|error| transfer_trouble(&error))?;
             tracing::debug!(file = file.path, bytes = file.length, fetched = done.fetched_bytes, "base file ready");
         }
         fs::write(tree.join(COMPLETE), []).map_err(|error| files::trouble(&error))

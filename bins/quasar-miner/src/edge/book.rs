@@ -39,7 +39,11 @@ impl GrantBook {
     pub fn find(&self, method: Method, key: &str, now_ms: u64) -> Option<GrantRequest> {
         let bundles = self.lock();
         let name = (method, key.to_owned());
-        [&bundles.pull, &bundles.standing].into_iter().filter_map(|bundle| bundle.get(&name)).find(|grant| grant.expires_ms > now_ms).cloned()
+        [&bundles.pull, &bundles.standing]
+            .into_iter()
+            .filter_map(|bundle| bundle.get(&name))
+            .find(|grant| grant.expires_ms > now_ms)
+            .cloned()
     }
 }
 

@@ -61,7 +61,14 @@ impl Keyframes {
     }
 
     /// Brings a keyframe to this disk, unless it is there already.
-    pub async fn fetch(&self, access: &dyn GrantAccess, grant: &GrantRequest, fragment: u16, version: u64, promise: Promise) -> Result<(), Trouble> {
+    pub async fn fetch(
+        &self,
+        access: &dyn GrantAccess,
+        grant: &GrantRequest,
+        fragment: u16,
+        version: u64,
+        promise: Promise,
+    ) -> Result<(), Trouble> {
         if keyframe::keyframe_bytes(&self.plan, &self.id(fragment, version)).ok() != Some(promise.length) {
             tracing::error!(fragment, version, length = promise.length, "the head states a length that the plan does not give");
             return Err(Trouble::Corrupt);

@@ -268,7 +268,8 @@ impl Edge {
             Err(_) => return Put::Unavailable,
         };
         let key = self.facts.run.progress(&self.hotkey.account(), self.slot);
-        let patience = Duration::from_millis(self.facts.manifest.parameters.learner_ttl_ms / PROGRESS_TRIES_PER_TTL).max(PROGRESS_TIMEOUT_MIN);
+        let patience =
+            Duration::from_millis(self.facts.manifest.parameters.learner_ttl_ms / PROGRESS_TRIES_PER_TTL).max(PROGRESS_TIMEOUT_MIN);
         tokio::time::timeout(patience, self.put(&key, bytes.into())).await.unwrap_or(Put::Unavailable)
     }
 

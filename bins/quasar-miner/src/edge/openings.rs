@@ -37,7 +37,13 @@ impl OpeningFiles {
     }
 
     /// Writes the parts of an opening, unless an earlier session did; `sign` gives the bytes of part 0.
-    pub fn prepare(&self, audit: &Digest, t: u64, spool: &Spool, sign: impl FnOnce(&OpeningManifest) -> Vec<u8>) -> Result<Vec<PreparedPart>, SpoolError> {
+    pub fn prepare(
+        &self,
+        audit: &Digest,
+        t: u64,
+        spool: &Spool,
+        sign: impl FnOnce(&OpeningManifest) -> Vec<u8>,
+    ) -> Result<Vec<PreparedPart>, SpoolError> {
         let fail = |source| SpoolError::Io { path: self.folder.clone(), source };
         // The manifest is written last: where it is, the others are.
         if !self.path(audit, MANIFEST).exists() {
@@ -67,7 +73,8 @@ impl OpeningFiles {
     }
 
     fn describe(&self, audit: &Digest, part: u8) -> io::Result<PreparedPart> {
-        let (mut file, mut hasher, mut buffer, mut length) = (File::open(self.path(audit, part))?, sha2::Sha256::new(), vec![0; 1 << 20], 0);
+        let (mut file, mut hasher, mut buffer, mut length) =
+            (File::open(self.path(audit, part))?, sha2::Sha256::new(), vec![0; 1 << 20], 0);
         loop {
             match file.read(&mut buffer)? {
                 0 => break,

@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bincode::{Decode, Encode};
 use model::{Routes, TrainerState};
-use protocol::documents::OpenedStep;
 use protocol::codec;
+use protocol::documents::OpenedStep;
 
 use super::files;
 
@@ -55,9 +55,22 @@ struct ExportRecord {
 }
 
 enum Write {
-    State { at: Moment, versions: Vec<u64>, bytes: Vec<u8> },
-    Step { at: Moment, step: Box<OpenedStep>, routes: Routes },
-    Export { session: u64, t: u64, start_step: u64, local_step: u64 },
+    State {
+        at: Moment,
+        versions: Vec<u64>,
+        bytes: Vec<u8>,
+    },
+    Step {
+        at: Moment,
+        step: Box<OpenedStep>,
+        routes: Routes,
+    },
+    Export {
+        session: u64,
+        t: u64,
+        start_step: u64,
+        local_step: u64,
+    },
     /// Answered once everything before it is on disk.
     Flush(SyncSender<()>),
 }

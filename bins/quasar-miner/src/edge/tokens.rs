@@ -67,7 +67,13 @@ impl ChunkCache {
     }
 
     /// Bytes of rows `[range.start, range.end)` of a shard. `grant` gives the request for the shard's token file.
-    async fn rows(&self, access: &dyn GrantAccess, grant: &GrantRequest, shard: &ShardManifest, range: &RowRange) -> Result<Vec<u8>, Trouble> {
+    async fn rows(
+        &self,
+        access: &dyn GrantAccess,
+        grant: &GrantRequest,
+        shard: &ShardManifest,
+        range: &RowRange,
+    ) -> Result<Vec<u8>, Trouble> {
         let row_bytes = u64::from(shard.row_tokens) * TOKEN_BYTES;
         let (start, end) = (range.start * row_bytes, range.end * row_bytes);
         if range.end > shard.rows || end > shard.file.length {
@@ -127,7 +133,8 @@ impl LeaseTokens {
             let shard = shards.iter().find(|shard| shard.id == range.shard && shard.row_tokens == row_tokens).ok_or(Trouble::Corrupt)?;
             let grant = grant(&range.shard).ok_or(Trouble::Grant)?;
             let bytes = cache.rows(access, &grant, shard, range).await?;
-            let tokens = bytes.chunks_exact(TOKEN_BYTES as usize).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect();
+            let tokens =
+                bytes.chunks_exact(TOKEN_BYTES as usize).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect();
             ranges.push((range.clone(), tokens));
         }
         Ok(Self { rows: LeaseRows::of(lease), row_tokens: row_tokens as usize, ranges })
@@ -136,7 +143,12 @@ impl LeaseTokens {
     /// Rows made up by `token(row, column)`.
     #[cfg(test)]
     pub fn made_up(lease: &Lease, row_tokens: usize, token: impl Fn(u64, usize) -> u32) -> Self {
-        let held = |range: &RowRange| (range.start..range.end).flat_map(|row| (0..row_tokens).map(move |column| (row, column))).map(|(row, column)| token(row, column)).collect();
+        let held = |range: &RowRange| {
+            (range.start..range.end)
+                .flat_map(|row| (0..row_tokens).map(move |column| (row, column)))
+                .map(|(row, column)| token(row, column))
+                .collect()
+        };
         let ranges = lease.rows.iter().map(|range| (range.clone(), held(range))).collect();
         Self { rows: LeaseRows::of(lease), row_tokens, ranges }
     }
@@ -218,7 +230,10 @@ mod tests {
         let grant = bucket.presign(&Presign::Get { key: "k".into(), now_ms: 0, expires_in_ms: 60_000 }).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let cache = ChunkCache::open(folder.path().join("chunks")).unwrap();
-        let lease = lease(vec![RowRange { shard: "s".into(), start: border - 2, end: border + 2 }, RowRange { shard: "s".into(), start: 0, end: 1 }]);
+        let lease = lease(vec![
+            RowRange { shard: "s".into(), start: border - 2, end: border + 2 },
+            RowRange { shard: "s".into(), start: 0, end: 1 },
+        ]);
         let shards = [manifest];
         let access = MemoryGrants::new(bucket, || 1_000);
         let fetched = LeaseTokens::fetch(&cache, &access, |_| Some(grant.clone()), &shards, row_tokens, &lease).await.unwrap();

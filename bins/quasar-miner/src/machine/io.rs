@@ -39,7 +39,10 @@ pub enum Found {
     Head(Box<Head>),
     Job(Box<Job>),
     /// Standing or pull grants, as asked for.
-    Grants { session_epoch: u64, grants: Vec<GrantInfo> },
+    Grants {
+        session_epoch: u64,
+        grants: Vec<GrantInfo>,
+    },
     Moved(bool),
 }
 
@@ -110,26 +113,60 @@ pub enum Input {
     Tick,
     /// The process is asked to stop.
     Stop,
-    Looked { at: Look, found: Found },
+    Looked {
+        at: Look,
+        found: Found,
+    },
     /// `None`: the chain did not answer.
-    Registration { registered: Option<bool> },
+    Registration {
+        registered: Option<bool>,
+    },
     ProgressPut(Put),
     /// The base tree is complete on disk.
     BaseFetched(Result<(), Trouble>),
     /// The trainer is open; `restored` if it went on from a local snapshot.
-    TrainerOpened { restored: bool },
-    KeyframeFetched { fragment: u16, version: u64, result: Result<(), Trouble> },
-    TokensFetched { lease: u64, result: Result<(), Trouble> },
+    TrainerOpened {
+        restored: bool,
+    },
+    KeyframeFetched {
+        fragment: u16,
+        version: u64,
+        result: Result<(), Trouble>,
+    },
+    TokensFetched {
+        lease: u64,
+        result: Result<(), Trouble>,
+    },
     /// Everything of a boundary that comes before its step is done.
-    Prepared { number: u64, snapshot: Option<Digest>, exported: Vec<Exported> },
+    Prepared {
+        number: u64,
+        snapshot: Option<Digest>,
+        exported: Vec<Exported>,
+    },
     /// The boundary's step is done (or it had none).
-    Finished { number: u64, step: Option<StepDone> },
+    Finished {
+        number: u64,
+        step: Option<StepDone>,
+    },
     /// A boundary broke off; nothing after the fault was done.
-    Faulted { number: u64, fault: Fault },
-    PayloadPut { t: u64, put: Put },
+    Faulted {
+        number: u64,
+        fault: Fault,
+    },
+    PayloadPut {
+        t: u64,
+        put: Put,
+    },
     /// The parts, or `None` where the segment is not on this disk any more.
-    OpeningPrepared { audit: Digest, parts: Option<Vec<PreparedPart>> },
-    OpeningPut { audit: Digest, part: u8, put: Put },
+    OpeningPrepared {
+        audit: Digest,
+        parts: Option<Vec<PreparedPart>>,
+    },
+    OpeningPut {
+        audit: Digest,
+        part: u8,
+        put: Put,
+    },
 }
 
 /// What a step did.
@@ -151,15 +188,34 @@ pub enum Effect {
     FetchBase,
     /// Open the trainer on the base tree and restore the newest local snapshot.
     OpenTrainer,
-    FetchKeyframe { fragment: u16, version: u64, length: u64, digest: Digest },
+    FetchKeyframe {
+        fragment: u16,
+        version: u64,
+        length: u64,
+        digest: Digest,
+    },
     FetchTokens(Box<Lease>),
-    DropTokens { lease: u64 },
+    DropTokens {
+        lease: u64,
+    },
     Boundary(Box<Boundary>),
-    PutPayload { t: u64 },
-    DropPayload { t: u64 },
-    PrepareOpening { audit: Digest, t: u64 },
-    PutOpening { audit: Digest, part: u8 },
-    DropOpening { audit: Digest },
+    PutPayload {
+        t: u64,
+    },
+    DropPayload {
+        t: u64,
+    },
+    PrepareOpening {
+        audit: Digest,
+        t: u64,
+    },
+    PutOpening {
+        audit: Digest,
+        part: u8,
+    },
+    DropOpening {
+        audit: Digest,
+    },
 }
 
 /// What the trainer does between two steps, and the step after it, in the order of the fields.

@@ -77,7 +77,9 @@ pub enum End {
     /// Another run is current.
     NextRun,
     /// The same hotkey and slot was started elsewhere.
-    Fenced { newer: u64 },
+    Fenced {
+        newer: u64,
+    },
     Unregistered,
     DiskFull,
     OutOfMemory,
@@ -99,7 +101,9 @@ impl End {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum TrainerPhase {
     /// The base tree is not complete; not tried again before this time.
-    NoBase { not_before_ms: u64 },
+    NoBase {
+        not_before_ms: u64,
+    },
     FetchingBase,
     Opening,
     Open,
@@ -199,7 +203,13 @@ impl Learner {
     fn fence(&mut self, session_epoch: u64, now_ms: u64) -> bool {
         let is_newer = session_epoch > self.settings.session_epoch;
         if is_newer {
-            tracing::error!(slot = self.settings.slot, ours = self.settings.session_epoch, newer = session_epoch, "fenced: {}", Reason::SessionReplaced.sentence());
+            tracing::error!(
+                slot = self.settings.slot,
+                ours = self.settings.session_epoch,
+                newer = session_epoch,
+                "fenced: {}",
+                Reason::SessionReplaced.sentence()
+            );
             self.finish(End::Fenced { newer: session_epoch }, now_ms);
         }
         is_newer
@@ -273,7 +283,12 @@ impl Learner {
                     return;
                 }
                 if !self.grants.has_standing() {
-                    tracing::info!(slot = self.settings.slot, worker = self.settings.worker, session = self.settings.session_epoch, "joined: standing grants received");
+                    tracing::info!(
+                        slot = self.settings.slot,
+                        worker = self.settings.worker,
+                        session = self.settings.session_epoch,
+                        "joined: standing grants received"
+                    );
                 }
                 self.registration = Registration { was_seen: true, ..Registration::default() };
                 self.grants.set_standing(session_epoch, grants);
@@ -454,7 +469,15 @@ impl Learner {
         };
         let steps = commitment.steps;
         if self.pulls.committed(commitment) {
-            tracing::info!(slot = self.settings.slot, t = order.t, fragment = order.fragment, base_version = order.base_version, steps, bytes = done.length, "committed");
+            tracing::info!(
+                slot = self.settings.slot,
+                t = order.t,
+                fragment = order.fragment,
+                base_version = order.base_version,
+                steps,
+                bytes = done.length,
+                "committed"
+            );
         } else {
             self.effects.push_back(Effect::DropPayload { t: order.t });
         }
@@ -474,13 +497,27 @@ impl Learner {
         if self.record.has_told(self.fault) {
             self.fault = Reason::None;
         }
-        tracing::debug!(slot = self.settings.slot, local_step = step.local_step, lease = step.lease, lease_step = step.lease_step, loss = done.loss as f64 * 1e-6, step_ms = done.step_ms, "step");
+        tracing::debug!(
+            slot = self.settings.slot,
+            local_step = step.local_step,
+            lease = step.lease,
+            lease_step = step.lease_step,
+            loss = done.loss as f64 * 1e-6,
+            step_ms = done.step_ms,
+            "step"
+        );
         self.row_taken(step.lease, now_ms);
     }
 
     fn row_taken(&mut self, lease: u64, now_ms: u64) {
         if let Some(lease) = self.leases.step_taken(lease) {
-            tracing::info!(slot = self.settings.slot, lease, local_step = self.segments.local_step(), loss = self.loss as f64 * 1e-6, "lease done");
+            tracing::info!(
+                slot = self.settings.slot,
+                lease,
+                local_step = self.segments.local_step(),
+                loss = self.loss as f64 * 1e-6,
+                "lease done"
+            );
             self.effects.push_back(Effect::DropTokens { lease });
             if self.settings.leases_max.is_some_and(|most| self.leases.used_up() >= most) {
                 self.finish(End::LeasesDone, now_ms);
@@ -497,7 +534,14 @@ impl Learner {
                 self.faults_in_row += 1;
                 self.fault = Reason::TrainingFault;
                 let back = self.segments.fault();
-                tracing::error!(slot, local_step = self.segments.local_step(), faults = self.faults_in_row, "{}; hint: {}", Reason::TrainingFault.sentence(), Reason::TrainingFault.remedy());
+                tracing::error!(
+                    slot,
+                    local_step = self.segments.local_step(),
+                    faults = self.faults_in_row,
+                    "{}; hint: {}",
+                    Reason::TrainingFault.sentence(),
+                    Reason::TrainingFault.remedy()
+                );
                 if let Some((local_step, saved)) = back {
                     self.fragments.restore(&saved);
                     self.restore = Some(local_step);
@@ -612,7 +656,8 @@ impl Learner {
 
     fn upload(&mut self, now_ms: u64) {
         let (hotkey, slot, grants, run) = (&self.settings.hotkey, self.settings.slot, &self.grants, &self.settings.run);
-        let is_granted = |commitment: &&Commitment| grants.can_put_body(&run.payload(hotkey, slot, commitment.t), &commitment.sha256, now_ms);
+        let is_granted =
+            |commitment: &&Commitment| grants.can_put_body(&run.payload(hotkey, slot, commitment.t), &commitment.sha256, now_ms);
         let granted: Vec<u64> = self.pulls.waiting(now_ms).filter(is_granted).map(|commitment| commitment.t).collect();
         for t in granted {
             self.pulls.uploading(t);
@@ -684,16 +729,15 @@ impl Learner {
 
     fn set_eager(&mut self, now_ms: u64) {
         let head_wants = self.head.as_ref().map(|head| self.fragments.wanted(head, now_ms)).unwrap_or_default();
-        let misses_keyframe = head_wants.iter().any(|(fragment, version)| !self.grants.can_get(&self.settings.run.keyframe(*fragment, *version), now_ms));
+        let misses_keyframe =
+            head_wants.iter().any(|(fragment, version)| !self.grants.can_get(&self.settings.run.keyframe(*fragment, *version), now_ms));
         let is_complete = self.head.as_ref().is_some_and(|head| head.state == RunState::Complete);
         let standing = !self.grants.is_live(self.settings.session_epoch)
             || self.grants.is_renewing()
             || misses_keyframe
             || !self.grants.can_put(&self.progress_key(), now_ms);
-        let pull = self.pulls.awaits_upload()
-            || self.openings.awaits_upload(now_ms)
-            || self.leases.wants_tokens()
-            || self.grants.is_renewing();
+        let pull =
+            self.pulls.awaits_upload() || self.openings.awaits_upload(now_ms) || self.leases.wants_tokens() || self.grants.is_renewing();
         self.polls.set_eager(Look::Standing, standing);
         self.polls.set_eager(Look::Pull, pull);
         self.polls.set_eager(Look::Job, self.leases.runs_low() && self.record.was_put() && !is_complete);
@@ -754,7 +798,8 @@ impl Machine for Learner {
             TrainerPhase::NoBase { not_before_ms } => Some(not_before_ms),
             _ => None,
         };
-        let retries = [self.fragments.deadline(now_ms), self.leases.deadline(now_ms), self.pulls.deadline(now_ms), self.openings.deadline(now_ms)];
+        let retries =
+            [self.fragments.deadline(now_ms), self.leases.deadline(now_ms), self.pulls.deadline(now_ms), self.openings.deadline(now_ms)];
         let all = [self.polls.deadline(), self.record.deadline(), registration, base, ending].into_iter().chain(retries).flatten();
         // Whatever was due by now was decided on; what did not happen waits for a fact and not for the time.
         all.filter(|at| *at > now_ms).min()

@@ -13,7 +13,10 @@ const RETRY_MS: u64 = 1_000;
 #[derive(Clone, Debug, PartialEq)]
 enum Answer {
     Exporting,
-    Committed { commitment: Box<Commitment>, upload: Upload },
+    Committed {
+        commitment: Box<Commitment>,
+        upload: Upload,
+    },
     /// There is no way to answer: the payload is not finite, or the store refuses it for good.
     GivenUp,
 }

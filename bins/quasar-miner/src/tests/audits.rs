@@ -63,7 +63,8 @@ fn an_opening_is_complete_and_replays_to_the_committed_payload() {
         for (fragment, version) in step.applied.iter().filter(|_| index > 0) {
             Trainer::apply(&mut replica, usize::from(*fragment), &World::values(*fragment, *version)).unwrap();
         }
-        let tokens: Vec<u32> = rows.step(step.lease_step).iter().flat_map(|row| (0..ROW_TOKENS).map(|column| token(row.row, column))).collect();
+        let tokens: Vec<u32> =
+            rows.step(step.lease_step).iter().flat_map(|row| (0..ROW_TOKENS).map(|column| token(row.row, column))).collect();
         let batch = Batch { tokens: &tokens, rows: 2, row_tokens: ROW_TOKENS };
         let lr = parameters().inner.lr(lease.schedule_start + u64::from(step.lease_step));
         let report = replica.step(&batch, &hyper(&parameters().inner, lr), None, false).unwrap();

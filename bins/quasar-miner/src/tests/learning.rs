@@ -98,7 +98,8 @@ fn a_base_one_version_behind_the_pull_answers_it_and_an_older_one_does_not() {
     world.open_pull(3);
     world.open_pull(4);
     world.run_for(250);
-    let exports: Vec<(u64, u64)> = world.boundaries.iter().flat_map(|boundary| &boundary.export).map(|order| (order.t, order.base_version)).collect();
+    let exports: Vec<(u64, u64)> =
+        world.boundaries.iter().flat_map(|boundary| &boundary.export).map(|order| (order.t, order.base_version)).collect();
     assert_eq!(exports, [(3, 0)]);
 }
 

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use daemon::Machine;
 use model::{Batch, Hyper, Routes, StepReport, ToyTrainer, TrainError, Trainer, TrainerState, toy_plan};
 use protocol::documents::{
-    AuditParameters, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress, Pull, ReleaseRef,
-    RowRange, RunParameters, RunState,
+    AuditParameters, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress, Pull,
+    ReleaseRef, RowRange, RunParameters, RunState,
 };
 use protocol::envelope::RunId;
 use protocol::paths::{Keys, RunKeys};
@@ -252,7 +252,10 @@ impl World {
     /// The values that version `version` of a fragment has in this world.
     pub fn values(fragment: u16, version: u64) -> Vec<f32> {
         let elements = toy_plan(FRAGMENTS).elements(usize::from(fragment)) as usize;
-        (0..elements).map(|n| ((n as f32) * 0.37 + version as f32).sin() * 0.125).map(|value| f32::from_bits(value.to_bits() & 0xffff_0000)).collect()
+        (0..elements)
+            .map(|n| ((n as f32) * 0.37 + version as f32).sin() * 0.125)
+            .map(|value| f32::from_bits(value.to_bits() & 0xffff_0000))
+            .collect()
     }
 
     /// A new version of a fragment is there.
@@ -339,7 +342,11 @@ impl World {
             get(self.keys.release_file("base", "config.json")),
         ];
         if self.echo == Some(self.session_epoch) {
-            grants.extend((0..FRAGMENTS as u16).flat_map(|fragment| (0..8).map(move |version| (fragment, version))).map(|(f, v)| get(self.run.keyframe(f, v))));
+            grants.extend(
+                (0..FRAGMENTS as u16)
+                    .flat_map(|fragment| (0..8).map(move |version| (fragment, version)))
+                    .map(|(f, v)| get(self.run.keyframe(f, v))),
+            );
         }
         grants
     }
@@ -351,7 +358,9 @@ impl World {
         }
         let payload = |(t, sha256): &(u64, Digest)| Self::grant(Method::Put, self.run.payload(&US, SLOT, *t), Some(*sha256), self.now_ms);
         grants.extend(self.payload_grants.iter().map(payload));
-        let part = |(audit, part, sha256): &(Digest, u8, Digest)| Self::grant(Method::Put, self.run.opening(&US, SLOT, audit, *part), Some(*sha256), self.now_ms);
+        let part = |(audit, part, sha256): &(Digest, u8, Digest)| {
+            Self::grant(Method::Put, self.run.opening(&US, SLOT, audit, *part), Some(*sha256), self.now_ms)
+        };
         grants.extend(self.opening_grants.iter().map(part));
         grants
     }
@@ -434,10 +443,13 @@ impl World {
         for input in told.into_inner().unwrap() {
             self.answer(1, input);
         }
-        self.answer(STEP_MS, match result {
-            Ok(step) => Input::Finished { number, step },
-            Err(fault) => Input::Faulted { number, fault },
-        });
+        self.answer(
+            STEP_MS,
+            match result {
+                Ok(step) => Input::Finished { number, step },
+                Err(fault) => Input::Faulted { number, fault },
+            },
+        );
     }
 
     fn prepare(&self, audit: Digest, t: u64) -> Option<Vec<PreparedPart>> {

@@ -61,7 +61,8 @@ pub struct Children(BTreeMap<Child, Process>);
 
 impl Children {
     pub fn start(&mut self, recipe: Recipe) -> Result<(), Failure> {
-        let failed = |error: std::io::Error| Failure::unavailable(anyhow::anyhow!("{} cannot be started: {error}", recipe.program.display()));
+        let failed =
+            |error: std::io::Error| Failure::unavailable(anyhow::anyhow!("{} cannot be started: {error}", recipe.program.display()));
         let log = std::fs::OpenOptions::new().create(true).append(true).open(&recipe.log).map_err(failed)?;
         let process = recipe
             .command()

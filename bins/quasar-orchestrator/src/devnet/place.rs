@@ -153,16 +153,38 @@ impl Place {
         let seed = arguments.seed.to_string();
         let length = sequence_length.to_string();
         let orchestrator = self.orchestrator.to_string();
-        let (corpus, tokenizer, held_out, shards, model, run_file) =
-            (at("corpus/sotu.jsonl.xz"), at("corpus/tokenizer.json"), at("corpus/held_out.txt"), at("shards"), at("model.json"), at("run.toml"));
+        let (corpus, tokenizer, held_out, shards, model, run_file) = (
+            at("corpus/sotu.jsonl.xz"),
+            at("corpus/tokenizer.json"),
+            at("corpus/held_out.txt"),
+            at("shards"),
+            at("model.json"),
+            at("run.toml"),
+        );
         let steps: [(&str, &str, Vec<&str>); 6] = [
             ("quasar-miner", "", vec!["checkpoint", "init", "--config", &model, "--seed", &seed, "--out", &base]),
             (
                 "quasar-orchestrator",
                 "",
                 vec![
-                    "data", "prepare", "--input", &corpus, "--tokenizer", &tokenizer, "--sequence-length", &length, "--held-out", &held_out,
-                    "--licence", "CC0-1.0", "--source", "State of the Union addresses", "--name", "sotu", "--out", &shards,
+                    "data",
+                    "prepare",
+                    "--input",
+                    &corpus,
+                    "--tokenizer",
+                    &tokenizer,
+                    "--sequence-length",
+                    &length,
+                    "--held-out",
+                    &held_out,
+                    "--licence",
+                    "CC0-1.0",
+                    "--source",
+                    "State of the Union addresses",
+                    "--name",
+                    "sotu",
+                    "--out",
+                    &shards,
                 ],
             ),
             ("quasar-orchestrator", "owner", vec!["root", "sign", "--orchestrator", &orchestrator]),
@@ -189,7 +211,8 @@ impl Place {
         }
         let object = self.store.get(&Keys::new(NETUID).current(), 1 << 16).await.map_err(Failure::unavailable)?;
         let outside = Context { genesis: self.chain.genesis(), netuid: NETUID, run: RunId::NONE };
-        let current = open_stored::<CurrentRun>(&object.bytes, &outside, Expect::Account(&self.orchestrator)).map_err(Failure::unavailable)?;
+        let current =
+            open_stored::<CurrentRun>(&object.bytes, &outside, Expect::Account(&self.orchestrator)).map_err(Failure::unavailable)?;
         self.run = current.document.run;
         Ok(())
     }
@@ -257,7 +280,11 @@ impl Place {
         let recipe = self.recipe(Child::Validator(0), "quasar-validator", &arguments, Vec::new());
         let output = recipe.command().output().await.map_err(Failure::unavailable)?;
         let answer = String::from_utf8_lossy(&output.stdout);
-        let loss = answer.lines().last().and_then(|line| serde_json::from_str::<serde_json::Value>(line).ok()).and_then(|value| value["loss"].as_f64());
+        let loss = answer
+            .lines()
+            .last()
+            .and_then(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .and_then(|value| value["loss"].as_f64());
         loss.ok_or_else(|| {
             Failure::unavailable(anyhow::anyhow!("`quasar-validator eval` failed: {}", String::from_utf8_lossy(&output.stderr).trim()))
         })
@@ -384,7 +411,9 @@ fn new_folder(dir: &Path) -> Result<PathBuf, Failure> {
     if occupied {
         return Err(Failure::configuration(anyhow::anyhow!("{} is not empty", dir.display())).hint("name a new folder with --dir"));
     }
-    std::fs::create_dir_all(dir).and_then(|()| dir.canonicalize()).map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", dir.display())))
+    std::fs::create_dir_all(dir)
+        .and_then(|()| dir.canonicalize())
+        .map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", dir.display())))
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {

@@ -42,7 +42,13 @@ struct Verdicts {
 }
 
 impl Summary {
-    pub async fn collect(arguments: &DevnetArgs, place: &Place, chain: &SubtensorClient, status: &Status, begun: Instant) -> Result<Self, Failure> {
+    pub async fn collect(
+        arguments: &DevnetArgs,
+        place: &Place,
+        chain: &SubtensorClient,
+        status: &Status,
+        begun: Instant,
+    ) -> Result<Self, Failure> {
         let mut problems = Vec::new();
         let mut merged: BTreeMap<u16, u64> = BTreeMap::new();
         let (mut merges, mut contributions, mut tokens) = (0u64, 0u64, 0u64);
@@ -111,8 +117,16 @@ impl Summary {
 
     pub fn print(&self, json: bool) {
         if !json {
-            println!("held-out loss   {:.4} -> {:.4} nats ({:+.4})", self.held_out_loss_before, self.held_out_loss_after, self.held_out_loss_after - self.held_out_loss_before);
-            println!("outer steps     {} with {} merges of {:.2} contributors on average", self.outer_steps, self.merges, self.mean_contributors_per_merge);
+            println!(
+                "held-out loss   {:.4} -> {:.4} nats ({:+.4})",
+                self.held_out_loss_before,
+                self.held_out_loss_after,
+                self.held_out_loss_after - self.held_out_loss_before
+            );
+            println!(
+                "outer steps     {} with {} merges of {:.2} contributors on average",
+                self.outer_steps, self.merges, self.mean_contributors_per_merge
+            );
             println!("verdicts        {} pass, {} fail, {} other", self.verdicts.pass, self.verdicts.fail, self.verdicts.other);
             for (account, weight) in &self.weights {
                 println!("weight          {account} {weight}");

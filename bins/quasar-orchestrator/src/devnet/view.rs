@@ -43,7 +43,8 @@ impl View {
     }
 
     pub fn show(&mut self, status: &Status) {
-        let losses: Vec<f64> = status.learners.iter().filter(|learner| learner.local_step > 0).map(|learner| learner.loss as f64 / 1e6).collect();
+        let losses: Vec<f64> =
+            status.learners.iter().filter(|learner| learner.local_step > 0).map(|learner| learner.loss as f64 / 1e6).collect();
         let mean = if losses.is_empty() { None } else { Some(losses.iter().sum::<f64>() / losses.len() as f64) };
         if let Some(mean) = mean
             && status.closed_below != self.curve_step
@@ -94,7 +95,10 @@ impl Terminal {
 
     fn show(&self, status: &Status, curve: &str) {
         self.bar.set_position(status.cycle);
-        self.bar.set_message(format!("cycle {}  outer step {}  {} merges, {} contributions", status.cycle, status.closed_below, status.merges, status.contributions));
+        self.bar.set_message(format!(
+            "cycle {}  outer step {}  {} merges, {} contributions",
+            status.cycle, status.closed_below, status.merges, status.contributions
+        ));
         self.curve.set_message(format!("loss   {curve}"));
         for (line, learner) in self.learners.iter().zip(&status.learners) {
             let state = if learner.live { format!("{:?}", learner.state).to_lowercase() } else { "gone".to_owned() };
@@ -106,7 +110,8 @@ impl Terminal {
                 learner.contributions
             ));
         }
-        self.audits.set_message(format!("audits     {} ordered, {} open; {} tokens", status.audits_ordered, status.audits_open, status.tokens));
+        self.audits
+            .set_message(format!("audits     {} ordered, {} open; {} tokens", status.audits_ordered, status.audits_open, status.tokens));
     }
 }
 
@@ -117,7 +122,11 @@ fn sparkline(values: &[f64]) -> String {
     let (low, high) = values.iter().fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(*value), high.max(*value)));
     let span = (high - low).max(1e-9);
     let stride = values.len().div_ceil(CURVE_POINTS).max(1);
-    let line: String = values.chunks(stride).map(|chunk| chunk[chunk.len() - 1]).map(|value| BLOCKS[(((value - low) / span) * 7.0).round() as usize]).collect();
+    let line: String = values
+        .chunks(stride)
+        .map(|chunk| chunk[chunk.len() - 1])
+        .map(|value| BLOCKS[(((value - low) / span) * 7.0).round() as usize])
+        .collect();
     format!("{first:.2} {line} {last:.2}")
 }
 

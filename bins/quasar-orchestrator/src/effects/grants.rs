@@ -14,7 +14,15 @@ const STANDING_MS: u64 = 60 * 60_000;
 const ON_DEMAND_MS: u64 = 15 * 60_000;
 
 impl Service {
-    pub(super) async fn publish_standing(&self, revision: u64, slot: Slot, session_epoch: u64, validator: bool, live: bool, versions: &[u64]) {
+    pub(super) async fn publish_standing(
+        &self,
+        revision: u64,
+        slot: Slot,
+        session_epoch: u64,
+        validator: bool,
+        live: bool,
+        versions: &[u64],
+    ) {
         let key = self.run.standing(&slot.0, slot.1);
         self.put_latest(&key, revision, || {
             let now_ms = clock::now_ms();
@@ -81,7 +89,8 @@ impl Service {
     /// Presigns, seals to `hotkey` and signs.
     fn bundle<D: Document>(&self, hotkey: AccountId, wanted: &[Presign], document: impl Fn(SealedBytes) -> D) -> Result<Bytes, String> {
         let now_ms = clock::now_ms();
-        let requests = wanted.iter().map(|request| self.store.presign(request)).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
+        let requests =
+            wanted.iter().map(|request| self.store.presign(request)).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
         let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
         let header = header_for::<D>(&self.context, self.signer.key(), sequence, now_ms);
         let purpose: Purpose = D::PURPOSE;

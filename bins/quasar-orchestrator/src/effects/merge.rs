@@ -11,7 +11,7 @@ use fragments::{outer, t0};
 use protocol::documents::{Commitment, Contribution, FragmentManifest, MergeManifest, PPM, Tape, TapeInput};
 use protocol::envelope::{Expect, open_stored};
 use protocol::{Digest, FileRecord, Reason};
-use storage::{StoreError};
+use storage::StoreError;
 
 use super::{Service, persist};
 use crate::machine::Slot;
@@ -104,7 +104,11 @@ impl Service {
         let key = self.run.payload(&input.hotkey, input.slot, t);
         persist(&key, || async {
             let object = self.store.get(&key, input.length).await.map_err(|error| error.to_string())?;
-            if Digest::blake3(&object.bytes) == input.payload { Ok(object.bytes) } else { Err("its digest is not the committed one".to_owned()) }
+            if Digest::blake3(&object.bytes) == input.payload {
+                Ok(object.bytes)
+            } else {
+                Err("its digest is not the committed one".to_owned())
+            }
         })
         .await
     }
@@ -149,7 +153,14 @@ impl Service {
             manifest = stored.document;
         }
         let accepted = manifest.accepted().count();
-        tracing::info!(t = tape.t, fragment, version = manifest.version, contributors = accepted, offers = manifest.contributions.len(), "merged");
+        tracing::info!(
+            t = tape.t,
+            fragment,
+            version = manifest.version,
+            contributors = accepted,
+            offers = manifest.contributions.len(),
+            "merged"
+        );
         for input in &tape.inputs {
             let _ = std::fs::remove_file(self.payload_path(&input.payload));
         }
@@ -266,9 +277,10 @@ fn compute(
     let id = KeyframeId { plan: plan_digest, fragment: u32::from(tape.fragment), version: tape.base_version + 1 };
     let encoded = keyframe::write(plan, &id, &state.theta).map_err(|error| error.to_string());
     match (encoded, state.to_bytes(header)) {
-        (Ok(keyframe), Ok(state)) => {
-            Computed { contributions, result: Some(Version { state: Bytes::from(state), keyframe: Bytes::from(keyframe), step_norm: merged.norm_micro }) }
-        }
+        (Ok(keyframe), Ok(state)) => Computed {
+            contributions,
+            result: Some(Version { state: Bytes::from(state), keyframe: Bytes::from(keyframe), step_norm: merged.norm_micro }),
+        },
         (Err(error), _) => {
             tracing::error!(t = tape.t, "the result is not publishable: {error}");
             Computed { contributions, result: None }

@@ -9,7 +9,7 @@ use daemon::{Shutdown, clock};
 use futures::StreamExt;
 use protocol::documents::Progress;
 use protocol::envelope::{Expect, Purpose, SequenceGuard, open};
-use storage::{StoreError};
+use storage::StoreError;
 
 use super::Service;
 use crate::machine::{Guest, Input, Slot};
@@ -69,7 +69,9 @@ async fn poll_progress(service: Arc<Service>, inputs: Inputs<Input>, shutdown: S
                             service.records.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, (verified.id, object.bytes));
                             inputs.send(Input::Progress { slot, id: verified.id, record: Box::new(verified.document) }).await;
                         }
-                        Ok(_) => tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: its lists exceed their bounds"),
+                        Ok(_) => {
+                            tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: its lists exceed their bounds")
+                        }
                         Err(error) => tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: {error}"),
                     }
                 }

@@ -130,7 +130,14 @@ impl Service {
         persist(&key, || async {
             let now_ms = clock::now_ms();
             let read = |key: String| Presign::Get { key, now_ms, expires_in_ms: AUDIT_GRANTS_MS };
-            let write = |key: String, length: u64| Presign::Put { key, length, sha256: None, if_absent: true, now_ms, expires_in_ms: AUDIT_GRANTS_MS };
+            let write = |key: String, length: u64| Presign::Put {
+                key,
+                length,
+                sha256: None,
+                if_absent: true,
+                now_ms,
+                expires_in_ms: AUDIT_GRANTS_MS,
+            };
             let mut wanted = vec![
                 read(self.run.payload(&hotkey, slot, selection.t)),
                 read(self.run.commitment(&hotkey, slot, selection.t)),
@@ -142,10 +149,12 @@ impl Service {
             shards.sort();
             shards.dedup();
             wanted.extend(shards.into_iter().map(|shard| read(self.keys.shard_tokens(shard))));
-            let requests = wanted.iter().map(|request| self.store.presign(request)).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
+            let requests =
+                wanted.iter().map(|request| self.store.presign(request)).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
             let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
             let header = header_for::<AuditOrder>(&self.context, self.signer.key(), sequence, now_ms);
-            let sealed = match bundle::seal_to(&self.context, Purpose::AuditOrder, &header, &selection.validator, &GrantBundle { requests }) {
+            let sealed = match bundle::seal_to(&self.context, Purpose::AuditOrder, &header, &selection.validator, &GrantBundle { requests })
+            {
                 Ok(sealed) => sealed,
                 Err(error) => {
                     tracing::warn!(validator = %selection.validator, "audit not delivered: {error}");

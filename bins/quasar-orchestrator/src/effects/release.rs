@@ -5,7 +5,7 @@ use fragments::CheckpointTree;
 use fragments::checkpoint::assemble_from;
 use protocol::documents::{Release, ReleaseRef};
 use protocol::{Digest, codec, envelope};
-use storage::{StoreError};
+use storage::StoreError;
 
 use super::{Service, persist};
 use crate::operator::checkpoint::describe;

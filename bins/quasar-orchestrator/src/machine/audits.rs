@@ -67,7 +67,8 @@ impl Orchestrator {
             return;
         }
         let fragments = u64::from(self.parameters().fragments);
-        let merges: Vec<MergeManifest> = self.manifests.range(cycle * fragments..(cycle + 1) * fragments).map(|(_, manifest)| manifest.clone()).collect();
+        let merges: Vec<MergeManifest> =
+            self.manifests.range(cycle * fragments..(cycle + 1) * fragments).map(|(_, manifest)| manifest.clone()).collect();
         let validators: Vec<AccountId> = self.guests.iter().filter(|guest| guest.validator).map(|guest| guest.hotkey).collect();
         let deadline_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
         for selection in select(self.setup.run, cycle, block, hash, &merges, &validators) {
@@ -85,7 +86,11 @@ impl Orchestrator {
         let mut changed = false;
         for part in &record.openings {
             let Some(case) = self.audits.get_mut(&part.audit) else { continue };
-            if (case.selection.hotkey, case.selection.slot) != slot || part.part >= OPENING_PARTS || part.length > limit || !case.is_opening() {
+            if (case.selection.hotkey, case.selection.slot) != slot
+                || part.part >= OPENING_PARTS
+                || part.length > limit
+                || !case.is_opening()
+            {
                 continue;
             }
             let known = case.parts.entry(part.part).or_insert_with(|| {

@@ -129,12 +129,8 @@ impl Orchestrator {
     /// A learner whose record is older than the run allows is gone: its leases end, its rows return.
     pub(super) fn expire_learners(&mut self) {
         let (now_ms, ttl_ms) = (self.volatile.now_ms, self.parameters().learner_ttl_ms);
-        let gone: Vec<Slot> = self
-            .learners
-            .iter()
-            .filter(|(_, learner)| learner.live && now_ms > learner.seen_ms + ttl_ms)
-            .map(|(slot, _)| *slot)
-            .collect();
+        let gone: Vec<Slot> =
+            self.learners.iter().filter(|(_, learner)| learner.live && now_ms > learner.seen_ms + ttl_ms).map(|(slot, _)| *slot).collect();
         for slot in gone {
             self.end_leases(slot);
             if let Some(learner) = self.learners.get_mut(&slot) {
@@ -257,7 +253,11 @@ impl Orchestrator {
         let session_epoch = learner.map_or(0, |learner| learner.session_epoch);
         let mark = self.standing.entry(slot).or_default();
         let outrun = live && versions.iter().zip(&mark.versions).any(|(now, then)| *now >= then + VERSIONS_AHEAD / 2);
-        let due = mark.published_ms == 0 || now_ms >= mark.published_ms + STANDING_REFRESH_MS || mark.live != live || mark.session_epoch != session_epoch || outrun;
+        let due = mark.published_ms == 0
+            || now_ms >= mark.published_ms + STANDING_REFRESH_MS
+            || mark.live != live
+            || mark.session_epoch != session_epoch
+            || outrun;
         if !due {
             return;
         }

@@ -13,7 +13,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use daemon::{Exit, Machine};
 use protocol::audits::Selection;
-use protocol::documents::{FragmentHead, Head, Job, Lease, MergeManifest, Notice, Progress, Pull, ReleaseRef, RunParameters, RunState, Tape};
+use protocol::documents::{
+    FragmentHead, Head, Job, Lease, MergeManifest, Notice, Progress, Pull, ReleaseRef, RunParameters, RunState, Tape,
+};
 use protocol::envelope::RunId;
 use protocol::ledger::TokenLedger;
 use protocol::{AccountId, Digest, Reason, codec, schedule};
@@ -85,21 +87,50 @@ pub enum Input {
     /// A process begins to run this machine.
     Started,
     Tick,
-    Block { number: u64 },
-    Metagraph { guests: Vec<Guest> },
+    Block {
+        number: u64,
+    },
+    Metagraph {
+        guests: Vec<Guest>,
+    },
     /// A verified progress record; `id` is that of its envelope.
-    Progress { slot: Slot, id: Digest, record: Box<Progress> },
+    Progress {
+        slot: Slot,
+        id: Digest,
+        record: Box<Progress>,
+    },
     /// The commitment of `slot` for outer step `t` lies write-once in the bucket, in the envelope `id`.
-    CommitmentStored { slot: Slot, t: u64, id: Digest },
+    CommitmentStored {
+        slot: Slot,
+        t: u64,
+        id: Digest,
+    },
     /// Static checks of an upload ended; [`Reason::None`] = passed.
-    PayloadChecked { slot: Slot, t: u64, outcome: Reason },
+    PayloadChecked {
+        slot: Slot,
+        t: u64,
+        outcome: Reason,
+    },
     /// The tape as it lies in the bucket, which may be one that an earlier process wrote.
-    TapeWritten { tape: Box<Tape> },
-    Merged { manifest: Box<MergeManifest>, keyframe_length: u64 },
+    TapeWritten {
+        tape: Box<Tape>,
+    },
+    Merged {
+        manifest: Box<MergeManifest>,
+        keyframe_length: u64,
+    },
     HeadPublished,
-    Beacon { cycle: u64, block: u64, hash: [u8; 32] },
-    AuditOrdered { audit: Digest },
-    Released { release: ReleaseRef },
+    Beacon {
+        cycle: u64,
+        block: u64,
+        hash: [u8; 32],
+    },
+    AuditOrdered {
+        audit: Digest,
+    },
+    Released {
+        release: ReleaseRef,
+    },
     /// The operator asks for the end of the run.
     Drain,
 }
@@ -123,20 +154,67 @@ pub enum Key {
 #[derive(Clone, Debug)]
 pub enum Effect {
     /// Poll these slots; `live` ones at the poll interval, the others rarely.
-    Watch { live: Vec<Slot>, silent: Vec<Slot> },
-    PublishHead { head: Box<Head> },
+    Watch {
+        live: Vec<Slot>,
+        silent: Vec<Slot>,
+    },
+    PublishHead {
+        head: Box<Head>,
+    },
     PublishCurrent,
-    PublishJob { revision: u64, job: Box<Job> },
-    PublishStanding { revision: u64, slot: Slot, session_epoch: u64, validator: bool, live: bool, versions: Vec<u64>, release: String },
-    PublishPullGrants { revision: u64, slot: Slot, session_epoch: u64, wants: Vec<Want> },
-    StoreCommitment { slot: Slot, t: u64, id: Digest },
-    CheckPayload { slot: Slot, t: u64, commitment: protocol::documents::Commitment },
-    WriteTape { tape: Box<Tape> },
-    Merge { tape: Box<Tape>, rejected: Vec<protocol::documents::Contribution>, previous_keyframe: (Digest, u64) },
-    ReadBeacon { cycle: u64, block: u64 },
-    OrderAudit { selection: Box<Selection>, parts: Vec<(u64, Digest)>, leases: Vec<Lease> },
-    Release { versions: Vec<u64>, tokens: u64 },
-    PublishStatus { status: Box<Status> },
+    PublishJob {
+        revision: u64,
+        job: Box<Job>,
+    },
+    PublishStanding {
+        revision: u64,
+        slot: Slot,
+        session_epoch: u64,
+        validator: bool,
+        live: bool,
+        versions: Vec<u64>,
+        release: String,
+    },
+    PublishPullGrants {
+        revision: u64,
+        slot: Slot,
+        session_epoch: u64,
+        wants: Vec<Want>,
+    },
+    StoreCommitment {
+        slot: Slot,
+        t: u64,
+        id: Digest,
+    },
+    CheckPayload {
+        slot: Slot,
+        t: u64,
+        commitment: protocol::documents::Commitment,
+    },
+    WriteTape {
+        tape: Box<Tape>,
+    },
+    Merge {
+        tape: Box<Tape>,
+        rejected: Vec<protocol::documents::Contribution>,
+        previous_keyframe: (Digest, u64),
+    },
+    ReadBeacon {
+        cycle: u64,
+        block: u64,
+    },
+    OrderAudit {
+        selection: Box<Selection>,
+        parts: Vec<(u64, Digest)>,
+        leases: Vec<Lease>,
+    },
+    Release {
+        versions: Vec<u64>,
+        tokens: u64,
+    },
+    PublishStatus {
+        status: Box<Status>,
+    },
 }
 
 /// For dashboards and people.

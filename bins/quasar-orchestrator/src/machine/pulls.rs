@@ -83,7 +83,8 @@ impl Orchestrator {
         let version = self.fragments[usize::from(fragment)].version;
         if cycles > 0 && version >= cycles {
             // Only fragments that missed a merge still lack one: the others are passed over.
-            if self.fragments.iter().any(|fragment| fragment.version < cycles) {
+            let is_open = |fragment: usize| self.pulls.values().any(|pull| usize::from(pull.fragment) == fragment);
+            if self.fragments.iter().enumerate().any(|(index, fragment)| fragment.version < cycles && !is_open(index)) {
                 self.close_step(self.next_t);
                 self.next_t += 1;
                 self.head_dirty = true;
@@ -205,7 +206,11 @@ impl Orchestrator {
             .iter()
             .filter_map(|(t, pull)| pull.offers.get(&slot).map(|offer| (*t, offer)))
             .filter(|(_, offer)| offer.stage == OfferStage::Granted)
-            .map(|(t, offer)| Want::WriteOnce { key: Key::Payload { slot, t }, length: offer.commitment.length, sha256: offer.commitment.sha256 })
+            .map(|(t, offer)| Want::WriteOnce {
+                key: Key::Payload { slot, t },
+                length: offer.commitment.length,
+                sha256: offer.commitment.sha256,
+            })
             .collect()
     }
 
@@ -349,7 +354,8 @@ impl Orchestrator {
                 learner.contributions += 1;
             }
         }
-        let (accepted, tokens) = manifest.accepted().fold((0, 0), |(count, tokens), contribution| (count + 1, tokens + contribution.tokens));
+        let (accepted, tokens) =
+            manifest.accepted().fold((0, 0), |(count, tokens), contribution| (count + 1, tokens + contribution.tokens));
         self.contributions += accepted;
         self.tokens += tokens / u64::from(self.parameters().fragments);
         self.close_step(manifest.t);
@@ -376,7 +382,9 @@ impl Orchestrator {
                     for (slot, offer) in &pull.offers {
                         match offer.stage {
                             OfferStage::Committed => effects.push(Effect::StoreCommitment { slot: *slot, t: *t, id: offer.id }),
-                            OfferStage::Checking => effects.push(Effect::CheckPayload { slot: *slot, t: *t, commitment: offer.commitment.clone() }),
+                            OfferStage::Checking => {
+                                effects.push(Effect::CheckPayload { slot: *slot, t: *t, commitment: offer.commitment.clone() })
+                            }
                             OfferStage::Granted | OfferStage::Accepted | OfferStage::Rejected(_) => {}
                         }
                     }

@@ -135,7 +135,10 @@ impl Sim {
                 step_chain: Digest::ZERO,
             });
         }
-        let current = self.lease_steps.iter().find(|(id, steps)| **id > self.record.lease || (**id == self.record.lease && self.record.lease_step < **steps));
+        let current = self
+            .lease_steps
+            .iter()
+            .find(|(id, steps)| **id > self.record.lease || (**id == self.record.lease && self.record.lease_step < **steps));
         let Some((id, _)) = current else { return };
         if *id != self.record.lease {
             self.record.lease = *id;
@@ -224,7 +227,9 @@ impl World {
                 Some(Input::HeadPublished)
             }
             Effect::PublishJob { job, .. } => {
-                if let Some(sim) = self.learners.iter_mut().find(|sim| sim.slot == (job.hotkey, job.slot) && sim.record.session_epoch == job.session_epoch) {
+                if let Some(sim) =
+                    self.learners.iter_mut().find(|sim| sim.slot == (job.hotkey, job.slot) && sim.record.session_epoch == job.session_epoch)
+                {
                     sim.lease_steps = job.leases.iter().map(|lease| (lease.id, lease.steps)).collect();
                 }
                 None
@@ -305,9 +310,8 @@ impl World {
         for notice in &head.notices {
             let Notice::OpenAudit { audit, hotkey, .. } = notice;
             if *hotkey == sim.slot.0 && !sim.record.openings.iter().any(|part| part.audit == *audit) {
-                sim.record.openings = (0..3)
-                    .map(|part| OpeningPart { audit: *audit, part, length: 5, sha256: Digest::ZERO, uploaded: false })
-                    .collect();
+                sim.record.openings =
+                    (0..3).map(|part| OpeningPart { audit: *audit, part, length: 5, sha256: Digest::ZERO, uploaded: false }).collect();
             }
         }
     }
@@ -381,7 +385,8 @@ fn a_crash_after_any_input_loses_no_merge_and_makes_none_twice() {
         for (t, tape) in &world.tapes {
             assert_eq!(world.merges[t].base_version, tape.base_version);
         }
-        let mut versions: Vec<(u16, u64)> = world.merges.values().filter(|merge| merge.version > merge.base_version).map(|merge| (merge.fragment, merge.version)).collect();
+        let mut versions: Vec<(u16, u64)> =
+            world.merges.values().filter(|merge| merge.version > merge.base_version).map(|merge| (merge.fragment, merge.version)).collect();
         let count = versions.len();
         versions.sort_unstable();
         versions.dedup();
@@ -423,7 +428,8 @@ fn a_refused_upload_is_named_in_the_manifest_and_does_not_move_the_merge() {
     let slot = world.learners[0].slot;
     world.rejects.insert(slot, Reason::NotFinite);
     world.until_complete(60_000);
-    let outcomes: Vec<Reason> = world.merges.values().flat_map(|merge| &merge.contributions).filter(|c| (c.hotkey, c.slot) == slot).map(|c| c.outcome).collect();
+    let outcomes: Vec<Reason> =
+        world.merges.values().flat_map(|merge| &merge.contributions).filter(|c| (c.hotkey, c.slot) == slot).map(|c| c.outcome).collect();
     assert!(!outcomes.is_empty() && outcomes.iter().all(|outcome| *outcome == Reason::NotFinite), "{outcomes:?}");
     assert_eq!(world.machine.learners[&slot].contributions, 0);
 }

@@ -58,7 +58,9 @@ pub async fn upload(office: &Office, tree: &Path, release: &Release) -> Result<D
         if office.store.head(&key).await.is_ok_and(|meta| meta.length == file.length) {
             continue;
         }
-        let bytes = tokio::fs::read(tree.join(&file.path)).await.map_err(|error| Failure::unavailable(anyhow::anyhow!("{}: {error}", file.path)))?;
+        let bytes = tokio::fs::read(tree.join(&file.path))
+            .await
+            .map_err(|error| Failure::unavailable(anyhow::anyhow!("{}: {error}", file.path)))?;
         match office.store.put(&key, Bytes::from(bytes), PutCondition::IfAbsent).await {
             Ok(_) | Err(StoreError::PreconditionFailed { .. }) => {}
             Err(error) => return Err(Failure::unavailable(error)),
@@ -97,8 +99,9 @@ pub async fn fetch(office: &Office, arguments: FetchArgs) -> Result<(), Failure>
 pub async fn fetch_to(office: &Office, release: &str, out: &Path) -> Result<(Release, Digest), Failure> {
     let key = office.keys.release_manifest(release);
     let object = office.store.get(&key, 1 << 21).await.map_err(Failure::unavailable)?;
-    let verified = protocol::envelope::open_stored::<Release>(&object.bytes, &office.context, protocol::envelope::Expect::Key(&office.key()))
-        .map_err(Failure::configuration)?;
+    let verified =
+        protocol::envelope::open_stored::<Release>(&object.bytes, &office.context, protocol::envelope::Expect::Key(&office.key()))
+            .map_err(Failure::configuration)?;
     std::fs::create_dir_all(out).map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", out.display())))?;
     for file in &verified.document.files {
         let dest = out.join(&file.path);
@@ -180,7 +183,8 @@ pub struct AssembleArgs {
 }
 
 pub fn assemble(arguments: &AssembleArgs) -> Result<(), Failure> {
-    let assembled = fragments::checkpoint::assemble(&arguments.base, &arguments.fragments, &arguments.out).map_err(Failure::configuration)?;
+    let assembled =
+        fragments::checkpoint::assemble(&arguments.base, &arguments.fragments, &arguments.out).map_err(Failure::configuration)?;
     println!("assembled {} elements to {}", assembled.elements, arguments.out.display());
     Ok(())
 }

@@ -46,12 +46,17 @@ struct RunFile {
 pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failure> {
     let text = std::fs::read_to_string(&arguments.config)
         .map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", arguments.config.display())))?;
-    let file: RunFile = toml::from_str(&text)
-        .map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", arguments.config.display())).hint("compare with configs/run-devnet.toml"))?;
+    let file: RunFile = toml::from_str(&text).map_err(|error| {
+        Failure::configuration(anyhow::anyhow!("{}: {error}", arguments.config.display())).hint("compare with configs/run-devnet.toml")
+    })?;
     let (root, root_bytes) = newest_root(office).await?;
     if root.orchestrator != office.key() {
-        return Err(Failure::configuration(anyhow::anyhow!("the root names orchestrator {}, this wallet is {}", root.orchestrator.account(), office.key().account()))
-            .hint("use the wallet that the root names, or sign a new root"));
+        return Err(Failure::configuration(anyhow::anyhow!(
+            "the root names orchestrator {}, this wallet is {}",
+            root.orchestrator.account(),
+            office.key().account()
+        ))
+        .hint("use the wallet that the root names, or sign a new root"));
     }
     let parameters = file.parameters;
     check(&parameters, &root)?;
@@ -90,7 +95,8 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
         let number = fragment as u16;
         let key = run_keys.keyframe(number, 0);
         let record = FileRecord::of_bytes(key.clone(), &keyframe);
-        let manifest = FragmentManifest { fragment: number, version: 0, t: u64::MAX, keyframe: record.clone(), state: Digest::blake3(&state) };
+        let manifest =
+            FragmentManifest { fragment: number, version: 0, t: u64::MAX, keyframe: record.clone(), state: Digest::blake3(&state) };
         office.put_bytes_once(&run_keys.state(number, 0), Bytes::from(state)).await?;
         office.put_bytes_once(&key, Bytes::from(keyframe)).await?;
         office.put_once(&run_keys.fragment_manifest(number, 0), &manifest, &context).await?;
@@ -133,8 +139,12 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     };
     let head = office.sign(&head, &context);
     office.store.put(&run_keys.head(), Bytes::from(head), PutCondition::IfAbsent).await.map_err(Failure::unavailable)?;
-    let current =
-        CurrentRun { root_version: root.version, root_digest: Digest::blake3(&root_bytes), run, manifest_digest: Digest::blake3(&manifest_bytes) };
+    let current = CurrentRun {
+        root_version: root.version,
+        root_digest: Digest::blake3(&root_bytes),
+        run,
+        manifest_digest: Digest::blake3(&manifest_bytes),
+    };
     office.publish_current(&current).await.map_err(Failure::unavailable)?;
     println!("run {run} is current: {} fragments, {} shards, plan {}", plan.fragments.len(), shards.len(), digest.short());
     Ok(())

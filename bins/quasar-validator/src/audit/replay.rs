@@ -95,7 +95,10 @@ impl Segment {
         }
         let expected = commitment.local_step.saturating_sub(commitment.start_step);
         if expected == 0 || expected > u64::from(rules.parameters.audit.replay_steps) {
-            return Err(bad(format!("the committed segment has {expected} steps, 1 to {} are allowed", rules.parameters.audit.replay_steps)));
+            return Err(bad(format!(
+                "the committed segment has {expected} steps, 1 to {} are allowed",
+                rules.parameters.audit.replay_steps
+            )));
         }
         let contiguous = manifest.steps.iter().zip(commitment.start_step..).all(|(step, number)| step.local_step == number);
         if manifest.steps.len() as u64 != expected || !contiguous {
@@ -146,7 +149,8 @@ fn batches(opened: &[OpenedStep], evidence: &Evidence, rules: &Rules<'_>, artifa
             held.push((lease, LeaseRows::of(lease)));
         }
         for (lease, rows) in held.iter().filter(|(lease, _)| lease.id == step.lease) {
-            let rows: Vec<RowRef> = rows.step(step.lease_step).iter().map(|row| RowRef { shard: row.shard.to_owned(), row: row.row }).collect();
+            let rows: Vec<RowRef> =
+                rows.step(step.lease_step).iter().map(|row| RowRef { shard: row.shard.to_owned(), row: row.row }).collect();
             if step.lease_step >= lease.steps || rows.is_empty() {
                 return Err(wrong(format!("lease {} has no step {}", lease.id, step.lease_step)));
             }
@@ -183,13 +187,22 @@ fn of_miner(error: TrainError) -> Finding {
         TrainError::State(StateError::Length { .. } | StateError::NotFinite) => {
             Finding::mismatch(Reason::BadOpening, format!("the opened state does not fit: {error}"))
         }
-        TrainError::NotFinite { .. } => Finding::new(VerdictResult::Inconclusive, Reason::ReplayMismatch, format!("the replay diverged: {error}")),
+        TrainError::NotFinite { .. } => {
+            Finding::new(VerdictResult::Inconclusive, Reason::ReplayMismatch, format!("the replay diverged: {error}"))
+        }
         other => other.into(),
     }
 }
 
 /// ‖claimed − replayed‖ / ‖replayed − start‖ in parts per million; both payloads in the codec's precision.
-fn error_ppm(subject: &Subject, rules: &Rules<'_>, artifact: &Artifact, base: &[f32], start: &[f32], replayed: &[f32]) -> Result<i64, Finding> {
+fn error_ppm(
+    subject: &Subject,
+    rules: &Rules<'_>,
+    artifact: &Artifact,
+    base: &[f32],
+    start: &[f32],
+    replayed: &[f32],
+) -> Result<i64, Finding> {
     let header = artifact::header(subject, rules, artifact.commitment.base_version);
     let change: Vec<f32> = base.iter().zip(replayed).map(|(base, value)| base - value).collect();
     let expected = codec::encode(&header, &change)

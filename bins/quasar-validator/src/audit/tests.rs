@@ -98,7 +98,13 @@ impl World {
     }
 
     fn rules(&self) -> Rules<'_> {
-        Rules { context: &self.context, parameters: &self.parameters, plan: &self.plan, plan_digest: self.plan.digest(), shards: &self.shards }
+        Rules {
+            context: &self.context,
+            parameters: &self.parameters,
+            plan: &self.plan,
+            plan_digest: self.plan.digest(),
+            shards: &self.shards,
+        }
     }
 
     fn judge(&self, case: &Case) -> Judgement {
@@ -187,7 +193,8 @@ pub fn case(world: &World, cheat: &Cheat) -> Case {
             opened.push(OpenedStep { local_step, lease: 7, lease_step: local_step as u32, applied, loss });
         }
     }
-    let mut change: Vec<f32> = world.keyframes[fragment][0].iter().zip(toy.export(fragment).unwrap()).map(|(base, value)| base - value).collect();
+    let mut change: Vec<f32> =
+        world.keyframes[fragment][0].iter().zip(toy.export(fragment).unwrap()).map(|(base, value)| base - value).collect();
     cheat.payload.inspect(|alter| alter(&mut change));
     let header = PayloadHeader::bf16(plan, plan.digest(), fragment, 0);
     let mut payload = codec::encode(&header, &change).unwrap();
@@ -319,7 +326,9 @@ fn an_error_between_one_and_three_tolerances_proves_nothing() {
     let case = case(&world, &Cheat { payload: Some(slightly), ..Cheat::default() });
     let error = world.judge(&case).measured.replay_error_ppm;
     assert!(error > 1_000 && error < 100_000, "{error}");
-    for (tolerance, result) in [(error, VerdictResult::Pass), (error - 1, VerdictResult::Inconclusive), (error / 3 - 1, VerdictResult::Mismatch)] {
+    for (tolerance, result) in
+        [(error, VerdictResult::Pass), (error - 1, VerdictResult::Inconclusive), (error / 3 - 1, VerdictResult::Mismatch)]
+    {
         let mut world = World::new();
         world.parameters.audit.replay_tolerance_ppm = tolerance as u32;
         assert_eq!(world.judge(&case).result, result, "tolerance {tolerance}");
@@ -375,7 +384,16 @@ fn openings_that_do_not_decode_are_bad_and_an_opening_of_somebody_else_is_too() 
         match damage {
             0 => opening.manifest = Bytes::from_static(b"nothing"),
             1 => opening.state = Bytes::from_static(b"QTRS"),
-            _ => opening.manifest = sign(&OpeningManifest { audit: Digest::ZERO, t: T, start_step: 4, versions: vec![], steps: vec![] }, &world.context, &Ed25519Signer::from_seed([9; 32]), 1, 1).into(),
+            _ => {
+                opening.manifest = sign(
+                    &OpeningManifest { audit: Digest::ZERO, t: T, start_step: 4, versions: vec![], steps: vec![] },
+                    &world.context,
+                    &Ed25519Signer::from_seed([9; 32]),
+                    1,
+                    1,
+                )
+                .into()
+            }
         }
         let judgement = world.judge(&case);
         assert_eq!((judgement.result, judgement.reason), BAD_OPENING, "{damage}");

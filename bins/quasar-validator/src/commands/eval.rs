@@ -16,7 +16,8 @@ pub fn main(common: &CommonArgs, args: &EvalArgs) -> Result<Exit, Failure> {
     }
     let threads = if args.threads > 0 { args.threads } else { std::thread::available_parallelism().map_or(1, usize::from) };
     let options = EvaluatorOptions { device: args.device.clone(), threads, ..EvaluatorOptions::default() };
-    let measured = checkpoint_loss(&args.checkpoint, &args.tokens, args.sequence_length, &options, args.max_rows).map_err(Failure::configuration)?;
+    let measured =
+        checkpoint_loss(&args.checkpoint, &args.tokens, args.sequence_length, &options, args.max_rows).map_err(Failure::configuration)?;
     if args.json {
         println!("{}", serde_json::json!({ "loss": measured.loss, "tokens": measured.tokens, "rows": measured.rows }));
     } else {

@@ -22,7 +22,8 @@ enum InspectError {
 pub fn main(file: &Path) -> Result<Exit, Failure> {
     let path = file.display().to_string();
     let bytes = read(file).map_err(|reason| Failure::usage(InspectError::Unreadable { path: path.clone(), reason }))?;
-    let (value, is_valid) = describe(&bytes, clock::now_ms()).map_err(|error| Failure::configuration(InspectError::NoEnvelope { path, error }))?;
+    let (value, is_valid) =
+        describe(&bytes, clock::now_ms()).map_err(|error| Failure::configuration(InspectError::NoEnvelope { path, error }))?;
     println!("{value:#}");
     Ok(if is_valid { Exit::Done } else { Exit::Configuration })
 }

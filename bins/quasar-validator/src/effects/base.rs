@@ -87,9 +87,8 @@ fn read_manifest(bytes: &[u8], facts: &RunFacts, name: &str) -> Result<Release, 
     // The tree may have been published before the run; whose signature it bears is settled by the digest.
     let header = peek(bytes).map_err(|error| Trouble::malformed(name, error))?.0.header;
     let context = Context { run: header.run, ..facts.context };
-    let release = open_stored::<Release>(bytes, &context, Expect::Key(&header.signer))
-        .map_err(|error| Trouble::malformed(name, error))?
-        .document;
+    let release =
+        open_stored::<Release>(bytes, &context, Expect::Key(&header.signer)).map_err(|error| Trouble::malformed(name, error))?.document;
     let total = release.files.iter().fold(0, |sum: u64, file| sum.saturating_add(file.length));
     let is_inside = |path: &str| key::is_valid(path) && Path::new(path).is_relative();
     let is_sound = release.files.len() <= FILES_MAX

@@ -33,7 +33,13 @@ pub struct Bench {
 
 impl Bench {
     /// Starts the thread. Rows and keyframes are fetched on `handle`'s runtime while it waits.
-    pub fn start(facts: Arc<RunFacts>, open: OpenEngine, keyframes: Arc<Keyframes>, tokens: Arc<TokenCache>, handle: Handle) -> std::io::Result<Self> {
+    pub fn start(
+        facts: Arc<RunFacts>,
+        open: OpenEngine,
+        keyframes: Arc<Keyframes>,
+        tokens: Arc<TokenCache>,
+        handle: Handle,
+    ) -> std::io::Result<Self> {
         // The machine judges one audit at a time.
         let (jobs, queue) = sync_channel(1);
         std::thread::Builder::new().name("audits".into()).spawn(move || serve(&queue, &facts, &open, &keyframes, &tokens, &handle))?;

@@ -46,7 +46,13 @@ pub struct Grants {
 }
 
 impl Grants {
-    pub fn new(reader: Arc<tokio::sync::Mutex<RunReader>>, facts: Arc<RunFacts>, access: Arc<dyn GrantAccess>, own: AccountId, secret: Option<Zeroizing<[u8; 32]>>) -> Self {
+    pub fn new(
+        reader: Arc<tokio::sync::Mutex<RunReader>>,
+        facts: Arc<RunFacts>,
+        access: Arc<dyn GrantAccess>,
+        own: AccountId,
+        secret: Option<Zeroizing<[u8; 32]>>,
+    ) -> Self {
         Self { facts, reader, access, own, secret, bundles: Mutex::default() }
     }
 

@@ -73,7 +73,8 @@ impl Keyframes {
             return Ok(bytes);
         }
         let key = self.facts.run.keyframe(one.fragment, one.version);
-        let limit = keyframe::keyframe_bytes(&self.facts.plan, &self.id(one.fragment, one.version)).map_err(|error| Trouble::malformed(&key, error))?;
+        let limit = keyframe::keyframe_bytes(&self.facts.plan, &self.id(one.fragment, one.version))
+            .map_err(|error| Trouble::malformed(&key, error))?;
         let bytes = self.grants.get(None, &key, limit).await?;
         if Digest::blake3(&bytes) != one.digest {
             return Err(Trouble::Digest { key });

@@ -223,7 +223,8 @@ impl Published {
         let root_bytes = sign(&root, &outside, &self.owner, 1, clock::now_ms());
         let root_digest = Digest::blake3(&root_bytes);
         self.put(&keys.root(1), root_bytes).await;
-        self.put_document(&keys.current(), &outside, &CurrentRun { root_version: 1, root_digest, run: world.context.run, manifest_digest }).await;
+        self.put_document(&keys.current(), &outside, &CurrentRun { root_version: 1, root_digest, run: world.context.run, manifest_digest })
+            .await;
         for merge in merges {
             self.put_document(&self.run.merge(merge.t), &world.context, merge).await;
         }
@@ -246,11 +247,17 @@ impl Published {
         };
         self.put_document(&self.run.head(), &world.context, &head).await;
 
-        let standing = [keys.release_manifest(RELEASE), keys.release_file(RELEASE, "model.safetensors"), self.run.keyframe(FRAGMENT, 1), keys.shard_tokens("held")];
+        let standing = [
+            keys.release_manifest(RELEASE),
+            keys.release_file(RELEASE, "model.safetensors"),
+            self.run.keyframe(FRAGMENT, 1),
+            keys.shard_tokens("held"),
+        ];
         let requests = standing.iter().map(|key| self.get_grant(key)).collect();
         let header = header_for::<StandingGrants>(&world.context, self.orchestrator.key(), 1, clock::now_ms());
         let own = self.hotkey.account();
-        let sealed = bundle::seal_to(&world.context, protocol::envelope::Purpose::StandingGrants, &header, &own, &GrantBundle { requests }).unwrap();
+        let sealed =
+            bundle::seal_to(&world.context, protocol::envelope::Purpose::StandingGrants, &header, &own, &GrantBundle { requests }).unwrap();
         let grants = StandingGrants { hotkey: own, slot: 0, session_epoch: 0, sealed };
         self.put(&self.run.standing(&own, 0), sign_with_header(header, &grants, &self.orchestrator)).await;
 
@@ -273,7 +280,8 @@ impl Published {
     }
 
     fn put_grant(&self, key: &str, length: u64) -> GrantRequest {
-        let request = Presign::Put { key: key.to_owned(), length, sha256: None, if_absent: true, now_ms: clock::now_ms(), expires_in_ms: HOUR_MS };
+        let request =
+            Presign::Put { key: key.to_owned(), length, sha256: None, if_absent: true, now_ms: clock::now_ms(), expires_in_ms: HOUR_MS };
         self.store.presign(&request).unwrap()
     }
 
@@ -391,7 +399,11 @@ fn broken() -> OpenEngine {
 async fn honest_work_passes_and_earns_the_weights() {
     let published = Published::new(&Cheat::default()).await;
     published.publish_order(true, |_| {}).await;
-    published.live(toys(&published.world), false, async |published: &Published| published.reveal().await.is_some() && published.row().await == [(MINER_UID, u16::MAX)]).await;
+    published
+        .live(toys(&published.world), false, async |published: &Published| {
+            published.reveal().await.is_some() && published.row().await == [(MINER_UID, u16::MAX)]
+        })
+        .await;
     let (commit, reveal) = (published.commit().await.unwrap(), published.reveal().await.unwrap());
     assert_eq!((reveal.verdict.result, reveal.verdict.reason), (VerdictResult::Pass, Reason::None));
     assert_eq!((reveal.verdict.measured.replay_error_ppm, reveal.verdict.measured.replayed_steps), (0, 3));
@@ -402,7 +414,11 @@ async fn honest_work_passes_and_earns_the_weights() {
 async fn work_on_other_rows_fails_and_the_weight_goes_to_the_validator_itself() {
     let published = Published::new(&Cheat { other_rows: true, ..Cheat::default() }).await;
     published.publish_order(true, |_| {}).await;
-    published.live(toys(&published.world), false, async |published: &Published| published.reveal().await.is_some() && published.row().await == [(OWN_UID, u16::MAX)]).await;
+    published
+        .live(toys(&published.world), false, async |published: &Published| {
+            published.reveal().await.is_some() && published.row().await == [(OWN_UID, u16::MAX)]
+        })
+        .await;
     let verdict = published.reveal().await.unwrap().verdict;
     assert_eq!((verdict.result, verdict.reason), (VerdictResult::Mismatch, Reason::ReplayMismatch));
 }

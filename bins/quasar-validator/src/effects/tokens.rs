@@ -40,7 +40,10 @@ impl TokenCache {
             }
             let row_bytes = u64::from(shard.row_tokens) * TOKEN_BYTES;
             let bytes = self.range(audit, shard, row.row * row_bytes, (row.row + 1) * row_bytes).await?;
-            tokens.extend(data::decode_rows(&bytes, row.row, shard.row_tokens, shard.vocab_size).map_err(|error| Trouble::malformed(&row.shard, error))?);
+            tokens.extend(
+                data::decode_rows(&bytes, row.row, shard.row_tokens, shard.vocab_size)
+                    .map_err(|error| Trouble::malformed(&row.shard, error))?,
+            );
         }
         Ok(tokens)
     }

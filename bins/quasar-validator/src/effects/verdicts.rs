@@ -97,7 +97,8 @@ impl VerdictDesk {
     /// 32 bytes that nobody without the hotkey can know: a signature that is never published. Ed25519 signatures are
     /// deterministic, so even a validator that lost its disk can open what it committed.
     fn salt(&self, verdict: &Verdict) -> [u8; 32] {
-        let message = Digest::derive("quasar/v1/verdict-salt", &[&self.facts.context.genesis, &self.facts.context.run.0, &codec::encode(verdict)]);
+        let message =
+            Digest::derive("quasar/v1/verdict-salt", &[&self.facts.context.genesis, &self.facts.context.run.0, &codec::encode(verdict)]);
         Digest::derive("quasar/v1/salt", &[&self.hotkey.sign(&message.0)]).0
     }
 
@@ -127,7 +128,15 @@ impl VerdictDesk {
 fn belongs(verdict: &Verdict, subject: &Subject) -> bool {
     let selection = &subject.selection;
     (verdict.audit, verdict.validator, verdict.cycle, verdict.hotkey, verdict.slot, verdict.t, verdict.payload)
-        == (selection.audit, selection.validator, selection.cycle, selection.hotkey, selection.slot, selection.t, subject.contribution.payload)
+        == (
+            selection.audit,
+            selection.validator,
+            selection.cycle,
+            selection.hotkey,
+            selection.slot,
+            selection.t,
+            subject.contribution.payload,
+        )
 }
 
 fn written(trouble: &Trouble) -> Written {

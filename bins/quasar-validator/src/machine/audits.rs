@@ -108,10 +108,22 @@ impl Audits {
         if selection.validator != self.own {
             return;
         }
-        tracing::info!(audit = selection.audit.short(), cycle = selection.cycle, learner = learner(&selection.hotkey, selection.slot), t = selection.t, "audit drawn");
+        tracing::info!(
+            audit = selection.audit.short(),
+            cycle = selection.cycle,
+            learner = learner(&selection.hotkey, selection.slot),
+            t = selection.t,
+            "audit drawn"
+        );
         let key = (selection.cycle, selection.audit);
         let until_ms = now_ms + self.patience_ms;
-        self.open.entry(key).or_insert(Audit { subject, stage: Stage::AwaitingOrder, poller: Poller::new(self.every_ms), attempts: 0, until_ms });
+        self.open.entry(key).or_insert(Audit {
+            subject,
+            stage: Stage::AwaitingOrder,
+            poller: Poller::new(self.every_ms),
+            attempts: 0,
+            until_ms,
+        });
     }
 
     fn find(&mut self, audit: &Digest) -> Option<&mut Audit> {
@@ -228,7 +240,9 @@ impl Audits {
         match written {
             Written::Done => {}
             Written::NoGrant => tracing::debug!(audit = audit.short(), what, "no valid grant for the verdict yet"),
-            Written::Unavailable(why) => tracing::warn!(audit = audit.short(), what, why, "the verdict could not be written; it is tried again"),
+            Written::Unavailable(why) => {
+                tracing::warn!(audit = audit.short(), what, why, "the verdict could not be written; it is tried again")
+            }
             Written::Lost(why) => {
                 tracing::error!(audit = audit.short(), what, why, "the verdict is lost");
                 self.drop_audit(&audit);

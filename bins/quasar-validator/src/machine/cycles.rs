@@ -71,7 +71,8 @@ fn check(manifest: &MergeManifest, t: u64, fragments: u16, latest: &Latest) -> R
         return Err(MergeFault::Order);
     }
     // Weights are fixed before the filters look at norms and directions: what those refused was weighed as well.
-    let weighed: Vec<&Contribution> = manifest.contributions.iter().filter(|one| one.tokens > 0 || one.weight_ppm > 0 || one.outcome == Reason::None).collect();
+    let weighed: Vec<&Contribution> =
+        manifest.contributions.iter().filter(|one| one.tokens > 0 || one.weight_ppm > 0 || one.outcome == Reason::None).collect();
     if weighed.iter().any(|one| one.base_version > manifest.base_version || one.base_version < manifest.base_version.saturating_sub(1)) {
         return Err(MergeFault::ContributionBase);
     }
@@ -226,7 +227,11 @@ impl Cycles {
         let Some(hash) = hash.filter(|_| !validators.is_empty()) else {
             closed.poller.end(now_ms);
             if hash.is_none() && closed.beacon_block < head_block.saturating_sub(FORGOTTEN_BLOCKS) {
-                tracing::warn!(cycle, block = closed.beacon_block, "the chain node has forgotten the beacon's block: this cycle stays without audits here");
+                tracing::warn!(
+                    cycle,
+                    block = closed.beacon_block,
+                    "the chain node has forgotten the beacon's block: this cycle stays without audits here"
+                );
                 self.closed.remove(&cycle);
             }
             return Vec::new();
@@ -254,7 +259,10 @@ impl Cycles {
 
     /// Keyframes of the last versions that merges produced.
     pub fn keyframes(&self) -> Vec<KeyframeRef> {
-        self.keyframes.iter().map(|((fragment, version), digest)| KeyframeRef { fragment: *fragment, version: *version, digest: *digest }).collect()
+        self.keyframes
+            .iter()
+            .map(|((fragment, version), digest)| KeyframeRef { fragment: *fragment, version: *version, digest: *digest })
+            .collect()
     }
 
     /// Whether everything that is closed was folded and every complete cycle's audits are known.

@@ -33,7 +33,8 @@ pub fn contribution(hotkey: u8, slot: u8, tokens: u64, outcome: Reason) -> Contr
 /// A sound manifest of outer step `t` with base version `t / fragments`, at block 5. Contributions with tokens were weighed.
 pub fn merge(t: u64, fragments: u16, mut contributions: Vec<Contribution>) -> MergeManifest {
     let base_version = t / u64::from(fragments);
-    let weighed: Vec<Work> = contributions.iter().filter(|one| one.tokens > 0).map(|one| Work { tokens: one.tokens, versions_behind: 0 }).collect();
+    let weighed: Vec<Work> =
+        contributions.iter().filter(|one| one.tokens > 0).map(|one| Work { tokens: one.tokens, versions_behind: 0 }).collect();
     for (one, weight) in contributions.iter_mut().filter(|one| one.tokens > 0).zip(merge_weights(&weighed)) {
         one.base_version = base_version;
         one.weight_ppm = weight;

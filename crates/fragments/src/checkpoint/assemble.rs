@@ -14,8 +14,7 @@ use crate::number::{append_f32, append_rounded, first_non_finite_bytes};
 use crate::plan;
 
 /// Weights in other formats, documents about another tree, and unfinished files: never copied from the base.
-const NOT_COPIED: [&str; 9] =
-    [".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".qsr", ".part"];
+const NOT_COPIED: [&str; 9] = [".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".qsr", ".part"];
 
 /// Side files and folders are copied this deep.
 const COPY_DEPTH_MAX: usize = 4;

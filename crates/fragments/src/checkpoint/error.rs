@@ -25,7 +25,9 @@ pub enum CheckpointError {
     MissingTensor { tensor: String },
     #[error("tensor `{tensor}` stands in two files\nhint: remove left-over weight files")]
     DuplicateTensor { tensor: String },
-    #[error("tensor `{tensor}`: the contract says {expected}, the checkpoint has {found}\nhint: checkpoint and {CONTRACT_FILE} belong to different models")]
+    #[error(
+        "tensor `{tensor}`: the contract says {expected}, the checkpoint has {found}\nhint: checkpoint and {CONTRACT_FILE} belong to different models"
+    )]
     Mismatch { tensor: String, expected: String, found: String },
     #[error("tensor `{tensor}` is a parameter but is not in {CONTRACT_FILE}\nhint: checkpoint and contract belong to different models")]
     NotInContract { tensor: String },
@@ -37,7 +39,9 @@ pub enum CheckpointError {
     Plan(#[from] PlanError),
     #[error("rows {row_start} to {row_end} of `{tensor}` are not in the checkpoint\nhint: plan and checkpoint belong to different models")]
     Rows { tensor: String, row_start: u64, row_end: u64 },
-    #[error("tensor `{tensor}`: element {element} is not a finite number\nhint: the checkpoint is damaged or its training diverged; use an earlier one")]
+    #[error(
+        "tensor `{tensor}`: element {element} is not a finite number\nhint: the checkpoint is damaged or its training diverged; use an earlier one"
+    )]
     NotFinite { tensor: String, element: u64 },
     #[error("{}: `{name}` is not a slice of a parameter of the base checkpoint\nhint: fragments and base belong to different models", path.display())]
     FragmentTensor { path: PathBuf, name: String },

@@ -23,8 +23,7 @@ impl TensorFile {
         // SAFETY: the map is only read. Truncating the file while it is mapped would end this process with a signal;
         // checkpoint files are never changed in place, they are written under another name and renamed.
         let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::read(path))?;
-        let header =
-            safetensors_header::parse(&map).map_err(|source| CheckpointError::Header { path: path.to_owned(), source })?;
+        let header = safetensors_header::parse(&map).map_err(|source| CheckpointError::Header { path: path.to_owned(), source })?;
         Ok(Self { path: path.to_owned(), tensors: header.tensors, data_start: header.data_start, map })
     }
 

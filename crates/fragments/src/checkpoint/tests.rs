@@ -68,7 +68,8 @@ fn assert_same_trees(base: &Path, out: &Path) {
 
 /// Rewrites the base's only weight file with one tensor's values changed.
 fn poison(folders: &Folders, tensors: &[TensorSpec], name: &str, element: usize) {
-    let mut entries = safetensors_header::build(&[], tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.clone())));
+    let mut entries =
+        safetensors_header::build(&[], tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.clone())));
     for tensor in tensors {
         let mut content = values(1, tensor.elements() as usize);
         if tensor.name == name {
@@ -91,7 +92,10 @@ fn split_then_assemble_gives_back_every_file_byte_for_byte() {
             let assembled = folders.assemble().unwrap();
             assert_same_trees(&folders.path("base"), &folders.path("out"));
             assert_eq!(assembled.elements, folders.open().unwrap().contract().elements());
-            let on_disk: Vec<PathBuf> = files(&folders.path("out")).into_iter().map(|(path, _)| path.strip_prefix(folders.path("out")).unwrap().to_owned()).collect();
+            let on_disk: Vec<PathBuf> = files(&folders.path("out"))
+                .into_iter()
+                .map(|(path, _)| path.strip_prefix(folders.path("out")).unwrap().to_owned())
+                .collect();
             assert_eq!(assembled.files, on_disk);
             assert!(on_disk.contains(&PathBuf::from(CONTRACT_FILE)));
             assert_eq!(shards > 1, on_disk.contains(&PathBuf::from(INDEX_FILE)));
@@ -218,7 +222,10 @@ fn a_folder_with_other_files_or_the_base_itself_is_not_written_to() {
     assert!(matches!(split(tree.dir(), 2, tree.dir()), Err(CheckpointError::Occupied { .. })));
     let other = folders.path("other");
     write_tree(&other, &small_tensors(), 1, 99);
-    assert!(matches!(assemble_from(&tree, &plan, values, &other), Err(CheckpointError::Occupied { .. })), "a finished tree is not replaced");
+    assert!(
+        matches!(assemble_from(&tree, &plan, values, &other), Err(CheckpointError::Occupied { .. })),
+        "a finished tree is not replaced"
+    );
 }
 
 #[test]
@@ -249,7 +256,12 @@ fn a_value_that_is_not_a_number_is_found_with_its_tensor_and_element() {
     let tree = folders.open().unwrap();
     assert!(matches!(tree.read_tensor("a.weight"), Err(CheckpointError::NotFinite { element: 9, .. })));
     assert_eq!(tree.read_tensor("b.weight").unwrap(), values(1, 2));
-    let slice = |row_start, row_end| protocol::Slice { row_start, row_end, unit_rows: row_end - row_start, ..plan(tree.contract(), 1).unwrap().fragments[0][0].clone() };
+    let slice = |row_start, row_end| protocol::Slice {
+        row_start,
+        row_end,
+        unit_rows: row_end - row_start,
+        ..plan(tree.contract(), 1).unwrap().fragments[0][0].clone()
+    };
     assert!(tree.slice_bytes(&slice(0, 2)).is_ok());
     assert!(matches!(tree.slice_bytes(&slice(2, 3)), Err(CheckpointError::NotFinite { element: 9, .. })));
     assert!(matches!(tree.slice_bytes(&slice(2, 4)), Err(CheckpointError::Rows { .. })));
@@ -341,7 +353,17 @@ fn left_overs_stale_weights_and_signed_documents_of_the_base_are_not_copied() {
     folders.split(2).unwrap();
     let assembled = folders.assemble().unwrap();
     let names: Vec<&str> = assembled.files.iter().filter_map(|file| file.to_str()).collect();
-    assert_eq!(names, ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX_FILE, CONTRACT_FILE, "tokenizer.json"]);
+    assert_eq!(
+        names,
+        [
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            INDEX_FILE,
+            CONTRACT_FILE,
+            "tokenizer.json"
+        ]
+    );
 }
 
 #[test]

@@ -178,8 +178,7 @@ impl CheckpointTree {
     }
 
     pub(super) fn locate(&self, name: &str) -> Result<(&TensorFile, &TensorInfo), CheckpointError> {
-        let (file, position) =
-            self.places.get(name).ok_or_else(|| CheckpointError::MissingTensor { tensor: name.to_owned() })?;
+        let (file, position) = self.places.get(name).ok_or_else(|| CheckpointError::MissingTensor { tensor: name.to_owned() })?;
         Ok((&self.files[*file], &self.files[*file].tensors[*position]))
     }
 
@@ -195,9 +194,7 @@ fn spec(tensor: &TensorInfo) -> TensorSpec {
 
 fn refuse_non_finite(tensor: &TensorInfo, bytes: &[u8], first_element: u64) -> Result<(), CheckpointError> {
     match first_non_finite_bytes(tensor.dtype, bytes) {
-        Some(element) => {
-            Err(CheckpointError::NotFinite { tensor: tensor.name.clone(), element: first_element + element as u64 })
-        }
+        Some(element) => Err(CheckpointError::NotFinite { tensor: tensor.name.clone(), element: first_element + element as u64 }),
         None => Ok(()),
     }
 }

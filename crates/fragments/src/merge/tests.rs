@@ -32,7 +32,12 @@ fn a_single_contribution_comes_back_unchanged() {
     for merge in [merge, robust_merge] {
         let merged = merge(&slices(), &inputs(&contributions[..1], &[7])).unwrap();
         assert_eq!(merged.delta, contributions[0]);
-        let report = InputReport { outcome: Reason::None, norm_micro: (norm(&contributions[0]) * 1e6).round() as u64, clip_ppm: 1_000_000, cosine_ppm: 1_000_000 };
+        let report = InputReport {
+            outcome: Reason::None,
+            norm_micro: (norm(&contributions[0]) * 1e6).round() as u64,
+            clip_ppm: 1_000_000,
+            cosine_ppm: 1_000_000,
+        };
         assert_eq!(merged.inputs, [report]);
         assert_eq!(merged.norm_micro, report.norm_micro);
         let with_weightless = merge(&slices(), &inputs(&contributions, &[7, 0])).unwrap();

@@ -13,14 +13,16 @@ mod progress;
 mod run;
 
 pub use audit::{
-    AuditOrder, Measurements, OPENING_PARTS, OpenedPart, OpenedStep, OpeningManifest, Scores, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES, Verdict, VerdictCommit,
-    VerdictReveal, VerdictResult,
+    AuditOrder, Measurements, OPENING_PARTS, OpenedPart, OpenedStep, OpeningManifest, Scores, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES,
+    Verdict, VerdictCommit, VerdictResult, VerdictReveal,
 };
 pub use head::{FragmentHead, Head, Notice, Pull, ReleaseRef, RunState};
 pub use job::{Job, Lease, PullGrants, RowRange, StandingGrants};
 pub use merge::{Contribution, FragmentManifest, MergeManifest, Release, Tape, TapeInput};
 pub use progress::{Commitment, FragmentProgress, LearnerState, OpeningPart, PROGRESS_BYTES, Progress, encode_progress};
-pub use run::{AuditParameters, Bounds, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RunManifest, RunParameters, RunRoot};
+pub use run::{
+    AuditParameters, Bounds, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RunManifest, RunParameters, RunRoot,
+};
 
 macro_rules! document {
     ($($type:ty => $purpose:ident),* $(,)?) => {
@@ -78,7 +80,9 @@ pub fn payload_json(purpose: Purpose, payload: &[u8]) -> Result<serde_json::Valu
         Purpose::Scores => json::<Scores>(payload),
         Purpose::ShardManifest => json::<ShardManifest>(payload),
         Purpose::Tape => json::<Tape>(payload),
-        Purpose::Receipt | Purpose::LogHead => Err(crate::codec::CodecError::Malformed(format!("no document of purpose {purpose:?} exists yet"))),
+        Purpose::Receipt | Purpose::LogHead => {
+            Err(crate::codec::CodecError::Malformed(format!("no document of purpose {purpose:?} exists yet")))
+        }
     }
 }
 
@@ -89,4 +93,3 @@ pub const PPM: u64 = 1_000_000;
 pub fn micro_nats(loss: f64) -> i64 {
     if loss.is_nan() { i64::MAX } else { (loss * 1e6).round() as i64 }
 }
-

@@ -136,8 +136,8 @@ fn keep_newest<T>(list: &mut Vec<T>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::envelope::{Expect, RunId, open};
     use crate::Ed25519Signer;
+    use crate::envelope::{Expect, RunId, open};
 
     fn full(fragments: usize) -> Progress {
         let commitment = Commitment {

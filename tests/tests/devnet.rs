@@ -1,0 +1,63 @@
+//! The main job as separate processes: train, merge, audit, release and set weights while processes are killed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use protocol::documents::{MergeManifest, Tape, VerdictResult, VerdictReveal};
+use quasar_tests::{bin_dir, binary, documents};
+
+const CYCLES: u64 = 4;
+const FRAGMENTS: u64 = 24;
+
+#[test]
+fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let dir = folder.path().join("devnet");
+    let cycles = CYCLES.to_string();
+    let output = Command::new(binary("quasar-orchestrator"))
+        .args(["devnet", "--miners", "2", "--validators", "1", "--cycles", &cycles, "--chaos", "--json", "--timeout-sec", "1500", "--dir"])
+        .arg(&dir)
+        .arg("--bin-dir")
+        .arg(bin_dir())
+        .output()
+        .expect("the devnet starts");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    for victim in ["miner-1", "validator-0", "orchestrator"] {
+        assert!(errors.contains(&format!("killing {victim}")) && errors.contains(&format!("starting {victim} again")), "{errors}");
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let summary: serde_json::Value =
+        serde_json::from_str(text.lines().last().expect("a last line")).expect("the last line is one JSON object");
+    assert_eq!(summary["ok"], true, "{summary}");
+    let number = |key: &str| summary[key].as_f64().unwrap_or(f64::NAN);
+    assert!(number("held_out_loss_before") - number("held_out_loss_after") > 1.5, "{summary}");
+    assert_eq!(summary["verdicts"]["fail"], 0, "{summary}");
+    assert!(summary["weights"].as_object().is_some_and(|weights| !weights.is_empty()), "{summary}");
+
+    let bucket = dir.join("bucket");
+    let merges: Vec<MergeManifest> = documents(&bucket).into_iter().map(|(_, merge)| merge).collect();
+    let mut versions: BTreeMap<u16, BTreeSet<u64>> = BTreeMap::new();
+    for merge in &merges {
+        let weight: u64 = merge.accepted().map(|contribution| contribution.weight_ppm).sum();
+        assert!(weight <= 1_000_000, "{merge:?}");
+        if merge.version > merge.base_version {
+            assert!(versions.entry(merge.fragment).or_default().insert(merge.version), "a version was made twice: {merge:?}");
+        }
+    }
+    assert_eq!(versions.len() as u64, FRAGMENTS);
+    for (fragment, versions) in versions {
+        assert_eq!(versions, (1..=versions.len() as u64).collect(), "fragment {fragment} skips a version");
+        assert!(versions.len() as u64 >= CYCLES, "fragment {fragment}");
+    }
+    let tapes: BTreeMap<u64, Tape> = documents(&bucket).into_iter().map(|(_, tape): (_, Tape)| (tape.t, tape)).collect();
+    for merge in &merges {
+        let tape = &tapes[&merge.t];
+        let taped: BTreeSet<_> = tape.inputs.iter().map(|input| input.payload).collect();
+        let merged: BTreeSet<_> = merge.accepted().map(|contribution| contribution.payload).collect();
+        assert!(merged.is_subset(&taped), "step {} merged something that its tape does not hold", merge.t);
+    }
+    let reveals: Vec<(_, VerdictReveal)> = documents(&bucket);
+    assert!(reveals.iter().all(|(signer, reveal)| *signer == reveal.verdict.validator));
+    assert!(reveals.iter().filter(|(_, reveal)| reveal.verdict.result == VerdictResult::Pass).count() >= 3, "{reveals:?}");
+}
