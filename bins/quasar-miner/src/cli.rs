@@ -199,7 +199,7 @@ mod tests {
         }
         assert!(matches!(
             parse("quasar-miner checkpoint init --config c.json --out o").unwrap().command,
-            Command::Checkpoint(CheckpointCommand::Init { config, .. }) if config == PathBuf::from("c.json")
+            Command::Checkpoint(CheckpointCommand::Init { config, .. }) if config.as_os_str() == "c.json"
         ));
     }
 }

@@ -177,10 +177,19 @@ impl Engine {
     }
 }
 
+/// What all parts of one audit look at.
+#[derive(Clone, Copy)]
+pub struct Inquiry<'a> {
+    pub subject: &'a Subject,
+    pub evidence: &'a Evidence,
+    pub rules: &'a Rules<'a>,
+    pub sources: &'a dyn Sources,
+}
+
 /// Judges one contribution. Never panics on what others wrote.
-pub fn judge(subject: &Subject, evidence: &Evidence, rules: &Rules<'_>, sources: &dyn Sources, engine: &mut Engine) -> Judgement {
+pub fn judge(inquiry: &Inquiry<'_>, engine: &mut Engine) -> Judgement {
     let mut measured = Measurements::NONE;
-    match examine(subject, evidence, rules, sources, engine, &mut measured) {
+    match examine(inquiry, engine, &mut measured) {
         Ok(()) if loss::got_worse(&measured) => Judgement {
             result: VerdictResult::Pass,
             reason: Reason::LossWorse,
@@ -192,21 +201,14 @@ pub fn judge(subject: &Subject, evidence: &Evidence, rules: &Rules<'_>, sources:
     }
 }
 
-fn examine(
-    subject: &Subject,
-    evidence: &Evidence,
-    rules: &Rules<'_>,
-    sources: &dyn Sources,
-    engine: &mut Engine,
-    measured: &mut Measurements,
-) -> Result<(), Finding> {
-    let artifact = artifact::check(subject, evidence, rules)?;
-    let base = sources.keyframe(subject.fragment, artifact.commitment.base_version)?;
-    loss::test(subject, evidence, rules, sources, &artifact, &base, &mut engine.replica, measured)?;
-    let Some(opening) = &evidence.opening else {
+fn examine(inquiry: &Inquiry<'_>, engine: &mut Engine, measured: &mut Measurements) -> Result<(), Finding> {
+    let artifact = artifact::check(inquiry)?;
+    let base = inquiry.sources.keyframe(inquiry.subject.fragment, artifact.commitment.base_version)?;
+    loss::test(inquiry, &artifact, &base, &mut engine.replica, measured)?;
+    let Some(opening) = &inquiry.evidence.opening else {
         return Err(Finding::new(VerdictResult::NoOpening, Reason::NoOpening, "no opening was uploaded in time"));
     };
-    replay::test(subject, evidence, opening, rules, sources, &artifact, &base, engine.trainer.as_mut(), measured)
+    replay::test(inquiry, opening, &artifact, &base, engine.trainer.as_mut(), measured)
 }
 
 /// The hotkey whose work is audited, for messages.

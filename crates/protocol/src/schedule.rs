@@ -62,8 +62,8 @@ pub fn merge_weights(work: &[Work]) -> Vec<u64> {
 /// Steps that count: no more than claimed, than the lease had left, or than the elapsed time allows at the fastest step the
 /// run believes in.
 pub fn counted_steps(claimed: u32, lease_steps: u32, elapsed_ms: u64, step_ms_min: u64) -> u32 {
-    let by_time = if step_ms_min == 0 { u64::from(u32::MAX) } else { elapsed_ms / step_ms_min + 1 };
-    claimed.min(lease_steps).min(by_time.min(u64::from(u32::MAX)) as u32)
+    let by_time = elapsed_ms.checked_div(step_ms_min).map_or(u64::MAX, |steps| steps + 1);
+    claimed.min(lease_steps).min(u32::try_from(by_time).unwrap_or(u32::MAX))
 }
 
 #[cfg(test)]

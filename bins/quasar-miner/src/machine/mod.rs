@@ -293,11 +293,11 @@ impl Learner {
                 self.registration = Registration { was_seen: true, ..Registration::default() };
                 self.grants.set_standing(session_epoch, grants);
             }
-            (Look::Pull, Found::Grants { session_epoch, grants }) => {
-                // Grants of an earlier session are bound to its bytes.
-                if !self.fence(session_epoch, now_ms) && session_epoch == self.settings.session_epoch {
-                    self.grants.set_pull(grants);
-                }
+            // Grants of an earlier session are bound to its bytes.
+            (Look::Pull, Found::Grants { session_epoch, grants })
+                if !self.fence(session_epoch, now_ms) && session_epoch == self.settings.session_epoch =>
+            {
+                self.grants.set_pull(grants);
             }
             (Look::Moved, Found::Moved(true)) => {
                 tracing::info!(slot = self.settings.slot, "another run is current now");

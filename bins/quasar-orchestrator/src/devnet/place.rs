@@ -402,7 +402,11 @@ fn run_file(cycles: u64) -> Result<(String, u16, u32), Failure> {
     let parameters = table.get_mut("parameters").and_then(toml::Value::as_table_mut).ok_or_else(|| broken("no [parameters]"))?;
     parameters.insert("cycles".to_owned(), toml::Value::Integer(cycles as i64));
     let number = |key: &str| parameters.get(key).and_then(toml::Value::as_integer).ok_or_else(|| broken(key));
-    let (fragments, length) = (number("fragments")?, number("sequence_length")?);
+    let (fragments, length, inner_steps) = (number("fragments")?, number("sequence_length")?, number("inner_steps")?);
+    // The learning rate falls over exactly this run.
+    let schedule = parameters.get_mut("inner").and_then(|inner| inner.get_mut("schedule")).and_then(toml::Value::as_table_mut);
+    let schedule = schedule.ok_or_else(|| broken("no [parameters.inner.schedule]"))?;
+    schedule.insert("total_steps".to_owned(), toml::Value::Integer(cycles as i64 * inner_steps));
     Ok((table.to_string(), fragments as u16, length as u32))
 }
 

@@ -61,7 +61,10 @@ pub struct Service {
 
 /// Writes to one key happen in order, and a write that was overtaken is left out.
 #[derive(Default)]
-pub struct Outbox(Mutex<BTreeMap<String, (u64, Arc<tokio::sync::Mutex<()>>)>>);
+pub struct Outbox(Mutex<BTreeMap<String, Turnstile>>);
+
+/// Newest revision of a key, and the lock that its writers take in turn.
+type Turnstile = (u64, Arc<tokio::sync::Mutex<()>>);
 
 impl Outbox {
     /// Waits for the turn of `revision` at `key`; `None` if a newer one is there.

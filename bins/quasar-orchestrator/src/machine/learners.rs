@@ -23,6 +23,8 @@ pub struct Learner {
     pub live: bool,
     pub seen_ms: u64,
     pub local_step: u64,
+    /// When `local_step` last moved.
+    pub stepped_ms: u64,
     pub step_ms: u32,
     pub loss: i64,
     pub lease: u64,
@@ -59,6 +61,7 @@ impl Learner {
             live: true,
             seen_ms: now_ms,
             local_step: record.local_step,
+            stepped_ms: now_ms,
             step_ms: 0,
             loss: record.loss,
             lease: 0,
@@ -96,8 +99,13 @@ impl Orchestrator {
             }
         }
         let Some(learner) = self.learners.get_mut(&slot) else { return };
-        if record.local_step > learner.local_step && record.step_ms > 0 {
-            self.timing.add_step(u64::from(record.step_ms));
+        if record.local_step > learner.local_step {
+            // The whole cadence counts, with what lies between two steps. The first step of a session has no interval.
+            let steps = record.local_step - learner.local_step;
+            if learner.local_step > 0 {
+                self.timing.add_step(now_ms.saturating_sub(learner.stepped_ms) / steps);
+            }
+            learner.stepped_ms = now_ms;
         }
         learner.seen_ms = now_ms;
         learner.live = record.state != LearnerState::Draining;

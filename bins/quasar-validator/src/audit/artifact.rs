@@ -6,7 +6,7 @@ use protocol::Reason;
 use protocol::documents::{Commitment, Progress, VerdictResult};
 use protocol::envelope::{Expect, open_stored};
 
-use super::{Evidence, Finding, Rules, Subject};
+use super::{Finding, Inquiry};
 
 /// A payload that is what was committed.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,14 +16,16 @@ pub struct Artifact {
     pub values: Vec<f32>,
 }
 
-/// The header that a payload of `subject` must have.
-pub(crate) fn header(subject: &Subject, rules: &Rules<'_>, base_version: u64) -> PayloadHeader {
-    PayloadHeader::bf16(rules.plan, rules.plan_digest, usize::from(subject.fragment), base_version)
+/// The header that the audited payload must have.
+pub(crate) fn header(inquiry: &Inquiry<'_>, base_version: u64) -> PayloadHeader {
+    let rules = inquiry.rules;
+    PayloadHeader::bf16(rules.plan, rules.plan_digest, usize::from(inquiry.subject.fragment), base_version)
 }
 
 /// Checks commitment and payload. A fault that the miner's signature proves is a mismatch; where the records of store and
 /// orchestrator contradict each other, nobody is failed for it.
-pub fn check(subject: &Subject, evidence: &Evidence, rules: &Rules<'_>) -> Result<Artifact, Finding> {
+pub fn check(inquiry: &Inquiry<'_>) -> Result<Artifact, Finding> {
+    let Inquiry { subject, evidence, rules, .. } = inquiry;
     let (selection, contribution) = (&subject.selection, &subject.contribution);
     let record = open_stored::<Progress>(&evidence.commitment, rules.context, Expect::Account(&selection.hotkey))
         .map_err(|error| Finding::not_evaluated(format!("the stored commitment does not open: {error}")))?;
@@ -43,7 +45,7 @@ pub fn check(subject: &Subject, evidence: &Evidence, rules: &Rules<'_>) -> Resul
         .cloned()
         .ok_or_else(|| Finding::not_evaluated("the signed record holds no commitment to this contribution"))?;
     let committed = Committed { length: commitment.length, sha256: commitment.sha256, blake3: commitment.blake3 };
-    let values = t0::check_payload(&evidence.payload, &committed, &header(subject, rules, commitment.base_version))
+    let values = t0::check_payload(&evidence.payload, &committed, &header(inquiry, commitment.base_version))
         .map_err(|reason| Finding::new(result_of(reason), reason, format!("the payload was refused: {reason}")))?;
     Ok(Artifact { commitment, values })
 }

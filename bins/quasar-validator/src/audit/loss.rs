@@ -7,7 +7,7 @@ use protocol::documents::{Lease, Measurements, micro_nats};
 use protocol::lease::{LeaseRows, row_order};
 
 use super::artifact::Artifact;
-use super::{Evidence, Finding, RowRef, Rules, Sources, Subject};
+use super::{Finding, Inquiry, RowRef, Sources};
 
 /// Rows evaluated at a time: bounds the memory of one forward pass.
 const BATCH_ROWS: usize = 4;
@@ -67,20 +67,17 @@ impl Replica {
 }
 
 /// Measures losses; rows that do not exist leave their measurements at "not run".
-#[expect(clippy::too_many_arguments, reason = "an audit looks at all of this; a struct of it would be made for this call alone")]
 pub fn test(
-    subject: &Subject,
-    evidence: &Evidence,
-    rules: &Rules<'_>,
-    sources: &dyn Sources,
+    inquiry: &Inquiry<'_>,
     artifact: &Artifact,
     base: &[f32],
     replica: &mut Replica,
     measured: &mut Measurements,
 ) -> Result<(), Finding> {
+    let Inquiry { subject, evidence, rules, sources } = *inquiry;
     let row_tokens = rules.parameters.sequence_length as usize;
-    let assigned = sources.rows(&assigned_rows(subject, evidence, rules, artifact))?;
-    let held_out = sources.rows(&held_out_rows(subject, rules))?;
+    let assigned = sources.rows(&assigned_rows(inquiry, artifact))?;
+    let held_out = sources.rows(&held_out_rows(inquiry))?;
     replica.follow(&evidence.versions, subject.fragment, sources)?;
     let moved: Vec<f32> = base.iter().zip(&artifact.values).map(|(base, change)| base - change).collect();
     for (values, after) in [(base, false), (moved.as_slice(), true)] {
@@ -107,7 +104,8 @@ pub fn got_worse(measured: &Measurements) -> bool {
 }
 
 /// Rows drawn by the audit's digest from those that the lease had consumed when the learner committed.
-fn assigned_rows(subject: &Subject, evidence: &Evidence, rules: &Rules<'_>, artifact: &Artifact) -> Vec<RowRef> {
+fn assigned_rows(inquiry: &Inquiry<'_>, artifact: &Artifact) -> Vec<RowRef> {
+    let Inquiry { subject, evidence, rules, .. } = inquiry;
     let commitment = &artifact.commitment;
     let Some(lease) = evidence.leases.iter().find(|lease| lease.id == commitment.lease) else { return Vec::new() };
     let Some(total) = lease_rows(lease) else { return Vec::new() };
@@ -122,7 +120,8 @@ fn assigned_rows(subject: &Subject, evidence: &Evidence, rules: &Rules<'_>, arti
 }
 
 /// Rows drawn by the audit's digest from all held-out shards.
-fn held_out_rows(subject: &Subject, rules: &Rules<'_>) -> Vec<RowRef> {
+fn held_out_rows(inquiry: &Inquiry<'_>) -> Vec<RowRef> {
+    let Inquiry { subject, rules, .. } = inquiry;
     let shards: Vec<_> = rules.shards.iter().filter(|shard| shard.held_out).collect();
     let total = shards.iter().fold(0u64, |sum, shard| sum.saturating_add(shard.rows));
     let draw = row_order(&subject.selection.audit, total.min(ROWS_MAX) as u32);

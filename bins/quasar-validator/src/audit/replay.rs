@@ -10,26 +10,23 @@ use protocol::lease::LeaseRows;
 use protocol::{Reason, steps};
 
 use super::artifact::{self, Artifact};
-use super::{Evidence, Finding, Opening, RowRef, Rules, Sources, Subject, loss};
+use super::{Finding, Inquiry, Opening, RowRef, loss};
 
 /// Between tolerance and this many tolerances nothing is proved: another machine may round differently.
 const INCONCLUSIVE_FACTOR: i64 = 3;
 
 /// Replays the segment and compares. `Ok` = within the tolerance.
-#[expect(clippy::too_many_arguments, reason = "an audit looks at all of this; a struct of it would be made for this call alone")]
 pub fn test(
-    subject: &Subject,
-    evidence: &Evidence,
+    inquiry: &Inquiry<'_>,
     opening: &Opening,
-    rules: &Rules<'_>,
-    sources: &dyn Sources,
     artifact: &Artifact,
     base: &[f32],
     trainer: &mut dyn Trainer,
     measured: &mut Measurements,
 ) -> Result<(), Finding> {
-    let segment = Segment::open(subject, opening, rules, artifact)?;
-    let batches = batches(&segment.manifest.steps, evidence, rules, artifact)?;
+    let Inquiry { subject, evidence, rules, sources } = *inquiry;
+    let segment = Segment::open(inquiry, opening, artifact)?;
+    let batches = batches(&segment.manifest.steps, inquiry, artifact)?;
     let fragment = usize::from(subject.fragment);
     trainer.restore(&segment.state).map_err(of_miner)?;
     let mut start = trainer.export(fragment)?;
@@ -55,7 +52,7 @@ pub fn test(
         measured.replayed_steps += 1;
     }
     let replayed = trainer.export(fragment)?;
-    let error = error_ppm(subject, rules, artifact, base, &start, &replayed)?;
+    let error = error_ppm(inquiry, artifact, base, &start, &replayed)?;
     measured.replay_error_ppm = error;
     let tolerance = i64::from(rules.parameters.audit.replay_tolerance_ppm);
     let text = format!("replay error {error} ppm, tolerance {tolerance} ppm");
@@ -77,8 +74,8 @@ struct Segment {
 }
 
 impl Segment {
-    fn open(subject: &Subject, opening: &Opening, rules: &Rules<'_>, artifact: &Artifact) -> Result<Self, Finding> {
-        let (selection, commitment) = (&subject.selection, &artifact.commitment);
+    fn open(inquiry: &Inquiry<'_>, opening: &Opening, artifact: &Artifact) -> Result<Self, Finding> {
+        let (rules, selection, commitment) = (inquiry.rules, &inquiry.subject.selection, &artifact.commitment);
         let bad = |note: String| Finding::mismatch(Reason::BadOpening, note);
         let manifest = open_stored::<OpeningManifest>(&opening.manifest, rules.context, Expect::Account(&selection.hotkey))
             .map_err(|error| bad(format!("the opening manifest does not open: {error}")))?
@@ -132,7 +129,8 @@ struct StepInput {
 }
 
 /// Rows and optimizer settings of every opened step, from the leases that the orchestrator gave.
-fn batches(opened: &[OpenedStep], evidence: &Evidence, rules: &Rules<'_>, artifact: &Artifact) -> Result<Vec<StepInput>, Finding> {
+fn batches(opened: &[OpenedStep], inquiry: &Inquiry<'_>, artifact: &Artifact) -> Result<Vec<StepInput>, Finding> {
+    let Inquiry { evidence, rules, .. } = inquiry;
     let wrong = |note: String| Finding::mismatch(Reason::RowsMismatch, note);
     let mut held: Vec<(&Lease, LeaseRows)> = Vec::new();
     let mut inputs = Vec::with_capacity(opened.len());
@@ -195,15 +193,8 @@ fn of_miner(error: TrainError) -> Finding {
 }
 
 /// ‖claimed − replayed‖ / ‖replayed − start‖ in parts per million; both payloads in the codec's precision.
-fn error_ppm(
-    subject: &Subject,
-    rules: &Rules<'_>,
-    artifact: &Artifact,
-    base: &[f32],
-    start: &[f32],
-    replayed: &[f32],
-) -> Result<i64, Finding> {
-    let header = artifact::header(subject, rules, artifact.commitment.base_version);
+fn error_ppm(inquiry: &Inquiry<'_>, artifact: &Artifact, base: &[f32], start: &[f32], replayed: &[f32]) -> Result<i64, Finding> {
+    let header = artifact::header(inquiry, artifact.commitment.base_version);
     let change: Vec<f32> = base.iter().zip(replayed).map(|(base, value)| base - value).collect();
     let expected = codec::encode(&header, &change)
         .and_then(|bytes| codec::decode(&bytes, &header))

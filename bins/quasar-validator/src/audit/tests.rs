@@ -109,7 +109,8 @@ impl World {
 
     fn judge(&self, case: &Case) -> Judgement {
         let toy = || Box::new(ToyTrainer::new(self.plan.clone(), 99).unwrap());
-        judge(&case.subject, &case.evidence, &self.rules(), self, &mut Engine::new(toy(), toy()))
+        let inquiry = Inquiry { subject: &case.subject, evidence: &case.evidence, rules: &self.rules(), sources: self };
+        judge(&inquiry, &mut Engine::new(toy(), toy()))
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use super::keyframes::Keyframes;
 use super::tokens::TokenCache;
 use super::trouble::Trouble;
-use crate::audit::{Engine, Evidence, Judgement, RowRef, Rules, SourceError, Sources, Subject, judge};
+use crate::audit::{Engine, Evidence, Inquiry, Judgement, RowRef, Rules, SourceError, Sources, Subject, judge};
 
 /// Opens the models of a run on its base tree.
 pub type OpenEngine = Arc<dyn Fn(&Path) -> Result<Engine, TrainError> + Send + Sync>;
@@ -69,7 +69,8 @@ fn serve(queue: &Receiver<Job>, facts: &RunFacts, open: &OpenEngine, keyframes: 
                 Some(opened) => opened,
                 none => none.insert(open(&tree)?),
             };
-            Ok(judge(&subject, &evidence, &rules, &sources, opened))
+            let inquiry = Inquiry { subject: &subject, evidence: &evidence, rules: &rules, sources: &sources };
+            Ok(judge(&inquiry, opened))
         }));
         let outcome = outcome.unwrap_or_else(|_| {
             // What a panic left behind in the models is not used again.

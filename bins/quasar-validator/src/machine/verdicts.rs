@@ -143,7 +143,7 @@ mod tests {
         let one = subject(1, 0);
         let audit = one.selection.audit;
         verdicts.watch(one.clone(), 0);
-        assert_eq!(verdicts.wanted(0), [one.clone()]);
+        assert_eq!(verdicts.wanted(0), std::slice::from_ref(&one));
         assert!(verdicts.wanted(50).is_empty());
         assert_eq!(verdicts.looked(audit, None, 50), Looked::FirstTime(Box::new(one.clone())));
         assert_eq!((verdicts.wanted(149).len(), verdicts.wanted(150).len()), (0, 1));
