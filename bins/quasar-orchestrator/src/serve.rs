@@ -89,7 +89,8 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
         base_files: base.files,
         base_tree,
         state_dir: folder,
-        fenced: shutdown.clone(),
+        fenced: Default::default(),
+        shutdown: shutdown.clone(),
         watched: Default::default(),
         records: Default::default(),
         head_etag: Default::default(),
@@ -106,6 +107,10 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
         Driver::with_options(recovered, journal, Arc::new(Hands(service.clone())), options).first(Input::Started).component(component);
     spawn_pollers(&service, &driver.inputs(), &shutdown);
     let (_, exit) = driver.run(&shutdown).await?;
+    if service.fenced.load(std::sync::atomic::Ordering::Relaxed) {
+        return Err(Failure::configuration(anyhow::anyhow!("another orchestrator moved the head of this run"))
+            .hint("run one orchestrator for a run; find the other one before starting this again"));
+    }
     tracing::info!("stopped");
     Ok(exit)
 }

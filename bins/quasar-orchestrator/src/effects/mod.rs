@@ -10,6 +10,7 @@ mod release;
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -50,8 +51,9 @@ pub struct Service {
     /// The base tree on the local disk.
     pub base_tree: PathBuf,
     pub state_dir: PathBuf,
-    /// Set when another process turns out to write to this run.
-    pub fenced: Shutdown,
+    /// Set when another process turns out to write to this run; `shutdown` follows.
+    pub fenced: AtomicBool,
+    pub shutdown: Shutdown,
     pub(crate) watched: Mutex<(Vec<Slot>, Vec<Slot>)>,
     /// Newest progress envelope of each slot.
     pub(crate) records: Mutex<HashMap<Slot, (Digest, Bytes)>>,

@@ -50,7 +50,8 @@ impl Service {
                 }
                 Err(StoreError::PreconditionFailed { .. }) => {
                     tracing::error!("another orchestrator moved the head of this run; this one stops");
-                    self.fenced.trigger();
+                    self.fenced.store(true, std::sync::atomic::Ordering::Relaxed);
+                    self.shutdown.trigger();
                     return;
                 }
                 Err(error) => {
