@@ -219,7 +219,7 @@ impl Miner {
         }
     }
 
-    /// Runs all learners on one run, until the first of them ends.
+    /// Runs all learners on one run, until the first of them ends, which ends all.
     async fn serve(&self, genesis: [u8; 32], first: RunReader) -> Result<End, Failure> {
         let facts = first.facts().clone();
         let miner = self.settings.miner();
@@ -227,6 +227,7 @@ impl Miner {
         if usize::from(miner.first_slot) + self.devices.len() > usize::from(slots) {
             return Err(Failure::configuration(RunError::Slots { slots, learners: self.devices.len(), first: miner.first_slot }));
         }
+        self.tidy(&facts);
         let shared = Arc::new(self.shared(&facts)?);
         let stop = Shutdown::new();
         let mut readers = vec![first];
@@ -248,10 +249,7 @@ impl Miner {
                     None => break,
                     Some(ended) => {
                         let end = ended.unwrap_or_else(|error| End::Broken(format!("a learner panicked: {error}")));
-                        // With several learners, one that did its share waits for the others.
-                        if end != End::LeasesDone {
-                            stop.trigger();
-                        }
+                        stop.trigger();
                         outcome = Some(worse(outcome, end));
                     }
                 },
@@ -259,6 +257,20 @@ impl Miner {
             }
         }
         Ok(outcome.unwrap_or(End::Stopped))
+    }
+
+    /// Removes what earlier runs left: segments that no audit asks for any more, and checkpoints that nothing starts from.
+    fn tidy(&self, facts: &RunFacts) {
+        let kept = [("runs", facts.manifest.run.to_string()), ("cache/checkpoints", facts.manifest.base_manifest.to_string())];
+        for (folder, kept) in kept {
+            let entries = std::fs::read_dir(self.state_dir.join(folder)).into_iter().flatten().flatten();
+            for entry in entries.filter(|entry| entry.file_name() != kept.as_str()) {
+                tracing::info!(folder = %entry.path().display(), "removing what an earlier run left");
+                if let Err(error) = std::fs::remove_dir_all(entry.path()) {
+                    tracing::warn!(folder = %entry.path().display(), %error, "it cannot be removed");
+                }
+            }
+        }
     }
 
     fn shared(&self, facts: &RunFacts) -> Result<Shared, Failure> {
@@ -310,7 +322,7 @@ impl Miner {
         let component = self.health.watched(&format!("learner-{slot}"), STALE_AFTER);
         component.ready();
         tracing::info!(slot, device, session = session_epoch, "learner started");
-        learners.spawn(session::run(machine, Arc::new(edge), inputs, queue, stop.clone(), component));
+        learners.spawn(session::run(slot, machine, Arc::new(edge), inputs, queue, stop.clone(), component));
         Ok(())
     }
 }

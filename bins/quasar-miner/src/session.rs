@@ -23,6 +23,7 @@ const STEP_PATIENCE: Duration = Duration::from_millis(1_500);
 
 /// Runs a learner to its end.
 pub async fn run(
+    slot: u8,
     mut machine: Learner,
     edge: Arc<Edge>,
     inputs: mpsc::Sender<Input>,
@@ -37,6 +38,7 @@ pub async fn run(
     let end = loop {
         // Time never goes back for the machine, whatever the clock does.
         last_ms = clock::now_ms().max(last_ms);
+        measure(slot, &input);
         machine.handle(last_ms, input);
         while let Some(effect) = machine.poll_effect() {
             tasks.spawn(edge.clone().execute(effect, inputs.clone()));
@@ -50,10 +52,25 @@ pub async fn run(
             Err(panicked) => break End::Broken(panicked),
         };
     };
-    component.not_ready("the learner has ended");
     tasks.shutdown().await;
     edge.close(STEP_PATIENCE).await;
     end
+}
+
+/// Counts what the metrics page shows.
+fn measure(slot: u8, input: &Input) {
+    let labels = || [("slot", slot.to_string())];
+    match input {
+        Input::Finished { step: Some(done), .. } => {
+            metrics::counter!("quasar_miner_steps_total", &labels()).increment(1);
+            metrics::counter!("quasar_miner_tokens_total", &labels()).increment(done.tokens);
+            metrics::gauge!("quasar_miner_loss_nats", &labels()).set(done.loss as f64 * 1e-6);
+            metrics::histogram!("quasar_miner_step_seconds", &labels()).record(f64::from(done.step_ms) * 1e-3);
+        }
+        Input::Faulted { .. } => metrics::counter!("quasar_miner_faults_total", &labels()).increment(1),
+        Input::PayloadPut { put, .. } if put.is_done() => metrics::counter!("quasar_miner_uploads_total", &labels()).increment(1),
+        _ => {}
+    }
 }
 
 /// Waits for the next fact: something happened, the machine's deadline came, or a stop was asked for.

@@ -85,10 +85,10 @@ fn serve(open: OpenTrainer, queue: &Receiver<Order>, plane: &Arc<Plane>, inner: 
                 match catch_unwind(AssertUnwindSafe(|| Worker::open(open, &tree, plane.clone(), inner.clone()))) {
                     Ok(Ok((opened, restored))) => {
                         worker = Some(opened);
-                        tell(Input::TrainerOpened { restored })
+                        tell(Input::TrainerOpened(Ok(restored)))
                     }
-                    Ok(Err(error)) => tell(Input::Faulted { number: 0, fault: Fault::Broken(error.to_string()) }),
-                    Err(_) => tell(Input::Faulted { number: 0, fault: panicked() }),
+                    Ok(Err(error)) => tell(Input::TrainerOpened(Err(train_fault(&error)))),
+                    Err(_) => tell(Input::TrainerOpened(Err(panicked()))),
                 }
             }
             Order::Pass(boundary) => {

@@ -152,6 +152,12 @@ async fn digest_of(path: &std::path::Path) -> Option<Digest> {
 /// What a failed read through a grant means to the machine.
 pub fn grant_trouble(error: &GrantError) -> Trouble {
     match error {
+        GrantError::Forbidden { .. } | GrantError::TooLarge { .. } | GrantError::Refused { .. } => {
+            tracing::error!(error = error.to_string().replace('\n', "; "), "a read through a grant failed");
+        }
+        _ => tracing::debug!(%error, "a read through a grant failed"),
+    }
+    match error {
         GrantError::Expired { .. } | GrantError::Forbidden { .. } => Trouble::Grant,
         GrantError::Absent { .. } => Trouble::Absent,
         GrantError::Unavailable { .. } => Trouble::Unavailable,

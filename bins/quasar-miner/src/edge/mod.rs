@@ -19,8 +19,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use chain::Hotkey;
-use daemon::clock;
 use daemon::sequence::Sequence;
+use daemon::{JournalError, clock};
 use protocol::documents::{Lease, Progress, encode_progress};
 use protocol::envelope;
 use protocol::{Digest, GrantRequest, Method};
@@ -258,12 +258,12 @@ impl Edge {
             let sequence = this.shared.sequence.next(now_ms)?;
             Ok(encode_progress(progress, &this.facts.context, &*this.hotkey, sequence, now_ms))
         };
-        let signed: Result<Result<Vec<u8>, daemon::JournalError>, _> = tokio::task::spawn_blocking(sign).await;
+        let signed: Result<Result<Vec<u8>, JournalError>, _> = tokio::task::spawn_blocking(sign).await;
         let bytes = match signed {
             Ok(Ok(bytes)) => bytes,
             Ok(Err(error)) => {
-                tracing::error!(slot = self.slot, %error, "the progress record cannot be signed");
-                return Put::Unavailable;
+                tracing::error!(slot = self.slot, error = error.to_string().replace('\n', "; "), "the progress record cannot be signed");
+                return if matches!(error, JournalError::DiskFull { .. }) { Put::DiskFull } else { Put::Unavailable };
             }
             Err(_) => return Put::Unavailable,
         };

@@ -71,6 +71,8 @@ pub enum Put {
     /// Refused for good.
     Refused,
     Unavailable,
+    /// What was to be sent could not be prepared.
+    DiskFull,
 }
 
 impl Put {
@@ -124,10 +126,8 @@ pub enum Input {
     ProgressPut(Put),
     /// The base tree is complete on disk.
     BaseFetched(Result<(), Trouble>),
-    /// The trainer is open; `restored` if it went on from a local snapshot.
-    TrainerOpened {
-        restored: bool,
-    },
+    /// The trainer is open, and whether it went on from a local snapshot; or why it is not.
+    TrainerOpened(Result<bool, Fault>),
     KeyframeFetched {
         fragment: u16,
         version: u64,

@@ -90,7 +90,7 @@ impl Pulls {
     pub(super) fn uploaded(&mut self, t: u64, put: Put, now_ms: u64) -> bool {
         match put {
             Put::Stored | Put::AlreadyThere => self.set_upload(t, Upload::Done),
-            Put::Grant | Put::Unavailable => self.set_upload(t, Upload::Waiting { not_before_ms: now_ms + RETRY_MS }),
+            Put::Grant | Put::Unavailable | Put::DiskFull => self.set_upload(t, Upload::Waiting { not_before_ms: now_ms + RETRY_MS }),
             Put::Refused => {
                 if let Some(answer) = self.answers.get_mut(&t) {
                     *answer = Answer::GivenUp;

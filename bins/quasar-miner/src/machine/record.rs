@@ -1,11 +1,11 @@
 //! The progress record: what it says, and when it is written again.
 
-use protocol::Reason;
-use protocol::documents::Progress;
+use protocol::documents::{LearnerState, Progress, RunState};
 use protocol::envelope::PROTOCOL_VERSION;
+use protocol::{Method, Reason};
 
-use super::Learner;
-use super::io::Put;
+use super::io::{Effect, Fault, Put};
+use super::{End, Ending, Learner, TrainerPhase};
 
 /// A record is renewed at the latest after this part of the time after which a silent learner counts as gone.
 const RENEWALS_PER_TTL: u64 = 5;
@@ -94,8 +94,55 @@ impl Record {
 }
 
 impl Learner {
+    fn state(&self) -> (LearnerState, Reason) {
+        match &self.ending {
+            Some(Ending { end: End::DiskFull | End::OutOfMemory | End::Broken(_), .. }) => return (LearnerState::Faulted, self.fault),
+            Some(_) => return (LearnerState::Draining, Reason::None),
+            None => {}
+        }
+        if self.fault != Reason::None {
+            (LearnerState::Faulted, self.fault)
+        } else if self.grants.is_renewing() {
+            (LearnerState::Renew, Reason::None)
+        } else if self.trainer != TrainerPhase::Open || !self.fragments.are_applied() {
+            (LearnerState::Fetching, Reason::None)
+        } else if self.head.as_ref().is_some_and(|head| head.state == RunState::Complete) {
+            (LearnerState::Ready, Reason::None)
+        } else if self.boundary.as_ref().is_some_and(|boundary| boundary.step.is_some()) || self.leases.next_step().is_some() {
+            (LearnerState::Training, Reason::None)
+        } else {
+            (LearnerState::Ready, Reason::None)
+        }
+    }
+
+    pub(super) fn progress_put(&mut self, put: Put, now_ms: u64) {
+        if put == Put::Grant {
+            let key = self.progress_key();
+            self.grants.refused(Method::Put, &key);
+        }
+        self.record.put(put, now_ms);
+        if put == Put::DiskFull {
+            self.give_up(Fault::DiskFull, now_ms);
+        }
+        if let Some(ending) = &mut self.ending
+            && self.record.is_last_done()
+        {
+            ending.is_over = true;
+        }
+    }
+
+    pub(super) fn put_record(&mut self, now_ms: u64) {
+        if self.end().is_some() || !self.grants.can_put(&self.progress_key(), now_ms) {
+            return;
+        }
+        let progress = self.progress(now_ms);
+        if let Some(progress) = self.record.take_due(progress, self.ending.is_some(), now_ms) {
+            self.effects.push_back(Effect::PutProgress(Box::new(progress)));
+        }
+    }
+
     /// The record as of now.
-    pub(super) fn progress(&self, now_ms: u64) -> Progress {
+    fn progress(&self, now_ms: u64) -> Progress {
         let (state, reason) = self.state();
         let (lease, lease_step) = self.leases.cursor();
         Progress {

@@ -7,7 +7,7 @@ use protocol::Reason;
 use protocol::documents::LearnerState;
 
 use super::world::{REPLAY_STEPS, START_MS, STEP_MS, Store, World, lease};
-use crate::machine::{End, Fault, Input};
+use crate::machine::{End, Fault, Input, Trouble};
 
 fn world() -> (tempfile::TempDir, World) {
     let folder = tempfile::tempdir().unwrap();
@@ -139,4 +139,26 @@ fn a_restart_goes_on_from_the_snapshot_in_a_new_session() {
     let first = &again.boundaries[0];
     assert_eq!((first.apply.len(), again.record().session_epoch), (3, START_MS + 60_000));
     assert_eq!(again.boundaries.iter().find_map(|boundary| boundary.step.as_ref()).unwrap().local_step, 0);
+}
+
+#[test]
+fn a_trainer_that_does_not_open_ends_the_learner() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::new(folder.path(), START_MS);
+    world.run_for(30);
+    world.handle(Input::TrainerOpened(Err(Fault::Broken("no such device".into()))));
+    world.run_for(4_000);
+    assert_eq!(world.end(), Some(&End::Broken("no such device".into())));
+    assert_eq!(world.record().state, LearnerState::Faulted);
+}
+
+#[test]
+fn a_full_disk_ends_the_learner_with_its_reason() {
+    let (_folder, mut world) = world();
+    train(&mut world, 1);
+    world.publish(0, 1);
+    world.handle(Input::KeyframeFetched { fragment: 0, version: 1, result: Err(Trouble::DiskFull) });
+    world.run_for(200);
+    assert_eq!((world.record().state, world.record().reason), (LearnerState::Faulted, Reason::DiskFull));
+    assert_eq!((world.end(), world.machine.exit()), (Some(&End::DiskFull), Some(Exit::Unavailable)));
 }

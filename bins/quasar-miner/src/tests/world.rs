@@ -399,7 +399,7 @@ impl World {
                 self.answer(3, Input::ProgressPut(put));
             }
             Effect::FetchBase => self.answer(20, Input::BaseFetched(Ok(()))),
-            Effect::OpenTrainer => self.answer(20, Input::TrainerOpened { restored: false }),
+            Effect::OpenTrainer => self.answer(20, Input::TrainerOpened(Ok(false))),
             Effect::FetchKeyframe { fragment, version, digest, .. } => {
                 assert_eq!(digest, self.head.fragments[usize::from(fragment)].digest);
                 let result = if self.store == Store::RefusesGrants { Err(Trouble::Grant) } else { Ok(()) };

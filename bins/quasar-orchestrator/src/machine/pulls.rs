@@ -376,7 +376,10 @@ impl Orchestrator {
     pub(super) fn resume_pulls(&mut self) {
         let mut effects = Vec::new();
         let mut merges = Vec::new();
-        for (t, pull) in &self.pulls {
+        // Nobody could be answered while no process ran: open pulls get their whole time again.
+        let deadline_ms = self.volatile.now_ms + self.parameters().pull_deadline_ms;
+        for (t, pull) in &mut self.pulls {
+            pull.deadline_ms = pull.deadline_ms.max(deadline_ms);
             match &pull.stage {
                 PullStage::Open => {
                     for (slot, offer) in &pull.offers {

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use protocol::audits::Selection;
-use protocol::documents::AuditOrder;
+use protocol::documents::{AuditOrder, Measurements};
 use protocol::{AccountId, Digest, Reason};
 use serde::{Deserialize, Serialize};
 
@@ -217,7 +217,7 @@ impl Audits {
         if let Stage::Revealing(judgement) = &one.stage {
             let selection = &one.subject.selection;
             let (result, reason) = (judgement.result, judgement.reason);
-            let remedy = if reason == Reason::None { "" } else { reason.remedy() };
+            let remedy = (reason != Reason::None).then(|| reason.remedy());
             tracing::info!(
                 audit = audit.short(),
                 cycle = selection.cycle,
@@ -227,7 +227,7 @@ impl Audits {
                 %reason,
                 remedy,
                 replay_error_ppm = measured(judgement.measured.replay_error_ppm),
-                assigned_change = measured(judgement.measured.assigned_after.saturating_sub(judgement.measured.assigned_before)),
+                assigned_change = assigned_change(&judgement.measured),
                 note = judgement.note,
                 "verdict"
             );
@@ -272,9 +272,14 @@ impl Audit {
     }
 }
 
-/// A measurement for the log; empty where the test was not run.
-fn measured(value: i64) -> String {
-    if value == i64::MAX { String::new() } else { value.to_string() }
+/// A measurement for the log; nothing where the test was not run.
+fn measured(value: i64) -> Option<i64> {
+    (value != i64::MAX).then_some(value)
+}
+
+/// How much a contribution changed the loss on its learner's rows, in micro-nats.
+fn assigned_change(measurements: &Measurements) -> Option<i64> {
+    Some(measured(measurements.assigned_after)?.saturating_sub(measured(measurements.assigned_before)?))
 }
 
 #[cfg(test)]
