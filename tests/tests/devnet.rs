@@ -1,6 +1,7 @@
 //! The main job as separate processes: train, merge, audit, release and set weights while processes are killed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::process::Command;
 
 use protocol::documents::{MergeManifest, Tape, VerdictResult, VerdictReveal};
@@ -35,6 +36,8 @@ fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
     assert_eq!(summary["verdicts"]["fail"], 0, "{summary}");
     assert!(summary["weights"].as_object().is_some_and(|weights| !weights.is_empty()), "{summary}");
 
+    the_specification_agrees_on_the_release(&summary, &dir);
+
     let bucket = dir.join("bucket");
     let merges: Vec<MergeManifest> = documents(&bucket).into_iter().map(|(_, merge)| merge).collect();
     let mut versions: BTreeMap<u16, BTreeSet<u64>> = BTreeMap::new();
@@ -60,4 +63,31 @@ fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
     let reveals: Vec<(_, VerdictReveal)> = documents(&bucket);
     assert!(reveals.iter().all(|(signer, reveal)| *signer == reveal.verdict.validator));
     assert!(reveals.iter().filter(|(_, reveal)| reveal.verdict.result == VerdictResult::Pass).count() >= 3, "{reveals:?}");
+}
+
+/// The executable specification in Python reads the released tree and finds the same loss; says so where it cannot run.
+fn the_specification_agrees_on_the_release(summary: &serde_json::Value, dir: &Path) {
+    const ROWS: &str = "16";
+    let python = std::env::var_os("QUASAR_DEV_PYTHON").unwrap_or_else(|| "python3".into());
+    let has_torch = Command::new(&python).args(["-c", "import torch, safetensors"]).output().is_ok_and(|output| output.status.success());
+    if !has_torch {
+        eprintln!("SKIPPED: comparison with the Python specification; {} cannot import torch and safetensors", python.display());
+        return;
+    }
+    let release = summary["release_dir"].as_str().expect("the summary names the release");
+    let shards = std::fs::read_dir(dir.join("shards/shards")).expect("the shards are there").flatten();
+    let held_out = shards.map(|entry| entry.path()).find(|path| path.to_string_lossy().contains("heldout")).expect("a held-out shard");
+    let tokens = held_out.join("tokens.bin");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("reference/held_out_loss.py");
+    let specified = Command::new(&python).arg(script).arg(release).arg(&tokens).args(["128", ROWS]).output().expect("Python runs");
+    assert!(specified.status.success(), "{}", String::from_utf8_lossy(&specified.stderr));
+    let specified: f64 = String::from_utf8_lossy(&specified.stdout).trim().parse().expect("one number");
+    let ours = Command::new(binary("quasar-validator"))
+        .args(["eval", "--checkpoint", release, "--sequence-length", "128", "--max-rows", ROWS, "--json", "--tokens"])
+        .arg(&tokens)
+        .output()
+        .expect("eval runs");
+    let ours: serde_json::Value = serde_json::from_slice(&ours.stdout).expect("eval prints JSON");
+    let ours = ours["loss"].as_f64().expect("a loss");
+    assert!((ours - specified).abs() < 1e-3, "ours {ours}, specification {specified}");
 }

@@ -34,15 +34,8 @@ impl ChainLink {
         }
     }
 
-    /// Whether `hotkey` is registered; `None` if the chain does not say.
-    pub async fn is_registered(&self, netuid: u16, hotkey: &AccountId) -> Option<bool> {
-        let ask = async { self.client().await?.metagraph(netuid).await };
-        match ask.await {
-            Ok(metagraph) => Some(metagraph.by_hotkey(hotkey).is_some()),
-            Err(error) => {
-                tracing::warn!(error = error.to_string().replace('\n', "; "), "the chain does not answer");
-                None
-            }
-        }
+    /// Whether `hotkey` is registered on the subnet.
+    pub async fn is_registered(&self, netuid: u16, hotkey: &AccountId) -> Result<bool, ChainError> {
+        Ok(self.client().await?.metagraph(netuid).await?.by_hotkey(hotkey).is_some())
     }
 }

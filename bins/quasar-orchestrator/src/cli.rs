@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
-use daemon::settings::flags::ConfigCommand;
-use daemon::settings::{CommonArgs, ConfigArgs, OrchestratorArgs, Settings, show};
+use daemon::settings::{CommonArgs, ConfigArgs, OrchestratorArgs, show};
 use daemon::{Exit, Failure, Role};
 
 use crate::office::Office;
@@ -122,29 +121,13 @@ pub fn main() -> Result<Exit, Failure> {
 }
 
 fn config(common: &CommonArgs, arguments: &ConfigArgs) -> Result<Exit, Failure> {
-    let sources = common.sources(&OrchestratorArgs::default())?;
-    match arguments.command {
-        ConfigCommand::Show { json } => {
-            let settings = Settings::load(Role::Orchestrator, &sources)?;
-            if json {
-                println!("{:#}", show::json(&settings))
-            } else {
-                print!("{}", show::text(&settings))
-            }
-            Ok(Exit::Done)
-        }
-        ConfigCommand::Validate => {
-            let problems = show::problems(Role::Orchestrator, &sources);
-            for problem in &problems {
-                eprintln!("error: {problem}");
-            }
-            Ok(if problems.is_empty() { Exit::Done } else { Exit::Configuration })
-        }
-    }
+    let (text, exit) = show::answer(Role::Orchestrator, &common.sources(&OrchestratorArgs::default())?, &arguments.command)?;
+    print!("{text}");
+    Ok(exit)
 }
 
 fn inspect(file: &std::path::Path) -> Result<Exit, Failure> {
-    let json = daemon::inspect::file(file)?;
-    println!("{json:#}");
-    Ok(Exit::Done)
+    let inspected = daemon::inspect::file(file)?;
+    println!("{:#}", inspected.json);
+    Ok(inspected.exit())
 }

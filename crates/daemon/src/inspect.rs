@@ -6,17 +6,31 @@ use protocol::documents::payload_json;
 use protocol::envelope::{Purpose, peek, verify_as_stated};
 use serde_json::{Value, json};
 
-use crate::{Failure, clock};
+use crate::{Exit, Failure, clock};
 
 /// Largest file that is looked at.
 const FILE_BYTES_MAX: u64 = 8 << 20;
+
+/// What `inspect` prints, and whether the signature is that of the key that the document names.
+#[derive(Clone, Debug)]
+pub struct Inspected {
+    pub json: Value,
+    pub is_valid: bool,
+}
+
+impl Inspected {
+    /// A document that nobody signed as it stands is no success.
+    pub fn exit(&self) -> Exit {
+        if self.is_valid { Exit::Done } else { Exit::Configuration }
+    }
+}
 
 /// Reads a `.qsr` file and shows header, payload and whether the signature is the stated signer's. JSON is for people: it is
 /// never signed.
 ///
 /// # Errors
 /// The file is unreadable or no envelope. A wrong signature is shown, not an error.
-pub fn file(path: &Path) -> Result<Value, Failure> {
+pub fn file(path: &Path) -> Result<Inspected, Failure> {
     let unreadable = |error: std::io::Error| Failure::configuration(anyhow::anyhow!("{} cannot be read: {error}", path.display()));
     let length = std::fs::metadata(path).map_err(unreadable)?.len();
     if length > FILE_BYTES_MAX {
@@ -30,11 +44,12 @@ pub fn file(path: &Path) -> Result<Value, Failure> {
 ///
 /// # Errors
 /// The bytes are no envelope.
-pub fn document(bytes: &[u8], now_ms: u64) -> Result<Value, Failure> {
+pub fn document(bytes: &[u8], now_ms: u64) -> Result<Inspected, Failure> {
     let (envelope, _, id) = peek(bytes).map_err(Failure::configuration)?;
     let header = envelope.header;
     let purpose = Purpose::from_number(header.purpose);
-    let verification = match verify_as_stated(bytes) {
+    let verified = verify_as_stated(bytes);
+    let verification = match &verified {
         Ok(_) if header.expires_ms != 0 && now_ms > header.expires_ms => "signature valid, lifetime over".to_owned(),
         Ok(_) => "signature valid".to_owned(),
         Err(error) => format!("NOT VALID: {error}"),
@@ -44,7 +59,8 @@ pub fn document(bytes: &[u8], now_ms: u64) -> Result<Value, Failure> {
         Some(Err(error)) => json!({ "undecodable": error.to_string() }),
         None => json!({ "unknown_purpose": header.purpose }),
     };
-    Ok(json!({ "id": id, "purpose": purpose, "verification": verification, "header": header, "payload": payload }))
+    let json = json!({ "id": id, "purpose": purpose, "verification": verification, "header": header, "payload": payload });
+    Ok(Inspected { json, is_valid: verified.is_ok() })
 }
 
 #[cfg(test)]
@@ -61,12 +77,14 @@ mod tests {
         let current = CurrentRun { root_version: 3, root_digest: Digest::ZERO, run: RunId([2; 16]), manifest_digest: Digest::ZERO };
         let mut bytes = sign(&current, &context, &Ed25519Signer::from_seed([5; 32]), 1, 1_000);
         let shown = document(&bytes, 2_000).unwrap();
-        assert_eq!(shown["payload"]["root_version"], 3);
-        assert_eq!(shown["verification"], "signature valid");
-        assert_eq!(document(&bytes, u64::MAX).unwrap()["verification"], "signature valid, lifetime over");
+        assert_eq!(shown.json["payload"]["root_version"], 3);
+        assert_eq!((shown.json["verification"].as_str(), shown.exit()), (Some("signature valid"), Exit::Done));
+        assert_eq!(document(&bytes, u64::MAX).unwrap().json["verification"], "signature valid, lifetime over");
         let last = bytes.len() - 1;
         bytes[last] ^= 1;
-        assert!(document(&bytes, 2_000).unwrap()["verification"].as_str().unwrap().starts_with("NOT VALID"));
+        let shown = document(&bytes, 2_000).unwrap();
+        assert!(shown.json["verification"].as_str().unwrap().starts_with("NOT VALID"));
+        assert_eq!(shown.exit(), Exit::Configuration);
         assert!(document(b"no envelope", 0).is_err());
     }
 }

@@ -47,7 +47,7 @@ reasons! {
     DigestMismatch = 108, "the payload's digest is not the committed one", "check memory and disk of the machine";
     HeaderMismatch = 109, "the payload's header is not the one that the plan gives", "update the miner: its plan or codec differs";
     NotFinite = 110, "the payload holds a value that is not finite", "lower nothing by hand: a snapshot before the fault is used again";
-    NormTooLarge = 111, "a unit's norm is over ten times the median of the learners", "see the loss curve; a diverged learner restarts from the fragments";
+    NormTooLarge = 111, "the payload's norm is over ten times the median of the learners", "see the loss curve; a diverged learner restarts from the fragments";
     DirectionOutlier = 112, "the direction stands alone against all other learners", "audits follow; honest work is not penalised by this";
     RepeatedCommitment = 113, "the learner had already committed to this pull", "one commitment counts for each pull; update the miner if this repeats";
     // Sessions and grants.
@@ -68,6 +68,7 @@ reasons! {
     // Devices.
     TrainingFault = 400, "the learner met a loss or gradient that is not finite and went back to its last good state", "watch for a repeat: it may be failing memory";
     DiskFull = 401, "the disk is full", "free space in the state folder, then start again";
+    TrainerFailed = 403, "the learner's trainer failed", "see the miner's log; a restart goes on from the last snapshot";
     OutOfMemory = 402, "the device ran out of memory", "use a smaller micro-batch or a larger device";
 }
 

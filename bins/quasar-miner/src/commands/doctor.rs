@@ -141,12 +141,12 @@ async fn chain_check(chain: &ChainLink, genesis: &mut Option<[u8; 32]>) -> Check
 
 async fn registration(chain: &ChainLink, netuid: u16, account: AccountId) -> Check {
     match chain.is_registered(netuid, &account).await {
-        Some(true) => Check::ok("registration", format!("registered on subnet {netuid}")),
-        Some(false) => {
+        Ok(true) => Check::ok("registration", format!("registered on subnet {netuid}")),
+        Ok(false) => {
             let reason = Reason::NotRegistered;
             Check::failed("registration", &format!("{}\nhint: {}", reason.sentence(), reason.remedy()))
         }
-        None => Check::failed("registration", "the chain did not say\nhint: see the check of the chain"),
+        Err(error) => Check::failed("registration", &error.to_string()),
     }
 }
 

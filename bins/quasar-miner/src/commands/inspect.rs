@@ -5,6 +5,7 @@ use std::path::Path;
 use daemon::{Exit, Failure, inspect};
 
 pub fn main(file: &Path) -> Result<Exit, Failure> {
-    println!("{:#}", inspect::file(file)?);
-    Ok(Exit::Done)
+    let inspected = inspect::file(file)?;
+    println!("{:#}", inspected.json);
+    Ok(inspected.exit())
 }

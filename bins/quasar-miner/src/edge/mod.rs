@@ -164,7 +164,11 @@ impl Edge {
         Some(match effect {
             Effect::Look(at) => Input::Looked { at, found: self.look(at).await },
             Effect::CheckRegistration => {
-                Input::Registration { registered: self.shared.chain.is_registered(self.facts.context.netuid, &account).await }
+                let registered = self.shared.chain.is_registered(self.facts.context.netuid, &account).await;
+                let registered = registered.inspect_err(|error| {
+                    tracing::warn!(slot = self.slot, error = error.to_string().replace('\n', "; "), "the chain does not answer");
+                });
+                Input::Registration { registered: registered.ok() }
             }
             Effect::PutProgress(progress) => Input::ProgressPut(self.put_progress(*progress).await),
             Effect::FetchBase => {

@@ -155,7 +155,7 @@ impl Learner {
                 loss = self.loss as f64 * 1e-6,
                 "lease done"
             );
-            self.effects.push_back(Effect::DropTokens { lease });
+            self.drop_tokens(lease);
             if self.settings.leases_max.is_some_and(|most| self.leases.used_up() >= most) {
                 self.finish(End::LeasesDone, now_ms);
             }

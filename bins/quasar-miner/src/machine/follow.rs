@@ -81,7 +81,7 @@ impl Learner {
         }
         for lease in changes.ended {
             tracing::info!(slot, lease, "lease ended by the orchestrator");
-            self.effects.push_back(Effect::DropTokens { lease });
+            self.drop_tokens(lease);
         }
     }
 

@@ -148,6 +148,8 @@ pub struct Learner {
     fault: Reason,
     loss: i64,
     step_ms: u32,
+    /// Leases that are over, but whose rows the trainer may be reading.
+    tokens_to_drop: Vec<u64>,
     ending: Option<Ending>,
 }
 
@@ -184,6 +186,7 @@ impl Learner {
             fault: Reason::None,
             loss: 0,
             step_ms: 0,
+            tokens_to_drop: Vec::new(),
             ending: None,
             settings,
         }
@@ -272,9 +275,9 @@ impl Learner {
             Fault::OutOfMemory => (Reason::OutOfMemory, End::OutOfMemory),
             Fault::DiskFull => (Reason::DiskFull, End::DiskFull),
             Fault::NotFinite => (Reason::TrainingFault, End::Broken(Reason::TrainingFault.sentence().to_owned())),
-            Fault::Broken(what) => (Reason::TrainingFault, End::Broken(what)),
+            Fault::Broken(what) => (Reason::TrainerFailed, End::Broken(what)),
         };
-        tracing::error!(slot = self.settings.slot, %reason, "the learner cannot go on");
+        tracing::error!(slot = self.settings.slot, cause = ?end, "the learner cannot go on");
         self.fault = reason;
         self.finish(end, now_ms);
     }
@@ -293,11 +296,12 @@ impl Learner {
         }
         for lease in self.leases.expire(now_ms) {
             tracing::warn!(slot = self.settings.slot, lease, "lease expired; its rows have returned");
-            self.effects.push_back(Effect::DropTokens { lease });
+            self.drop_tokens(lease);
         }
         self.ask_registration(now_ms);
         self.fetch_base(now_ms);
         self.fetch_fragments(now_ms);
+        self.drop_unused_tokens();
         self.fetch_tokens(now_ms);
         self.upload(now_ms);
         self.open_audits(now_ms);

@@ -24,8 +24,24 @@ impl Learner {
         if self.leases.fetched(lease, result, now_ms) {
             tracing::debug!(slot = self.settings.slot, lease, ?result, "tokens fetched");
         } else {
-            self.effects.push_back(Effect::DropTokens { lease });
+            self.drop_tokens(lease);
         }
+    }
+
+    /// The rows of a lease are not needed any more, once the trainer has finished what it does with them.
+    pub(super) fn drop_tokens(&mut self, lease: u64) {
+        self.tokens_to_drop.push(lease);
+    }
+
+    pub(super) fn drop_unused_tokens(&mut self) {
+        let in_use = self.boundary.as_ref().and_then(|boundary| boundary.step.as_ref()).map(|step| step.lease);
+        let effects = &mut self.effects;
+        self.tokens_to_drop.retain(|lease| {
+            if in_use != Some(*lease) {
+                effects.push_back(Effect::DropTokens { lease: *lease });
+            }
+            in_use == Some(*lease)
+        });
     }
 
     fn token_keys(&self, lease: &Lease) -> Vec<String> {

@@ -121,6 +121,16 @@ fn a_lease_ends_and_the_next_one_begins_where_its_schedule_says() {
 }
 
 #[test]
+fn a_lease_that_ends_in_the_middle_of_a_step_keeps_its_rows_until_the_step_is_done() {
+    let (_folder, mut world) = world();
+    train(&mut world, 2);
+    world.job.leases = vec![lease(7, 6)];
+    train(&mut world, 6);
+    assert!(world.plane.tokens.get(1).is_none());
+    assert_eq!(world.record().lease, 7);
+}
+
+#[test]
 fn open_pulls_are_answered_while_no_lease_is_there() {
     let (_folder, mut world) = world();
     world.job.leases = vec![lease(1, 3)];

@@ -409,7 +409,13 @@ impl World {
                 self.plane.tokens.insert(lease.id, LeaseTokens::made_up(&lease, ROW_TOKENS, token));
                 self.answer(4, Input::TokensFetched { lease: lease.id, result: Ok(()) });
             }
-            Effect::DropTokens { lease } => self.plane.tokens.remove(lease),
+            Effect::DropTokens { lease } => {
+                // The step of the newest boundary is under way until it is reported.
+                let in_use = self.later.values().flatten().any(|input| matches!(input, Input::Finished { step: Some(_), .. }))
+                    && self.boundaries.last().and_then(|boundary| boundary.step.as_ref()).is_some_and(|step| step.lease == lease);
+                assert!(!in_use, "the trainer still reads these rows");
+                self.plane.tokens.remove(lease);
+            }
             Effect::Boundary(boundary) => self.pass(*boundary),
             Effect::PutPayload { t } => {
                 assert!(self.plane.payloads.get(t).is_some());

@@ -22,9 +22,11 @@ use view::View;
 use crate::machine::Status;
 
 /// How long the validators may take for the last audits and weights after the run is complete.
-const SETTLE: Duration = Duration::from_secs(180);
+const SETTLE: Duration = Duration::from_secs(120);
 /// How long a killed process stays away.
 const CHAOS_PAUSE: Duration = Duration::from_secs(3);
+/// Blocks that may pass between the last verdict and its being noticed here.
+const NOTICE_BLOCKS: u64 = 2;
 const POLL: Duration = Duration::from_millis(250);
 
 /// Train a small Quasar across real daemons on this machine, release a checkpoint, set weights
@@ -100,6 +102,7 @@ async fn supervise(
 ) -> Result<Status, Failure> {
     let mut chaos = arguments.chaos.then(|| Chaos::new(arguments));
     let mut complete: Option<Instant> = None;
+    let mut settling = Settling::default();
     let end = begun + Duration::from_secs(arguments.timeout_sec);
     loop {
         if !shutdown.sleep(POLL).await {
@@ -125,26 +128,36 @@ async fn supervise(
             view.note("run complete; waiting for the last audits and for weights on chain");
             Instant::now()
         });
-        if settled(arguments, place, chain, &status).await || since.elapsed() > SETTLE {
+        if settling.is_done(arguments, place, chain, &status).await || since.elapsed() > SETTLE {
             return Ok(status);
         }
     }
 }
 
-/// Whether every ordered audit has its verdict and every validator's weights were set after that.
-async fn settled(arguments: &DevnetArgs, place: &Place, chain: &SubtensorClient, status: &Status) -> bool {
-    let audited = status.audits_open == 0 && place.audit_cycles_done(status) && place.verdict_count().await >= status.audits_ordered;
-    if !audited {
-        return false;
+/// The last duties after a run is complete: every ordered audit has its verdict, and after that every validator's weights were
+/// set once more.
+#[derive(Default)]
+struct Settling {
+    /// Block at which the last verdict was there.
+    audited_at: Option<u64>,
+}
+
+impl Settling {
+    async fn is_done(&mut self, arguments: &DevnetArgs, place: &Place, chain: &SubtensorClient, status: &Status) -> bool {
+        let Some(audited_at) = self.audited_at else {
+            let audited =
+                status.audits_open == 0 && place.audit_cycles_done(status) && place.verdict_count().await >= status.audits_ordered;
+            if audited && let Ok(head) = chain.head().await {
+                self.audited_at = Some(head.number);
+            }
+            return false;
+        };
+        let Ok(metagraph) = chain.metagraph(place.netuid()).await else { return false };
+        (0..arguments.validators).all(|index| {
+            let neuron = metagraph.by_uid(place.validator_uid(index));
+            neuron.is_some_and(|neuron| neuron.last_update + NOTICE_BLOCKS >= audited_at)
+        })
     }
-    for index in 0..arguments.validators {
-        let uid = place.validator_uid(index);
-        match chain.weights(place.netuid(), uid).await {
-            Ok(weights) if weights.iter().any(|(other, value)| *other != uid && *value > 0) => {}
-            _ => return false,
-        }
-    }
-    true
 }
 
 /// One kill each of a miner, a validator and the orchestrator, spread over the run.

@@ -81,23 +81,19 @@ impl Orchestrator {
         let interval = schedule::pull_interval_ms(self.parameters(), self.timing.step_ms());
         let cycles = self.parameters().cycles;
         let version = self.fragments[usize::from(fragment)].version;
+        if self.pulls.len() > usize::from(self.parameters().overlap) || self.pulls.values().any(|pull| pull.fragment == fragment) {
+            return;
+        }
         if cycles > 0 && version >= cycles {
-            // Only fragments that missed a merge still lack one: the others are passed over.
             let is_open = |fragment: usize| self.pulls.values().any(|pull| usize::from(pull.fragment) == fragment);
             if self.fragments.iter().enumerate().any(|(index, fragment)| fragment.version < cycles && !is_open(index)) {
-                self.close_step(self.next_t);
-                self.next_t += 1;
-                self.head_dirty = true;
+                self.pass_over(fragment, version);
             }
             return;
         }
         let eligible = self.training().filter(|(_, learner)| learner.local_step > 0).count();
         let needed = if self.next_t == 0 { usize::from(self.parameters().quorum_min) } else { 1 };
-        if self.pulls.len() > usize::from(self.parameters().overlap)
-            || self.pulls.values().any(|pull| pull.fragment == fragment)
-            || now_ms < self.last_pull_ms + interval
-            || eligible < needed
-        {
+        if now_ms < self.last_pull_ms + interval || eligible < needed {
             return;
         }
         self.last_pull_ms = now_ms;
@@ -114,6 +110,27 @@ impl Orchestrator {
         self.pulls.insert(self.next_t, pull);
         self.next_t += 1;
         self.head_dirty = true;
+    }
+
+    /// Publishes an empty merge for a fragment that has all its merges while another one still lacks some: every outer step has
+    /// its manifest.
+    fn pass_over(&mut self, fragment: u16, version: u64) {
+        let t = self.next_t;
+        let state = self.fragments[usize::from(fragment)].state;
+        let tape = Tape { t, fragment, base_version: version, base_state: state, block: self.block, inputs: Vec::new() };
+        let pull = OpenPull {
+            fragment,
+            version,
+            opened_ms: self.volatile.now_ms,
+            deadline_ms: self.volatile.now_ms,
+            quorum_ms: None,
+            closed_ms: self.volatile.now_ms,
+            offers: BTreeMap::new(),
+            stage: PullStage::Taping(tape.clone()),
+        };
+        self.pulls.insert(t, pull);
+        self.next_t += 1;
+        self.emit(Effect::WriteTape { tape: Box::new(tape) });
     }
 
     /// Takes up new commitments and finished uploads of a record.

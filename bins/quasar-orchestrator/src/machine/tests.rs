@@ -456,6 +456,24 @@ fn a_miner_that_does_not_open_gets_an_order_without_opening() {
 }
 
 #[test]
+fn every_outer_step_has_a_manifest_also_where_a_fragment_is_passed_over() {
+    let mut world = World::new(3, 2);
+    world.run(4_000);
+    // Nobody answers for longer than a pull's deadline: at least one merge stays empty and is made up for later.
+    for sim in &mut world.learners {
+        sim.silent = true;
+    }
+    world.run(20_000);
+    for sim in &mut world.learners {
+        sim.silent = false;
+    }
+    world.until_complete(240_000);
+    assert!(world.merges.values().any(|merge| merge.version == merge.base_version), "no merge was empty");
+    let steps: Vec<u64> = world.merges.keys().copied().collect();
+    assert_eq!(steps, (0..world.machine.closed_below).collect::<Vec<_>>());
+}
+
+#[test]
 fn draining_stops_leases_and_pulls_and_releases() {
     let mut world = World::new(0, 2);
     world.run(5_000);

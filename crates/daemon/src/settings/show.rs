@@ -2,8 +2,10 @@
 
 use std::fmt::Write as _;
 
+use super::flags::ConfigCommand;
 use super::table::SETTINGS;
 use super::{Role, Settings, SettingsError, Sources};
+use crate::Exit;
 
 /// What stands for a secret.
 const MASK: &str = "********";
@@ -42,7 +44,20 @@ fn rows(settings: &Settings) -> impl Iterator<Item = (&'static str, Option<Strin
     })
 }
 
-/// Everything that is wrong, one problem after the other; empty if nothing is.
-pub fn problems(role: Role, sources: &Sources) -> Vec<SettingsError> {
-    Settings::check(role, sources)
+/// What `config show` and `config validate` print, and their exit code.
+///
+/// # Errors
+/// `show` has nothing to show where the sources contradict themselves.
+pub fn answer(role: Role, sources: &Sources, command: &ConfigCommand) -> Result<(String, Exit), SettingsError> {
+    match command {
+        ConfigCommand::Show { json: true } => Ok((format!("{:#}\n", json(&Settings::load(role, sources)?)), Exit::Done)),
+        ConfigCommand::Show { json: false } => Ok((text(&Settings::load(role, sources)?), Exit::Done)),
+        ConfigCommand::Validate => {
+            let problems = Settings::check(role, sources);
+            if problems.is_empty() {
+                return Ok(("the settings are complete\n".to_owned(), Exit::Done));
+            }
+            Ok((problems.iter().map(|problem| format!("{problem}\n")).collect(), Exit::Configuration))
+        }
+    }
 }

@@ -127,7 +127,7 @@ fn a_missing_value_names_the_places_where_it_can_be_set() {
 #[test]
 fn validate_lists_every_problem_once() {
     let sources = environment(&[("QUASAR_NETUID", "70000"), ("QUASAR_MINER_LAUNCH_MODE", "grouped"), ("QUASAR_OWNER_IDENTITY", OWNER)]);
-    let problems = show::problems(Role::Miner, &sources);
+    let problems = Settings::check(Role::Miner, &sources);
     let texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
     let mentions = |word: &str| texts.iter().filter(|text| text.contains(word)).count();
     assert_eq!((mentions("`netuid`"), mentions("grouped"), mentions("`network`"), mentions("owner")), (1, 1, 1, 0), "{texts:#?}");
@@ -139,7 +139,7 @@ fn validate_lists_every_problem_once() {
         ("QUASAR_WALLET_NAME", "w"),
         ("QUASAR_HOTKEY_NAME", "h"),
     ]);
-    assert_eq!(show::problems(Role::Miner, &whole), []);
+    assert_eq!(Settings::check(Role::Miner, &whole), []);
 }
 
 #[test]
