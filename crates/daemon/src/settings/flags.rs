@@ -261,7 +261,7 @@ mod tests {
 
     fn flags_of<A: clap::Args>() -> Vec<String> {
         let command = Cli::<A>::command();
-        command.get_arguments().filter_map(|argument| argument.get_long().map(str::to_owned)).filter(|flag| flag != "config").collect()
+        command.get_arguments().filter_map(|argument| argument.get_long().map(str::to_owned)).filter(|flag| flag != "settings").collect()
     }
 
     #[test]
