@@ -88,6 +88,9 @@ pub struct PrepareSettings {
     pub held_out: HeldOut,
     /// Tokens of a shard, rounded down to whole rows, at least one.
     pub shard_tokens: u64,
+    /// Training rows are put into random order inside each shard, so that a range of rows is a fair sample of the text; `None` keeps
+    /// the order of the documents. A shard is held in memory for it.
+    pub shuffle_seed: Option<u64>,
     /// Start of the shards' ids: letters, digits, `.`, `_`, `=`, `-`.
     pub name: String,
     /// Licence and source of the text, for the manifests.
@@ -201,6 +204,8 @@ struct Side<'a> {
     /// Tokens that do not fill a row yet.
     rest: Vec<u32>,
     writer: Option<(PathBuf, ShardWriter)>,
+    /// Rows of the shard that waits to be shuffled.
+    waiting: Vec<u32>,
     split: Split,
     manifests: Vec<ShardManifest>,
 }
@@ -215,6 +220,7 @@ impl<'a> Side<'a> {
             rows_per_shard: (settings.shard_tokens / u64::from(settings.sequence_length)).max(1),
             rest: Vec::new(),
             writer: None,
+            waiting: Vec::new(),
             split: Split::default(),
             manifests: Vec::new(),
         }
@@ -239,6 +245,28 @@ impl<'a> Side<'a> {
     }
 
     fn push(&mut self, row: &[u32]) -> Result<(), DataError> {
+        let Some(seed) = self.settings.shuffle_seed.filter(|_| !self.held_out) else { return self.write(row) };
+        self.waiting.extend_from_slice(row);
+        if self.waiting.len() as u64 == self.rows_per_shard * row.len() as u64 {
+            self.write_shuffled(seed)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the waiting rows in an order that seed and number of the shard give.
+    fn write_shuffled(&mut self, seed: u64) -> Result<(), DataError> {
+        let row_tokens = self.settings.sequence_length as usize;
+        let rows = std::mem::take(&mut self.waiting);
+        let number = self.manifests.len() as u64;
+        let key = Digest::derive("quasar/v1/shuffle", &[&seed.to_le_bytes(), &number.to_le_bytes()]);
+        for row in protocol::lease::row_order(&key, (rows.len() / row_tokens) as u32) {
+            let start = row as usize * row_tokens;
+            self.write(&rows[start..start + row_tokens])?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, row: &[u32]) -> Result<(), DataError> {
         let (folder, mut writer) = match self.writer.take() {
             Some(open) => open,
             None => {
@@ -285,6 +313,9 @@ impl<'a> Side<'a> {
     }
 
     fn finish(mut self) -> Result<(Split, Vec<ShardManifest>), DataError> {
+        if let Some(seed) = self.settings.shuffle_seed {
+            self.write_shuffled(seed)?;
+        }
         if let Some((folder, writer)) = self.writer.take() {
             self.close(folder, writer)?;
         }

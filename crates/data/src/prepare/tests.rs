@@ -28,6 +28,7 @@ impl Scene {
             sequence_length: 16,
             held_out: HeldOut::Ids(["d3", "d11"].map(str::to_owned).into()),
             shard_tokens: 200,
+            shuffle_seed: None,
             name: "sample".to_owned(),
             licence: "CC0-1.0".to_owned(),
             source: "made up".to_owned(),
@@ -169,4 +170,26 @@ fn ids_are_read_from_a_file_with_comments() {
     assert_eq!(HeldOut::ids_from_file(&scene.path("ids")).unwrap(), scene.settings("out").held_out);
     fs::write(scene.path("ids"), "# nothing\n").unwrap();
     assert!(HeldOut::ids_from_file(&scene.path("ids")).is_err());
+}
+
+#[test]
+fn shuffling_moves_training_rows_inside_their_shard_and_the_same_seed_does_it_again() {
+    let scene = Scene::new();
+    let plain = prepare(&scene.settings("plain")).unwrap();
+    let shuffled = |out: &str, seed| prepare(&PrepareSettings { shuffle_seed: Some(seed), ..scene.settings(out) }).unwrap();
+    let once = shuffled("once", 7);
+    assert_eq!(once.shards, shuffled("again", 7).shards);
+    assert_ne!(once.shards, shuffled("other", 8).shards);
+    assert_eq!(scene.tokens("once", &once, true), scene.tokens("plain", &plain, true), "held-out rows keep their order");
+    let rows_of = |out: &str, catalog: &Catalog| -> Vec<Vec<u32>> {
+        let rows = |shard: &ShardManifest| {
+            let reader = ShardReader::open_verified(&Catalog::tokens_path(&scene.path(out), shard), shard).unwrap();
+            let mut rows: Vec<Vec<u32>> = (0..reader.rows()).map(|row| reader.row(row).unwrap().to_vec()).collect();
+            rows.sort();
+            rows.concat()
+        };
+        catalog.side(false).map(rows).collect()
+    };
+    assert_eq!(rows_of("once", &once), rows_of("plain", &plain), "each shard has the same rows");
+    assert_ne!(scene.tokens("once", &once, false), scene.tokens("plain", &plain, false));
 }
