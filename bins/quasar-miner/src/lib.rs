@@ -4,7 +4,6 @@
 //! executes its effects ([`edge`]), and a thread that trains ([`trainer`]); [`session`] runs the three together and [`run`]
 //! starts a session for each device on whatever run is current.
 
-pub mod chain_link;
 pub mod cli;
 mod commands;
 pub mod device;

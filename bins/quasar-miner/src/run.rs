@@ -8,27 +8,25 @@ use chain::{ChainError, ConnectSettings, Hotkey};
 use daemon::health::{self, Health};
 use daemon::sequence::Sequence;
 use daemon::settings::{CommonArgs, MinerArgs, Role};
-use daemon::{Exit, Failure, Journal, Settings, Shutdown, clock, telemetry};
-use protocol::envelope::{EnvelopeError, RunId};
+use daemon::{Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, telemetry};
+use protocol::envelope::RunId;
 use protocol::{AccountId, Signer};
 use storage::client::{GrantClient, PublicReader};
-use storage::discovery::{DiscoveryError, RunFacts, RunReader};
+use storage::discovery::{RunFacts, RunReader};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
-use crate::chain_link::ChainLink;
 use crate::commands::identity;
 use crate::device;
 use crate::edge::{BaseTrees, ChunkCache, Edge, Plane, Shared};
 use crate::machine::{End, Learner, LearnerSettings};
 use crate::session;
 use crate::trainer::TrainerThread;
+use chain::ChainLink;
 
 /// Pause between two looks for a run, and between two tries to reach what does not answer.
 const RETRY: Duration = Duration::from_secs(2);
-/// While nothing changes, the reason for waiting is logged this often.
-const REMIND: Duration = Duration::from_secs(60);
 /// A learner's loop that did not turn for so long is dead.
 const STALE_AFTER: Duration = Duration::from_secs(30);
 
@@ -207,7 +205,7 @@ impl Miner {
                     component.ready();
                     return Ok(Some(reader));
                 }
-                Err(error) if is_final(&error) => return Err(Failure::configuration(error)),
+                Err(error) if error.is_final() => return Err(Failure::configuration(error)),
                 Err(error) => {
                     component.not_ready("no run found yet");
                     waiting.log(&error.to_string());
@@ -338,33 +336,5 @@ fn worse(one: Option<End>, other: End) -> End {
     match one {
         Some(one) if rank(&one) >= rank(&other) => one,
         _ => other,
-    }
-}
-
-/// Whether a person has to change something before discovery can succeed.
-fn is_final(error: &DiscoveryError) -> bool {
-    match error {
-        DiscoveryError::Pinned { .. } | DiscoveryError::ProtocolVersion { .. } => true,
-        DiscoveryError::Envelope { error, .. } => matches!(
-            error,
-            EnvelopeError::Genesis { .. } | EnvelopeError::Netuid { .. } | EnvelopeError::Signer { .. } | EnvelopeError::Version(_)
-        ),
-        _ => false,
-    }
-}
-
-/// Says why it waits, once when the reason changes and then once a minute.
-#[derive(Default)]
-struct Waiting {
-    last: Option<(String, tokio::time::Instant)>,
-}
-
-impl Waiting {
-    fn log(&mut self, reason: &str) {
-        let is_new = self.last.as_ref().is_none_or(|(last, at)| last != reason || at.elapsed() >= REMIND);
-        if is_new {
-            tracing::warn!(reason = reason.replace('\n', "; "), "waiting");
-            self.last = Some((reason.to_owned(), tokio::time::Instant::now()));
-        }
     }
 }

@@ -8,25 +8,23 @@ use chain::{ChainError, ConnectSettings, Hotkey};
 use daemon::driver::{DriverOptions, Recovered};
 use daemon::health::{self, Health};
 use daemon::settings::{CommonArgs, Role, ValidatorArgs, ValidatorSettings};
-use daemon::{Driver, Exit, Failure, Journal, Settings, Shutdown, clock, telemetry};
+use daemon::{Driver, Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, telemetry};
 use model::{QuasarEvaluator, QuasarTrainer, TrainError};
-use protocol::envelope::{EnvelopeError, RunId};
+use protocol::envelope::RunId;
 use protocol::{AccountId, FragmentPlan, Reason};
 use storage::client::{GrantClient, PublicReader};
-use storage::discovery::{DiscoveryError, RunReader};
+use storage::discovery::RunReader;
 
 use crate::audit::Engine;
 use crate::commands::identity;
 use crate::effects::bench::OpenEngine;
-use crate::effects::chain::ChainLink;
 use crate::effects::{EffectSettings, Effects};
 use crate::machine::weights::WeightTimes;
 use crate::machine::{Ended, Machine, MachineSettings};
+use chain::ChainLink;
 
 /// Pause between two looks for a run, and between two tries to reach what does not answer.
 const RETRY: Duration = Duration::from_secs(2);
-/// While nothing changes, the reason for waiting is logged this often.
-const REMIND: Duration = Duration::from_secs(60);
 /// A driver that did not turn for so long is dead.
 const STALE_AFTER: Duration = Duration::from_secs(30);
 /// How long effects under way may go on after a stop.
@@ -173,7 +171,7 @@ impl Validator {
                     component.ready();
                     return Ok(Some(reader));
                 }
-                Err(error) if is_final(&error) => return Err(Failure::configuration(error)),
+                Err(error) if error.is_final() => return Err(Failure::configuration(error)),
                 Err(error) => {
                     component.not_ready("no run found yet");
                     waiting.log(&error.to_string());
@@ -223,33 +221,5 @@ impl Validator {
         let driver = Driver::with_options(Recovered::fresh(machine), memory, Arc::new(effects), options).component(component);
         let (machine, _) = driver.run(&self.shutdown).await?;
         Ok(machine.ended())
-    }
-}
-
-/// Whether a person has to change something before discovery can succeed.
-fn is_final(error: &DiscoveryError) -> bool {
-    match error {
-        DiscoveryError::Pinned { .. } | DiscoveryError::ProtocolVersion { .. } => true,
-        DiscoveryError::Envelope { error, .. } => matches!(
-            error,
-            EnvelopeError::Genesis { .. } | EnvelopeError::Netuid { .. } | EnvelopeError::Signer { .. } | EnvelopeError::Version(_)
-        ),
-        _ => false,
-    }
-}
-
-/// Says why it waits, once when the reason changes and then once a minute.
-#[derive(Default)]
-struct Waiting {
-    last: Option<(String, tokio::time::Instant)>,
-}
-
-impl Waiting {
-    fn log(&mut self, reason: &str) {
-        let is_new = self.last.as_ref().is_none_or(|(last, at)| last != reason || at.elapsed() >= REMIND);
-        if is_new {
-            tracing::warn!(reason = reason.replace('\n', "; "), "waiting");
-            self.last = Some((reason.to_owned(), tokio::time::Instant::now()));
-        }
     }
 }

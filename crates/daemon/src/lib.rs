@@ -16,6 +16,7 @@ pub mod sequence;
 pub mod settings;
 pub mod shutdown;
 pub mod telemetry;
+pub mod waiting;
 
 pub use driver::{Driver, DriverError, DriverOptions, Executor};
 pub use exit::{Exit, Failure};
@@ -23,3 +24,4 @@ pub use journal::{Journal, JournalError};
 pub use machine::Machine;
 pub use settings::{Role, Settings};
 pub use shutdown::Shutdown;
+pub use waiting::Waiting;

@@ -45,6 +45,20 @@ pub enum DiscoveryError {
     Store(#[from] StoreError),
 }
 
+impl DiscoveryError {
+    /// Whether a person has to change something before discovery can succeed.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Pinned { .. } | Self::ProtocolVersion { .. } => true,
+            Self::Envelope { error, .. } => matches!(
+                error,
+                EnvelopeError::Genesis { .. } | EnvelopeError::Netuid { .. } | EnvelopeError::Signer { .. } | EnvelopeError::Version(_)
+            ),
+            _ => false,
+        }
+    }
+}
+
 /// What stays for the whole run.
 #[derive(Clone, Debug)]
 pub struct RunFacts {

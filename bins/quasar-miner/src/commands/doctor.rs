@@ -11,8 +11,8 @@ use serde::Serialize;
 use storage::discovery::{DiscoveryError, RunReader};
 
 use super::identity;
-use crate::chain_link::ChainLink;
 use crate::{device, run};
+use chain::ChainLink;
 
 /// A check that takes longer has failed.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(30);

@@ -37,9 +37,9 @@ pub use openings::OpeningFiles;
 pub use spool::{Spool, SpoolError};
 pub use tokens::{ChunkCache, LeaseTokens, TokenStore};
 
-use crate::chain_link::ChainLink;
 use crate::machine::{Effect, Input, Put, Trouble};
 use crate::trainer::TrainerThread;
+use chain::ChainLink;
 
 /// A progress record that was not written after this part of the time to live is given up; the next one is newer.
 const PROGRESS_TRIES_PER_TTL: u64 = 5;

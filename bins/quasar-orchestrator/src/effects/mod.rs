@@ -154,7 +154,7 @@ impl Executor for Hands {
             }
             Effect::PublishCurrent => service.publish_current().await,
             Effect::PublishJob { revision, job } => service.publish_job(revision, &job).await,
-            Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions, release: _ } => {
+            Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions } => {
                 service.publish_standing(revision, slot, session_epoch, validator, live, &versions).await;
             }
             Effect::PublishPullGrants { revision, slot, session_epoch, wants } => {

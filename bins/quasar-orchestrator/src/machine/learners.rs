@@ -25,7 +25,6 @@ pub struct Learner {
     pub local_step: u64,
     /// When `local_step` last moved.
     pub stepped_ms: u64,
-    pub step_ms: u32,
     pub loss: i64,
     pub lease: u64,
     pub lease_step: u32,
@@ -62,7 +61,6 @@ impl Learner {
             seen_ms: now_ms,
             local_step: record.local_step,
             stepped_ms: now_ms,
-            step_ms: 0,
             loss: record.loss,
             lease: 0,
             lease_step: 0,
@@ -112,7 +110,6 @@ impl Orchestrator {
         learner.state = record.state;
         learner.worker = record.worker.clone();
         learner.local_step = record.local_step;
-        learner.step_ms = record.step_ms;
         learner.loss = record.loss;
         learner.fragments = record.fragments.iter().map(|fragment| (fragment.version, fragment.steps)).collect();
         if learner.leases.contains(&record.lease) {
@@ -271,8 +268,7 @@ impl Orchestrator {
         }
         *mark = StandingMark { published_ms: now_ms.max(1), live, session_epoch, versions: versions.to_vec() };
         let revision = self.next_revision();
-        let release = self.setup.release.release.clone();
-        self.emit(Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions: versions.to_vec(), release });
+        self.emit(Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions: versions.to_vec() });
     }
 
     fn refresh_job(&mut self, slot: Slot) {

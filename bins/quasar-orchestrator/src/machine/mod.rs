@@ -173,7 +173,6 @@ pub enum Effect {
         validator: bool,
         live: bool,
         versions: Vec<u64>,
-        release: String,
     },
     PublishPullGrants {
         revision: u64,

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use chain::{Chain, ChainError, ConnectSettings, Hotkey, SetWeightsError, SubtensorClient, weights};
+use chain::{ChainError, ChainLink, Hotkey, SetWeightsError, weights};
 use daemon::Journal;
 use protocol::AccountId;
 use protocol::envelope::RunId;
-use tokio::sync::OnceCell;
 
 use super::trouble::Trouble;
 use super::verdicts::blocking;
@@ -15,41 +14,6 @@ use crate::machine::weights::{Due, OwnNeuron, WeightsOutcome};
 
 /// The newest weights version that this build knows; a subnet that demands a newer one wants a newer build.
 pub const WEIGHTS_VERSION: u64 = 1;
-
-/// A chain that may not be connected yet: training and audits go on without it.
-pub struct ChainLink {
-    settings: ConnectSettings,
-    client: OnceCell<Arc<dyn Chain>>,
-}
-
-impl ChainLink {
-    pub fn new(settings: ConnectSettings) -> Self {
-        Self { settings, client: OnceCell::new() }
-    }
-
-    /// A link that is connected already.
-    pub fn connected(client: Arc<dyn Chain>) -> Self {
-        let settings = ConnectSettings { endpoints: Vec::new(), genesis: Some(client.genesis()) };
-        Self { settings, client: OnceCell::new_with(Some(client)) }
-    }
-
-    /// The chain, connected now if it was not yet.
-    pub async fn client(&self) -> Result<Arc<dyn Chain>, ChainError> {
-        let connect = || async {
-            let client = SubtensorClient::connect(self.settings.clone()).await?;
-            Ok::<Arc<dyn Chain>, ChainError>(Arc::new(client))
-        };
-        self.client.get_or_try_init(connect).await.cloned()
-    }
-
-    /// Genesis of the network: as configured, or as the chain says.
-    pub async fn genesis(&self) -> Result<[u8; 32], ChainError> {
-        match self.settings.genesis {
-            Some(genesis) => Ok(genesis),
-            None => Ok(self.client().await?.genesis()),
-        }
-    }
-}
 
 /// What one validator reads from and writes to the chain.
 pub struct ChainDesk {

@@ -1,10 +1,11 @@
-//! The chain as a miner needs it: who is registered. Connected when first asked, because training goes on without it.
+//! A chain that is connected when it is first asked, because a daemon's other work goes on without it.
 
 use std::sync::Arc;
 
-use chain::{Chain, ChainError, ConnectSettings, SubtensorClient};
 use protocol::AccountId;
 use tokio::sync::OnceCell;
+
+use crate::{Chain, ChainError, ConnectSettings, SubtensorClient};
 
 /// A chain that may not be connected yet.
 pub struct ChainLink {
@@ -15,6 +16,12 @@ pub struct ChainLink {
 impl ChainLink {
     pub fn new(settings: ConnectSettings) -> Self {
         Self { settings, client: OnceCell::new() }
+    }
+
+    /// A link that is connected already.
+    pub fn connected(client: Arc<dyn Chain>) -> Self {
+        let settings = ConnectSettings { endpoints: Vec::new(), genesis: Some(client.genesis()) };
+        Self { settings, client: OnceCell::new_with(Some(client)) }
     }
 
     /// The chain, connected now if it was not yet.
