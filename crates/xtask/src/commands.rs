@@ -23,7 +23,7 @@ pub fn setup(libtorch: Option<PathBuf>) -> Result<ExitCode, Error> {
 pub fn devnet(arguments: &[String]) -> Result<ExitCode, Error> {
     let root = root()?;
     prepare(&root, None)?;
-    build_daemons(&root)?;
+    build_programs(&root)?;
     let program = executables()?.join("quasar-orchestrator");
     // Taking over the process hands signals and the exit code through as they are.
     let cause = Command::new(&program).arg("devnet").args(arguments).exec();
@@ -34,7 +34,7 @@ pub fn devnet(arguments: &[String]) -> Result<ExitCode, Error> {
 pub fn test(filters: &[String]) -> Result<ExitCode, Error> {
     let root = root()?;
     prepare(&root, None)?;
-    build_daemons(&root)?;
+    build_programs(&root)?;
     let mut command = if answers("cargo-nextest", &["nextest", "--version"]) {
         cargo(&root, &["nextest", "run", "--locked", "--workspace", "--no-fail-fast"])
     } else {
@@ -77,14 +77,15 @@ pub fn bench(arguments: &[String]) -> Result<ExitCode, Error> {
     };
     let root = root()?;
     prepare(&root, None)?;
-    let mut command = cargo(&root, &["run", "--locked", "--package", "quasar-tests", "--bin", name, "--"]);
+    build_programs(&root)?;
     // Exit code 1 says that a claim does not hold: it is handed through, and is no failure of ours to explain.
-    let cause = command.args(rest).exec();
-    Err(Error::io("cannot start", "cargo", cause))
+    let program = executables()?.join(name);
+    let cause = Command::new(&program).args(rest).exec();
+    Err(Error::io("cannot start", &program, cause))
 }
 
-/// The three daemons, in the profile that the tests use too.
-fn build_daemons(root: &Path) -> Result<(), Error> {
+/// Every program but `xtask`, in the profile that the tests use too.
+fn build_programs(root: &Path) -> Result<(), Error> {
     let build = cargo(root, &["build", "--locked", "--workspace", "--bins", "--exclude", "xtask"]);
     run(build, "the compiler's message is above")
 }
