@@ -10,7 +10,8 @@ use daemon::{Exit, Failure, Journal, Shutdown, clock};
 use protocol::documents::{CurrentRun, FragmentManifest, ReleaseRef, RunManifest};
 use protocol::envelope::{Context, Expect, Purpose, open_stored};
 use protocol::{Digest, FragmentPlan, ShardManifest};
-use storage::{StoreError, check};
+use storage::{PutCondition, StoreError, check};
+use zeroize::Zeroizing;
 
 use crate::effects::{Hands, Service, spawn_pollers};
 use crate::machine::{FragmentSetup, Input, Orchestrator, RunSetup};
@@ -73,6 +74,7 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
     let journal = Arc::new(Journal::open(&folder).map_err(|error| Failure::new(error.exit(), error))?);
     let recovered = driver::recover(&journal, || Orchestrator::new(setup))?;
     tracing::info!(run = %current.run, name = %manifest.name, replayed = recovered.replayed, "orchestrating");
+    let opening_secret = opening_secret(&office, &run_keys).await?;
     let service = Arc::new(Service {
         store: office.store.clone(),
         chain: Arc::new(chain),
@@ -87,6 +89,7 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
         current,
         shards,
         base_files: base.files,
+        opening_secret,
         base_tree,
         state_dir: folder,
         fenced: Default::default(),
@@ -113,6 +116,22 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
     }
     tracing::info!("stopped");
     Ok(exit)
+}
+
+/// The run's secret for the keys of openings. It lies in the private part of the bucket, so that a lost disk loses no audit.
+async fn opening_secret(office: &Office, run_keys: &protocol::paths::RunKeys) -> Result<Zeroizing<[u8; 32]>, Failure> {
+    let key = run_keys.opening_secret();
+    let fresh = storage::seal_stream::fresh_secret();
+    let bytes = match office.store.put(&key, bytes::Bytes::copy_from_slice(&*fresh), PutCondition::IfAbsent).await {
+        Ok(_) => return Ok(fresh),
+        Err(StoreError::PreconditionFailed { .. }) => office.store.get(&key, 32).await.map_err(Failure::unavailable)?.bytes,
+        Err(error) => return Err(Failure::unavailable(error)),
+    };
+    let secret = <[u8; 32]>::try_from(&bytes[..]).map_err(|_| {
+        Failure::configuration(anyhow::anyhow!("{key} is not 32 bytes"))
+            .hint("somebody else wrote there: restore it from a backup of the bucket")
+    })?;
+    Ok(Zeroizing::new(secret))
 }
 
 /// The run that this orchestrator made current, also where the pointer has expired while nobody renewed it.

@@ -17,21 +17,25 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ::chain::Hotkey;
+use bytes::Bytes;
 use daemon::driver::Inputs;
 use daemon::health::Component;
 use daemon::sequence::Sequence;
 use daemon::{Executor, Journal, clock};
 use fragments::codec;
 use protocol::audits::Selection;
-use protocol::documents::{AuditOrder, MergeManifest, OPENING_PARTS, PROGRESS_BYTES, VerdictResult};
+use protocol::documents::{AuditOrder, MergeManifest, OPENING_PARTS, PROGRESS_BYTES, Score, Scores, VerdictResult};
 use protocol::envelope::Expect;
+use protocol::log::LogHead;
 use protocol::{AccountId, Digest};
 use storage::client::GrantAccess;
 use storage::discovery::{RunFacts, RunReader};
+use storage::seal_stream;
 use zeroize::Zeroizing;
 
 use crate::audit::{Evidence, Judgement, Opening, Subject};
-use crate::machine::audits::{Judged, OrderRead, compare};
+use crate::machine::audits::{Judged, OrderRead, Written, compare};
+use crate::machine::weights::WeightsOutcome;
 use crate::machine::{Effect, HeadFacts, Input};
 use ::chain::ChainLink;
 use base::BaseTree;
@@ -218,15 +222,49 @@ impl Effects {
         let mut parts = Vec::new();
         for (number, part) in (0..OPENING_PARTS).zip(&order.opening) {
             let key = run.opening(hotkey, *slot, audit, number);
-            let bytes = self.grants.get(Some(audit), &key, part.length.min(limit)).await?;
+            let bytes = self.grants.get(Some(audit), &key, seal_stream::sealed_length(limit).min(part.length)).await?;
             if Digest::sha256(&bytes) != part.sha256 {
                 return Err(Trouble::Digest { key });
             }
-            parts.push(bytes);
+            let (info, secret) = (self.facts.context.opening_info(audit, number), order.opening_key.clone());
+            let open = move || {
+                let mut plain = Vec::with_capacity(bytes.len());
+                seal_stream::open(&secret, &info, &mut &bytes[..], &mut plain, limit).map(|()| Bytes::from(plain))
+            };
+            match tokio::task::spawn_blocking(open).await.map_err(|_| Trouble::BenchGone)? {
+                Ok(part) => parts.push(part),
+                // Whose fault that is cannot be told: the miner may have sealed badly, or the order may name another key. So it
+                // counts as not opened, and not as opened wrongly.
+                Err(error) => tracing::warn!(audit = audit.short(), part = number, "an opened part cannot be unsealed: {error}"),
+            }
         }
         let opening =
             <[_; OPENING_PARTS as usize]>::try_from(parts).ok().map(|[manifest, state, routes]| Opening { manifest, state, routes });
         Ok(Evidence { commitment, payload, opening, leases: order.leases, versions })
+    }
+
+    async fn log_head(&self, size: u64) -> Option<Box<LogHead>> {
+        match self.archive.once::<LogHead>(&self.facts.run.log(size), Expect::Key(&self.facts.orchestrator)).await {
+            Ok(head) => head.map(|head| Box::new(head.document)),
+            Err(error) => {
+                tracing::warn!(size, error = Trouble::from(error).line(), "a log head could not be read");
+                None
+            }
+        }
+    }
+
+    /// Publishes what the weights on the chain were made from. They count without it, so a store that fails is not waited for.
+    async fn publish_scores(&self, epoch: u64, block: u64, weights: Vec<Score>) {
+        let key = self.facts.run.scores(&self.own, epoch);
+        let publish = async {
+            let scores = Scores::new(self.own, epoch, block, weights);
+            self.verdicts.put(None, &key, &scores).await
+        };
+        match publish.await {
+            Ok(Written::Done) => tracing::debug!(epoch, "scores are published"),
+            Ok(other) => tracing::warn!(epoch, ?other, "the scores were not published"),
+            Err(trouble) => tracing::warn!(epoch, error = trouble.line(), "the scores were not published"),
+        }
     }
 
     async fn moved(&self) -> bool {
@@ -281,7 +319,14 @@ impl Executor for Effects {
                 });
                 Input::Verdict { audit, verdict: verdict.map(Box::new) }
             }
-            Effect::SetWeights { scores, due } => Input::Weights(self.chain.set_weights(&scores, due).await),
+            Effect::SetWeights { scores, due, epoch } => {
+                let outcome = self.chain.set_weights(&scores, due).await;
+                if let WeightsOutcome::Set { block, weights } = &outcome {
+                    self.publish_scores(epoch, *block, weights.clone()).await;
+                }
+                Input::Weights(outcome)
+            }
+            Effect::ReadLog { size } => Input::LogHead { size, head: self.log_head(size).await },
             Effect::CheckMoved => Input::Moved(self.moved().await),
         };
         inputs.send(input).await;

@@ -11,6 +11,7 @@ pub mod audits;
 pub mod cycles;
 #[cfg(test)]
 pub(crate) mod fixture;
+pub mod log;
 mod poller;
 pub mod scores;
 #[cfg(test)]
@@ -24,12 +25,14 @@ use daemon::Exit;
 use protocol::audits::Selection;
 use protocol::documents::{FragmentHead, Head, MergeManifest, RunParameters, RunState, Verdict};
 use protocol::envelope::RunId;
+use protocol::log::{LogHead, LogRef};
 use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
 
 use crate::audit::Subject;
 use audits::{Audits, Judged, OrderRead, Written};
 use cycles::{Cycles, KeyframeRef, VERSIONS_KEPT};
+use log::LogMonitor;
 use poller::Poller;
 use scores::ScoreLedger;
 use verdicts::{Looked, Verdicts};
@@ -65,11 +68,12 @@ pub struct HeadFacts {
     pub state: RunState,
     pub closed_below: u64,
     pub fragments: Vec<FragmentHead>,
+    pub log: LogRef,
 }
 
 impl From<Head> for HeadFacts {
     fn from(head: Head) -> Self {
-        Self { state: head.state, closed_below: head.closed_below, fragments: head.fragments }
+        Self { state: head.state, closed_below: head.closed_below, fragments: head.fragments, log: head.log }
     }
 }
 
@@ -122,6 +126,11 @@ pub enum Input {
         verdict: Option<Box<Verdict>>,
     },
     Weights(WeightsOutcome),
+    /// `None` = absent or unreadable.
+    LogHead {
+        size: u64,
+        head: Option<Box<LogHead>>,
+    },
     /// Whether another run is current in the bucket.
     Moved(bool),
 }
@@ -153,6 +162,11 @@ pub enum Effect {
     SetWeights {
         scores: Vec<(AccountId, u64)>,
         due: Due,
+        /// Cycles whose merges are in the scores.
+        epoch: u64,
+    },
+    ReadLog {
+        size: u64,
     },
     CheckMoved,
 }
@@ -180,6 +194,7 @@ pub struct Machine {
     audits: Audits,
     verdicts: Verdicts,
     scores: ScoreLedger,
+    log: LogMonitor,
     weights: WeightSetter,
     unregistered_since_ms: Option<u64>,
     registration_hint_ms: u64,
@@ -205,6 +220,7 @@ impl Machine {
             audits: Audits::new(settings.own, slow_ms, opening_ms),
             verdicts: Verdicts::new(slow_ms, opening_ms),
             scores: ScoreLedger::default(),
+            log: LogMonitor::new(slow_ms),
             weights: WeightSetter::new(settings.weights),
             unregistered_since_ms: None,
             registration_hint_ms: 0,
@@ -229,6 +245,9 @@ impl Machine {
                 "the head names other keyframes than the merge manifests: the orchestrator contradicts itself"
             );
         }
+        if let Err(fault) = self.log.follow(head.log, head.closed_below + u64::from(self.settings.parameters.overlap) + 1) {
+            tracing::error!(%fault, "the append-only log was rewritten: keep the signed heads, they prove it");
+        }
         self.head = Some(head);
     }
 
@@ -240,6 +259,7 @@ impl Machine {
                 None => self.scores.credit(merge, self.settings.parameters.fragments),
                 Some(fault) => tracing::error!(t = merge.t, %fault, "the merge manifest is faulty: nobody is credited for it"),
             }
+            self.log.expect(merge, now_ms);
             let newest = self.head.as_ref().and_then(|head| head.fragments.get(usize::from(merge.fragment))).map_or(0, |head| head.version);
             if merge.version > merge.base_version && merge.version.saturating_add(VERSIONS_KEPT) > newest {
                 self.effects.push_back(Effect::Keep(KeyframeRef {
@@ -314,6 +334,10 @@ impl Machine {
             self.effects.extend(beacons.into_iter().map(|(cycle, block)| Effect::ReadBeacon { cycle, block }));
         }
         self.effects.extend(self.verdicts.wanted(now_ms).into_iter().map(|subject| Effect::ReadVerdict(Box::new(subject))));
+        self.effects.extend(self.log.wanted(now_ms).map(|size| Effect::ReadLog { size }));
+        for commitment in self.log.overdue(now_ms) {
+            tracing::error!(%commitment, "a merged commitment is missing in the append-only log");
+        }
         let versions = self.cycles.versions();
         self.audits.effects(now_ms, &versions, &mut self.effects);
         self.plan_weights(now_ms);
@@ -325,7 +349,8 @@ impl Machine {
         let is_complete = head.state == RunState::Complete && self.cycles.is_settled() && self.verdicts.is_settled();
         let Some(ChainView { block, own: Some(own), .. }) = &self.chain else { return };
         if let Some(due) = self.weights.begin(now_ms, *block, own, is_complete) {
-            self.effects.push_back(Effect::SetWeights { scores: self.scores.scores(), due });
+            let epoch = protocol::schedule::cycle_of(self.cycles.folded_below(), self.settings.parameters.fragments);
+            self.effects.push_back(Effect::SetWeights { scores: self.scores.scores(), due, epoch });
         }
         if self.weights.is_final_set() && !self.is_complete_logged {
             self.is_complete_logged = true;
@@ -387,6 +412,11 @@ impl daemon::Machine for Machine {
                 self.weights.end(&outcome, now_ms);
                 self.chain_poll.hurry(now_ms);
             }
+            Input::LogHead { size, head } => {
+                if let Err(fault) = self.log.read(size, head.map(|head| *head), now_ms) {
+                    tracing::error!(%fault, "the append-only log contradicts itself: keep the signed heads, they prove it");
+                }
+            }
             Input::Moved(has_moved) => {
                 self.moved_poll.end(now_ms);
                 if has_moved {
@@ -404,7 +434,7 @@ impl daemon::Machine for Machine {
 
     fn deadline(&self) -> Option<u64> {
         let polls = [&self.head_poll, &self.block_poll, &self.chain_poll, &self.moved_poll];
-        let parts = [self.cycles.deadline(), self.audits.deadline(), self.verdicts.deadline()];
+        let parts = [self.cycles.deadline(), self.audits.deadline(), self.verdicts.deadline(), self.log.deadline()];
         polls.iter().filter_map(|poller| poller.deadline()).chain(parts.into_iter().flatten()).min()
     }
 

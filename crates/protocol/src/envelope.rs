@@ -211,6 +211,14 @@ impl Context {
         info.extend_from_slice(&self.run.0);
         info
     }
+
+    /// HPKE `info` for part `part` of the opening for `audit`: that of opening manifests ‖ audit ‖ part.
+    pub fn opening_info(&self, audit: &Digest, part: u8) -> Vec<u8> {
+        let mut info = self.seal_info(Purpose::OpeningManifest);
+        info.extend_from_slice(&audit.0);
+        info.push(part);
+        info
+    }
 }
 
 /// A typed document with its purpose.

@@ -12,6 +12,7 @@ pub mod grants;
 pub mod identity;
 pub mod lease;
 pub mod ledger;
+pub mod log;
 pub mod paths;
 pub mod plan;
 pub mod reason;

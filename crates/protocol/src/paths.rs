@@ -114,6 +114,10 @@ impl RunKeys {
         format!("{}/scores/{validator}/{epoch}.qsr", self.public)
     }
 
+    pub fn log(&self, size: u64) -> String {
+        format!("{}/log/{size}.qsr", self.public)
+    }
+
     pub fn status(&self) -> String {
         format!("{}/status.json", self.public)
     }
@@ -140,6 +144,15 @@ impl RunKeys {
 
     pub fn opening(&self, hotkey: &AccountId, slot: u8, audit: &Digest, part: u8) -> String {
         format!("{}/in/{hotkey}/{slot}/openings/{audit}/{part}", self.restricted)
+    }
+
+    pub fn receipt(&self, hotkey: &AccountId, slot: u8, lease: u64) -> String {
+        format!("{}/in/{hotkey}/{slot}/receipts/{lease}.qsr", self.restricted)
+    }
+
+    /// The secret that the keys of openings are derived from.
+    pub fn opening_secret(&self) -> String {
+        format!("{}/opening-secret", self.private)
     }
 
     pub fn tape(&self, t: u64) -> String {
@@ -186,6 +199,8 @@ mod tests {
             run.keyframe(3, 4),
             run.payload(&account, 1, 2),
             run.opening(&account, 1, &digest, 0),
+            run.receipt(&account, 1, 9),
+            run.log(64),
             run.tape(4),
         ] {
             assert!(is_valid(&key), "{key}");

@@ -4,6 +4,7 @@ use protocol::envelope::{Context, Header, Purpose};
 use protocol::{AccountId, GrantBundle, SealedBytes, codec, x25519_public};
 
 use crate::seal::{self, SealError};
+use zeroize::Zeroizing;
 
 /// Largest plaintext of a bundle: what fits into the largest envelope that carries one.
 const BUNDLE_BYTES_MAX: usize = 1 << 20;
@@ -28,15 +29,30 @@ pub fn seal_to(
     hotkey: &AccountId,
     bundle: &GrantBundle,
 ) -> Result<SealedBytes, BundleError> {
+    seal_bytes(context, purpose, header, hotkey, &codec::encode(bundle))
+}
+
+/// Seals any other secret to `hotkey` for the envelope with `header`.
+pub fn seal_bytes(
+    context: &Context,
+    purpose: Purpose,
+    header: &Header,
+    hotkey: &AccountId,
+    plaintext: &[u8],
+) -> Result<SealedBytes, BundleError> {
     let recipient = x25519_public(hotkey).ok_or(BundleError::NeedsCertificate(*hotkey))?;
-    Ok(seal::seal(&recipient, &context.seal_info(purpose), &header.digest().0, &codec::encode(bundle))?)
+    Ok(seal::seal(&recipient, &context.seal_info(purpose), &header.digest().0, plaintext)?)
 }
 
 /// Opens a bundle that came in the envelope with `header`; `secret` is the hotkey's X25519 secret.
 pub fn open(context: &Context, header: &Header, sealed: &SealedBytes, secret: &[u8; 32]) -> Result<GrantBundle, BundleError> {
+    codec::decode(&open_bytes(context, header, sealed, secret)?, BUNDLE_BYTES_MAX).map_err(BundleError::Malformed)
+}
+
+/// Opens what [`seal_bytes`] sealed.
+pub fn open_bytes(context: &Context, header: &Header, sealed: &SealedBytes, secret: &[u8; 32]) -> Result<Zeroizing<Vec<u8>>, BundleError> {
     let purpose = Purpose::from_number(header.purpose).ok_or(BundleError::Seal(SealError::DoesNotOpen))?;
-    let plaintext = seal::open(secret, &context.seal_info(purpose), &header.digest().0, sealed)?;
-    codec::decode(&plaintext, BUNDLE_BYTES_MAX).map_err(BundleError::Malformed)
+    Ok(seal::open(secret, &context.seal_info(purpose), &header.digest().0, sealed)?)
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ pub mod policy;
 pub mod presign;
 pub mod s3;
 pub mod seal;
+pub mod seal_stream;
 pub mod server;
 pub mod transfer;
 

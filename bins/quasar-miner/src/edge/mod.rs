@@ -21,6 +21,7 @@ use bytes::Bytes;
 use chain::Hotkey;
 use daemon::sequence::Sequence;
 use daemon::{JournalError, clock};
+use protocol::documents::Receipt;
 use protocol::documents::{Lease, Progress, encode_progress};
 use protocol::envelope;
 use protocol::{Digest, GrantRequest, Method};
@@ -45,25 +46,25 @@ use chain::ChainLink;
 const PROGRESS_TRIES_PER_TTL: u64 = 5;
 const PROGRESS_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 
-/// Payloads that were committed and wait for their upload, by outer step.
+/// Bytes that were announced and wait for their upload: payloads by outer step, receipts by lease.
 #[derive(Default)]
-pub struct Payloads(Mutex<HashMap<u64, Bytes>>);
+pub struct Announced(Mutex<HashMap<u64, Bytes>>);
 
-impl Payloads {
+impl Announced {
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Bytes>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn insert(&self, t: u64, payload: Bytes) {
-        self.lock().insert(t, payload);
+    pub fn insert(&self, number: u64, bytes: Bytes) {
+        self.lock().insert(number, bytes);
     }
 
-    pub fn get(&self, t: u64) -> Option<Bytes> {
-        self.lock().get(&t).cloned()
+    pub fn get(&self, number: u64) -> Option<Bytes> {
+        self.lock().get(&number).cloned()
     }
 
-    fn remove(&self, t: u64) {
-        self.lock().remove(&t);
+    fn remove(&self, number: u64) {
+        self.lock().remove(&number);
     }
 }
 
@@ -71,7 +72,7 @@ impl Payloads {
 pub struct Plane {
     pub keyframes: Keyframes,
     pub tokens: TokenStore,
-    pub payloads: Payloads,
+    pub payloads: Announced,
     pub spool: Spool,
 }
 
@@ -83,7 +84,7 @@ impl Plane {
         Ok(Self {
             keyframes: Keyframes::open(folder.join("fragments"), facts.plan.clone()).map_err(fail)?,
             tokens: TokenStore::default(),
-            payloads: Payloads::default(),
+            payloads: Announced::default(),
             spool: Spool::open(folder.join("spool"), session, steps_kept.max(1))?,
         })
     }
@@ -113,6 +114,7 @@ pub struct Edge {
     book: GrantBook,
     looks: tokio::sync::Mutex<Looks>,
     plane: Arc<Plane>,
+    receipts: Announced,
     openings: OpeningFiles,
     trainer: TrainerThread,
 }
@@ -137,6 +139,7 @@ impl Edge {
             book: GrantBook::default(),
             looks: tokio::sync::Mutex::new(Looks::new(reader)),
             plane,
+            receipts: Announced::default(),
             openings: OpeningFiles::open(folder.join("openings"))?,
             trainer,
         })
@@ -212,7 +215,22 @@ impl Edge {
                 self.plane.payloads.remove(t);
                 return None;
             }
-            Effect::PrepareOpening { audit, t } => Input::OpeningPrepared { audit, parts: self.prepare_opening(audit, t).await },
+            Effect::PrepareReceipt(receipt) => {
+                let lease = receipt.lease;
+                Input::ReceiptPrepared { lease, signed: self.prepare_receipt(*receipt).await }
+            }
+            Effect::PutReceipt { lease } => {
+                let put = match self.receipts.get(lease) {
+                    Some(receipt) => self.put(&run.receipt(&account, self.slot, lease), receipt).await,
+                    None => Put::Refused,
+                };
+                Input::ReceiptPut { lease, put }
+            }
+            Effect::DropReceipt { lease } => {
+                self.receipts.remove(lease);
+                return None;
+            }
+            Effect::PrepareOpening { audit, t, key } => Input::OpeningPrepared { audit, parts: self.prepare_opening(audit, t, key).await },
             Effect::PutOpening { audit, part } => {
                 let put = match self.openings.read(&audit, part) {
                     Ok(bytes) => self.put(&run.opening(&account, self.slot, &audit, part), bytes.into()).await,
@@ -285,13 +303,36 @@ impl Edge {
         Ok(())
     }
 
-    async fn prepare_opening(self: &Arc<Self>, audit: Digest, t: u64) -> Option<Vec<crate::machine::PreparedPart>> {
+    async fn prepare_receipt(self: &Arc<Self>, receipt: Receipt) -> Option<(u64, Digest)> {
+        let (this, lease) = (self.clone(), receipt.lease);
+        let sign = move || {
+            let now_ms = clock::now_ms();
+            let sequence = this.shared.sequence.next(now_ms)?;
+            Ok(envelope::sign(&receipt, &this.facts.context, &*this.hotkey, sequence, now_ms))
+        };
+        let signed: Result<Result<Vec<u8>, JournalError>, _> = tokio::task::spawn_blocking(sign).await;
+        match signed {
+            Ok(Ok(bytes)) => {
+                let (length, sha256) = (bytes.len() as u64, Digest::sha256(&bytes));
+                self.receipts.insert(lease, bytes.into());
+                Some((length, sha256))
+            }
+            Ok(Err(error)) => {
+                tracing::error!(slot = self.slot, lease, error = error.to_string().replace('\n', "; "), "a receipt cannot be signed");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+
+    async fn prepare_opening(self: &Arc<Self>, audit: Digest, t: u64, key: [u8; 32]) -> Option<Vec<crate::machine::PreparedPart>> {
         let this = self.clone();
         let prepare = move || -> anyhow::Result<_> {
             let now_ms = clock::now_ms();
             let sequence = this.shared.sequence.next(now_ms)?;
             let sign = |manifest: &_| envelope::sign(manifest, &this.facts.context, &*this.hotkey, sequence, now_ms);
-            Ok(this.openings.prepare(&audit, t, &this.plane.spool, sign)?)
+            let info = |part| this.facts.context.opening_info(&audit, part);
+            Ok(this.openings.prepare((&audit, t), &key, info, &this.plane.spool, sign)?)
         };
         match tokio::task::spawn_blocking(prepare).await {
             Ok(Ok(parts)) => Some(parts),

@@ -1,4 +1,4 @@
-//! The parts of openings as files: written once from the spool, uploaded as often as it takes, removed when the notice is gone.
+//! The parts of openings as files: sealed and written once from the spool, uploaded as often as it takes, removed when the notice is gone.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -8,7 +8,8 @@ use protocol::Digest;
 use protocol::documents::{OPENING_PARTS, OpeningManifest};
 use sha2::Digest as _;
 
-use super::files;
+use storage::seal_stream::{self, StreamError};
+
 use super::spool::{OpenedSegment, Spool, SpoolError};
 use crate::machine::PreparedPart;
 
@@ -36,11 +37,13 @@ impl OpeningFiles {
         self.folder_of(audit).join(part.to_string())
     }
 
-    /// Writes the parts of an opening, unless an earlier session did; `sign` gives the bytes of part 0.
+    /// Writes the parts of an opening, sealed to `key`, unless an earlier session did; `info` binds each part to its place, `sign`
+    /// gives the bytes of part 0.
     pub fn prepare(
         &self,
-        audit: &Digest,
-        t: u64,
+        (audit, t): (&Digest, u64),
+        key: &[u8; 32],
+        info: impl Fn(u8) -> Vec<u8>,
         spool: &Spool,
         sign: impl FnOnce(&OpeningManifest) -> Vec<u8>,
     ) -> Result<Vec<PreparedPart>, SpoolError> {
@@ -48,28 +51,42 @@ impl OpeningFiles {
         // The manifest is written last: where it is, the others are.
         if !self.path(audit, MANIFEST).exists() {
             let segment = spool.open_segment(t)?;
-            self.write(audit, t, segment, sign).map_err(fail)?;
+            let seal = |part: u8, source: &mut dyn Read| self.seal(audit, part, key, &info(part), source);
+            self.write((audit, t), segment, seal, sign).map_err(fail)?;
         }
         (0..OPENING_PARTS).map(|part| self.describe(audit, part)).collect::<io::Result<_>>().map_err(fail)
     }
 
-    fn write(&self, audit: &Digest, t: u64, segment: OpenedSegment, sign: impl FnOnce(&OpeningManifest) -> Vec<u8>) -> io::Result<()> {
+    fn seal(&self, audit: &Digest, part: u8, key: &[u8; 32], info: &[u8], source: &mut dyn Read) -> io::Result<()> {
+        let path = self.path(audit, part);
+        let partial = path.with_extension("partial");
+        let mut sink = io::BufWriter::new(File::create(&partial)?);
+        seal_stream::seal(key, info, &mut { source }, &mut sink).map_err(|error| match error {
+            StreamError::Io(error) => error,
+            error => io::Error::other(error),
+        })?;
+        sink.into_inner()?.sync_all()?;
+        fs::rename(partial, path)
+    }
+
+    fn write(
+        &self,
+        (audit, t): (&Digest, u64),
+        segment: OpenedSegment,
+        seal: impl Fn(u8, &mut dyn Read) -> io::Result<()>,
+        sign: impl FnOnce(&OpeningManifest) -> Vec<u8>,
+    ) -> io::Result<()> {
         fs::create_dir_all(self.folder_of(audit))?;
-        // A second name for the same bytes: they stay when the spool lets go of them.
-        let state = self.path(audit, STATE);
-        let _ = fs::remove_file(&state);
-        if fs::hard_link(&segment.state, &state).is_err() {
-            fs::copy(&segment.state, &state)?;
-        }
+        seal(STATE, &mut File::open(&segment.state)?)?;
         let (mut steps, mut routes) = (Vec::with_capacity(segment.steps.len()), Vec::new());
         for (step, chosen) in segment.steps {
             steps.push(step);
             routes.extend_from_slice(&(chosen.len() as u32).to_le_bytes());
             routes.extend(chosen.iter().flat_map(|route| route.to_le_bytes()));
         }
-        files::write_whole(&self.path(audit, ROUTES), &[&routes])?;
+        seal(ROUTES, &mut &routes[..])?;
         let manifest = OpeningManifest { audit: *audit, t, start_step: segment.start_step, versions: segment.versions, steps };
-        files::write_whole(&self.path(audit, MANIFEST), &[&sign(&manifest)])
+        seal(MANIFEST, &mut &sign(&manifest)[..])
     }
 
     fn describe(&self, audit: &Digest, part: u8) -> io::Result<PreparedPart> {

@@ -1,6 +1,6 @@
 //! The boundary between two steps: what the trainer is to do there, and what came of it.
 
-use protocol::documents::{Commitment, RunState};
+use protocol::documents::{Commitment, Receipt, RunState};
 use protocol::{Digest, Reason};
 
 use super::io::{Boundary, Effect, Export, Exported, Fault, Snapshot, Step, StepDone};
@@ -126,7 +126,8 @@ impl Learner {
             self.restore = None;
         }
         let (Some(step), Some(done)) = (boundary.step, done) else { return };
-        self.segments.stepped(step.lease, step.lease_step, step.applied, done.loss);
+        let (chain, receipted) = self.segments.stepped(step.lease, step.lease_step, step.applied, done.loss);
+        self.receipts.stepped(step.lease, chain, receipted);
         self.applied.clear();
         self.fragments.stepped(done.tokens);
         (self.loss, self.step_ms, self.faults_in_row) = (done.loss, done.step_ms, 0);
@@ -156,6 +157,11 @@ impl Learner {
                 "lease done"
             );
             self.drop_tokens(lease);
+            let (hotkey, slot, session_epoch) = (self.settings.hotkey, self.settings.slot, self.settings.session_epoch);
+            if let Some((chain, steps)) = self.receipts.finish(lease) {
+                let receipt = Receipt { hotkey, slot, session_epoch, lease, chain, steps };
+                self.effects.push_back(Effect::PrepareReceipt(Box::new(receipt)));
+            }
             if self.settings.leases_max.is_some_and(|most| self.leases.used_up() >= most) {
                 self.finish(End::LeasesDone, now_ms);
             }

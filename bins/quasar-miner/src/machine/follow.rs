@@ -83,6 +83,9 @@ impl Learner {
             tracing::info!(slot, lease, "lease ended by the orchestrator");
             self.drop_tokens(lease);
         }
+        for lease in self.receipts.settle(job) {
+            self.effects.push_back(Effect::DropReceipt { lease });
+        }
     }
 
     pub(super) fn registration_known(&mut self, registered: Option<bool>, now_ms: u64) {
@@ -127,8 +130,11 @@ impl Learner {
             || self.grants.is_renewing()
             || misses_keyframe
             || !self.grants.can_put(&self.progress_key(), now_ms);
-        let pull =
-            self.pulls.awaits_upload() || self.openings.awaits_upload(now_ms) || self.leases.wants_tokens() || self.grants.is_renewing();
+        let pull = self.pulls.awaits_upload()
+            || self.receipts.awaits_upload()
+            || self.openings.awaits_upload(now_ms)
+            || self.leases.wants_tokens()
+            || self.grants.is_renewing();
         self.polls.set_eager(Look::Standing, standing);
         self.polls.set_eager(Look::Pull, pull);
         self.polls.set_eager(Look::Job, self.leases.runs_low() && self.record.was_put() && !is_complete);

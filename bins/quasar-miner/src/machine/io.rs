@@ -1,7 +1,7 @@
 //! What goes into a learner's machine and what comes out of it. Tensors, tokens and URLs stay outside: the machine sees
 //! keys, versions, digests and lengths.
 
-use protocol::documents::{Head, Job, Lease, Progress};
+use protocol::documents::{Head, Job, Lease, Progress, Receipt};
 use protocol::{Digest, Method};
 use serde::{Deserialize, Serialize};
 
@@ -157,6 +157,15 @@ pub enum Input {
         t: u64,
         put: Put,
     },
+    /// The receipt is signed: its length and SHA-256, or `None` where it could not be.
+    ReceiptPrepared {
+        lease: u64,
+        signed: Option<(u64, Digest)>,
+    },
+    ReceiptPut {
+        lease: u64,
+        put: Put,
+    },
     /// The parts, or `None` where the segment is not on this disk any more.
     OpeningPrepared {
         audit: Digest,
@@ -205,9 +214,18 @@ pub enum Effect {
     DropPayload {
         t: u64,
     },
+    PrepareReceipt(Box<Receipt>),
+    PutReceipt {
+        lease: u64,
+    },
+    DropReceipt {
+        lease: u64,
+    },
+    /// Seal the parts to the audit's X25519 key.
     PrepareOpening {
         audit: Digest,
         t: u64,
+        key: [u8; 32],
     },
     PutOpening {
         audit: Digest,

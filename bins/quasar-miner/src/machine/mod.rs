@@ -17,6 +17,7 @@ mod leases;
 mod openings;
 mod polls;
 mod pulls;
+mod receipts;
 mod record;
 mod segments;
 mod transfers;
@@ -37,6 +38,7 @@ use leases::Leases;
 use openings::Openings;
 use polls::Polls;
 use pulls::Pulls;
+use receipts::Receipts;
 use record::Record;
 use segments::Segments;
 
@@ -135,6 +137,7 @@ pub struct Learner {
     leases: Leases,
     pulls: Pulls,
     segments: Segments,
+    receipts: Receipts,
     openings: Openings,
     record: Record,
     /// Under way in the trainer.
@@ -176,6 +179,7 @@ impl Learner {
             leases: Leases::default(),
             pulls: Pulls::default(),
             segments: Segments::new(parameters.audit.replay_steps),
+            receipts: Receipts::default(),
             openings: Openings::default(),
             record: Record::new(parameters.poll_ms, parameters.learner_ttl_ms),
             boundary: None,
@@ -246,6 +250,8 @@ impl Learner {
             Input::Finished { number, step } => self.finished(number, step, now_ms),
             Input::Faulted { number, fault } => self.faulted(number, fault, now_ms),
             Input::PayloadPut { t, put } => self.payload_put(t, put, now_ms),
+            Input::ReceiptPrepared { lease, signed } => self.receipts.prepared(lease, signed),
+            Input::ReceiptPut { lease, put } => self.receipt_put(lease, put, now_ms),
             Input::OpeningPrepared { audit, parts } => {
                 if parts.is_none() {
                     tracing::warn!(slot = self.settings.slot, audit = %audit.short(), "opening: the segment is not on this disk any more; {}", Reason::NoOpening.remedy());
@@ -304,6 +310,7 @@ impl Learner {
         self.drop_unused_tokens();
         self.fetch_tokens(now_ms);
         self.upload(now_ms);
+        self.hand_in_receipt(now_ms);
         self.open_audits(now_ms);
         self.begin_boundary(now_ms);
         self.set_eager(now_ms);
@@ -347,6 +354,7 @@ impl Machine for Learner {
         };
         let retries =
             [self.fragments.deadline(now_ms), self.leases.deadline(now_ms), self.pulls.deadline(now_ms), self.openings.deadline(now_ms)];
+        let retries = retries.into_iter().chain([self.receipts.deadline(now_ms)]);
         let all = [self.polls.deadline(), self.record.deadline(), registration, base, ending].into_iter().chain(retries).flatten();
         // Whatever was due by now was decided on; what did not happen waits for a fact and not for the time.
         all.filter(|at| *at > now_ms).min()

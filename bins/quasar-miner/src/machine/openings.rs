@@ -40,6 +40,8 @@ struct Opening {
     audit: Digest,
     t: u64,
     deadline_ms: u64,
+    /// What the parts are sealed to.
+    key: [u8; 32],
     state: State,
 }
 
@@ -60,9 +62,9 @@ impl Openings {
     pub(super) fn set_notices(&mut self, notices: &[Notice], hotkey: &AccountId, slot: u8) -> Changes {
         let mut ours = Vec::new();
         for notice in notices {
-            let Notice::OpenAudit { audit, hotkey: of, slot: of_slot, t, deadline_ms } = notice;
+            let Notice::OpenAudit { audit, hotkey: of, slot: of_slot, t, deadline_ms, key } = notice;
             if of == hotkey && *of_slot == slot {
-                ours.push(Opening { audit: *audit, t: *t, deadline_ms: *deadline_ms, state: State::Noticed });
+                ours.push(Opening { audit: *audit, t: *t, deadline_ms: *deadline_ms, key: *key, state: State::Noticed });
             }
         }
         let mut changes = Changes::default();
@@ -87,10 +89,10 @@ impl Openings {
         self.all.iter().find(|opening| opening.state != State::Impossible && (opening.deadline_ms > now_ms || opening.is_uploaded()))
     }
 
-    /// The opening whose parts are to be prepared now.
-    pub(super) fn to_prepare(&self, now_ms: u64) -> Option<(Digest, u64)> {
+    /// The opening whose parts are to be prepared now: audit, outer step, key.
+    pub(super) fn to_prepare(&self, now_ms: u64) -> Option<(Digest, u64, [u8; 32])> {
         let opening = self.current(now_ms)?;
-        (opening.state == State::Noticed).then_some((opening.audit, opening.t))
+        (opening.state == State::Noticed).then_some((opening.audit, opening.t, opening.key))
     }
 
     fn find(&mut self, audit: &Digest) -> Option<&mut Opening> {
@@ -178,9 +180,10 @@ mod tests {
     use super::*;
 
     const US: AccountId = AccountId([1; 32]);
+    const KEY: [u8; 32] = [9; 32];
 
     fn notice(name: &[u8], t: u64, hotkey: AccountId) -> Notice {
-        Notice::OpenAudit { audit: Digest::blake3(name), hotkey, slot: 0, t, deadline_ms: 1_000 }
+        Notice::OpenAudit { audit: Digest::blake3(name), hotkey, slot: 0, t, deadline_ms: 1_000, key: KEY }
     }
 
     fn parts() -> Option<Vec<PreparedPart>> {
@@ -193,7 +196,7 @@ mod tests {
         let mut openings = Openings::default();
         let notices = [notice(b"a", 3, US), notice(b"x", 4, AccountId([2; 32])), notice(b"b", 5, US)];
         assert_eq!(openings.set_notices(&notices, &US, 0).noticed, [(a, 3), (b, 5)]);
-        assert_eq!(openings.to_prepare(0), Some((a, 3)));
+        assert_eq!(openings.to_prepare(0), Some((a, 3, KEY)));
         openings.preparing(&a);
         assert_eq!(openings.to_prepare(0), None);
         openings.prepared(&a, parts());
@@ -206,7 +209,7 @@ mod tests {
         assert!(openings.record(2_000).iter().all(|part| part.uploaded), "the record keeps them after the deadline, too");
         assert_eq!(openings.to_prepare(0), None);
         assert_eq!(openings.set_notices(&notices[2..], &US, 0).gone, [a]);
-        assert_eq!(openings.to_prepare(0), Some((b, 5)));
+        assert_eq!(openings.to_prepare(0), Some((b, 5, KEY)));
     }
 
     #[test]
@@ -214,7 +217,7 @@ mod tests {
         let mut openings = Openings::default();
         openings.set_notices(&[notice(b"a", 3, US), notice(b"b", 5, US)], &US, 0);
         openings.prepared(&Digest::blake3(b"a"), None);
-        assert_eq!(openings.to_prepare(0), Some((Digest::blake3(b"b"), 5)));
+        assert_eq!(openings.to_prepare(0), Some((Digest::blake3(b"b"), 5, KEY)));
         assert_eq!(openings.to_prepare(1_000), None);
         assert!(!openings.awaits_upload(1_000));
     }

@@ -162,6 +162,7 @@ impl Learner {
             commitments: self.pulls.commitments(),
             uploaded: self.pulls.uploads_done(),
             openings: self.openings.record(now_ms),
+            receipt: self.receipts.record(),
             padding: Vec::new(),
         }
     }

@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 
 use protocol::Digest;
-use protocol::steps::{StepLeaf, link, segment_digest};
+use protocol::documents::ReceiptStep;
+use protocol::steps::{link, segment_digest};
 
 use super::fragments::Saved;
 
@@ -71,13 +72,15 @@ impl Segments {
         (start >= self.floor).then_some((start, *digest))
     }
 
-    /// A step is done.
-    pub(super) fn stepped(&mut self, lease: u64, lease_step: u32, applied: Vec<(u16, u64)>, loss: i64) {
+    /// A step is done. Gives the head of the chain before it, and what the receipt of its lease says of it.
+    pub(super) fn stepped(&mut self, lease: u64, lease_step: u32, applied: Vec<(u16, u64)>, loss: i64) -> (Digest, ReceiptStep) {
         let local_step = self.local_step;
         let at_start = local_step.is_multiple_of(self.replay_steps);
-        let state = if at_start { self.digests.get(&local_step).copied().unwrap_or(Digest::ZERO) } else { Digest::ZERO };
-        self.chain = link(&self.chain, &StepLeaf { local_step, lease, lease_step, applied, loss, state });
+        let state = at_start.then(|| self.digests.get(&local_step).copied()).flatten();
+        let (before, step) = (self.chain, ReceiptStep { local_step, lease_step, applied, loss, state });
+        self.chain = link(&before, &step.leaf(lease));
         self.local_step += 1;
+        (before, step)
     }
 
     /// The next step could not be taken: the learner goes back to the newest snapshot, and a new segment begins. Gives the

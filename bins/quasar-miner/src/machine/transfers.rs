@@ -1,4 +1,4 @@
-//! What is fetched and uploaded, and when: base tree, fragments, tokens, payloads, openings.
+//! What is fetched and uploaded, and when: base tree, fragments, tokens, payloads, receipts, openings.
 
 use protocol::Method;
 use protocol::documents::{Commitment, Lease};
@@ -106,10 +106,27 @@ impl Learner {
         }
     }
 
+    pub(super) fn receipt_put(&mut self, lease: u64, put: Put, now_ms: u64) {
+        if put == Put::Grant {
+            let key = self.settings.run.receipt(&self.settings.hotkey, self.settings.slot, lease);
+            self.grants.refused(Method::Put, &key);
+        }
+        self.receipts.uploaded(lease, put, now_ms);
+    }
+
+    pub(super) fn hand_in_receipt(&mut self, now_ms: u64) {
+        let Some((lease, sha256)) = self.receipts.waiting(now_ms) else { return };
+        let key = self.settings.run.receipt(&self.settings.hotkey, self.settings.slot, lease);
+        if self.grants.can_put_body(&key, &sha256, now_ms) {
+            self.receipts.uploading(lease);
+            self.effects.push_back(Effect::PutReceipt { lease });
+        }
+    }
+
     pub(super) fn open_audits(&mut self, now_ms: u64) {
-        if let Some((audit, t)) = self.openings.to_prepare(now_ms) {
+        if let Some((audit, t, key)) = self.openings.to_prepare(now_ms) {
             self.openings.preparing(&audit);
-            self.effects.push_back(Effect::PrepareOpening { audit, t });
+            self.effects.push_back(Effect::PrepareOpening { audit, t, key });
         }
         for (audit, part, sha256) in self.openings.waiting(now_ms) {
             if self.grants.can_put_body(&self.opening_key(&audit, part), &sha256, now_ms) {

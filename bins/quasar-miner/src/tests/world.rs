@@ -8,14 +8,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use daemon::Machine;
 use model::{Batch, Hyper, Routes, StepReport, ToyTrainer, TrainError, Trainer, TrainerState, toy_plan};
 use protocol::documents::{
-    AuditParameters, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress, Pull,
+    AuditParameters, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress, Pull, Receipt,
     ReleaseRef, RowRange, RunParameters, RunState,
 };
 use protocol::envelope::RunId;
 use protocol::paths::{Keys, RunKeys};
 use protocol::{AccountId, Digest, FragmentPlan, Method};
+use storage::seal_stream;
+use zeroize::Zeroizing;
 
-use crate::edge::{Keyframes, LeaseTokens, Payloads, Plane, Spool, TokenStore};
+use crate::edge::{Announced, Keyframes, LeaseTokens, Plane, Spool, TokenStore};
 use crate::machine::{Boundary, Effect, End, Found, GrantInfo, Input, Learner, LearnerSettings, Look, PreparedPart, Put, Trouble};
 use crate::trainer::Worker;
 
@@ -68,6 +70,11 @@ pub fn parameters() -> RunParameters {
             opening_ms: 60_000,
         },
     }
+}
+
+/// What openings are sealed to.
+fn opening_key() -> (Zeroizing<[u8; 32]>, [u8; 32]) {
+    seal_stream::key_pair(&[3; 32])
 }
 
 pub fn toy() -> ToyTrainer {
@@ -175,6 +182,7 @@ pub struct World {
     pub echo: Option<u64>,
     /// Pull grants for payloads (outer steps) and opening parts, as the orchestrator mints them.
     pub payload_grants: Vec<(u64, Digest)>,
+    pub receipt_grants: Vec<(u64, Digest)>,
     pub opening_grants: Vec<(Digest, u8, Digest)>,
     pub shards_granted: bool,
     pub store: Store,
@@ -186,6 +194,8 @@ pub struct World {
     /// Payloads and opening parts that reached the store.
     pub uploads: Vec<String>,
     pub dropped: Vec<u64>,
+    /// Receipts that were signed, by lease.
+    pub receipts: BTreeMap<u64, Receipt>,
     later: BTreeMap<u64, VecDeque<Input>>,
     openings: crate::edge::OpeningFiles,
 }
@@ -198,7 +208,7 @@ impl World {
         let plane = Arc::new(Plane {
             keyframes: Keyframes::open(folder.join("fragments"), toy_plan(FRAGMENTS)).unwrap(),
             tokens: TokenStore::default(),
-            payloads: Payloads::default(),
+            payloads: Announced::default(),
             spool: Spool::open(folder.join("spool"), now_ms, 24).unwrap(),
         });
         let mut trainer = Moody { toy: toy(), failures: failures.clone() };
@@ -216,6 +226,7 @@ impl World {
             fragments: vec![FragmentHead { version: 0, length: 0, digest: Digest::ZERO }; FRAGMENTS],
             release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
             ledger: Digest::ZERO,
+            log: (&protocol::log::Frontier::default()).into(),
             notices: vec![],
         };
         let mut world = Self {
@@ -231,6 +242,7 @@ impl World {
             job: Job { hotkey: US, slot: SLOT, session_epoch: now_ms, leases: vec![lease(1, 6)] },
             echo: Some(now_ms),
             payload_grants: vec![],
+            receipt_grants: vec![],
             opening_grants: vec![],
             shards_granted: true,
             store: Store::Works,
@@ -240,6 +252,7 @@ impl World {
             boundaries: vec![],
             uploads: vec![],
             dropped: vec![],
+            receipts: BTreeMap::new(),
             later: BTreeMap::new(),
             openings: crate::edge::OpeningFiles::open(folder.join("openings")).unwrap(),
         };
@@ -271,13 +284,21 @@ impl World {
     }
 
     pub fn notice(&mut self, audit: Digest, t: u64) {
-        self.head.notices.push(Notice::OpenAudit { audit, hotkey: US, slot: SLOT, t, deadline_ms: self.now_ms + 60_000 });
+        self.head.notices.push(Notice::OpenAudit {
+            audit,
+            hotkey: US,
+            slot: SLOT,
+            t,
+            deadline_ms: self.now_ms + 60_000,
+            key: opening_key().1,
+        });
     }
 
     /// Mints what the newest record asks for.
     pub fn grant_uploads(&mut self) {
         if let Some(record) = self.records.last() {
             self.payload_grants = record.commitments.iter().map(|commitment| (commitment.t, commitment.sha256)).collect();
+            self.receipt_grants = record.receipt.iter().map(|offer| (offer.lease, offer.sha256)).collect();
             self.opening_grants = record.openings.iter().map(|part| (part.audit, part.part, part.sha256)).collect();
         }
     }
@@ -362,6 +383,9 @@ impl World {
             Self::grant(Method::Put, self.run.opening(&US, SLOT, audit, *part), Some(*sha256), self.now_ms)
         };
         grants.extend(self.opening_grants.iter().map(part));
+        let receipt =
+            |(lease, sha256): &(u64, Digest)| Self::grant(Method::Put, self.run.receipt(&US, SLOT, *lease), Some(*sha256), self.now_ms);
+        grants.extend(self.receipt_grants.iter().map(receipt));
         grants
     }
 
@@ -426,8 +450,18 @@ impl World {
                 self.answer(5, Input::PayloadPut { t, put });
             }
             Effect::DropPayload { t } => self.dropped.push(t),
-            Effect::PrepareOpening { audit, t } => {
-                let parts = self.prepare(audit, t);
+            Effect::PrepareReceipt(receipt) => {
+                let (lease, bytes) = (receipt.lease, protocol::codec::encode(&*receipt));
+                self.receipts.insert(lease, *receipt);
+                self.answer(2, Input::ReceiptPrepared { lease, signed: Some((bytes.len() as u64, Digest::sha256(&bytes))) });
+            }
+            Effect::PutReceipt { lease } => {
+                let put = self.put(format!("receipt {lease}"));
+                self.answer(5, Input::ReceiptPut { lease, put });
+            }
+            Effect::DropReceipt { .. } => {}
+            Effect::PrepareOpening { audit, t, key } => {
+                let parts = self.prepare(audit, t, key);
                 self.answer(5, Input::OpeningPrepared { audit, parts });
             }
             Effect::PutOpening { audit, part } => {
@@ -458,13 +492,15 @@ impl World {
         );
     }
 
-    fn prepare(&self, audit: Digest, t: u64) -> Option<Vec<PreparedPart>> {
+    fn prepare(&self, audit: Digest, t: u64, key: [u8; 32]) -> Option<Vec<PreparedPart>> {
         let sign = |manifest: &OpeningManifest| protocol::codec::encode(manifest);
-        self.openings.prepare(&audit, t, &self.plane.spool, sign).ok()
+        self.openings.prepare((&audit, t), &key, |part| vec![part], &self.plane.spool, sign).ok()
     }
 
-    /// A part of a prepared opening.
+    /// A part of a prepared opening, as its validator sees it.
     pub fn opening_part(&self, audit: &Digest, part: u8) -> Vec<u8> {
-        self.openings.read(audit, part).unwrap()
+        let (sealed, mut plain) = (self.openings.read(audit, part).unwrap(), Vec::new());
+        seal_stream::open(&opening_key().0, &[part], &mut &sealed[..], &mut plain, 1 << 30).unwrap();
+        plain
     }
 }

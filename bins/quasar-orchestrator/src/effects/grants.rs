@@ -2,27 +2,20 @@
 
 use bytes::Bytes;
 use daemon::clock;
-use protocol::documents::{PROGRESS_BYTES, PullGrants, StandingGrants};
+use protocol::documents::{PROGRESS_BYTES, PullGrants, SCORES_BYTES, StandingGrants};
 use protocol::envelope::{self, Document, Purpose, header_for};
 use protocol::{AccountId, GrantBundle, SealedBytes};
 use storage::{Presign, bundle};
 
 use super::Service;
-use crate::machine::{Key, Slot, VERSIONS_AHEAD, Want};
+use crate::machine::{Key, Slot, StandingMark, VERSIONS_AHEAD, Want};
 
 const STANDING_MS: u64 = 60 * 60_000;
 const ON_DEMAND_MS: u64 = 15 * 60_000;
 
 impl Service {
-    pub(super) async fn publish_standing(
-        &self,
-        revision: u64,
-        slot: Slot,
-        session_epoch: u64,
-        validator: bool,
-        live: bool,
-        versions: &[u64],
-    ) {
+    pub(super) async fn publish_standing(&self, revision: u64, slot: Slot, validator: bool, mark: &StandingMark, cycle: u64) {
+        let session_epoch = mark.session_epoch;
         let key = self.run.standing(&slot.0, slot.1);
         self.put_latest(&key, revision, || {
             let now_ms = clock::now_ms();
@@ -30,21 +23,24 @@ impl Service {
             let release = &self.manifest.base_release;
             let mut wanted = vec![read(self.keys.release_manifest(release))];
             wanted.extend(self.base_files.iter().map(|file| read(self.keys.release_file(release, &file.path))));
+            let write = |key: String, length: u64, if_absent: bool| Presign::Put {
+                key,
+                length,
+                sha256: None,
+                if_absent,
+                now_ms,
+                expires_in_ms: STANDING_MS,
+            };
             if validator {
+                let scores = |epoch| write(self.run.scores(&slot.0, epoch), SCORES_BYTES, true);
+                wanted.extend((cycle..=cycle + VERSIONS_AHEAD).map(scores));
                 let held_out = self.shards.iter().filter(|shard| shard.held_out);
                 wanted.extend(held_out.map(|shard| read(self.keys.shard_tokens(&shard.id))));
             } else {
-                wanted.push(Presign::Put {
-                    key: self.run.progress(&slot.0, slot.1),
-                    length: PROGRESS_BYTES as u64,
-                    sha256: None,
-                    if_absent: false,
-                    now_ms,
-                    expires_in_ms: STANDING_MS,
-                });
+                wanted.push(write(self.run.progress(&slot.0, slot.1), PROGRESS_BYTES as u64, false));
             }
-            if live {
-                for (fragment, version) in versions.iter().enumerate() {
+            if mark.live {
+                for (fragment, version) in mark.versions.iter().enumerate() {
                     // Replays go back to older versions; learners look ahead.
                     let from = if validator { version.saturating_sub(VERSIONS_AHEAD / 2) } else { *version };
                     wanted.extend((from..=version + VERSIONS_AHEAD).map(|version| read(self.run.keyframe(fragment as u16, version))));
@@ -82,6 +78,7 @@ impl Service {
         match key {
             Key::Shard(shard) => self.keys.shard_tokens(shard),
             Key::Payload { slot, t } => self.run.payload(&slot.0, slot.1, *t),
+            Key::Receipt { slot, lease } => self.run.receipt(&slot.0, slot.1, *lease),
             Key::Opening { slot, audit, part } => self.run.opening(&slot.0, slot.1, audit, *part),
         }
     }

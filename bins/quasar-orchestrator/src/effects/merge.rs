@@ -113,8 +113,9 @@ impl Service {
         .await
     }
 
-    /// Completes an outer step from its tape: state, keyframe, fragment manifest, merge manifest, in this order.
-    pub(super) async fn merge(&self, tape: Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> (MergeManifest, u64) {
+    /// Completes an outer step from its tape: state, keyframe, fragment manifest, merge manifest, in this order. Gives the merge
+    /// manifest, the id of its envelope, and the keyframe's length.
+    pub(super) async fn merge(&self, tape: Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> (MergeManifest, Digest, u64) {
         let fragment = tape.fragment;
         let version = tape.base_version + 1;
         let mut manifest = MergeManifest {
@@ -148,9 +149,10 @@ impl Service {
         }
         manifest.contributions.sort_by_key(|contribution| (contribution.hotkey, contribution.slot));
         let bytes = self.put_once(&self.run.merge(tape.t), &manifest).await;
+        let mut id = Digest::blake3(&bytes);
         // A manifest that an earlier process wrote stands, with the refusals that it knew.
         if let Ok(stored) = open_stored::<MergeManifest>(&bytes, &self.context, Expect::Key(&self.signer.key())) {
-            manifest = stored.document;
+            (manifest, id) = (stored.document, stored.id);
         }
         let accepted = manifest.accepted().count();
         tracing::info!(
@@ -164,7 +166,7 @@ impl Service {
         for input in &tape.inputs {
             let _ = std::fs::remove_file(self.payload_path(&input.payload));
         }
-        (manifest, keyframe_length)
+        (manifest, id, keyframe_length)
     }
 
     async fn store_version(&self, tape: &Tape, version: u64, result: Version) {

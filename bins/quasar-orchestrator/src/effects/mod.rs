@@ -1,6 +1,8 @@
 //! Effects at the edge: bucket, chain, disk. None of them fails in the eyes of the machine: what the store or the chain cannot do
 //! now is tried again until it can, and everything is idempotent by key.
 
+mod audits;
+mod evidence;
 mod grants;
 mod merge;
 mod pollers;
@@ -24,8 +26,9 @@ use protocol::envelope::{self, Context, Document};
 use protocol::paths::{Keys, RunKeys};
 use protocol::{Digest, FragmentPlan, ShardManifest, Signer};
 use storage::{ObjectStore, PutCondition, StoreError};
+use zeroize::Zeroizing;
 
-use crate::machine::{Effect, Input, Slot};
+use crate::machine::{Effect, Input, Slot, StandingMark};
 
 pub use pollers::spawn_pollers;
 
@@ -48,6 +51,8 @@ pub struct Service {
     pub plan_digest: Digest,
     pub shards: Vec<ShardManifest>,
     pub base_files: Vec<protocol::FileRecord>,
+    /// The keys that openings are sealed to are derived from this secret of the run.
+    pub opening_secret: Zeroizing<[u8; 32]>,
     /// The base tree on the local disk.
     pub base_tree: PathBuf,
     pub state_dir: PathBuf,
@@ -154,8 +159,9 @@ impl Executor for Hands {
             }
             Effect::PublishCurrent => service.publish_current().await,
             Effect::PublishJob { revision, job } => service.publish_job(revision, &job).await,
-            Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions } => {
-                service.publish_standing(revision, slot, session_epoch, validator, live, &versions).await;
+            Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions, cycle } => {
+                let mark = StandingMark { published_ms: 0, live, session_epoch, versions };
+                service.publish_standing(revision, slot, validator, &mark, cycle).await;
             }
             Effect::PublishPullGrants { revision, slot, session_epoch, wants } => {
                 service.publish_pull_grants(revision, slot, session_epoch, &wants).await;
@@ -169,21 +175,37 @@ impl Executor for Hands {
                 let outcome = service.check_payload(slot, t, &commitment).await;
                 inputs.send(Input::PayloadChecked { slot, t, outcome }).await;
             }
+            Effect::CheckReceipt { slot, lease, committed } => {
+                let outcome = service.check_receipt(slot, &lease, &committed).await;
+                inputs.send(Input::ReceiptChecked { slot, lease: lease.id, outcome }).await;
+            }
             Effect::WriteTape { tape } => {
                 let tape = Box::new(service.write_tape(&tape).await);
                 inputs.send(Input::TapeWritten { tape }).await;
             }
             Effect::Merge { tape, rejected, previous_keyframe } => {
-                let (manifest, keyframe_length) = service.merge(*tape, rejected, previous_keyframe).await;
-                inputs.send(Input::Merged { manifest: Box::new(manifest), keyframe_length }).await;
+                let (manifest, id, keyframe_length) = service.merge(*tape, rejected, previous_keyframe).await;
+                inputs.send(Input::Merged { manifest: Box::new(manifest), id, keyframe_length }).await;
             }
             Effect::ReadBeacon { cycle, block } => {
                 let hash = service.read_beacon(block).await;
                 inputs.send(Input::Beacon { cycle, block, hash }).await;
             }
+            Effect::MakeOpeningKeys { audits } => {
+                let keys = audits.into_iter().map(|audit| (audit, service.opening_key(&audit).1)).collect();
+                inputs.send(Input::OpeningKeys { keys }).await;
+            }
             Effect::OrderAudit { selection, parts, leases } => {
                 service.order_audit(&selection, &parts, leases).await;
                 inputs.send(Input::AuditOrdered { audit: selection.audit }).await;
+            }
+            Effect::ReadVerdict { audit, validator } => {
+                let verdict = service.read_verdict(&audit, &validator).await;
+                inputs.send(Input::Verdict { audit, verdict }).await;
+            }
+            Effect::PublishLog { head } => {
+                service.put_once(&service.run.log(head.frontier.size()), &*head).await;
+                inputs.send(Input::LogPublished).await;
             }
             Effect::Release { versions, tokens } => {
                 let release = service.release(versions, tokens).await;

@@ -1,7 +1,8 @@
 //! Audits: selected by the beacon when a cycle is over, announced, opened by their miners, ordered from their validators.
 
 use protocol::audits::{Selection, select};
-use protocol::documents::{MergeManifest, OPENING_PARTS, OpeningPart, Progress};
+use protocol::documents::{MergeManifest, OPENING_PARTS, OpeningPart, Progress, VerdictResult};
+use protocol::log::LogKind;
 use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -11,12 +12,17 @@ use super::{Effect, Key, Orchestrator, Slot, Want};
 /// Largest part of an opening, in bytes for each element of the model: weights and two moments in f32, and room for the rest.
 const OPENING_BYTES_PER_ELEMENT: u64 = 16;
 const OPENING_BYTES_MIN: u64 = 16 << 20;
+/// A verdict is awaited as long as the grants of its audit live, and looked for after so many polls.
+pub const VERDICT_MS: u64 = 6 * 3_600_000;
+const VERDICT_POLLS: u64 = 10;
 
 /// An audit until its order is published.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct AuditCase {
     pub selection: Selection,
     pub deadline_ms: u64,
+    /// Public key that the parts are sealed to.
+    pub key: Option<[u8; 32]>,
     pub parts: BTreeMap<u8, OpeningPart>,
     pub ordering: bool,
 }
@@ -60,6 +66,7 @@ impl Orchestrator {
         for audit in due {
             self.order(audit);
         }
+        self.read_verdicts();
     }
 
     pub(super) fn on_beacon(&mut self, cycle: u64, block: u64, hash: &[u8; 32]) {
@@ -73,10 +80,28 @@ impl Orchestrator {
         let deadline_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
         for selection in select(self.setup.run, cycle, block, hash, &merges, &validators) {
             tracing::debug!(cycle, hotkey = %selection.hotkey.short(), validator = %selection.validator.short(), t = selection.t, "audit selected");
-            self.audits.insert(selection.audit, AuditCase { selection, deadline_ms, parts: BTreeMap::new(), ordering: false });
+            let case = AuditCase { selection, deadline_ms, key: None, parts: BTreeMap::new(), ordering: false };
+            self.audits.insert(case.selection.audit, case);
         }
         self.audit_cycle += 1;
-        self.head_dirty = true;
+        self.make_opening_keys();
+    }
+
+    fn make_opening_keys(&mut self) {
+        let audits: Vec<Digest> = self.audits.iter().filter(|(_, case)| case.key.is_none()).map(|(audit, _)| *audit).collect();
+        if !audits.is_empty() {
+            self.emit(Effect::MakeOpeningKeys { audits });
+        }
+    }
+
+    /// From here on the notices of these audits are in the head.
+    pub(super) fn on_opening_keys(&mut self, keys: &[(Digest, [u8; 32])]) {
+        for (audit, key) in keys {
+            if let Some(case) = self.audits.get_mut(audit) {
+                case.key = Some(*key);
+                self.head_dirty = true;
+            }
+        }
     }
 
     /// Takes up announced and uploaded parts of openings.
@@ -131,7 +156,44 @@ impl Orchestrator {
         self.emit(Effect::OrderAudit { selection, parts, leases });
     }
 
+    pub(super) fn on_audit_ordered(&mut self, audit: Digest) {
+        let Some(case) = self.audits.remove(&audit) else { return };
+        self.audits_ordered += 1;
+        self.head_dirty = true;
+        self.verdicts_awaited.insert(audit, (case.selection.validator, self.volatile.now_ms + VERDICT_MS));
+    }
+
+    /// Looks for the verdicts of ordered audits, which go into the log.
+    fn read_verdicts(&mut self) {
+        let now_ms = self.volatile.now_ms;
+        if now_ms < self.volatile.verdicts_ms + VERDICT_POLLS * self.parameters().poll_ms {
+            return;
+        }
+        self.volatile.verdicts_ms = now_ms;
+        self.verdicts_awaited.retain(|_, (_, until_ms)| *until_ms > now_ms);
+        let reads: Vec<Effect> = self
+            .verdicts_awaited
+            .iter()
+            .map(|(audit, (validator, _))| Effect::ReadVerdict { audit: *audit, validator: *validator })
+            .collect();
+        self.volatile.effects.extend(reads);
+    }
+
+    pub(super) fn on_verdict(&mut self, audit: Digest, verdict: Option<(Digest, VerdictResult)>) {
+        let Some((id, result)) = verdict else { return };
+        if self.verdicts_awaited.remove(&audit).is_none() {
+            return;
+        }
+        match result {
+            VerdictResult::Pass => self.verdicts.pass += 1,
+            VerdictResult::Mismatch => self.verdicts.fail += 1,
+            VerdictResult::Inconclusive | VerdictResult::NoOpening | VerdictResult::NotEvaluated => self.verdicts.other += 1,
+        }
+        self.log.add(LogKind::Verdict, id);
+    }
+
     pub(super) fn resume_audits(&mut self) {
+        self.make_opening_keys();
         let ordering: Vec<Digest> = self.audits.iter().filter(|(_, case)| case.ordering).map(|(audit, _)| *audit).collect();
         for audit in ordering {
             self.order(audit);

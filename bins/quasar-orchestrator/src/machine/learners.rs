@@ -5,12 +5,14 @@ use protocol::lease::LeaseRows;
 use protocol::{AccountId, Digest, Reason};
 use serde::{Deserialize, Serialize};
 
-use super::{Effect, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want};
+use super::{Effect, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, ReceiptStage, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want};
 
 /// Steps before the end of a learner's last lease at which it gets the next one.
 const LEASE_AHEAD_STEPS: u32 = 16;
 /// Ended leases that are kept for audits, for each learner.
 const LEASES_KEPT: usize = 6;
+/// Finished leases that wait for their receipts, for each learner.
+const RECEIPTS_AWAITED: usize = 2;
 /// A lease that nobody finishes ends after so many times the time it should take.
 const LEASE_DEADLINE_FACTOR: u64 = 20;
 
@@ -46,8 +48,11 @@ pub struct LeaseRecord {
     pub slot: Slot,
     /// Steps covered by commitments that are stored write-once.
     pub evidence: u32,
+    /// Local steps done and head of the step chain at each of these commitments.
+    pub committed: Vec<(u64, Digest)>,
     /// Steps that the learner reported.
     pub reported: u32,
+    pub receipt: ReceiptStage,
     pub ended: bool,
 }
 
@@ -129,6 +134,7 @@ impl Orchestrator {
         }
         self.on_commitments(slot, id, &record);
         self.on_openings(slot, &record);
+        self.on_receipt(slot, &record);
     }
 
     /// A learner whose record is older than the run allows is gone: its leases end, its rows return.
@@ -150,8 +156,10 @@ impl Orchestrator {
     fn extend_leases(&mut self, slot: Slot) {
         let Some(learner) = self.learners.get(&slot) else { return };
         let (held, current) = (learner.leases.clone(), learner.lease);
-        for lease in held.iter().filter(|lease| **lease < current) {
-            self.end_lease(*lease, true);
+        // What lies behind the learner waits for its receipt, but not for ever.
+        let behind: Vec<u64> = held.iter().copied().filter(|lease| *lease < current).collect();
+        for lease in behind.iter().take(behind.len().saturating_sub(RECEIPTS_AWAITED)) {
+            self.end_lease(*lease);
         }
         let last = held.last().and_then(|id| self.leases.get(id)).map(|record| (record.lease.clone(), record.reported));
         let runs_low = last.as_ref().is_none_or(|(lease, reported)| reported + LEASE_AHEAD_STEPS >= lease.steps);
@@ -193,32 +201,38 @@ impl Orchestrator {
         learner.leases.push(id);
         learner.job_dirty = true;
         learner.grants_dirty = true;
-        self.leases.insert(id, LeaseRecord { lease, slot, evidence: 0, reported: 0, ended: false });
+        let record =
+            LeaseRecord { lease, slot, evidence: 0, committed: Vec::new(), reported: 0, receipt: ReceiptStage::Awaited, ended: false };
+        self.leases.insert(id, record);
     }
 
     fn end_leases(&mut self, slot: Slot) {
         let held = self.learners.get(&slot).map(|learner| learner.leases.clone()).unwrap_or_default();
         for lease in held {
-            self.end_lease(lease, false);
+            self.end_lease(lease);
         }
     }
 
-    /// Books the rows of a lease: all done where the learner went on to the next, else what commitments prove; what was reported
+    /// Books the rows of a lease: what the receipt shows is done, or without one what stored commitments prove; what was reported
     /// beyond is lost, the rest returns.
-    fn end_lease(&mut self, id: u64, complete: bool) {
+    pub(super) fn end_lease(&mut self, id: u64) {
         let Some(record) = self.leases.get_mut(&id) else { return };
         let slot = record.slot;
         if !record.ended {
             record.ended = true;
             let batch = u64::from(record.lease.batch_rows);
-            let done = if complete { record.lease.steps } else { record.evidence };
-            let lost = record.reported.saturating_sub(done);
+            let done = match &record.receipt {
+                ReceiptStage::Settled { trained } => trained.clone(),
+                _ => (0..record.evidence).collect::<Vec<u32>>(),
+            };
+            let lost: Vec<u32> = (0..record.reported).filter(|step| !done.contains(step)).collect();
+            let rest = (0..record.lease.steps).filter(|step| !done.contains(step) && !lost.contains(step));
             let rows = LeaseRows::of(&record.lease);
-            let taken: Vec<(String, u64)> =
-                (0..record.lease.steps).flat_map(|step| rows.step(step)).map(|row| (row.shard.to_owned(), row.row)).collect();
+            let steps = done.iter().chain(&lost).copied().chain(rest);
+            let taken: Vec<(String, u64)> = steps.flat_map(|step| rows.step(step)).map(|row| (row.shard.to_owned(), row.row)).collect();
             let leftover = leftover_rows(&record.lease, &taken);
             let order = taken.iter().chain(&leftover).map(|(shard, row)| (shard.as_str(), *row));
-            self.ledger.end_lease(id, order, u64::from(done) * batch, u64::from(lost) * batch);
+            self.ledger.end_lease(id, order, done.len() as u64 * batch, lost.len() as u64 * batch);
         }
         if let Some(learner) = self.learners.get_mut(&slot) {
             learner.leases.retain(|lease| *lease != id);
@@ -268,7 +282,8 @@ impl Orchestrator {
         }
         *mark = StandingMark { published_ms: now_ms.max(1), live, session_epoch, versions: versions.to_vec() };
         let revision = self.next_revision();
-        self.emit(Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions: versions.to_vec() });
+        let cycle = protocol::schedule::cycle_of(self.closed_below, self.parameters().fragments);
+        self.emit(Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions: versions.to_vec(), cycle });
     }
 
     fn refresh_job(&mut self, slot: Slot) {
@@ -300,6 +315,7 @@ impl Orchestrator {
         let mut wants: Vec<Want> = shards.into_iter().map(|shard| Want::Read { key: Key::Shard(shard) }).collect();
         wants.extend(self.payload_wants(slot));
         wants.extend(self.opening_wants(slot));
+        wants.extend(self.receipt_wants(slot));
         let revision = self.next_revision();
         self.emit(Effect::PublishPullGrants { revision, slot, session_epoch, wants });
     }

@@ -6,7 +6,9 @@
 
 mod audits;
 mod learners;
+mod log;
 mod pulls;
+mod receipts;
 mod timing;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -14,16 +16,19 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use daemon::{Exit, Machine};
 use protocol::audits::Selection;
 use protocol::documents::{
-    FragmentHead, Head, Job, Lease, MergeManifest, Notice, Progress, Pull, ReleaseRef, RunParameters, RunState, Tape,
+    FragmentHead, Head, Job, Lease, MergeManifest, Notice, Progress, Pull, ReleaseRef, RunParameters, RunState, Tape, VerdictResult,
 };
 use protocol::envelope::RunId;
 use protocol::ledger::TokenLedger;
+use protocol::log::{LogHead, LogKind};
 use protocol::{AccountId, Digest, Reason, codec, schedule};
 use serde::{Deserialize, Serialize};
 
-pub use audits::AuditCase;
+pub use audits::{AuditCase, VERDICT_MS};
 pub use learners::{Learner, LeaseRecord, StandingMark};
+use log::Log;
 pub use pulls::{Offer, OfferStage, OpenPull, PullStage};
+pub use receipts::ReceiptStage;
 use timing::Timing;
 
 /// The head is written again at least this often: it expires after five minutes.
@@ -115,9 +120,17 @@ pub enum Input {
     TapeWritten {
         tape: Box<Tape>,
     },
+    /// `id` is that of the manifest's envelope.
     Merged {
         manifest: Box<MergeManifest>,
+        id: Digest,
         keyframe_length: u64,
+    },
+    /// The receipt of a lease was read and checked: its envelope's id and the steps that were trained.
+    ReceiptChecked {
+        slot: Slot,
+        lease: u64,
+        outcome: Result<(Digest, Vec<u32>), Reason>,
     },
     HeadPublished,
     Beacon {
@@ -125,9 +138,20 @@ pub enum Input {
         block: u64,
         hash: [u8; 32],
     },
+    /// Public keys that openings are sealed to.
+    OpeningKeys {
+        keys: Vec<(Digest, [u8; 32])>,
+    },
     AuditOrdered {
         audit: Digest,
     },
+    /// The revealed verdict of an ordered audit with the id of its envelope; `None` = not there yet.
+    Verdict {
+        audit: Digest,
+        verdict: Option<(Digest, VerdictResult)>,
+    },
+    /// The log head that was asked for lies in the bucket.
+    LogPublished,
     Released {
         release: ReleaseRef,
     },
@@ -148,6 +172,7 @@ pub enum Key {
     Shard(String),
     Payload { slot: Slot, t: u64 },
     Opening { slot: Slot, audit: Digest, part: u8 },
+    Receipt { slot: Slot, lease: u64 },
 }
 
 /// Something to do.
@@ -173,6 +198,8 @@ pub enum Effect {
         validator: bool,
         live: bool,
         versions: Vec<u64>,
+        /// Cycles that are merged: a validator publishes scores for this one and those that follow.
+        cycle: u64,
     },
     PublishPullGrants {
         revision: u64,
@@ -190,6 +217,12 @@ pub enum Effect {
         t: u64,
         commitment: protocol::documents::Commitment,
     },
+    CheckReceipt {
+        slot: Slot,
+        lease: Box<Lease>,
+        /// Local steps done and head of the step chain, as commitments named them during the lease.
+        committed: Vec<(u64, Digest)>,
+    },
     WriteTape {
         tape: Box<Tape>,
     },
@@ -202,10 +235,20 @@ pub enum Effect {
         cycle: u64,
         block: u64,
     },
+    MakeOpeningKeys {
+        audits: Vec<Digest>,
+    },
     OrderAudit {
         selection: Box<Selection>,
         parts: Vec<(u64, Digest)>,
         leases: Vec<Lease>,
+    },
+    ReadVerdict {
+        audit: Digest,
+        validator: AccountId,
+    },
+    PublishLog {
+        head: Box<LogHead>,
     },
     Release {
         versions: Vec<u64>,
@@ -234,7 +277,18 @@ pub struct Status {
     pub audit_cycle: u64,
     pub audits_open: u64,
     pub audits_ordered: u64,
+    pub verdicts: VerdictCounts,
+    /// Entries of the published log.
+    pub log: u64,
     pub release: String,
+}
+
+/// Verdicts that validators have revealed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerdictCounts {
+    pub pass: u64,
+    pub fail: u64,
+    pub other: u64,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -273,6 +327,10 @@ pub struct Orchestrator {
     audit_cycle: u64,
     audits: BTreeMap<Digest, AuditCase>,
     audits_ordered: u64,
+    /// Ordered audits whose verdict is awaited: the validator, and until when.
+    verdicts_awaited: BTreeMap<Digest, (AccountId, u64)>,
+    verdicts: VerdictCounts,
+    log: Log,
     timing: Timing,
     release: ReleaseRef,
     merges: u64,
@@ -295,6 +353,8 @@ struct Volatile {
     status_ms: u64,
     watched: Option<(Vec<Slot>, Vec<Slot>)>,
     beacon_asked: Option<u64>,
+    verdicts_ms: u64,
+    log_ms: u64,
     release_asked: bool,
     now_ms: u64,
 }
@@ -336,6 +396,9 @@ impl Orchestrator {
             audit_cycle: 0,
             audits: BTreeMap::new(),
             audits_ordered: 0,
+            verdicts_awaited: BTreeMap::new(),
+            verdicts: VerdictCounts::default(),
+            log: Log::default(),
             timing: Timing::default(),
             release: setup.release.clone(),
             merges: 0,
@@ -386,12 +449,15 @@ impl Orchestrator {
             .audits
             .values()
             .filter(|case| case.is_opening())
-            .map(|case| Notice::OpenAudit {
-                audit: case.selection.audit,
-                hotkey: case.selection.hotkey,
-                slot: case.selection.slot,
-                t: case.selection.t,
-                deadline_ms: case.deadline_ms,
+            .filter_map(|case| {
+                Some(Notice::OpenAudit {
+                    audit: case.selection.audit,
+                    hotkey: case.selection.hotkey,
+                    slot: case.selection.slot,
+                    t: case.selection.t,
+                    deadline_ms: case.deadline_ms,
+                    key: case.key?,
+                })
             })
             .collect();
         let totals = self.ledger.totals();
@@ -406,6 +472,7 @@ impl Orchestrator {
             fragments,
             release: self.release.clone(),
             ledger: Digest::blake3(&codec::encode(&books.to_vec())),
+            log: self.log.published(),
             notices,
         }
     }
@@ -441,6 +508,8 @@ impl Orchestrator {
             audit_cycle: self.audit_cycle,
             audits_open: self.audits.len() as u64,
             audits_ordered: self.audits_ordered,
+            verdicts: self.verdicts,
+            log: self.log.published().size,
             release: self.release.release.clone(),
         }
     }
@@ -458,6 +527,8 @@ impl Orchestrator {
         }
         self.resume_pulls();
         self.resume_audits();
+        self.resume_receipts();
+        self.resume_log();
     }
 
     /// Everything that time or any change may have made due.
@@ -467,6 +538,7 @@ impl Orchestrator {
         self.close_pulls();
         self.finish();
         self.advance_audits();
+        self.advance_log();
         self.refresh_learners();
         self.watch();
         let now_ms = self.volatile.now_ms;
@@ -534,16 +606,16 @@ impl Machine for Orchestrator {
             Input::CommitmentStored { slot, t, id } => self.on_commitment_stored(slot, t, id),
             Input::PayloadChecked { slot, t, outcome } => self.on_payload_checked(slot, t, outcome),
             Input::TapeWritten { tape } => self.on_tape_written(*tape),
-            Input::Merged { manifest, keyframe_length } => self.on_merged(*manifest, keyframe_length),
+            Input::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),
+            Input::ReceiptChecked { slot, lease, outcome } => self.on_receipt_checked(slot, lease, outcome),
             Input::HeadPublished => self.volatile.head_in_flight = false,
             Input::Beacon { cycle, block, hash } => self.on_beacon(cycle, block, &hash),
-            Input::AuditOrdered { audit } => {
-                if self.audits.remove(&audit).is_some() {
-                    self.audits_ordered += 1;
-                    self.head_dirty = true;
-                }
-            }
+            Input::OpeningKeys { keys } => self.on_opening_keys(&keys),
+            Input::AuditOrdered { audit } => self.on_audit_ordered(audit),
+            Input::Verdict { audit, verdict } => self.on_verdict(audit, verdict),
+            Input::LogPublished => self.on_log_published(),
             Input::Released { release } => {
+                self.log.add(LogKind::Release, release.manifest);
                 self.release = release;
                 self.volatile.release_asked = true;
                 if self.state == RunState::Draining {

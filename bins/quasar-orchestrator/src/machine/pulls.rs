@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use protocol::documents::{Commitment, Contribution, MergeManifest, Progress, RunState, Tape, TapeInput};
+use protocol::log::LogKind;
 use protocol::schedule::{self, Work};
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
@@ -197,10 +198,16 @@ impl Orchestrator {
         }
         offer.id = id;
         offer.stage = OfferStage::Granted;
-        let (lease, step) = (offer.commitment.lease, offer.commitment.lease_step);
-        if let Some(record) = self.leases.get_mut(&lease) {
-            record.evidence = record.evidence.max(step.min(record.lease.steps));
+        let commitment = &offer.commitment;
+        if let Some(record) = self.leases.get_mut(&commitment.lease) {
+            record.evidence = record.evidence.max(commitment.lease_step.min(record.lease.steps));
+            // Several pulls may be answered at one step boundary.
+            let head = (commitment.local_step, commitment.step_chain);
+            if record.committed.last() != Some(&head) {
+                record.committed.push(head);
+            }
         }
+        self.log.add(LogKind::Commitment, id);
         if let Some(learner) = self.learners.get_mut(&slot) {
             learner.grants_dirty = true;
         }
@@ -346,9 +353,10 @@ impl Orchestrator {
         self.emit(Effect::Merge { tape: Box::new(tape), rejected, previous_keyframe });
     }
 
-    pub(super) fn on_merged(&mut self, manifest: MergeManifest, keyframe_length: u64) {
+    pub(super) fn on_merged(&mut self, manifest: MergeManifest, id: Digest, keyframe_length: u64) {
         let now_ms = self.volatile.now_ms;
         let Some(pull) = self.pulls.remove(&manifest.t) else { return };
+        self.log.add(LogKind::Merge, id);
         self.timing.add_sync(now_ms.saturating_sub(pull.closed_ms));
         let fragment = &mut self.fragments[usize::from(manifest.fragment)];
         debug_assert_eq!(fragment.version, manifest.base_version, "versions move one by one");

@@ -1,11 +1,13 @@
 //! The machine against a small world: learners that commit and upload, a store and a chain that answer at once, virtual time, and
 //! crashes wherever a test wants them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::documents::{
-    AuditParameters, Codec, Commitment, Contribution, FragmentProgress, InnerOptimizer, LearnerState, LrSchedule, OpeningPart,
+    AuditParameters, Codec, Commitment, Contribution, FragmentProgress, InnerOptimizer, LearnerState, LrSchedule, OpeningPart, ReceiptOffer,
 };
+use protocol::ledger::RowState;
+use protocol::log::{Frontier, LogEntry, LogRef};
 
 use super::*;
 
@@ -75,6 +77,7 @@ struct Sim {
     step_ms: u64,
     lease_steps: BTreeMap<u64, u32>,
     silent: bool,
+    hands_in_receipts: bool,
 }
 
 impl Sim {
@@ -96,9 +99,18 @@ impl Sim {
             commitments: Vec::new(),
             uploaded: Vec::new(),
             openings: Vec::new(),
+            receipt: None,
             padding: Vec::new(),
         };
-        Self { slot: (miner(index), 0), record, next_step_ms: 0, step_ms, lease_steps: BTreeMap::new(), silent: false }
+        Self {
+            slot: (miner(index), 0),
+            record,
+            next_step_ms: 0,
+            step_ms,
+            lease_steps: BTreeMap::new(),
+            silent: false,
+            hands_in_receipts: true,
+        }
     }
 
     /// One step boundary: apply what the head shows, answer its pulls, train.
@@ -141,6 +153,9 @@ impl Sim {
             .find(|(id, steps)| **id > self.record.lease || (**id == self.record.lease && self.record.lease_step < **steps));
         let Some((id, _)) = current else { return };
         if *id != self.record.lease {
+            if self.record.lease > 0 && self.hands_in_receipts {
+                self.record.receipt = Some(ReceiptOffer { lease: self.record.lease, length: 100, sha256: Digest::ZERO, uploaded: false });
+            }
             self.record.lease = *id;
             self.record.lease_step = 0;
         }
@@ -163,6 +178,9 @@ struct World {
     merges: BTreeMap<u64, MergeManifest>,
     orders: Vec<(Selection, usize)>,
     released: u32,
+    log: BTreeMap<u64, LogHead>,
+    /// What checks of receipts give for some slots.
+    receipts: BTreeMap<Slot, Result<(Digest, Vec<u32>), Reason>>,
     rejects: BTreeMap<Slot, Reason>,
     /// Crash and recover after so many inputs, once.
     crash_after: Option<u64>,
@@ -181,6 +199,8 @@ impl World {
             merges: BTreeMap::new(),
             orders: Vec::new(),
             released: 0,
+            log: BTreeMap::new(),
+            receipts: BTreeMap::new(),
             rejects: BTreeMap::new(),
             crash_after: None,
             inputs: 0,
@@ -222,6 +242,8 @@ impl World {
                     }
                     assert!(head.closed_below >= old.closed_below);
                 }
+                let logged = self.log.get(&head.log.size).map(|log| LogRef::from(&log.frontier));
+                assert!(head.log.size == 0 || logged == Some(head.log), "the head names a log head that is there");
                 assert!(head.pulls.len() <= 3, "at most τ + 1 pulls");
                 self.head = Some(*head);
                 Some(Input::HeadPublished)
@@ -241,6 +263,11 @@ impl World {
                         Want::WriteOnce { key: Key::Payload { t, .. }, .. } if !sim.record.uploaded.contains(&t) => {
                             sim.record.uploaded.push(t);
                         }
+                        Want::WriteOnce { key: Key::Receipt { lease, .. }, .. } => {
+                            for offer in sim.record.receipt.iter_mut().filter(|offer| offer.lease == lease) {
+                                offer.uploaded = true;
+                            }
+                        }
                         Want::WriteOnce { key: Key::Opening { part, audit, .. }, .. } => {
                             for opening in &mut sim.record.openings {
                                 opening.uploaded |= opening.audit == audit && opening.part == part;
@@ -256,6 +283,24 @@ impl World {
                 let outcome = self.rejects.get(&slot).copied().unwrap_or(Reason::None);
                 Some(Input::PayloadChecked { slot, t, outcome })
             }
+            Effect::CheckReceipt { slot, lease, committed } => {
+                assert!(committed.len() <= lease.steps as usize + 1);
+                let id = Digest::derive("receipt", &[&slot.0.0, &lease.id.to_le_bytes()]);
+                let outcome = self.receipts.get(&slot).cloned().unwrap_or_else(|| Ok((id, (0..lease.steps).collect())));
+                Some(Input::ReceiptChecked { slot, lease: lease.id, outcome })
+            }
+            Effect::MakeOpeningKeys { audits } => {
+                Some(Input::OpeningKeys { keys: audits.into_iter().map(|audit| (audit, audit.0)).collect() })
+            }
+            Effect::ReadVerdict { audit, .. } => {
+                Some(Input::Verdict { audit, verdict: Some((Digest::derive("verdict", &[&audit.0]), VerdictResult::Pass)) })
+            }
+            Effect::PublishLog { head } => {
+                let size = head.frontier.size();
+                let stored = self.log.entry(size).or_insert_with(|| (*head).clone());
+                assert_eq!(*stored, *head, "a log head is written once");
+                Some(Input::LogPublished)
+            }
             Effect::WriteTape { tape } => {
                 let tape = self.tapes.entry(tape.t).or_insert(*tape).clone();
                 Some(Input::TapeWritten { tape: Box::new(tape) })
@@ -263,7 +308,8 @@ impl World {
             Effect::Merge { tape, rejected, previous_keyframe } => {
                 let manifest = self.merges.entry(tape.t).or_insert_with(|| merge(&tape, rejected, previous_keyframe)).clone();
                 self.trace.push(format!("merge {} v{}", manifest.t, manifest.version));
-                Some(Input::Merged { manifest: Box::new(manifest), keyframe_length: 100 })
+                let id = Digest::blake3(&codec::encode(&manifest));
+                Some(Input::Merged { manifest: Box::new(manifest), id, keyframe_length: 100 })
             }
             Effect::ReadBeacon { cycle, block } => Some(Input::Beacon { cycle, block, hash: [block as u8; 32] }),
             Effect::OrderAudit { selection, parts, .. } => {
@@ -308,7 +354,8 @@ impl World {
     fn open_audits(&mut self, index: usize, head: &Head) {
         let sim = &mut self.learners[index];
         for notice in &head.notices {
-            let Notice::OpenAudit { audit, hotkey, .. } = notice;
+            let Notice::OpenAudit { audit, hotkey, key, .. } = notice;
+            assert_eq!(*key, audit.0, "the key that was made for this audit");
             if *hotkey == sim.slot.0 && !sim.record.openings.iter().any(|part| part.audit == *audit) {
                 sim.record.openings =
                     (0..3).map(|part| OpeningPart { audit: *audit, part, length: 5, sha256: Digest::ZERO, uploaded: false }).collect();
@@ -471,6 +518,64 @@ fn every_outer_step_has_a_manifest_also_where_a_fragment_is_passed_over() {
     assert!(world.merges.values().any(|merge| merge.version == merge.base_version), "no merge was empty");
     let steps: Vec<u64> = world.merges.keys().copied().collect();
     assert_eq!(steps, (0..world.machine.closed_below).collect::<Vec<_>>());
+}
+
+/// Checks every log head against the one before, and gives the entries in order.
+fn logged(world: &World) -> Vec<LogEntry> {
+    let mut frontier = Frontier::default();
+    let mut entries = Vec::new();
+    for head in world.log.values() {
+        head.extends(&frontier).unwrap();
+        frontier = head.frontier.clone();
+        entries.extend(head.entries.iter().copied());
+    }
+    assert_eq!(world.head.as_ref().unwrap().log, LogRef::from(&frontier));
+    entries
+}
+
+#[test]
+fn everything_that_decides_about_merges_and_pay_is_in_the_log_once() {
+    let mut world = World::new(3, 3);
+    world.until_complete(120_000);
+    world.run(60_000);
+    let entries = logged(&world);
+    let of = |kind: LogKind| entries.iter().filter(|entry| entry.kind == kind).map(|entry| entry.document).collect::<Vec<_>>();
+    let merges: BTreeSet<Digest> = world.merges.values().map(|merge| Digest::blake3(&codec::encode(merge))).collect();
+    assert_eq!(of(LogKind::Merge).into_iter().collect::<BTreeSet<_>>(), merges);
+    let commitments = of(LogKind::Commitment);
+    let merged = world.merges.values().flat_map(|merge| merge.accepted().map(|one| one.commitment)).collect::<Vec<_>>();
+    assert!(merged.iter().all(|commitment| commitments.contains(commitment)));
+    assert_eq!((of(LogKind::Verdict).len(), of(LogKind::Release).len()), (9, 1));
+    assert!(!of(LogKind::Receipt).is_empty());
+    assert_eq!(world.machine.status().verdicts.pass, 9);
+    let unique: BTreeSet<(LogKind, Digest)> = entries.iter().map(|entry| (entry.kind, entry.document)).collect();
+    let others = |entry: &&LogEntry| entry.kind != LogKind::Commitment;
+    assert_eq!(unique.iter().filter(|(kind, _)| *kind != LogKind::Commitment).count(), entries.iter().filter(others).count());
+}
+
+#[test]
+fn a_finished_lease_counts_by_its_receipt_and_without_one_by_its_commitments() {
+    let mut world = World::new(0, 3);
+    let (refused, partial) = (world.learners[0].slot, world.learners[1].slot);
+    world.receipts.insert(refused, Err(Reason::ReceiptMismatch));
+    world.receipts.insert(partial, Ok((Digest::ZERO, vec![0, 1, 5])));
+    world.learners[2].hands_in_receipts = false;
+    world.run(40_000);
+    let ended: Vec<&LeaseRecord> = world.machine.leases.values().filter(|record| record.ended).collect();
+    assert!([refused, partial].iter().all(|slot| ended.iter().any(|record| record.slot == *slot)));
+    for record in ended {
+        let shard = |step: u32| protocol::lease::LeaseRows::of(&record.lease).step(step)[0].row;
+        let state = |step: u32| world.machine.ledger.row("a", shard(step)).unwrap();
+        if record.slot == partial {
+            assert_eq!(record.receipt, ReceiptStage::Settled { trained: vec![0, 1, 5] });
+            assert_eq!([0, 1, 5, 2, 23].map(state), [RowState::Done, RowState::Done, RowState::Done, RowState::Lost, RowState::Lost]);
+        } else {
+            let expected = |step: u32| if step < record.evidence { RowState::Done } else { RowState::Lost };
+            assert!((0..record.reported).all(|step| state(step) == expected(step)), "{record:?}");
+        }
+    }
+    let totals = world.machine.ledger.totals();
+    assert_eq!(totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows, 10_000);
 }
 
 #[test]

@@ -8,9 +8,11 @@ use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use fragments::{CheckpointTree, codec as payload};
 use protocol::documents::{
-    CatalogPage, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, ReleaseRef, RunManifest, RunParameters, RunRoot, RunState,
+    CatalogPage, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest, RunParameters,
+    RunRoot, RunState,
 };
 use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
+use protocol::log::{Frontier, LogRef};
 use protocol::paths::prefix;
 use protocol::{Digest, FileRecord, ShardManifest};
 use serde::Deserialize;
@@ -135,6 +137,7 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
         fragments: heads,
         release: ReleaseRef { release: release.release, manifest: release_digest },
         ledger: Digest::ZERO,
+        log: LogRef::from(&Frontier::default()),
         notices: Vec::new(),
     };
     let head = office.sign(&head, &context);
@@ -160,6 +163,9 @@ fn check(parameters: &RunParameters, root: &RunRoot) -> Result<(), Failure> {
     }
     if parameters.inner_steps == 0 || parameters.batch_rows == 0 || parameters.lease_steps == 0 || parameters.poll_ms == 0 {
         return wrong("inner_steps, batch_rows, lease_steps and poll_ms must not be zero");
+    }
+    if parameters.lease_steps > LEASE_STEPS_MAX {
+        return wrong(&format!("lease_steps must be at most {LEASE_STEPS_MAX}: the receipt of a longer lease would not fit its file"));
     }
     if parameters.audit.replay_steps == 0 {
         return wrong("audit.replay_steps must not be zero");

@@ -272,6 +272,7 @@ fn progress() -> Progress {
         commitments: Vec::new(),
         uploaded: Vec::new(),
         openings: Vec::new(),
+        receipt: None,
         padding: Vec::new(),
     }
 }

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use chain::{ChainError, ChainLink, Hotkey, SetWeightsError, weights};
+use chain::{ChainError, ChainLink, Hotkey, Metagraph, SetWeightsError, weights};
 use daemon::Journal;
 use protocol::AccountId;
+use protocol::documents::Score;
 use protocol::envelope::RunId;
 
 use super::trouble::Trouble;
@@ -89,13 +90,23 @@ impl ChainDesk {
         // After a restart the final row may be there already.
         if due == Due::Final && client.weights(self.netuid, own.uid).await? == row {
             tracing::info!(weights = named, "the final weights are on the chain already");
-            return Ok(WeightsOutcome::Set { block: own.last_update });
+            return Ok(WeightsOutcome::Set { block: own.last_update, weights: named_scores(scores, &row, &metagraph) });
         }
         let block = client.set_weights(&self.hotkey, self.netuid, &row, WEIGHTS_VERSION).await?;
         if client.weights(self.netuid, own.uid).await? != row {
             return Err(SetWeightsError::ReadBackDiffers { block });
         }
         tracing::info!(?due, %block, weights = named, "weights are on the chain");
-        Ok(WeightsOutcome::Set { block: block.number })
+        Ok(WeightsOutcome::Set { block: block.number, weights: named_scores(scores, &row, &metagraph) })
     }
+}
+
+/// The row with the hotkeys that it stands for, and their scores.
+fn named_scores(scores: &[(AccountId, u64)], row: &[(u16, u16)], metagraph: &Metagraph) -> Vec<Score> {
+    let named = |(uid, weight): &(u16, u16)| {
+        let hotkey = metagraph.by_uid(*uid)?.hotkey;
+        let tokens = scores.iter().find(|(account, _)| *account == hotkey).map_or(0, |(_, tokens)| *tokens);
+        Some(Score { hotkey, tokens, weight: *weight })
+    };
+    row.iter().filter_map(named).collect()
 }

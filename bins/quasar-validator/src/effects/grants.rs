@@ -24,6 +24,8 @@ const REFRESH_MS: u64 = 1_000;
 pub struct Order {
     pub leases: Vec<Lease>,
     pub opening: Vec<OpenedPart>,
+    /// X25519 secret that the opening's parts are sealed to.
+    pub opening_key: Arc<Zeroizing<[u8; 32]>>,
     bundle: Arc<GrantBundle>,
 }
 
@@ -74,7 +76,11 @@ impl Grants {
         let Some(secret) = &self.secret else { return Err(Trouble::NoOrder) };
         let document = order.document;
         let bundle = Arc::new(bundle::open(&self.facts.context, &order.header, &document.sealed, secret)?);
-        self.lock().orders.insert(document.audit, Order { leases: document.leases, opening: document.opening, bundle });
+        let key = bundle::open_bytes(&self.facts.context, &order.header, &document.opening_key, secret)?;
+        let key = <[u8; 32]>::try_from(key.as_slice()).map_err(|_| Trouble::malformed("the opening key", "it is not 32 bytes"))?;
+        let opening_key = Arc::new(Zeroizing::new(key));
+        let order = Order { leases: document.leases, opening: document.opening, opening_key, bundle };
+        self.lock().orders.insert(document.audit, order);
         Ok(())
     }
 
@@ -135,8 +141,8 @@ impl Grants {
         Ok(self.access.get(&grant, Some((start, end)), end - start).await?)
     }
 
-    pub async fn put(&self, audit: &Digest, key: &str, bytes: Bytes) -> Result<PutOutcome, Trouble> {
-        let grant = self.grant(Some(audit), Method::Put, key).await?;
+    pub async fn put(&self, audit: Option<&Digest>, key: &str, bytes: Bytes) -> Result<PutOutcome, Trouble> {
+        let grant = self.grant(audit, Method::Put, key).await?;
         Ok(self.access.put(&grant, bytes).await?)
     }
 }

@@ -1,7 +1,7 @@
 //! A validator against a real object server, a chain in memory and toy models: from discovery to verdict and weights.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ::chain::memory::MemorySettings;
@@ -50,6 +50,12 @@ struct Published {
     hosts: Vec<String>,
     state: tempfile::TempDir,
     journal: Arc<Journal>,
+    sealed_parts: Mutex<HashMap<u8, Bytes>>,
+}
+
+/// What the opening is sealed to.
+fn opening_key() -> (Zeroizing<[u8; 32]>, [u8; 32]) {
+    seal_stream::key_pair(&[6; 32])
 }
 
 fn neuron(uid: u16, hotkey: AccountId, validator_permit: bool) -> Neuron {
@@ -162,6 +168,7 @@ impl Published {
             state,
             case,
             world,
+            sealed_parts: Mutex::default(),
         };
         published.publish_run(&merges(published.case.subject.contribution.clone(), Digest::blake3(&keyframe)), &keyframe).await;
         published
@@ -243,6 +250,7 @@ impl Published {
             fragments: (0..3).map(fragment).collect(),
             release: ReleaseRef { release: RELEASE.into(), manifest: base_manifest },
             ledger: Digest::ZERO,
+            log: (&protocol::log::Frontier::default()).into(),
             notices: Vec::new(),
         };
         self.put_document(&self.run.head(), &world.context, &head).await;
@@ -253,9 +261,10 @@ impl Published {
             self.run.keyframe(FRAGMENT, 1),
             keys.shard_tokens("held"),
         ];
-        let requests = standing.iter().map(|key| self.get_grant(key)).collect();
-        let header = header_for::<StandingGrants>(&world.context, self.orchestrator.key(), 1, clock::now_ms());
         let own = self.hotkey.account();
+        let scores = (0..4).map(|epoch| self.put_grant(&self.run.scores(&own, epoch), SCORES_BYTES));
+        let requests = standing.iter().map(|key| self.get_grant(key)).chain(scores).collect();
+        let header = header_for::<StandingGrants>(&world.context, self.orchestrator.key(), 1, clock::now_ms());
         let sealed =
             bundle::seal_to(&world.context, protocol::envelope::Purpose::StandingGrants, &header, &own, &GrantBundle { requests }).unwrap();
         let grants = StandingGrants { hotkey: own, slot: 0, session_epoch: 0, sealed };
@@ -272,7 +281,20 @@ impl Published {
 
     fn parts(&self) -> Vec<Bytes> {
         let opening = self.case.evidence.opening.as_ref();
-        opening.map_or_else(Vec::new, |opening| vec![opening.manifest.clone(), opening.state.clone(), opening.routes.clone()])
+        let plain = opening.map_or_else(Vec::new, |opening| vec![opening.manifest.clone(), opening.state.clone(), opening.routes.clone()]);
+        plain.into_iter().enumerate().map(|(part, bytes)| self.sealed(part as u8, &bytes)).collect()
+    }
+
+    /// A part as its miner seals it. Sealing draws a fresh key each time, so each part is sealed once.
+    fn sealed(&self, part: u8, plain: &[u8]) -> Bytes {
+        let mut parts = self.sealed_parts.lock().unwrap();
+        let sealed = parts.entry(part).or_insert_with(|| {
+            let info = self.world.context.opening_info(&self.case.subject.selection.audit, part);
+            let mut sealed = Vec::new();
+            seal_stream::seal(&opening_key().1, &info, &mut &plain[..], &mut sealed).unwrap();
+            sealed.into()
+        });
+        sealed.clone()
     }
 
     fn get_grant(&self, key: &str) -> GrantRequest {
@@ -287,6 +309,10 @@ impl Published {
 
     /// Publishes the audit order; `change` alters what it says.
     async fn publish_order(&self, may_reveal: bool, change: impl FnOnce(&mut AuditOrder)) {
+        self.publish_order_sealed_with(may_reveal, &opening_key().0, change).await;
+    }
+
+    async fn publish_order_sealed_with(&self, may_reveal: bool, secret: &[u8; 32], change: impl FnOnce(&mut AuditOrder)) {
         let (selection, own) = (&self.case.subject.selection, self.hotkey.account());
         let (hotkey, audit) = (&selection.hotkey, &selection.audit);
         let mut keys = vec![self.run.payload(hotkey, 0, T), self.run.commitment(hotkey, 0, T), Keys::new(NETUID).shard_tokens("train")];
@@ -299,6 +325,7 @@ impl Published {
         let header = header_for::<AuditOrder>(&self.world.context, self.orchestrator.key(), 1, clock::now_ms());
         let purpose = protocol::envelope::Purpose::AuditOrder;
         let sealed = bundle::seal_to(&self.world.context, purpose, &header, &own, &GrantBundle { requests }).unwrap();
+        let opening_key = bundle::seal_bytes(&self.world.context, purpose, &header, &own, secret).unwrap();
         let opened = |part: &Bytes| OpenedPart { length: part.len() as u64, sha256: Digest::sha256(part) };
         let mut order = AuditOrder {
             audit: *audit,
@@ -311,6 +338,7 @@ impl Published {
             opening: self.parts().iter().map(opened).collect(),
             leases: vec![self.world.lease.clone()],
             sealed,
+            opening_key,
         };
         change(&mut order);
         self.put(&self.run.audit(&own, audit), sign_with_header(header, &order, &self.orchestrator)).await;
@@ -377,6 +405,11 @@ impl Published {
         self.document(&self.run.verdict_reveal(&self.hotkey.account(), &self.case.subject.selection.audit)).await
     }
 
+    /// What was published of the weights after both cycles.
+    async fn scores(&self) -> Option<Scores> {
+        self.document(&self.run.scores(&self.hotkey.account(), 2)).await
+    }
+
     async fn row(&self) -> Vec<(u16, u16)> {
         self.chain.weights(NETUID, OWN_UID).await.unwrap()
     }
@@ -401,9 +434,13 @@ async fn honest_work_passes_and_earns_the_weights() {
     published.publish_order(true, |_| {}).await;
     published
         .live(toys(&published.world), false, async |published: &Published| {
-            published.reveal().await.is_some() && published.row().await == [(MINER_UID, u16::MAX)]
+            published.reveal().await.is_some() && published.scores().await.is_some()
         })
         .await;
+    assert_eq!(published.row().await, [(MINER_UID, u16::MAX)]);
+    let scores = published.scores().await.unwrap();
+    let score = Score { hotkey: signer().key().account(), tokens: published.case.subject.contribution.tokens, weight: u16::MAX };
+    assert_eq!((scores.epoch, scores.scores), (2, vec![score]), "both cycles are in the scores");
     let (commit, reveal) = (published.commit().await.unwrap(), published.reveal().await.unwrap());
     assert_eq!((reveal.verdict.result, reveal.verdict.reason), (VerdictResult::Pass, Reason::None));
     assert_eq!((reveal.verdict.measured.replay_error_ppm, reveal.verdict.measured.replayed_steps), (0, 3));
@@ -447,6 +484,16 @@ async fn an_order_that_differs_from_the_beacons_selection_gets_a_verdict_that_ju
     let verdict = published.reveal().await.unwrap().verdict;
     assert_eq!((verdict.result, verdict.reason, verdict.t), (VerdictResult::NotEvaluated, Reason::NotEvaluated, T));
     assert!(published.row().await.is_empty(), "a dry run writes nothing to the chain");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_opening_that_cannot_be_unsealed_counts_as_none_because_nobody_can_tell_whose_fault_it_is() {
+    let published = Published::new(&Cheat::default()).await;
+    // The order delivers another key than the one that the miner sealed to.
+    published.publish_order_sealed_with(true, &seal_stream::key_pair(&[7; 32]).0, |_| {}).await;
+    published.live(toys(&published.world), true, async |published: &Published| published.reveal().await.is_some()).await;
+    let verdict = published.reveal().await.unwrap().verdict;
+    assert_eq!((verdict.result, verdict.reason), (VerdictResult::NoOpening, Reason::NoOpening));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -63,7 +63,7 @@ impl VerdictDesk {
             }
         };
         let commit = VerdictCommit { audit, commitment: decided.verdict.commitment(&decided.salt) };
-        self.put(&audit, &self.facts.run.verdict_commit(&verdict.validator, &audit), &commit).await
+        self.put(Some(&audit), &self.facts.run.verdict_commit(&verdict.validator, &audit), &commit).await
     }
 
     /// Publishes the decided verdict.
@@ -72,7 +72,7 @@ impl VerdictDesk {
             let Some(decided) = self.decided(&audit).await? else {
                 return Ok(Written::Lost("no verdict on this audit is in the journal".into()));
             };
-            self.put(&audit, &self.facts.run.verdict_reveal(&decided.verdict.validator, &audit), &decided).await
+            self.put(Some(&audit), &self.facts.run.verdict_reveal(&decided.verdict.validator, &audit), &decided).await
         };
         let outcome = reveal.await.unwrap_or_else(|trouble: Trouble| written(&trouble));
         if outcome == Written::Done {
@@ -81,7 +81,8 @@ impl VerdictDesk {
         outcome
     }
 
-    async fn put<D: Document>(&self, audit: &Digest, key: &str, document: &D) -> Result<Written, Trouble> {
+    /// Signs `document` and writes it once, under a grant of the audit if one is named, else a standing one.
+    pub async fn put<D: Document>(&self, audit: Option<&Digest>, key: &str, document: &D) -> Result<Written, Trouble> {
         let now_ms = clock::now_ms();
         let sequence = self.sequence.clone();
         let number = blocking(move || sequence.next(now_ms)).await?;

@@ -300,6 +300,7 @@ mod tests {
             opening: Vec::new(),
             leases: Vec::new(),
             sealed: SealedBytes { encapsulated: [0; 32], ciphertext: Vec::new() },
+            opening_key: SealedBytes { encapsulated: [0; 32], ciphertext: Vec::new() },
         }
     }
 

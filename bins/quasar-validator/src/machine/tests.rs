@@ -28,7 +28,8 @@ fn give(machine: &mut Machine, now_ms: u64, input: Input) -> Vec<Effect> {
 
 fn head(state: RunState, closed_below: u64) -> Input {
     let fragment = FragmentHead { version: 1, length: 1, digest: Digest::ZERO };
-    Input::Head(Some(Box::new(HeadFacts { state, closed_below, fragments: vec![fragment; 2] })))
+    let log = (&protocol::log::Frontier::default()).into();
+    Input::Head(Some(Box::new(HeadFacts { state, closed_below, fragments: vec![fragment; 2], log })))
 }
 
 fn chain(block: u64, own: Option<OwnNeuron>) -> Input {
@@ -80,7 +81,7 @@ fn play(machine: &mut Machine, subject: &Subject, result: VerdictResult, now_ms:
 
 fn weights_wanted(effects: &[Effect]) -> Option<(Vec<(AccountId, u64)>, Due)> {
     effects.iter().find_map(|effect| match effect {
-        Effect::SetWeights { scores, due } => Some((scores.clone(), *due)),
+        Effect::SetWeights { scores, due, .. } => Some((scores.clone(), *due)),
         _ => None,
     })
 }
@@ -114,7 +115,7 @@ fn a_complete_run_is_audited_and_ends_with_final_weights_without_the_failed_lear
     let mut machine = machine();
     let subjects = audited(&mut machine, RunState::Complete);
     assert_eq!(subjects.len(), 2);
-    give(&mut machine, 10, Input::Weights(WeightsOutcome::Set { block: 21 }));
+    give(&mut machine, 10, Input::Weights(WeightsOutcome::Set { block: 21, weights: Vec::new() }));
     for (subject, result) in subjects.iter().zip([VerdictResult::Mismatch, VerdictResult::Pass]) {
         assert_eq!(weights_wanted(&give(&mut machine, 20, Input::Tick)), None);
         play(&mut machine, subject, result, 20);
@@ -122,7 +123,7 @@ fn a_complete_run_is_audited_and_ends_with_final_weights_without_the_failed_lear
     let effects = give(&mut machine, 30, Input::Block(Some(31)));
     let honest = (subjects[1].selection.hotkey, if subjects[1].selection.hotkey == account(1) { 200 } else { 100 });
     assert_eq!(weights_wanted(&effects), Some((vec![honest], Due::Final)));
-    give(&mut machine, 40, Input::Weights(WeightsOutcome::Set { block: 32 }));
+    give(&mut machine, 40, Input::Weights(WeightsOutcome::Set { block: 32, weights: Vec::new() }));
     assert_eq!(weights_wanted(&give(&mut machine, 90_000, chain(500, Some(OWN)))), None);
 }
 

@@ -2,6 +2,7 @@
 //! after refusals. A row counts as set only after it was read back from the chain; the chain's record of the last update, not
 //! our memory, says when that was.
 
+use protocol::documents::Score;
 use serde::{Deserialize, Serialize};
 
 /// Upper bounds that the operator may choose.
@@ -29,8 +30,8 @@ pub struct OwnNeuron {
 /// How an attempt ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WeightsOutcome {
-    /// The chain's record shows the row since this block.
-    Set { block: u64 },
+    /// The chain's record shows these weights since this block.
+    Set { block: u64, weights: Vec<Score> },
     /// Nothing was sent because chain writes are switched off.
     DryRun,
     /// The text names the reason and what to do about it.
@@ -90,7 +91,7 @@ impl WeightSetter {
             WeightsOutcome::Set { .. } | WeightsOutcome::DryRun => {
                 self.failures = 0;
                 self.last_set_ms = Some(now_ms);
-                if let WeightsOutcome::Set { block } = outcome {
+                if let WeightsOutcome::Set { block, .. } = outcome {
                     self.last_set_block = self.last_set_block.max(*block);
                 } else {
                     // Without a record on the chain the pause is kept by the clock.
@@ -128,6 +129,10 @@ mod tests {
         WeightSetter::new(WeightTimes { refresh_ms: 1_000_000, retry_base_ms: 100, retry_max_ms: 1_000 })
     }
 
+    fn set_at(block: u64) -> WeightsOutcome {
+        WeightsOutcome::Set { block, weights: Vec::new() }
+    }
+
     fn refused() -> WeightsOutcome {
         WeightsOutcome::Refused { why: "stake".into() }
     }
@@ -137,7 +142,7 @@ mod tests {
         let mut setter = setter();
         assert_eq!(setter.begin(0, 5, &OWN, false), Some(Due::Regular));
         assert_eq!(setter.begin(0, 5, &OWN, false), None, "one at a time");
-        setter.end(&WeightsOutcome::Set { block: 7 }, 1);
+        setter.end(&set_at(7), 1);
         // The chain view may still be older than our own read-back.
         assert_eq!(setter.begin(2, 36, &OWN, false), None);
         assert_eq!(setter.begin(2, 37, &OWN, false), Some(Due::Regular));
@@ -172,7 +177,7 @@ mod tests {
         setter.end(&refused(), 0);
         assert!(!setter.is_final_set());
         assert_eq!(setter.begin(200, 50, &OWN, true), Some(Due::Final));
-        setter.end(&WeightsOutcome::Set { block: 51 }, 300);
+        setter.end(&set_at(51), 300);
         assert!(setter.is_final_set());
         assert_eq!(setter.begin(1_000_000, 900, &OWN, true), None);
     }
@@ -181,7 +186,7 @@ mod tests {
     fn an_old_row_is_refreshed_before_its_tempo_if_the_operator_says_so() {
         let mut setter = WeightSetter::new(WeightTimes { refresh_ms: 500, retry_base_ms: 100, retry_max_ms: 1_000 });
         setter.begin(0, 50, &OWN, false);
-        setter.end(&WeightsOutcome::Set { block: 50 }, 0);
+        setter.end(&set_at(50), 0);
         assert_eq!(setter.begin(600, 59, &OWN, false), None);
         assert_eq!(setter.begin(600, 60, &OWN, false), Some(Due::Regular));
     }

@@ -23,6 +23,8 @@ pub struct AuditOrder {
     /// The leases that the learner held in that cycle.
     pub leases: Vec<Lease>,
     pub sealed: SealedBytes,
+    /// The X25519 secret that the opening's parts are sealed to, sealed to the validator.
+    pub opening_key: SealedBytes,
 }
 
 /// An uploaded part: the store has enforced both.
@@ -131,19 +133,52 @@ pub struct VerdictReveal {
     pub salt: [u8; 32],
 }
 
-/// Length of a commit file: what its grant is bound to.
-pub const VERDICT_COMMIT_BYTES: u64 = 111 + 8 + 64 + 64;
-/// Length of a reveal file: what its grant is bound to.
-pub const VERDICT_REVEAL_BYTES: u64 = 111 + 8 + 235 + 64;
+/// Header, payload length and signature of an envelope.
+const ENVELOPE_BYTES: usize = 111 + 8 + 64;
 
-/// Weights that a validator set, and the block at which it read them back from the chain.
+/// Length of a commit file: what its grant is bound to.
+pub const VERDICT_COMMIT_BYTES: u64 = (ENVELOPE_BYTES + 64) as u64;
+/// Length of a reveal file: what its grant is bound to.
+pub const VERDICT_REVEAL_BYTES: u64 = (ENVELOPE_BYTES + 235) as u64;
+
+/// Weights that a validator set, and the block at which it read them back from the chain. Of fixed encoded length, because the
+/// grant is bound to it.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct Scores {
     pub validator: AccountId,
+    /// Cycles whose merges are in the scores.
     pub epoch: u64,
     pub block: u64,
-    /// (account, tokens merged without a failing verdict, weight).
-    pub scores: Vec<(AccountId, u64, u16)>,
+    /// Largest weights first.
+    pub scores: Vec<Score>,
+    /// Zeros up to the fixed length.
+    #[serde(skip)]
+    pub padding: Vec<u8>,
+}
+
+/// One hotkey's score and weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Score {
+    pub hotkey: AccountId,
+    /// Tokens merged without a failing verdict.
+    pub tokens: u64,
+    pub weight: u16,
+}
+
+/// Length of a scores file: what its grant is bound to. A subnet has at most 256 hotkeys.
+pub const SCORES_BYTES: u64 = 16 << 10;
+const SCORES_MAX: usize = 380;
+
+impl Scores {
+    /// Scores by falling weight, padded to the fixed length; what does not fit has the smallest weights.
+    pub fn new(validator: AccountId, epoch: u64, block: u64, mut scores: Vec<Score>) -> Self {
+        scores.sort_by_key(|score| (std::cmp::Reverse((score.weight, score.tokens)), score.hotkey));
+        scores.truncate(SCORES_MAX);
+        let mut document = Self { validator, epoch, block, scores, padding: Vec::new() };
+        let envelope = ENVELOPE_BYTES + crate::codec::encode(&document).len();
+        document.padding = vec![0; (SCORES_BYTES as usize).saturating_sub(envelope)];
+        document
+    }
 }
 
 #[cfg(test)]
@@ -153,7 +188,7 @@ mod tests {
     use crate::{Ed25519Signer, Signer as _};
 
     #[test]
-    fn verdict_files_always_have_the_length_that_grants_are_bound_to() {
+    fn a_validators_files_always_have_the_length_that_grants_are_bound_to() {
         let signer = Ed25519Signer::from_seed([1; 32]);
         let context = Context { genesis: [2; 32], netuid: 24, run: RunId([3; 16]) };
         let account = signer.key().account();
@@ -173,5 +208,11 @@ mod tests {
         assert_eq!(sign(&commit, &context, &signer, 1, 1).len() as u64, VERDICT_COMMIT_BYTES);
         let reveal = VerdictReveal { verdict, salt: [4; 32] };
         assert_eq!(sign(&reveal, &context, &signer, 1, 1).len() as u64, VERDICT_REVEAL_BYTES);
+        let score = |weight: u16| Score { hotkey: AccountId([weight as u8; 32]), tokens: u64::from(weight) * 10, weight };
+        for count in [0, 1, 256, 2_000] {
+            let scores = Scores::new(account, 3, 100, (0..count).map(score).collect());
+            assert_eq!(sign(&scores, &context, &signer, 1, 1).len() as u64, SCORES_BYTES);
+            assert_eq!(scores.scores.first().map(|score| score.weight), count.checked_sub(1));
+        }
     }
 }

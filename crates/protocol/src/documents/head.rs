@@ -3,6 +3,7 @@
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
+use crate::log::LogRef;
 use crate::{AccountId, Digest};
 
 /// The run as of now.
@@ -23,6 +24,8 @@ pub struct Head {
     pub release: ReleaseRef,
     /// BLAKE3 of the encoded token ledger.
     pub ledger: Digest,
+    /// The newest published head of the append-only log.
+    pub log: LogRef,
     pub notices: Vec<Notice>,
 }
 
@@ -66,6 +69,14 @@ pub struct ReleaseRef {
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Notice {
-    /// The learner is to open the segment that ends with its payload of outer step `t`.
-    OpenAudit { audit: Digest, hotkey: AccountId, slot: u8, t: u64, deadline_ms: u64 },
+    /// The learner is to open the segment that ends with its payload of outer step `t`, sealed to the audit's X25519 key.
+    OpenAudit {
+        audit: Digest,
+        hotkey: AccountId,
+        slot: u8,
+        t: u64,
+        deadline_ms: u64,
+        #[serde(with = "hex::serde")]
+        key: [u8; 32],
+    },
 }

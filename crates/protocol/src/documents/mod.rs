@@ -2,6 +2,7 @@
 //! and sorted lists instead of maps.
 
 use crate::envelope::{Document, Purpose};
+use crate::log::LogHead;
 use crate::plan::FragmentPlan;
 use crate::shards::ShardManifest;
 
@@ -10,16 +11,18 @@ mod head;
 mod job;
 mod merge;
 mod progress;
+mod receipt;
 mod run;
 
 pub use audit::{
-    AuditOrder, Measurements, OPENING_PARTS, OpenedPart, OpenedStep, OpeningManifest, Scores, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES,
-    Verdict, VerdictCommit, VerdictResult, VerdictReveal,
+    AuditOrder, Measurements, OPENING_PARTS, OpenedPart, OpenedStep, OpeningManifest, SCORES_BYTES, Score, Scores, VERDICT_COMMIT_BYTES,
+    VERDICT_REVEAL_BYTES, Verdict, VerdictCommit, VerdictResult, VerdictReveal,
 };
 pub use head::{FragmentHead, Head, Notice, Pull, ReleaseRef, RunState};
 pub use job::{Job, Lease, PullGrants, RowRange, StandingGrants};
 pub use merge::{Contribution, FragmentManifest, MergeManifest, Release, Tape, TapeInput};
-pub use progress::{Commitment, FragmentProgress, LearnerState, OpeningPart, PROGRESS_BYTES, Progress, encode_progress};
+pub use progress::{Commitment, FragmentProgress, LearnerState, OpeningPart, PROGRESS_BYTES, Progress, ReceiptOffer, encode_progress};
+pub use receipt::{LEASE_STEPS_MAX, Receipt, ReceiptFault, ReceiptStep};
 pub use run::{
     AuditParameters, Bounds, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RunManifest, RunParameters, RunRoot,
 };
@@ -41,10 +44,12 @@ document! {
     StandingGrants => StandingGrants,
     PullGrants => PullGrants,
     Progress => Progress,
+    Receipt => Receipt,
     OpeningManifest => OpeningManifest,
     FragmentManifest => FragmentManifest,
     MergeManifest => MergeManifest,
     Release => Release,
+    LogHead => LogHead,
     AuditOrder => AuditOrder,
     VerdictCommit => VerdictCommit,
     VerdictReveal => VerdictReveal,
@@ -70,19 +75,18 @@ pub fn payload_json(purpose: Purpose, payload: &[u8]) -> Result<serde_json::Valu
         Purpose::StandingGrants => json::<StandingGrants>(payload),
         Purpose::PullGrants => json::<PullGrants>(payload),
         Purpose::Progress => json::<Progress>(payload),
+        Purpose::Receipt => json::<Receipt>(payload),
         Purpose::OpeningManifest => json::<OpeningManifest>(payload),
         Purpose::FragmentManifest => json::<FragmentManifest>(payload),
         Purpose::MergeManifest => json::<MergeManifest>(payload),
         Purpose::Release => json::<Release>(payload),
+        Purpose::LogHead => json::<LogHead>(payload),
         Purpose::AuditOrder => json::<AuditOrder>(payload),
         Purpose::VerdictCommit => json::<VerdictCommit>(payload),
         Purpose::VerdictReveal => json::<VerdictReveal>(payload),
         Purpose::Scores => json::<Scores>(payload),
         Purpose::ShardManifest => json::<ShardManifest>(payload),
         Purpose::Tape => json::<Tape>(payload),
-        Purpose::Receipt | Purpose::LogHead => {
-            Err(crate::codec::CodecError::Malformed(format!("no document of purpose {purpose:?} exists yet")))
-        }
     }
 }
 

@@ -50,6 +50,8 @@ pub struct Progress {
     pub uploaded: Vec<u64>,
     /// At most four.
     pub openings: Vec<OpeningPart>,
+    /// The oldest receipt that is not settled.
+    pub receipt: Option<ReceiptOffer>,
     /// Zeros up to the fixed length.
     #[serde(skip)]
     pub padding: Vec<u8>,
@@ -90,6 +92,15 @@ pub struct Commitment {
 pub struct OpeningPart {
     pub audit: Digest,
     pub part: u8,
+    pub length: u64,
+    pub sha256: Digest,
+    pub uploaded: bool,
+}
+
+/// A receipt that waits for its upload grant, or for its lease to be settled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct ReceiptOffer {
+    pub lease: u64,
     pub length: u64,
     pub sha256: Digest,
     pub uploaded: bool,
@@ -173,6 +184,7 @@ mod tests {
             commitments: vec![commitment; 7],
             uploaded: (0..9).collect(),
             openings: vec![OpeningPart { audit: Digest::ZERO, part: 0, length: 1, sha256: Digest::ZERO, uploaded: false }; 6],
+            receipt: Some(ReceiptOffer { lease: 1, length: 2, sha256: Digest::ZERO, uploaded: true }),
             padding: vec![1; 3],
         }
     }

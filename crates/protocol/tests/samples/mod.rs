@@ -2,6 +2,7 @@
 
 use protocol::documents::*;
 use protocol::envelope::{Context, Document, RunId, sign};
+use protocol::log::{Frontier, LogEntry, LogHead, LogKind};
 use protocol::{
     AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, Reason, SealedBytes, ShardManifest, Signer, Slice,
 };
@@ -150,6 +151,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
         }],
         uploaded: vec![74],
         openings: vec![OpeningPart { audit: digest("audit"), part: 1, length: 45_000_000, sha256: digest("state"), uploaded: true }],
+        receipt: Some(ReceiptOffer { lease: 6, length: 2_345, sha256: digest("receipt"), uploaded: false }),
         padding: Vec::new(),
     };
     vec![
@@ -184,7 +186,15 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             fragments: vec![FragmentHead { version: 3, length: 314_900, digest: digest("keyframe") }; 2],
             release: release.clone(),
             ledger: digest("ledger"),
-            notices: vec![Notice::OpenAudit { audit: digest("audit"), hotkey: hotkey(), slot: 1, t: 75, deadline_ms: NOW_MS + 60_000 }],
+            log: (&log_head().frontier).into(),
+            notices: vec![Notice::OpenAudit {
+                audit: digest("audit"),
+                hotkey: hotkey(),
+                slot: 1,
+                t: 75,
+                deadline_ms: NOW_MS + 60_000,
+                key: [6; 32],
+            }],
         }),
         file_of(&FragmentPlan {
             fragments: vec![vec![Slice {
@@ -202,6 +212,20 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
         file_of(&StandingGrants { hotkey: hotkey(), slot: 1, session_epoch: 0, sealed: sealed() }),
         file_of(&PullGrants { hotkey: hotkey(), slot: 1, session_epoch: NOW_MS - 1_000, sealed: sealed() }),
         ("Progress", encode_progress(progress, &context(), &signer(), NOW_MS, NOW_MS)),
+        file_of(&Receipt {
+            hotkey: hotkey(),
+            slot: 1,
+            session_epoch: NOW_MS - 1_000,
+            lease: 6,
+            chain: digest("chain"),
+            steps: vec![ReceiptStep {
+                local_step: 28,
+                lease_step: 23,
+                applied: vec![(5, 3)],
+                loss: 6_100_000,
+                state: Some(digest("state")),
+            }],
+        }),
         file_of(&OpeningManifest {
             audit: digest("audit"),
             t: 75,
@@ -233,10 +257,12 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             opening: vec![OpenedPart { length: 512, sha256: digest("part") }; 3],
             leases: vec![lease()],
             sealed: sealed(),
+            opening_key: sealed(),
         }),
         file_of(&VerdictCommit { audit: digest("audit"), commitment: verdict().commitment(&[8; 32]) }),
         file_of(&VerdictReveal { verdict: verdict(), salt: [8; 32] }),
-        file_of(&Scores { validator: hotkey(), epoch: 9, block: 5_000_100, scores: vec![(hotkey(), 294_912, 65_535)] }),
+        file_of(&Scores::new(hotkey(), 9, 5_000_100, vec![Score { hotkey: hotkey(), tokens: 294_912, weight: 65_535 }])),
+        file_of(&log_head()),
         file_of(&shard()),
         file_of(&Tape {
             t: 75,
@@ -257,6 +283,17 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             }],
         }),
     ]
+}
+
+fn log_head() -> LogHead {
+    let entries = vec![
+        LogEntry { kind: LogKind::Commitment, document: digest("commitment") },
+        LogEntry { kind: LogKind::Merge, document: digest("merge") },
+        LogEntry { kind: LogKind::Receipt, document: digest("receipt") },
+    ];
+    let mut frontier = Frontier::default();
+    entries.iter().for_each(|entry| frontier.append(entry));
+    LogHead { previous: 0, entries, frontier }
 }
 
 fn shard() -> ShardManifest {

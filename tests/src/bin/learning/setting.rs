@@ -34,10 +34,11 @@ impl Setting {
     /// as on a devnet of that length.
     pub fn prepare(cycles: u64) -> anyhow::Result<Self> {
         // Asked at run time: clones may share one target folder.
-        let package =
+        let started =
             std::env::var_os("CARGO_MANIFEST_DIR").context("the repository is unknown\nhint: use `cargo xtask bench learning`")?;
-        let package = PathBuf::from(package);
-        let configs = package.parent().context("the package lies in no repository")?.join("configs");
+        let root = Path::new(&started).ancestors().find(|folder| folder.join("Cargo.lock").is_file());
+        let root = root.context("the package lies in no repository")?;
+        let configs = root.join("configs");
 
         let path = configs.join("run-devnet.toml");
         let mut file: toml::Table = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?.parse()?;
@@ -68,7 +69,7 @@ impl Setting {
         Ok(Self {
             training: Rows::read(&out, &catalog, false)?,
             held_out: Rows::read(&out, &catalog, true)?.spread(HELD_OUT_ROWS),
-            script: package.join("bench/pytorch_step.py"),
+            script: root.join("tests/bench/pytorch_step.py"),
             config: QuasarConfig::from_file(&configs.join("devnet-model.json"))?,
             parameters,
             steps,

@@ -1,0 +1,97 @@
+//! Audits at the edge: the beacon, the keys that openings are sealed to, and the orders that deliver grants to validators.
+
+use bytes::Bytes;
+use daemon::clock;
+use protocol::audits::Selection;
+use protocol::documents::{AuditOrder, Lease, OpenedPart, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES};
+use protocol::envelope::{self, Purpose, header_for};
+use protocol::{Digest, GrantBundle, codec};
+use storage::{Presign, bundle, seal_stream};
+use zeroize::Zeroizing;
+
+use super::{Service, persist};
+use crate::machine::VERDICT_MS;
+
+impl Service {
+    pub(super) async fn read_beacon(&self, block: u64) -> [u8; 32] {
+        persist("reading the beacon", || async {
+            match self.chain.block_hash(block).await {
+                Ok(Some(hash)) => Ok(hash),
+                Ok(None) => Err(format!("block {block} is not finalized yet")),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+        .await
+    }
+
+    /// X25519 secret and public key that the opening of an audit is sealed to: the same after any restart.
+    pub(super) fn opening_key(&self, audit: &Digest) -> (Zeroizing<[u8; 32]>, [u8; 32]) {
+        seal_stream::key_pair(&Digest::derive("quasar/v1/opening-key", &[&*self.opening_secret, &audit.0]).0)
+    }
+
+    /// Delivers the grants of an audit to its validator.
+    pub(super) async fn order_audit(&self, selection: &Selection, parts: &[(u64, Digest)], leases: Vec<Lease>) {
+        let key = self.run.audit(&selection.validator, &selection.audit);
+        let (hotkey, slot) = (selection.hotkey, selection.slot);
+        persist(&key, || async {
+            let now_ms = clock::now_ms();
+            let read = |key: String| Presign::Get { key, now_ms, expires_in_ms: VERDICT_MS };
+            let write =
+                |key: String, length: u64| Presign::Put { key, length, sha256: None, if_absent: true, now_ms, expires_in_ms: VERDICT_MS };
+            let mut wanted = vec![
+                read(self.run.payload(&hotkey, slot, selection.t)),
+                read(self.run.commitment(&hotkey, slot, selection.t)),
+                write(self.run.verdict_commit(&selection.validator, &selection.audit), VERDICT_COMMIT_BYTES),
+                write(self.run.verdict_reveal(&selection.validator, &selection.audit), VERDICT_REVEAL_BYTES),
+            ];
+            wanted.extend((0..parts.len()).map(|part| read(self.run.opening(&hotkey, slot, &selection.audit, part as u8))));
+            let mut shards: Vec<&String> = leases.iter().flat_map(|lease| lease.rows.iter().map(|range| &range.shard)).collect();
+            shards.sort();
+            shards.dedup();
+            wanted.extend(shards.into_iter().map(|shard| read(self.keys.shard_tokens(shard))));
+            let requests =
+                wanted.iter().map(|request| self.store.presign(request)).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
+            let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
+            let header = header_for::<AuditOrder>(&self.context, self.signer.key(), sequence, now_ms);
+            let sealed = match bundle::seal_to(&self.context, Purpose::AuditOrder, &header, &selection.validator, &GrantBundle { requests })
+            {
+                Ok(sealed) => sealed,
+                Err(error) => {
+                    tracing::warn!(validator = %selection.validator, "audit not delivered: {error}");
+                    return Ok(());
+                }
+            };
+            let (secret, _) = self.opening_key(&selection.audit);
+            let opening_key = match bundle::seal_bytes(&self.context, Purpose::AuditOrder, &header, &selection.validator, &*secret) {
+                Ok(sealed) => sealed,
+                Err(error) => return Err(error.to_string()),
+            };
+            let order = AuditOrder {
+                audit: selection.audit,
+                validator: selection.validator,
+                cycle: selection.cycle,
+                hotkey,
+                slot,
+                t: selection.t,
+                beacon_block: selection.beacon_block,
+                opening: parts.iter().map(|(length, sha256)| OpenedPart { length: *length, sha256: *sha256 }).collect(),
+                leases: leases.clone(),
+                sealed,
+                opening_key,
+            };
+            debug_assert!(codec::encode(&order).len() <= Purpose::AuditOrder.limit());
+            let bytes = Bytes::from(envelope::sign_with_header(header, &order, &*self.signer));
+            self.put_bytes_once(&key, bytes).await.map(drop).map_err(|error| error.to_string())
+        })
+        .await;
+        tracing::info!(
+            cycle = selection.cycle,
+            hotkey = %hotkey.short(),
+            slot,
+            t = selection.t,
+            validator = %selection.validator.short(),
+            opened = !parts.is_empty(),
+            "audit ordered"
+        );
+    }
+}

@@ -1,0 +1,87 @@
+//! Evidence that must outlive its writer: write-once copies of commitments, receipts of leases, revealed verdicts.
+
+use protocol::documents::{Lease, Progress, Receipt, VerdictResult, VerdictReveal};
+use protocol::envelope::{Document, Expect, Purpose, open_stored, peek};
+use protocol::{AccountId, Digest, Reason};
+use storage::StoreError;
+
+use super::{Service, persist};
+use crate::machine::Slot;
+
+/// Bytes of an envelope beyond its payload's limit.
+const ENVELOPE_BYTES: u64 = 512;
+
+impl Service {
+    /// Copies the signed progress envelope that holds a commitment, and gives the id of the copy. `None` if the learner has
+    /// overwritten it meanwhile without that commitment.
+    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest) -> Option<Digest> {
+        let key = self.run.commitment(&slot.0, slot.1, t);
+        let known = self.records.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get(&slot).cloned();
+        let bytes = match known {
+            Some((newest, bytes)) if newest == id => bytes,
+            _ => {
+                let progress = self.run.progress(&slot.0, slot.1);
+                persist(&progress, || async {
+                    match self.store.get(&progress, Purpose::Progress.limit() as u64).await {
+                        Ok(object) => Ok(Some(object.bytes)),
+                        Err(StoreError::NotFound { .. }) => Ok(None),
+                        Err(error) => Err(error),
+                    }
+                })
+                .await?
+            }
+        };
+        let record = open_stored::<Progress>(&bytes, &self.context, Expect::Account(&slot.0)).ok()?;
+        if !record.document.commitments.iter().any(|commitment| commitment.t == t) {
+            return None;
+        }
+        let stored = persist(&key, || self.put_bytes_once(&key, bytes.clone())).await;
+        peek(&stored).ok().map(|(_, _, id)| id)
+    }
+
+    /// Reads the uploaded receipt of a lease and checks it against the lease and the commitments made during it. Gives its id and
+    /// the steps that it shows.
+    pub(super) async fn check_receipt(&self, slot: Slot, lease: &Lease, committed: &[(u64, Digest)]) -> Result<(Digest, Vec<u32>), Reason> {
+        let key = self.run.receipt(&slot.0, slot.1, lease.id);
+        let bytes = persist(&key, || async {
+            match self.store.get(&key, Receipt::PURPOSE.limit() as u64 + ENVELOPE_BYTES).await {
+                Ok(object) => Ok(Some(object.bytes)),
+                Err(StoreError::NotFound { .. } | StoreError::TooLarge { .. }) => Ok(None),
+                Err(error) => Err(error),
+            }
+        })
+        .await
+        .ok_or(Reason::NotUploaded)?;
+        let refuse = |why: &dyn std::fmt::Display| {
+            tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, lease = lease.id, "receipt refused: {why}");
+            Reason::ReceiptMismatch
+        };
+        let receipt = open_stored::<Receipt>(&bytes, &self.context, Expect::Account(&slot.0)).map_err(|error| refuse(&error))?;
+        receipt.document.check(&slot.0, slot.1, lease, committed).map_err(|fault| refuse(&fault))?;
+        Ok((receipt.id, receipt.document.steps.iter().map(|step| step.lease_step).collect()))
+    }
+
+    /// The revealed verdict of an audit with the id of its envelope, if it is there.
+    pub(super) async fn read_verdict(&self, audit: &Digest, validator: &AccountId) -> Option<(Digest, VerdictResult)> {
+        let key = self.run.verdict_reveal(validator, audit);
+        let bytes = match self.store.get(&key, VerdictReveal::PURPOSE.limit() as u64).await {
+            Ok(object) => object.bytes,
+            Err(StoreError::NotFound { .. }) => return None,
+            Err(error) => {
+                tracing::debug!("{error}");
+                return None;
+            }
+        };
+        match open_stored::<VerdictReveal>(&bytes, &self.context, Expect::Account(validator)) {
+            Ok(reveal) if reveal.document.verdict.audit == *audit => Some((reveal.id, reveal.document.verdict.result)),
+            Ok(_) => {
+                tracing::warn!(%validator, %audit, "the verdict at this key judges another audit");
+                None
+            }
+            Err(error) => {
+                tracing::warn!(%validator, %audit, "a verdict is refused: {error}");
+                None
+            }
+        }
+    }
+}
