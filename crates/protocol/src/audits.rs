@@ -90,6 +90,7 @@ mod tests {
             base_version: 0,
             version: 1,
             block: 5,
+            closing: false,
             contributions: hotkeys.iter().map(contribution).collect(),
             keyframe: Digest::ZERO,
             state: Digest::ZERO,

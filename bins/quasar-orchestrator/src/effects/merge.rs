@@ -10,7 +10,7 @@ use fragments::state::{FragmentState, StateHeader};
 use fragments::{outer, t0};
 use protocol::documents::{Commitment, Contribution, FragmentManifest, MergeManifest, PPM, Tape, TapeInput};
 use protocol::envelope::{Expect, open_stored};
-use protocol::{Digest, FileRecord, Reason};
+use protocol::{Digest, FileRecord, MergeRule, Reason};
 use storage::StoreError;
 
 use super::{Service, persist};
@@ -124,6 +124,7 @@ impl Service {
             base_version: tape.base_version,
             version: tape.base_version,
             block: tape.block,
+            closing: tape.closing,
             contributions: rejected,
             keyframe: previous.0,
             state: tape.base_state,
@@ -229,7 +230,10 @@ fn compute(
     header: &StateHeader,
     parameters: &protocol::documents::RunParameters,
 ) -> Computed {
-    let slices = &plan.fragments[usize::from(tape.fragment)];
+    let mut slices = plan.fragments[usize::from(tape.fragment)].clone();
+    if tape.closing {
+        slices.iter_mut().for_each(|slice| slice.rule = MergeRule::Mean);
+    }
     let decoded: Vec<Option<Vec<f32>>> =
         payloads.iter().zip(headers).map(|(bytes, header)| fragments::codec::decode(bytes, header).ok()).collect();
     let inputs: Vec<MergeInput<'_>> = decoded
@@ -237,7 +241,7 @@ fn compute(
         .zip(&tape.inputs)
         .filter_map(|(values, input)| Some(MergeInput { values: values.as_deref()?, weight: input.weight_ppm }))
         .collect();
-    let merged = robust_merge(slices, &inputs);
+    let merged = robust_merge(&slices, &inputs);
     let mut contributions: Vec<Contribution> = tape
         .inputs
         .iter()
@@ -273,8 +277,8 @@ fn compute(
     if !contributions.iter().any(|contribution| contribution.outcome == Reason::None) {
         return Computed { contributions, result: None };
     }
-    let lr = (f64::from(parameters.outer_lr_ppm) / PPM as f64) as f32;
-    let mu = (f64::from(parameters.outer_momentum_ppm) / PPM as f64) as f32;
+    let ppm = |value: u32| (f64::from(value) / PPM as f64) as f32;
+    let (lr, mu) = if tape.closing { (1.0, 0.0) } else { (ppm(parameters.outer_lr_ppm), ppm(parameters.outer_momentum_ppm)) };
     outer::step(&mut state.theta, &mut state.momentum, &merged.delta, lr, mu);
     let id = KeyframeId { plan: plan_digest, fragment: u32::from(tape.fragment), version: tape.base_version + 1 };
     let encoded = keyframe::write(plan, &id, &state.theta).map_err(|error| error.to_string());

@@ -319,6 +319,8 @@ pub struct Orchestrator {
     next_t: u64,
     closed: BTreeSet<u64>,
     closed_below: u64,
+    /// The first outer step of the closing round.
+    closing_from: Option<u64>,
     pulls: BTreeMap<u64, OpenPull>,
     last_pull_ms: u64,
     /// Merge manifests of cycles whose audits are not selected yet.
@@ -390,6 +392,7 @@ impl Orchestrator {
             next_t: 0,
             closed: BTreeSet::new(),
             closed_below: 0,
+            closing_from: None,
             pulls: BTreeMap::new(),
             last_pull_ms: 0,
             manifests: BTreeMap::new(),
@@ -560,18 +563,29 @@ impl Orchestrator {
         }
     }
 
-    /// The end of the run: every fragment merged `cycles` times, then drained, released, complete.
+    /// The end of the run: every fragment merged `cycles` times, then the closing round, released, complete.
     fn finish(&mut self) {
         let cycles = self.parameters().cycles;
         if self.state == RunState::Open && cycles > 0 && self.fragments.iter().all(|fragment| fragment.version >= cycles) {
-            self.state = RunState::Draining;
-            self.head_dirty = true;
+            self.drain();
         }
-        if self.state == RunState::Draining && self.pulls.is_empty() && !self.volatile.release_asked {
+        let is_closed = self.pulls.is_empty() && self.closing_until().is_some_and(|until| self.next_t >= until);
+        if self.state == RunState::Draining && is_closed && !self.volatile.release_asked {
             self.volatile.release_asked = true;
             let versions = self.fragment_versions();
             self.emit(Effect::Release { versions, tokens: self.tokens });
         }
+    }
+
+    /// No new leases from here on; each fragment is pulled once more, so that the last release holds all that was trained.
+    fn drain(&mut self) {
+        self.state = RunState::Draining;
+        self.closing_from.get_or_insert(self.next_t);
+        self.head_dirty = true;
+    }
+
+    fn closing_until(&self) -> Option<u64> {
+        self.closing_from.map(|from| from + u64::from(self.setup.parameters.fragments))
     }
 
     fn watch(&mut self) {
@@ -625,8 +639,7 @@ impl Machine for Orchestrator {
             }
             Input::Drain => {
                 if self.state == RunState::Open {
-                    self.state = RunState::Draining;
-                    self.head_dirty = true;
+                    self.drain();
                 }
             }
         }

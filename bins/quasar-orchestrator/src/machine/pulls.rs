@@ -71,28 +71,33 @@ impl OpenPull {
 
 impl Orchestrator {
     /// Opens the next pull when the schedule allows: at most τ + 1 at once, none on a fragment whose last one is still open, and
-    /// not before H ξ / P after the last one.
+    /// not before H ξ / P after the last one. In the closing round each fragment is pulled once more, as fast as it goes.
     pub(super) fn open_pulls(&mut self) {
-        if self.state != RunState::Open {
-            return;
-        }
+        let is_closing = match self.state {
+            RunState::Open => false,
+            RunState::Draining if self.closing_until().is_some_and(|until| self.next_t < until) => true,
+            RunState::Draining | RunState::Complete => return,
+        };
         let now_ms = self.volatile.now_ms;
         let fragments = self.parameters().fragments;
         let fragment = schedule::fragment_of(self.next_t, fragments);
-        let interval = schedule::pull_interval_ms(self.parameters(), self.timing.step_ms());
+        let interval = if is_closing { 0 } else { schedule::pull_interval_ms(self.parameters(), self.timing.step_ms()) };
         let cycles = self.parameters().cycles;
         let version = self.fragments[usize::from(fragment)].version;
         if self.pulls.len() > usize::from(self.parameters().overlap) || self.pulls.values().any(|pull| pull.fragment == fragment) {
             return;
         }
-        if cycles > 0 && version >= cycles {
+        let eligible = self.training().filter(|(_, learner)| learner.local_step > 0).count();
+        if is_closing && eligible == 0 {
+            return self.pass_over(fragment, version);
+        }
+        if !is_closing && cycles > 0 && version >= cycles {
             let is_open = |fragment: usize| self.pulls.values().any(|pull| usize::from(pull.fragment) == fragment);
             if self.fragments.iter().enumerate().any(|(index, fragment)| fragment.version < cycles && !is_open(index)) {
                 self.pass_over(fragment, version);
             }
             return;
         }
-        let eligible = self.training().filter(|(_, learner)| learner.local_step > 0).count();
         let needed = if self.next_t == 0 { usize::from(self.parameters().quorum_min) } else { 1 };
         if now_ms < self.last_pull_ms + interval || eligible < needed {
             return;
@@ -113,12 +118,13 @@ impl Orchestrator {
         self.head_dirty = true;
     }
 
-    /// Publishes an empty merge for a fragment that has all its merges while another one still lacks some: every outer step has
-    /// its manifest.
+    /// Publishes an empty merge for a fragment that has all its merges while another one still lacks some, or that nobody could
+    /// answer for: every outer step has its manifest.
     fn pass_over(&mut self, fragment: u16, version: u64) {
         let t = self.next_t;
         let state = self.fragments[usize::from(fragment)].state;
-        let tape = Tape { t, fragment, base_version: version, base_state: state, block: self.block, inputs: Vec::new() };
+        let closing = self.is_closing(t);
+        let tape = Tape { t, fragment, base_version: version, base_state: state, block: self.block, closing, inputs: Vec::new() };
         let pull = OpenPull {
             fragment,
             version,
@@ -279,7 +285,7 @@ impl Orchestrator {
 
     fn close_pull(&mut self, t: u64) {
         let now_ms = self.volatile.now_ms;
-        let block = self.block;
+        let (block, closing) = (self.block, self.is_closing(t));
         let tokens_per_step = u64::from(self.parameters().batch_rows) * u64::from(self.parameters().sequence_length);
         let step_ms_min = self.timing.step_ms() / STEP_MS_SHARE_MIN;
         let Some(pull) = self.pulls.get_mut(&t) else { return };
@@ -306,11 +312,15 @@ impl Orchestrator {
         for (input, weight_ppm) in inputs.iter_mut().zip(schedule::merge_weights(&work)) {
             input.weight_ppm = weight_ppm;
         }
-        let tape = Tape { t, fragment: pull.fragment, base_version: pull.version, base_state: fragment.state, block, inputs };
+        let tape = Tape { t, fragment: pull.fragment, base_version: pull.version, base_state: fragment.state, block, closing, inputs };
         pull.closed_ms = now_ms;
         pull.stage = PullStage::Taping(tape.clone());
         self.head_dirty = true;
         self.emit(Effect::WriteTape { tape: Box::new(tape) });
+    }
+
+    fn is_closing(&self, t: u64) -> bool {
+        self.closing_from.is_some_and(|from| t >= from)
     }
 
     /// The tape in the bucket fixes the merge, also where an earlier process wrote another one.

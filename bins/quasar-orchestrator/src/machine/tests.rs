@@ -394,6 +394,7 @@ fn merge(tape: &Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> M
         base_version: tape.base_version,
         version: tape.base_version + u64::from(merged),
         block: tape.block,
+        closing: tape.closing,
         contributions: rejected.into_iter().chain(accepted).collect(),
         keyframe: if merged { Digest::blake3(&codec::encode(tape)) } else { previous.0 },
         state: Digest::blake3(&codec::encode(tape)),
@@ -405,8 +406,10 @@ fn merge(tape: &Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> M
 fn every_fragment_is_merged_as_often_as_the_run_says_and_the_end_is_released_once() {
     let mut world = World::new(3, 3);
     world.until_complete(120_000);
-    assert_eq!(world.machine.fragment_versions(), vec![3; usize::from(P)]);
-    assert_eq!(world.released, 1);
+    assert_eq!(world.machine.fragment_versions(), vec![4; usize::from(P)], "three cycles and the closing round");
+    let closing: Vec<u16> = world.merges.values().filter(|merge| merge.closing).map(|merge| merge.fragment).collect();
+    assert_eq!(closing.iter().collect::<BTreeSet<_>>().len(), usize::from(P), "{closing:?}");
+    assert_eq!((closing.len(), world.released), (usize::from(P), 1));
     let tokens: u64 = world.merges.values().flat_map(|merge| merge.accepted().map(|c| c.tokens)).sum();
     assert!(tokens > 0);
 }
@@ -428,7 +431,7 @@ fn a_crash_after_any_input_loses_no_merge_and_makes_none_twice() {
         let mut world = World::new(1, 2);
         world.crash_after = Some(crash_after + 2);
         world.until_complete(60_000);
-        assert_eq!(world.machine.fragment_versions(), vec![1; usize::from(P)], "crash after {crash_after}");
+        assert_eq!(world.machine.fragment_versions(), vec![2; usize::from(P)], "crash after {crash_after}");
         for (t, tape) in &world.tapes {
             assert_eq!(world.merges[t].base_version, tape.base_version);
         }
@@ -486,7 +489,7 @@ fn each_merged_learner_cycle_is_audited_once_and_opened() {
     let mut world = World::new(3, 3);
     world.until_complete(120_000);
     world.run(40_000);
-    assert_eq!(world.orders.len(), 9, "three learners, three cycles");
+    assert_eq!(world.orders.len(), 12, "three learners, three cycles and the closing round");
     assert!(world.orders.iter().all(|(_, parts)| *parts == 3));
     assert_eq!(world.machine.status().audits_open, 0);
 }
@@ -545,9 +548,9 @@ fn everything_that_decides_about_merges_and_pay_is_in_the_log_once() {
     let commitments = of(LogKind::Commitment);
     let merged = world.merges.values().flat_map(|merge| merge.accepted().map(|one| one.commitment)).collect::<Vec<_>>();
     assert!(merged.iter().all(|commitment| commitments.contains(commitment)));
-    assert_eq!((of(LogKind::Verdict).len(), of(LogKind::Release).len()), (9, 1));
+    assert_eq!((of(LogKind::Verdict).len(), of(LogKind::Release).len()), (12, 1));
     assert!(!of(LogKind::Receipt).is_empty());
-    assert_eq!(world.machine.status().verdicts.pass, 9);
+    assert_eq!(world.machine.status().verdicts.pass, 12);
     let unique: BTreeSet<(LogKind, Digest)> = entries.iter().map(|entry| (entry.kind, entry.document)).collect();
     let others = |entry: &&LogEntry| entry.kind != LogKind::Commitment;
     assert_eq!(unique.iter().filter(|(kind, _)| *kind != LogKind::Commitment).count(), entries.iter().filter(others).count());
@@ -582,8 +585,10 @@ fn a_finished_lease_counts_by_its_receipt_and_without_one_by_its_commitments() {
 fn draining_stops_leases_and_pulls_and_releases() {
     let mut world = World::new(0, 2);
     world.run(5_000);
+    let opened = world.machine.next_t;
     world.input(Input::Drain);
     world.until_complete(30_000);
+    assert_eq!(world.machine.next_t, opened + u64::from(P), "the closing round");
     let opened = world.machine.next_t;
     world.run(5_000);
     assert_eq!(world.machine.next_t, opened);

@@ -47,6 +47,7 @@ pub fn merge(t: u64, fragments: u16, mut contributions: Vec<Contribution>) -> Me
         base_version,
         version,
         block: 5,
+        closing: false,
         contributions,
         keyframe: Digest::ZERO,
         state: Digest::ZERO,

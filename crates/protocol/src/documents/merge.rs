@@ -17,6 +17,9 @@ pub struct Tape {
     pub base_state: Digest,
     /// Chain block known when the merge was decided.
     pub block: u64,
+    /// The run ends with this merge of the fragment: what it gives is the average of the learners' weights, by weighted mean and
+    /// without outer optimizer.
+    pub closing: bool,
     pub inputs: Vec<TapeInput>,
 }
 
@@ -46,6 +49,8 @@ pub struct MergeManifest {
     /// Equal to `base_version` where nothing was merged.
     pub version: u64,
     pub block: u64,
+    /// As in the tape.
+    pub closing: bool,
     pub contributions: Vec<Contribution>,
     /// BLAKE3 of the resulting keyframe and of the resulting f32 state.
     pub keyframe: Digest,

@@ -240,6 +240,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             base_version: 3,
             version: 4,
             block: 5_000_000,
+            closing: false,
             contributions: vec![contribution()],
             keyframe: digest("keyframe"),
             state: digest("state"),
@@ -270,6 +271,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             base_version: 3,
             base_state: digest("state"),
             block: 5_000_000,
+            closing: true,
             inputs: vec![TapeInput {
                 hotkey: hotkey(),
                 slot: 1,

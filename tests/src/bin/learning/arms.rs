@@ -12,7 +12,7 @@ use fragments::state::FragmentState;
 use model::{Batch, Evaluator, QuasarEvaluator, QuasarTrainer, Trainer};
 use protocol::documents::{PPM, RunParameters};
 use protocol::schedule::{self, Work};
-use protocol::{Digest, FragmentPlan};
+use protocol::{Digest, FragmentPlan, MergeRule, Slice};
 
 use crate::setting::{Base, LEARNERS, Order, Setting};
 
@@ -105,6 +105,17 @@ fn merging(setting: &Setting, base: &Base, order: &Order, name: &str) -> anyhow:
         merger.merge(fragment, &payloads)?;
         on_the_way.push_back((step + u64::from(setting.parameters.overlap), fragment));
     }
+    // The closing round: what is on the way arrives, then every fragment is merged once more without a step in between.
+    for (_, fragment) in on_the_way {
+        for learner in &mut learners {
+            learner.apply(fragment, &merger.keyframes[fragment])?;
+        }
+    }
+    merger.close();
+    for fragment in 0..base.plan.fragments.len() {
+        let payloads = learners.iter().map(|learner| merger.answer(fragment, learner)).collect::<Result<Vec<_>, _>>()?;
+        merger.merge(fragment, &payloads)?;
+    }
     Ok(merger.states.into_iter().map(|state| state.theta).collect())
 }
 
@@ -118,6 +129,9 @@ fn train(setting: &Setting, trainer: &mut QuasarTrainer, step: u64, rows: impl I
 struct Merger<'a> {
     plan: &'a FragmentPlan,
     digest: Digest,
+    /// How each slice is merged.
+    slices: Vec<Vec<Slice>>,
+    outer: (f32, f32),
     parameters: &'a RunParameters,
     states: Vec<FragmentState>,
     /// As read back from their files.
@@ -128,7 +142,10 @@ struct Merger<'a> {
 impl<'a> Merger<'a> {
     fn new(base: &'a Base, parameters: &'a RunParameters) -> anyhow::Result<Self> {
         let (plan, digest) = (&base.plan, base.plan.digest());
-        let mut merger = Self { plan, digest, parameters, states: Vec::new(), keyframes: Vec::new(), versions: Vec::new() };
+        let ppm = |value: u32| (f64::from(value) / PPM as f64) as f32;
+        let outer = (ppm(parameters.outer_lr_ppm), ppm(parameters.outer_momentum_ppm));
+        let slices = plan.fragments.clone();
+        let mut merger = Self { plan, digest, slices, outer, parameters, states: Vec::new(), keyframes: Vec::new(), versions: Vec::new() };
         for fragment in 0..plan.fragments.len() {
             merger.states.push(FragmentState::new(base.tree.read_fragment(plan, fragment)?));
             merger.versions.push(0);
@@ -136,6 +153,12 @@ impl<'a> Merger<'a> {
             merger.keyframes.push(keyframe);
         }
         Ok(merger)
+    }
+
+    /// From here on merges give the average of the learners' weights.
+    fn close(&mut self) {
+        self.slices.iter_mut().flatten().for_each(|slice| slice.rule = MergeRule::Mean);
+        self.outer = (1.0, 0.0);
     }
 
     /// The state of a fragment through its published file.
@@ -165,10 +188,8 @@ impl<'a> Merger<'a> {
         let tokens = u64::from(self.parameters.batch_rows) * u64::from(self.parameters.sequence_length);
         let weights = schedule::merge_weights(&vec![Work { tokens, versions_behind: 0 }; payloads.len()]);
         let inputs: Vec<Input> = decoded.iter().zip(weights).map(|(values, weight)| Input { values, weight }).collect();
-        let merged = robust_merge(&self.plan.fragments[fragment], &inputs).map_err(|error| anyhow!("fragment {fragment}: {error}"))?;
-        let ppm = |value: u32| (f64::from(value) / PPM as f64) as f32;
-        let (lr, mu) = (ppm(self.parameters.outer_lr_ppm), ppm(self.parameters.outer_momentum_ppm));
-        let state = &mut self.states[fragment];
+        let merged = robust_merge(&self.slices[fragment], &inputs).map_err(|error| anyhow!("fragment {fragment}: {error}"))?;
+        let ((lr, mu), state) = (self.outer, &mut self.states[fragment]);
         outer::step(&mut state.theta, &mut state.momentum, &merged.delta, lr, mu);
         self.versions[fragment] += 1;
         self.keyframes[fragment] = self.keyframe(fragment)?;
