@@ -19,8 +19,8 @@
 use protocol::Reason;
 use rayon::prelude::*;
 
+use crate::kernels::squares_of_sums;
 use crate::merge::weighted_median;
-use crate::number::squares_of_sums;
 
 pub use crate::merge::leave_one_out_keeps;
 

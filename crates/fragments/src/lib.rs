@@ -25,6 +25,7 @@ pub mod contract;
 pub mod delta;
 pub mod feedback;
 pub mod gates;
+mod kernels;
 pub mod keyframe;
 pub mod merge;
 mod number;

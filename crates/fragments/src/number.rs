@@ -1,5 +1,4 @@
-//! Conversion between f32 values and the little-endian element types of checkpoint files, and sums whose result does
-//! not depend on how the work is cut.
+//! Conversion between f32 values and the little-endian element types of checkpoint files.
 
 use half::f16;
 use protocol::DType;
@@ -9,9 +8,6 @@ use crate::simd::vectorised;
 
 /// Elements that one task converts; large enough to hide the scheduling, small enough to spread a fragment.
 const TASK_ELEMENTS: usize = 1 << 16;
-
-/// Independent partial sums. A fixed number, so that compilers can use vector instructions without changing the order.
-const LANES: usize = 32;
 
 /// Index of the first infinite or not-a-number element.
 pub fn first_non_finite(values: &[f32]) -> Option<usize> {
@@ -147,92 +143,6 @@ pub(crate) fn append_rounded(dtype: DType, values: &[f32], out: &mut Vec<u8>) {
             }
         }
     });
-}
-
-/// Dot product in f64: [`LANES`] interleaved partial sums, added in order, then what is left over.
-#[inline(always)]
-fn dot_of<L: Copy + Into<f64>, R: Copy + Into<f64>>(left: &[L], right: &[R]) -> f64 {
-    let mut lanes = [0.0; LANES];
-    let (left_blocks, right_blocks) = (left.chunks_exact(LANES), right.chunks_exact(LANES));
-    let rest = left_blocks.remainder().iter().zip(right_blocks.remainder());
-    for (left, right) in left_blocks.zip(right_blocks) {
-        for lane in 0..LANES {
-            lanes[lane] += left[lane].into() * right[lane].into();
-        }
-    }
-    let mut sum = 0.0;
-    for lane in lanes {
-        sum += lane;
-    }
-    for (left, right) in rest {
-        sum += (*left).into() * (*right).into();
-    }
-    sum
-}
-
-vectorised! {
-    /// Sum of squares in f64. Not finite if an element is not.
-    pub(crate) fn squares(values: &[f32]) -> f64 {
-        dot_of(values, values)
-    }
-}
-
-vectorised! {
-    /// Sum of squares in f64.
-    pub(crate) fn squares_of_sums(sums: &[f64]) -> f64 {
-        dot_of(sums, sums)
-    }
-}
-
-vectorised! {
-    /// Dot product in f64, in the order of [`squares`].
-    pub(crate) fn dot(values: &[f32], sums: &[f64]) -> f64 {
-        dot_of(values, sums)
-    }
-}
-
-vectorised! {
-    /// `sums[j] += factor · values[j]`.
-    pub(crate) fn add_scaled(sums: &mut [f64], values: &[f32], factor: f64) {
-        for (sum, value) in sums.iter_mut().zip(values) {
-            *sum += factor * f64::from(*value);
-        }
-    }
-}
-
-vectorised! {
-    /// Four times [`add_scaled`], in order, with one way through the sums. All lengths are equal.
-    pub(crate) fn add_scaled_4(sums: &mut [f64], values: [&[f32]; 4], factors: [f64; 4]) {
-        let [first, second, third, fourth] = values;
-        let pairs = sums.iter_mut().zip(first).zip(second).zip(third).zip(fourth);
-        for ((((sum, first), second), third), fourth) in pairs {
-            let mut total = *sum;
-            total += factors[0] * f64::from(*first);
-            total += factors[1] * f64::from(*second);
-            total += factors[2] * f64::from(*third);
-            total += factors[3] * f64::from(*fourth);
-            *sum = total;
-        }
-    }
-}
-
-vectorised! {
-    /// The sums rounded to f32.
-    pub(crate) fn narrow(sums: &[f64], out: &mut [f32]) {
-        for (value, sum) in out.iter_mut().zip(sums) {
-            *value = *sum as f32;
-        }
-    }
-}
-
-vectorised! {
-    /// Multiplies in f64 and rounds once; returns the sum of squares of the results, which is not finite if one of them is not.
-    pub(crate) fn scale(values: &mut [f32], factor: f64) -> f64 {
-        for value in values.iter_mut() {
-            *value = (f64::from(*value) * factor) as f32;
-        }
-        dot_of(values, values)
-    }
 }
 
 #[cfg(test)]

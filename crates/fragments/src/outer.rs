@@ -67,7 +67,7 @@ pub fn limit(delta: &mut [f32], norm: u64, mean: Option<u64>) -> u32 {
     let factor_ppm = (u128::from(allowed) * PPM / u128::from(norm)) as u32;
     let factor = f64::from(factor_ppm) / PPM as f64;
     delta.par_chunks_mut(TASK_ELEMENTS).for_each(|delta| {
-        crate::number::scale(delta, factor);
+        crate::kernels::scale(delta, factor);
     });
     factor_ppm
 }

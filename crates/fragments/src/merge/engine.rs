@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::{MergeError, weighted_median};
 use crate::codec::{CodecError, Encoding, Layout, Source, Span, check_tile, cut_mut, decode_tile, top_k};
 use crate::gates::NormVerdict;
-use crate::number::{add_scaled, add_scaled_4, dot, narrow, scale, squares, squares_of_sums};
+use crate::kernels::{Element, narrow, scale, squares_of_sums};
 
 /// Mean directions shorter than this have cancelled: what is left of them is rounding.
 const CANCELLED: f64 = 1e-6;
@@ -71,8 +71,12 @@ pub(super) fn norms(layout: &Layout, voice: &Voice) -> Result<Vec<f64>, CodecErr
                 let mut sum = 0.0;
                 for tile in layout.tiles(*span) {
                     let bytes = voice.tile(layout, tile, bytes)?;
-                    check_tile(layout, tile, bytes)?;
-                    sum += tile_squares(layout.encoding, bytes, tile.elements(), values);
+                    let squares = tile_squares(layout, tile, bytes, values)?;
+                    if !squares.is_finite() {
+                        // Says where.
+                        check_tile(layout, tile, bytes)?;
+                    }
+                    sum += squares;
                 }
                 Ok(sum)
             },
@@ -86,19 +90,32 @@ pub(super) fn norms(layout: &Layout, voice: &Voice) -> Result<Vec<f64>, CodecErr
     Ok(norms)
 }
 
-fn tile_squares(encoding: Encoding, bytes: &[u8], elements: usize, values: &mut [f32]) -> f64 {
-    let mut sum = 0.0;
-    for block in 0..elements.div_ceil(encoding.block_elements()) {
-        if encoding == Encoding::TopK {
-            top_k::Group::new(bytes, elements).entries(block, |_, value| sum += f64::from(value) * f64::from(value));
-        } else {
-            let (block_bytes, count) = dense_block(encoding, bytes, elements, block);
-            let values = &mut values[..count];
-            decode_tile(encoding, block_bytes, values);
-            sum += squares(values);
+/// Σ v² of a tile. What a sum cannot tell (of int4 and top-k) is checked before.
+fn tile_squares(layout: &Layout, tile: Span, bytes: &[u8], values: &mut [f32]) -> Result<f64, CodecError> {
+    let block_elements = layout.encoding.block_elements();
+    match layout.encoding {
+        Encoding::F32 => Ok(bytes.as_chunks::<4>().0.chunks(block_elements).map(Element::squares).sum()),
+        Encoding::Bf16 => Ok(bytes.as_chunks::<2>().0.chunks(block_elements).map(Element::squares).sum()),
+        Encoding::Int4 => {
+            check_tile(layout, tile, bytes)?;
+            let mut sum = 0.0;
+            for block in 0..tile.elements().div_ceil(block_elements) {
+                let (bytes, count) = dense_block(layout.encoding, bytes, tile.elements(), block);
+                decode_tile(layout.encoding, bytes, &mut values[..count]);
+                sum += f32::squares(&values[..count]);
+            }
+            Ok(sum)
+        }
+        Encoding::TopK => {
+            check_tile(layout, tile, bytes)?;
+            let group = top_k::Group::new(bytes, tile.elements());
+            let mut sum = 0.0;
+            for block in 0..tile.elements().div_ceil(block_elements) {
+                group.entries(block, |_, value| sum += f64::from(value) * f64::from(value));
+            }
+            Ok(sum)
         }
     }
-    sum
 }
 
 /// All contributions to one fragment.
@@ -136,7 +153,7 @@ struct UnitRule {
 /// Buffers of one thread.
 struct Scratch {
     tiles: Vec<Vec<u8>>,
-    /// A block of each member.
+    /// A block of each member, where blocks are decoded before they are summed.
     values: Vec<f32>,
     sums: Vec<f64>,
 }
@@ -174,7 +191,7 @@ impl Engine<'_> {
 
     fn scratch(&self, members: usize) -> Scratch {
         let block = self.layout.encoding.block_elements();
-        let values = if self.layout.encoding == Encoding::TopK { 0 } else { members * block };
+        let values = if self.layout.encoding == Encoding::Int4 { members * block } else { 0 };
         Scratch { tiles: vec![Vec::new(); members], values: vec![0.0; values], sums: vec![0.0; block] }
     }
 
@@ -200,14 +217,19 @@ impl Engine<'_> {
                 let count = (tile.elements() - start).min(block_elements);
                 let sums = &mut sums[..count];
                 sums.fill(0.0);
-                if layout.encoding == Encoding::TopK {
-                    sparse_block(&bytes, tile.elements(), block, factors, sums, &mut result.products);
-                } else {
-                    for (bytes, values) in bytes.iter().zip(values.chunks_mut(block_elements)) {
-                        let (bytes, count) = dense_block(layout.encoding, bytes, tile.elements(), block);
-                        decode_tile(layout.encoding, bytes, &mut values[..count]);
+                let products = &mut result.products;
+                let elements = start..start + count;
+                match layout.encoding {
+                    Encoding::F32 => dense_sums(|member| &bytes[member].as_chunks::<4>().0[elements.clone()], factors, sums, products),
+                    Encoding::Bf16 => dense_sums(|member| &bytes[member].as_chunks::<2>().0[elements.clone()], factors, sums, products),
+                    Encoding::Int4 => {
+                        for (bytes, values) in bytes.iter().zip(values.chunks_mut(block_elements)) {
+                            let (bytes, count) = dense_block(layout.encoding, bytes, tile.elements(), block);
+                            decode_tile(layout.encoding, bytes, &mut values[..count]);
+                        }
+                        dense_sums(|member| &values[member * block_elements..][..count], factors, sums, products);
                     }
-                    dense_sums(values, block_elements, factors, sums, &mut result.products);
+                    Encoding::TopK => sparse_sums(&bytes, tile.elements(), block, factors, sums, products),
                 }
                 result.squares += squares_of_sums(sums);
                 if let Some(out) = &mut out {
@@ -281,25 +303,29 @@ impl Engine<'_> {
     }
 }
 
-/// Adds the members' blocks (each `stride` values apart) to the sums, in order, then multiplies each with the sums.
-fn dense_sums(values: &[f32], stride: usize, factors: &[f64], sums: &mut [f64], products: &mut [f64]) {
-    let count = sums.len();
-    let of_member = |member: usize| &values[member * stride..member * stride + count];
+/// Adds the members' blocks to the sums, in order, then multiplies each with the sums.
+fn dense_sums<'a, T: Element + 'a>(of_member: impl Fn(usize) -> &'a [T], factors: &[f64], sums: &mut [f64], products: &mut [f64]) {
     let adding: Vec<usize> = (0..factors.len()).filter(|member| factors[*member] != 0.0).collect();
     let (fours, rest) = adding.as_chunks::<4>();
     for four in fours {
-        add_scaled_4(sums, four.map(of_member), four.map(|member| factors[member]));
+        T::add_4(sums, four.map(&of_member), four.map(|member| factors[member]));
     }
     for member in rest {
-        add_scaled(sums, of_member(*member), factors[*member]);
+        T::add(sums, of_member(*member), factors[*member]);
     }
-    for (member, product) in products.iter_mut().enumerate() {
-        *product += dot(of_member(member), sums);
+    let (fours, rest) = products.as_chunks_mut::<4>();
+    let done = 4 * fours.len();
+    for (number, products) in fours.iter_mut().enumerate() {
+        let found = T::dot_4([0, 1, 2, 3].map(|member| of_member(4 * number + member)), sums);
+        products.iter_mut().zip(found).for_each(|(product, found)| *product += found);
+    }
+    for (member, product) in rest.iter_mut().enumerate() {
+        *product += T::dot(of_member(done + member), sums);
     }
 }
 
 /// The same for one chunk of sparse payloads: only their entries are touched.
-fn sparse_block(tiles: &[&[u8]], elements: usize, block: usize, factors: &[f64], sums: &mut [f64], products: &mut [f64]) {
+fn sparse_sums(tiles: &[&[u8]], elements: usize, block: usize, factors: &[f64], sums: &mut [f64], products: &mut [f64]) {
     for (bytes, factor) in tiles.iter().zip(factors).filter(|(_, factor)| **factor != 0.0) {
         top_k::Group::new(bytes, elements).entries(block, |index, value| {
             if let Some(sum) = sums.get_mut(index) {

@@ -8,7 +8,7 @@ use protocol::{Digest, MergeRule};
 use super::*;
 use crate::codec::{self, FileSource};
 use crate::fixture::{self, values};
-use crate::number::squares;
+use crate::kernels::Element;
 
 const CODECS: [Codec; 3] = [Codec::Bf16, Codec::Int4, Codec::TopK];
 const LEARNERS: u64 = 8;
@@ -91,7 +91,7 @@ fn merging_payloads_is_merging_what_they_decode_to() {
         let expected = robust_merge(&slices(), &inputs).unwrap();
         if codec == Codec::TopK {
             // Sparse sums go over the entries, dense ones over lanes: equal but for rounding.
-            assert!(distance(&merged.delta, &expected.delta) < 1e-6 * squares(&expected.delta).sqrt());
+            assert!(distance(&merged.delta, &expected.delta) < 1e-6 * f32::squares(&expected.delta).sqrt());
             for (sparse, dense) in merged.inputs.iter().zip(&expected.inputs) {
                 assert_eq!((sparse.outcome, sparse.clip_ppm, sparse.norm_micro), (dense.outcome, dense.clip_ppm, dense.norm_micro));
                 assert!((sparse.cosine_ppm - dense.cosine_ppm).abs() <= 1 && (sparse.rest_ppm - dense.rest_ppm).abs() <= 1);
@@ -110,7 +110,7 @@ fn revoking_a_learner_gives_the_merge_that_would_have_been_without_it() {
     let without = merge_without(&slices(), &offers, &[4]).unwrap();
     let others: Vec<Offer> = [0, 1, 2, 3, 5, 6, 7].iter().map(|number| offers[*number]).collect();
     assert!(without == merge_payloads(&slices(), &others).unwrap());
-    assert!(distance(&without.delta, &with_all.delta) > 0.1 * squares(&with_all.delta).sqrt());
+    assert!(distance(&without.delta, &with_all.delta) > 0.1 * f32::squares(&with_all.delta).sqrt());
     assert_eq!(merge_without(&slices(), &offers, &[0, 1, 2, 3, 4, 5, 6, 7]), Err(MergeError::NoInput));
 }
 

@@ -5,14 +5,15 @@
 //! one chunk collide. Signs and places follow from the norms of all contributions, so nobody can choose a payload that
 //! looks different in the sketch alone without knowing everybody else's.
 //!
-//! Elements are rounded to multiples of 2^-40. All partial sums are then exact in f64, and the sketch is the same in whatever
-//! order threads add it up.
+//! Each span is added up in f32, in order, and then rounded to multiples of 2^-40. The sums over spans are then exact in f64, and
+//! the sketch is the same in whatever order threads add it up.
 
 use protocol::Digest;
 use rayon::prelude::*;
 
 use super::engine::{Voice, dense_block};
 use crate::codec::{CodecError, Encoding, Layout, decode_tile, top_k};
+use crate::kernels::Element;
 use crate::simd::vectorised;
 
 /// Numbers in a sketch.
@@ -33,15 +34,24 @@ impl Seed {
         Self([word(0), word(8)])
     }
 
-    /// 64 random bits for a place.
-    fn bits(self, unit: usize, chunk: usize, number: usize) -> u64 {
-        let place = (unit as u64) << 40 ^ (chunk as u64) << 8 ^ number as u64;
-        mix(mix(place ^ self.0[0]).wrapping_add(self.0[1]))
+    /// The random numbers of a chunk: its signs, and by how many places it is rotated.
+    fn chunk(self, unit: usize, chunk: usize) -> ChunkSeed {
+        let place = (unit as u64) << 40 ^ chunk as u64;
+        ChunkSeed(mix(mix(place ^ self.0[0]).wrapping_add(self.0[1])))
+    }
+}
+
+#[derive(Clone, Copy)]
+struct ChunkSeed(u64);
+
+impl ChunkSeed {
+    /// The signs of 64 elements.
+    fn signs(self, number: usize) -> u64 {
+        mix(self.0.wrapping_add((number as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
     }
 
-    /// By how many places a chunk is rotated.
-    fn rotation(self, unit: usize, chunk: usize) -> usize {
-        (self.bits(unit, chunk, 255) % BUCKETS as u64) as usize
+    fn rotation(self) -> usize {
+        (self.0 % BUCKETS as u64) as usize
     }
 }
 
@@ -54,44 +64,41 @@ fn mix(mut word: u64) -> u64 {
 
 /// The sketch of a contribution whose units are multiplied by `factors` (which bring it to length 1).
 pub(super) fn sketch(layout: &Layout, voice: &Voice, factors: &[f64], seed: Seed) -> Result<Vec<f64>, CodecError> {
-    struct Part {
-        buckets: Vec<f64>,
-        bytes: Vec<u8>,
-        values: Vec<f32>,
-    }
-    let start = || Ok(Part { buckets: vec![0.0; BUCKETS], bytes: Vec::new(), values: vec![0.0; top_k::CHUNK_ELEMENTS] });
+    let start = || Ok(Part::new());
     let part = layout
         .spans()
         .into_par_iter()
         .fold(start, |part: Result<Part, CodecError>, span| {
             let mut part = part?;
-            let factor = factors[span.unit];
+            part.span.fill(0.0);
             for tile in layout.tiles(span) {
-                let bytes = voice.tile(layout, tile, &mut part.bytes)?;
-                let size = layout.encoding.block_elements();
-                for block in 0..tile.elements().div_ceil(size) {
-                    let element = tile.start + block * size;
-                    let (chunk, first) = (element / BUCKETS, element % BUCKETS);
-                    let rotation = seed.rotation(span.unit, chunk);
-                    if layout.encoding == Encoding::TopK {
-                        top_k::Group::new(bytes, tile.elements()).entries(block, |index, value| {
-                            let negative = seed.bits(span.unit, chunk, index / 64) >> (index % 64) & 1;
-                            let value = if negative == 1 { -value } else { value };
-                            part.buckets[(index + rotation) % BUCKETS] += on_grid(f64::from(value) * factor);
-                        });
-                    } else {
-                        let (block_bytes, count) = dense_block(layout.encoding, bytes, tile.elements(), block);
-                        let values = &mut part.values[..count];
-                        decode_tile(layout.encoding, block_bytes, values);
-                        let words: [u64; 16] = std::array::from_fn(|word| seed.bits(span.unit, chunk, first / 64 + word));
-                        flip(values, &words);
-                        let bucket = (first + rotation) % BUCKETS;
-                        let (before, behind) = values.split_at(count.min(BUCKETS - bucket));
-                        add_on_grid(&mut part.buckets[bucket..], before, factor);
-                        add_on_grid(&mut part.buckets, behind, factor);
+                let Part { span: sums, bytes, values, .. } = &mut part;
+                let bytes = voice.tile(layout, tile, bytes)?;
+                for start in (0..tile.elements()).step_by(BUCKETS) {
+                    let count = (tile.elements() - start).min(BUCKETS);
+                    let chunk = seed.chunk(span.unit, (tile.start + start) / BUCKETS);
+                    match layout.encoding {
+                        Encoding::F32 => add_chunk(sums, &bytes.as_chunks::<4>().0[start..start + count], chunk),
+                        Encoding::Bf16 => add_chunk(sums, &bytes.as_chunks::<2>().0[start..start + count], chunk),
+                        Encoding::Int4 => {
+                            let blocks = BUCKETS / layout.encoding.block_elements();
+                            for (number, values) in values[..count].chunks_mut(layout.encoding.block_elements()).enumerate() {
+                                let block = start / BUCKETS * blocks + number;
+                                let (bytes, _) = dense_block(layout.encoding, bytes, tile.elements(), block);
+                                decode_tile(layout.encoding, bytes, values);
+                            }
+                            add_chunk(sums, &values[..count], chunk);
+                        }
+                        Encoding::TopK => {
+                            top_k::Group::new(bytes, tile.elements()).entries(start / BUCKETS, |index, value| {
+                                let negative = chunk.signs(index / 64) >> (index % 64) & 1 == 1;
+                                sums[(index + chunk.rotation()) % BUCKETS] += if negative { -value } else { value };
+                            });
+                        }
                     }
                 }
             }
+            add_on_grid(&mut part.buckets, &part.span, factors[span.unit]);
             Ok(part)
         })
         .reduce(start, |left, right| {
@@ -102,21 +109,27 @@ pub(super) fn sketch(layout: &Layout, voice: &Voice, factors: &[f64], seed: Seed
     part.map(|part| part.buckets)
 }
 
-fn on_grid(value: f64) -> f64 {
-    (value + GRID) - GRID
+/// What one thread has added up.
+struct Part {
+    buckets: Vec<f64>,
+    /// Of the span at hand, before its factor.
+    span: Vec<f32>,
+    bytes: Vec<u8>,
+    values: Vec<f32>,
 }
 
-vectorised! {
-    /// Changes the sign of every value whose bit is set.
-    fn flip(values: &mut [f32], words: &[u64]) {
-        for (values, word) in values.chunks_mut(64).zip(words) {
-            for (values, word) in values.chunks_mut(32).zip([*word as u32, (*word >> 32) as u32]) {
-                for (lane, value) in values.iter_mut().enumerate() {
-                    *value = f32::from_bits(value.to_bits() ^ (word >> lane & 1) << 31);
-                }
-            }
-        }
+impl Part {
+    fn new() -> Self {
+        Self { buckets: vec![0.0; BUCKETS], span: vec![0.0; BUCKETS], bytes: Vec::new(), values: vec![0.0; BUCKETS] }
     }
+}
+
+/// Adds a chunk with its signs, rotated.
+fn add_chunk<T: Element>(sums: &mut [f32], values: &[T], chunk: ChunkSeed) {
+    let words: [u64; BUCKETS / 64] = std::array::from_fn(|number| chunk.signs(number));
+    let (before, behind) = values.split_at(values.len().min(BUCKETS - chunk.rotation()));
+    T::add_signed(&mut sums[chunk.rotation()..], before, &words, 0);
+    T::add_signed(sums, behind, &words, before.len());
 }
 
 vectorised! {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::fixture::values;
-use crate::number::squares;
+use crate::kernels::Element;
 use proptest::prelude::*;
 use protocol::{DType, MergeRule};
 
@@ -20,7 +20,7 @@ fn inputs<'a>(contributions: &'a [Vec<f32>], weights: &[u64]) -> Vec<Input<'a>> 
 }
 
 fn norm(values: &[f32]) -> f64 {
-    squares(values).sqrt()
+    f32::squares(values).sqrt()
 }
 
 fn in_threads<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
