@@ -197,3 +197,36 @@ fn the_sketch_estimates_cosines() {
     assert!(worst < 4.0 / 64.0, "{worst}");
     assert!(worst > 1e-4, "an estimate this good is no sketch");
 }
+
+/// `tests/reference/robust_merge_golden.py` applies the functions of the simulation to the same vectors.
+#[test]
+fn the_reference_implementation_keeps_the_same_learners_and_merges_them_to_the_same_vector() {
+    const COUNT: usize = 2000;
+    let cases: serde_json::Value = serde_json::from_str(include_str!("../../tests/data/robust_merge.json")).unwrap();
+    for case in cases.as_array().unwrap() {
+        let number = |key: &str| case[key].as_u64().unwrap() as usize;
+        let flags = |key: &str| -> Vec<bool> { case[key].as_array().unwrap().iter().map(|flag| flag.as_bool().unwrap()).collect() };
+        let (learners, common) = (number("learners"), case["common"].as_f64().unwrap() as f32);
+        let shared = fixture::values(99, COUNT);
+        let row = |learner: usize| -> Vec<f32> {
+            let own = fixture::values(learner as u64 + 1, COUNT);
+            let scale = 2.0f32.powi(learner as i32 % 3 - 1);
+            shared.iter().zip(own).map(|(shared, own)| (common * shared + own) * scale).collect()
+        };
+        let mut rows: Vec<Vec<f32>> = (0..learners).map(row).collect();
+        (0..number("copies")).for_each(|copy| rows[learners - 1 - copy] = rows[0].clone());
+        (0..number("flipped")).for_each(|flip| rows[learners - 1 - flip].iter_mut().for_each(|value| *value = -*value));
+        let inputs: Vec<Input> = rows.iter().enumerate().map(|(number, values)| Input { values, weight: 1 + number as u64 % 4 }).collect();
+        let slices = [fixture::slice(1, COUNT as u64, 1)];
+        let merged = robust_merge(&slices, &inputs).unwrap();
+        let outcomes: Vec<Reason> = merged.inputs.iter().map(|report| report.outcome).collect();
+        let distinct: Vec<bool> = outcomes.iter().map(|outcome| *outcome != Reason::TooSimilar).collect();
+        let kept: Vec<bool> = outcomes.iter().map(|outcome| *outcome == Reason::None).collect();
+        assert_eq!((distinct, &kept), (flags("distinct"), &flags("kept")), "{}", case["name"]);
+        // Norms differ by factors of two and four, so some are clipped, which moves only the median radius, and not here.
+        let close = |found: f64, expected: f64| (found - expected).abs() < 1e-5 * case["norm"].as_f64().unwrap();
+        assert!(close(merged.norm_micro as f64 / 1e6, case["norm"].as_f64().unwrap()), "{}", case["name"]);
+        let head = case["head"].as_array().unwrap();
+        assert!(merged.delta.iter().zip(head).all(|(found, expected)| close(f64::from(*found), expected.as_f64().unwrap())));
+    }
+}
