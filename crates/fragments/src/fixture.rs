@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use protocol::DType;
+use protocol::{DType, MergeRule, Slice};
 
 use crate::contract::{Contract, TensorSpec, is_buffer};
 use crate::number::append_rounded;
@@ -50,6 +50,12 @@ pub(crate) fn small_tensors() -> Vec<TensorSpec> {
 
 pub(crate) fn small_contract() -> Contract {
     Contract::new(small_tensors().into_iter().filter(|tensor| !is_buffer(&tensor.name)).collect()).unwrap()
+}
+
+/// A slice of a bf16 matrix that is merged by direction.
+pub(crate) fn slice(rows: u64, row_elements: u64, unit_rows: u64) -> Slice {
+    let (tensor, dtype, rule) = ("w".to_owned(), DType::Bf16, MergeRule::Rda);
+    Slice { tensor, row_start: 0, row_end: rows, row_elements, unit_rows, dtype, rule }
 }
 
 /// Reproducible values between -1 and 1 that differ everywhere.

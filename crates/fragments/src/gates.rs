@@ -4,17 +4,25 @@
 //!    [`NORM_REJECT`] times the median is refused. Per unit, a contribution is scaled by
 //!    min(1, [`NORM_CLIP`] · median/norm). Refusal looks at the fragment and not at each unit because a single gain or a
 //!    seldom routed expert of an honest learner may well move ten times the median; clipping bounds such a unit anyway.
-//! 2. **Leave-one-out filter**, from [`LEAVE_ONE_OUT_MIN`] contributions on. A contribution whose cosine to the mean
-//!    direction of all others lies more than [`LEAVE_ONE_OUT_MADS`] median absolute deviations below the median cosine is left out.
+//! 2. **Mutual-cosine filter**, from [`CROWD_MIN`] contributions on. Honest pseudo-gradients are nearly orthogonal to each other,
+//!    those of colluders and copiers are not. A contribution whose mean cosine to its [`NEIGHBOURS`] nearest lies more than
+//!    [`NEIGHBOUR_MADS`] median absolute deviations above the median is left out. Cosines are estimated from sketches.
+//! 3. **Leave-one-out filter**, from [`CROWD_MIN`] contributions on. A contribution whose cosine to the mean direction of all
+//!    others lies more than [`LEAVE_ONE_OUT_MADS`] median absolute deviations below the median cosine is left out.
 //!
-//! Medians run over contributions that are not zero there. The mutual-cosine filter against colluders, which needs
-//! sketches of all contributions, is not part of this module.
+//! Filters 2 and 3 leave out fewer than half of what they judge, because their limits lie beyond the median; a majority that acts
+//! together is the measure of all others and passes. That case is for audits.
+//!
+//! Medians run over contributions that are not zero there. The rules and their constants are those of a simulation with
+//! attackers, which the tests repeat.
 
-use protocol::{Reason, Slice};
+use protocol::Reason;
 use rayon::prelude::*;
 
-use crate::merge::{BLOCK_ELEMENTS, Input, MergeError, Unit, accumulate, unit_norms, units, weighted_median};
-use crate::number::{dot, sum_of_squares};
+use crate::kernels::squares_of_sums;
+use crate::merge::weighted_median;
+
+pub use crate::merge::leave_one_out_keeps;
 
 /// Fewest contributions for which a median norm means something.
 pub const NORM_GATE_MIN: usize = 3;
@@ -23,7 +31,14 @@ pub const NORM_REJECT: f64 = 10.0;
 /// Units longer than this many medians are shortened to it.
 pub const NORM_CLIP: f64 = 1.5;
 /// Fewest contributions for which the spread of cosines means something.
-pub const LEAVE_ONE_OUT_MIN: usize = 6;
+pub const CROWD_MIN: usize = 6;
+/// How many nearest others count.
+pub const NEIGHBOURS: usize = 5;
+/// Median absolute deviations above the median closeness that are still accepted.
+pub const NEIGHBOUR_MADS: f64 = 6.0;
+/// Closeness is not known better than this: the spread is taken to be at least so large. Without it, few contributions that
+/// happen to be equally close to each other would make the next one an outlier.
+pub const NEIGHBOUR_SPREAD_MIN: f64 = 0.005;
 /// Median absolute deviations below the median that are still accepted.
 pub const LEAVE_ONE_OUT_MADS: f64 = 5.0;
 
@@ -67,79 +82,60 @@ fn limit(norms: impl Iterator<Item = f64>, factor: f64) -> f64 {
     if nonzero.len() < NORM_GATE_MIN { f64::INFINITY } else { factor * weighted_median(nonzero) }
 }
 
-/// The leave-one-out filter on its own, over contributions that all take part: whether each is kept.
-pub fn leave_one_out_keeps(slices: &[Slice], inputs: &[&[f32]]) -> Result<Vec<bool>, MergeError> {
-    let units = units(slices)?;
-    let norms = inputs.iter().map(|values| unit_norms(slices, values)).collect::<Result<Vec<_>, _>>()?;
-    let inputs: Vec<Input> = inputs.iter().map(|values| Input { values, weight: 1 }).collect();
-    let mut verdicts = vec![NormVerdict { outcome: Reason::None, scales: vec![1.0; units.len()] }; inputs.len()];
-    leave_one_out(&units, &inputs, &norms, &mut verdicts);
-    Ok(verdicts.iter().map(|verdict| verdict.outcome == Reason::None).collect())
+/// Mean cosine of each sketch to its [`NEIGHBOURS`] nearest.
+pub(crate) fn nearest_cosines(sketches: &[Vec<f64>]) -> Vec<f64> {
+    let lengths: Vec<f64> = sketches.iter().map(|sketch| squares_of_sums(sketch).sqrt()).collect();
+    let of_sketch = |(number, sketch): (usize, &Vec<f64>)| {
+        let cosine = |other: usize| {
+            let product: f64 = sketch.iter().zip(&sketches[other]).map(|(left, right)| left * right).sum();
+            let length = lengths[number] * lengths[other];
+            if length > 0.0 { product / length } else { 0.0 }
+        };
+        let mut cosines: Vec<f64> = (0..sketches.len()).filter(|other| *other != number).map(cosine).collect();
+        cosines.sort_by(|left, right| right.total_cmp(left));
+        let near = &cosines[..cosines.len().min(NEIGHBOURS)];
+        near.iter().sum::<f64>() / near.len().max(1) as f64
+    };
+    sketches.par_iter().enumerate().map(of_sketch).collect()
 }
 
-/// Marks accepted contributions of weight > 0 that stand alone as [`Reason::DirectionOutlier`]. Directions are those of the clipped
-/// contributions.
-pub(crate) fn leave_one_out(units: &[Unit], inputs: &[Input], norms: &[Vec<f64>], verdicts: &mut [NormVerdict]) {
-    let clipped_norm =
-        |index: usize| norms[index].iter().zip(&verdicts[index].scales).map(|(norm, scale)| (norm * scale).powi(2)).sum::<f64>().sqrt();
-    let members: Vec<(usize, f64)> = (0..inputs.len())
-        .filter(|index| inputs[*index].weight > 0 && verdicts[*index].outcome == Reason::None)
-        .map(|index| (index, clipped_norm(index)))
-        .filter(|(_, norm)| *norm > 0.0)
-        .collect();
-    if members.len() < LEAVE_ONE_OUT_MIN {
-        return;
-    }
-    // With directions u_m and their sum S: u_m·(S − u_m) = u_m·S − 1 and ‖S − u_m‖² = ‖S‖² − 2 u_m·S + 1.
-    let of_units: Vec<(f64, Vec<f64>)> = units
-        .par_iter()
-        .enumerate()
-        .map(|(unit_index, unit)| {
-            let terms: Vec<(&[f32], f64)> =
-                members.iter().map(|(index, norm)| (unit.of(inputs[*index].values), verdicts[*index].scales[unit_index] / norm)).collect();
-            products_with_sum(&terms)
-        })
-        .collect();
-    let sum_squares: f64 = of_units.iter().map(|(squares, _)| squares).sum();
-    let cosines: Vec<f64> = (0..members.len())
-        .map(|member| {
-            let product: f64 = of_units.iter().map(|(_, products)| products[member]).sum();
-            let rest = (sum_squares - 2.0 * product + 1.0).max(0.0).sqrt();
-            if rest > REST_MIN { (product - 1.0) / rest } else { 0.0 }
-        })
-        .collect();
-    let median = |values: Vec<f64>| weighted_median(values.into_iter().map(|value| (value, 1)).collect());
-    let centre = median(cosines.clone());
-    let spread = median(cosines.iter().map(|cosine| (cosine - centre).abs()).collect()) + MAD_FLOOR;
-    for ((index, _), cosine) in members.iter().zip(&cosines) {
-        if *cosine < centre - LEAVE_ONE_OUT_MADS * MAD_TO_SIGMA * spread {
-            verdicts[*index].outcome = Reason::DirectionOutlier;
-        }
-    }
+/// Which are far closer to their nearest than the others are.
+pub(crate) fn too_similar(nearest: &[f64]) -> Vec<bool> {
+    let (centre, spread) = centre_and_spread(nearest);
+    let limit = centre + NEIGHBOUR_MADS * MAD_TO_SIGMA * spread.max(NEIGHBOUR_SPREAD_MIN);
+    nearest.iter().map(|nearest| *nearest > limit).collect()
 }
 
-/// With directions `factor · values` and their sum S: (‖S‖², product of each direction with S), over one unit.
-fn products_with_sum(terms: &[(&[f32], f64)]) -> (f64, Vec<f64>) {
-    let elements = terms.first().map_or(0, |(values, _)| values.len());
-    let (mut squares, mut products) = (0.0, vec![0.0; terms.len()]);
-    let mut sums = [0.0; BLOCK_ELEMENTS];
-    for start in (0..elements).step_by(BLOCK_ELEMENTS) {
-        let end = (start + BLOCK_ELEMENTS).min(elements);
-        let sums = &mut sums[..end - start];
-        accumulate(terms, start, sums);
-        squares += sum_of_squares(sums);
-        for (product, (values, factor)) in products.iter_mut().zip(terms) {
-            *product += factor * dot(&values[start..end], sums);
-        }
-    }
-    (squares, products)
+/// Cosines of unit vectors u_m to the sum of the others, from their products with the sum S of all and ‖S‖².
+///
+/// u_m·(S − u_m) = u_m·S − 1 and ‖S − u_m‖² = ‖S‖² − 2 u_m·S + 1.
+pub(crate) fn rest_cosines(sum_squares: f64, products: &[f64]) -> Vec<f64> {
+    let cosine = |product: &f64| {
+        let rest = (sum_squares - 2.0 * product + 1.0).max(0.0).sqrt();
+        if rest > REST_MIN { (product - 1.0) / rest } else { 0.0 }
+    };
+    products.iter().map(cosine).collect()
+}
+
+/// Which cosines lie far below the others.
+pub(crate) fn stand_alone(cosines: &[f64]) -> Vec<bool> {
+    let (centre, spread) = centre_and_spread(cosines);
+    let limit = centre - LEAVE_ONE_OUT_MADS * MAD_TO_SIGMA * (spread + MAD_FLOOR);
+    cosines.iter().map(|cosine| *cosine < limit).collect()
+}
+
+/// Median and median absolute deviation.
+fn centre_and_spread(values: &[f64]) -> (f64, f64) {
+    let median = |values: &mut dyn Iterator<Item = f64>| weighted_median(values.map(|value| (value, 1)).collect());
+    let centre = median(&mut values.iter().copied());
+    (centre, median(&mut values.iter().map(|value| (value - centre).abs())))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fixture::values;
-    use protocol::{DType, MergeRule};
+    use protocol::{DType, MergeRule, Slice};
 
     fn slices(elements: u64) -> Vec<Slice> {
         let slice = Slice {

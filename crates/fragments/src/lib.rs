@@ -10,23 +10,29 @@
 //! |---|---|
 //! | [`contract`] | the parameter contract: names, shapes and element types that are trained and synchronised |
 //! | [`mod@plan`] | balanced fragments over (tensor, row range) slices |
-//! | [`codec`] | `payload.qfd`, the encoded pseudo-gradient that a learner uploads |
+//! | [`codec`] | `payload.qfd`, the encoded pseudo-gradient that a learner uploads: bf16, int4, top-k |
+//! | [`feedback`] | a learner's memory of what a lossy codec left out |
 //! | [`t0`] | the static checks on an upload |
 //! | [`gates`], [`merge`] | norm and direction filters, robust weighted radial-directional averaging |
-//! | [`outer`] | the outer optimizer |
+//! | [`outer`] | the outer optimizer and the limit on its steps |
 //! | [`state`], [`keyframe`] | a fragment at rest: f32 with momentum (private), bf16 (what learners fetch) |
+//! | [`delta`] | `delta.qfd`, the int4 difference between two public versions |
 //! | [`checkpoint`] | Hugging Face trees of safetensors: read, split, assemble |
 
 pub mod checkpoint;
 pub mod codec;
 pub mod contract;
+pub mod delta;
+pub mod feedback;
 pub mod gates;
+mod kernels;
 pub mod keyframe;
 pub mod merge;
 mod number;
 pub mod outer;
 pub mod plan;
 mod safetensors_header;
+mod simd;
 pub mod state;
 pub mod t0;
 
@@ -34,6 +40,7 @@ pub mod t0;
 mod fixture;
 
 pub use checkpoint::CheckpointTree;
+pub use codec::CodecError;
 pub use contract::{Contract, ContractError, TensorSpec};
 pub use number::{all_finite, first_non_finite};
 pub use plan::{PlanError, plan};

@@ -1,15 +1,13 @@
-//! Conversion between f32 values and the little-endian element types of checkpoint files, and sums whose result does
-//! not depend on how the work is cut.
+//! Conversion between f32 values and the little-endian element types of checkpoint files.
 
-use half::{bf16, f16};
+use half::f16;
 use protocol::DType;
 use rayon::prelude::*;
 
+use crate::simd::vectorised;
+
 /// Elements that one task converts; large enough to hide the scheduling, small enough to spread a fragment.
 const TASK_ELEMENTS: usize = 1 << 16;
-
-/// Independent partial sums. A fixed number, so that compilers can use vector instructions without changing the order.
-const LANES: usize = 8;
 
 /// Index of the first infinite or not-a-number element.
 pub fn first_non_finite(values: &[f32]) -> Option<usize> {
@@ -30,25 +28,77 @@ fn chunk_is_finite(chunk: &[f32]) -> bool {
     chunk.iter().fold(true, |finite, value| finite & value.is_finite())
 }
 
-/// Index of the first element of `bytes` that is infinite or not a number. `bytes` holds whole elements.
-pub(crate) fn first_non_finite_bytes(dtype: DType, bytes: &[u8]) -> Option<usize> {
-    let two = |exponent: u16| move |element: &[u8]| u16::from_le_bytes([element[0], element[1]]) & exponent == exponent;
-    match dtype {
-        DType::F32 => {
-            first_bad_element(bytes, 4, |element| !f32::from_le_bytes([element[0], element[1], element[2], element[3]]).is_finite())
-        }
-        DType::Bf16 => first_bad_element(bytes, 2, two(0x7f80)),
-        DType::F16 => first_bad_element(bytes, 2, two(0x7c00)),
+vectorised! {
+    /// Whether every little-endian bf16 or f16 element of `bytes` is finite; `exponent` is the mask of the element type.
+    fn halves_are_finite(bytes: &[u8], exponent: u16) -> bool {
+        !bytes.chunks_exact(2).fold(false, |any, two| any | (u16::from_le_bytes([two[0], two[1]]) & exponent == exponent))
     }
 }
 
-fn first_bad_element(bytes: &[u8], width: usize, bad: impl Fn(&[u8]) -> bool + Sync) -> Option<usize> {
-    let any = |chunk: &[u8]| chunk.chunks_exact(width).fold(false, |any, element| any | bad(element));
-    bytes
-        .par_chunks(width * TASK_ELEMENTS)
-        .enumerate()
-        .find_first(|(_, chunk)| any(chunk))
-        .map(|(index, chunk)| index * TASK_ELEMENTS + chunk.chunks_exact(width).position(&bad).unwrap_or_default())
+vectorised! {
+    fn singles_are_finite(bytes: &[u8]) -> bool {
+        let exponent = 0x7f80_0000;
+        let bits = |four: &[u8]| u32::from_le_bytes([four[0], four[1], four[2], four[3]]);
+        !bytes.chunks_exact(4).fold(false, |any, four| any | (bits(four) & exponent == exponent))
+    }
+}
+
+const BF16_EXPONENT: u16 = 0x7f80;
+const F16_EXPONENT: u16 = 0x7c00;
+
+/// Index of the first element of `bytes` that is infinite or not a number, on this thread. `bytes` holds whole elements.
+pub(crate) fn first_non_finite_here(dtype: DType, bytes: &[u8]) -> Option<usize> {
+    let half = |element: &[u8], exponent: u16| u16::from_le_bytes([element[0], element[1]]) & exponent == exponent;
+    match dtype {
+        DType::F32 if singles_are_finite(bytes) => None,
+        DType::Bf16 if halves_are_finite(bytes, BF16_EXPONENT) => None,
+        DType::F16 if halves_are_finite(bytes, F16_EXPONENT) => None,
+        DType::F32 => bytes.chunks_exact(4).position(|four| half(&four[2..], BF16_EXPONENT)),
+        DType::Bf16 => bytes.chunks_exact(2).position(|two| half(two, BF16_EXPONENT)),
+        DType::F16 => bytes.chunks_exact(2).position(|two| half(two, F16_EXPONENT)),
+    }
+}
+
+/// Index of the first element of `bytes` that is infinite or not a number. `bytes` holds whole elements.
+pub(crate) fn first_non_finite_bytes(dtype: DType, bytes: &[u8]) -> Option<usize> {
+    let width = dtype.bytes() as usize;
+    let of_chunk = |(index, chunk)| first_non_finite_here(dtype, chunk).map(|element| index * TASK_ELEMENTS + element);
+    bytes.par_chunks(width * TASK_ELEMENTS).enumerate().filter_map(of_chunk).find_first(|_| true)
+}
+
+vectorised! {
+    /// Widens the little-endian bf16 elements of `bytes`.
+    pub(crate) fn widen_bf16(bytes: &[u8], out: &mut [f32]) {
+        for (value, two) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+            *value = f32::from_bits(u32::from(u16::from_le_bytes([two[0], two[1]])) << 16);
+        }
+    }
+}
+
+vectorised! {
+    /// Rounds to bf16, to nearest with ties to even, little-endian. Not-a-number stays not-a-number.
+    pub(crate) fn round_to_bf16(values: &[f32], out: &mut [u8]) {
+        for (two, value) in out.chunks_exact_mut(2).zip(values) {
+            two.copy_from_slice(&bf16_bits(*value).to_le_bytes());
+        }
+    }
+}
+
+vectorised! {
+    /// Replaces each value by its nearest bf16.
+    pub(crate) fn round_in_place(values: &mut [f32]) {
+        for value in values {
+            *value = f32::from_bits(u32::from(bf16_bits(*value)) << 16);
+        }
+    }
+}
+
+#[inline(always)]
+fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    let quiet = bits >> 16 | 0x40;
+    (if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded }) as u16
 }
 
 /// Widens the little-endian elements of `bytes` and appends them to `out`.
@@ -64,11 +114,7 @@ pub(crate) fn append_f32(dtype: DType, bytes: &[u8], out: &mut Vec<f32>) {
                     *value = f32::from_le_bytes([element[0], element[1], element[2], element[3]]);
                 }
             }
-            DType::Bf16 => {
-                for (value, element) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *value = f32::from_bits(u32::from(two(element)) << 16);
-                }
-            }
+            DType::Bf16 => widen_bf16(bytes, out),
             DType::F16 => {
                 for (value, element) in out.iter_mut().zip(bytes.chunks_exact(2)) {
                     *value = f16::from_bits(two(element)).to_f32();
@@ -90,36 +136,13 @@ pub(crate) fn append_rounded(dtype: DType, values: &[f32], out: &mut Vec<u8>) {
                 element.copy_from_slice(&value.to_le_bytes());
             }
         }
-        DType::Bf16 => {
-            for (element, value) in out.chunks_exact_mut(2).zip(values) {
-                element.copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
-            }
-        }
+        DType::Bf16 => round_to_bf16(values, out),
         DType::F16 => {
             for (element, value) in out.chunks_exact_mut(2).zip(values) {
                 element.copy_from_slice(&f16::from_f32(*value).to_le_bytes());
             }
         }
     });
-}
-
-/// Sum of squares in f64: eight interleaved partial sums, added in order. Not finite if an element is not.
-pub(crate) fn sum_of_squares<T: Copy + Into<f64>>(values: &[T]) -> f64 {
-    dot(values, values)
-}
-
-/// Dot product in f64, in the order of [`sum_of_squares`].
-pub(crate) fn dot<L: Copy + Into<f64>, R: Copy + Into<f64>>(left: &[L], right: &[R]) -> f64 {
-    let mut lanes = [0.0; LANES];
-    let (left_blocks, right_blocks) = (left.chunks_exact(LANES), right.chunks_exact(LANES));
-    let rest = left_blocks.remainder().iter().zip(right_blocks.remainder());
-    for (left, right) in left_blocks.zip(right_blocks) {
-        for lane in 0..LANES {
-            lanes[lane] += left[lane].into() * right[lane].into();
-        }
-    }
-    let tail: f64 = rest.map(|(left, right)| (*left).into() * (*right).into()).sum();
-    lanes.iter().sum::<f64>() + tail
 }
 
 #[cfg(test)]

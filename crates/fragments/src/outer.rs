@@ -1,8 +1,18 @@
-//! The outer optimizer: SGD with Nesterov momentum in f32, on the merged pseudo-gradient of one fragment.
+//! The outer optimizer: SGD with Nesterov momentum in f32, on the merged pseudo-gradient of one fragment, and the limit on the
+//! length of its steps.
 
+use protocol::documents::Codec;
 use rayon::prelude::*;
 
+use crate::simd::vectorised;
+
 const TASK_ELEMENTS: usize = 1 << 16;
+
+/// A merged pseudo-gradient longer than this many times the running mean is shortened to it.
+pub const STEP_LIMIT: u64 = 2;
+
+/// The running mean moves by one part in so many with each step.
+pub const MEAN_STEPS: u64 = 8;
 
 /// One outer step, element by element: `b ← μ b + d`, then `θ ← θ − lr (d + μ b)`.
 ///
@@ -15,11 +25,51 @@ pub fn step(theta: &mut [f32], momentum: &mut [f32], delta: &[f32], lr: f32, mu:
     assert!(theta.len() == delta.len() && momentum.len() == delta.len(), "state and delta are of one fragment");
     let tasks = theta.par_chunks_mut(TASK_ELEMENTS).zip(momentum.par_chunks_mut(TASK_ELEMENTS)).zip(delta.par_chunks(TASK_ELEMENTS));
     tasks.for_each(|((theta, momentum), delta)| {
+        nesterov(theta, momentum, delta, lr, mu);
+    });
+}
+
+vectorised! {
+    fn nesterov(theta: &mut [f32], momentum: &mut [f32], delta: &[f32], lr: f32, mu: f32) {
         for ((theta, momentum), delta) in theta.iter_mut().zip(momentum).zip(delta) {
             *momentum = mu * *momentum + delta;
             *theta -= lr * (delta + mu * *momentum);
         }
+    }
+}
+
+/// Whether contributions in `codec` go together with outer momentum `mu`. Error feedback is a momentum of its own, and both
+/// together overshoot: dense codecs take Nesterov, top-k takes none.
+pub fn momentum_fits(codec: Codec, mu: f32) -> bool {
+    codec != Codec::TopK || mu == 0.0
+}
+
+/// The running mean of step norms (in units of 1e-6, as in merge manifests), in integers: whoever has the manifests has the
+/// same. `mean` is `None` before the first step.
+///
+/// A norm counts for at most [`STEP_LIMIT`] times the mean, so that one wild merge does not lift the limit for the next.
+pub fn mean_norm(mean: Option<u64>, norm: u64) -> u64 {
+    let Some(mean) = mean else { return norm };
+    let norm = norm.min(mean.saturating_mul(STEP_LIMIT));
+    // Up by one at least, so that a mean of a few units can grow.
+    let change = (u128::from(mean) * u128::from(MEAN_STEPS - 1) + u128::from(norm)).div_ceil(u128::from(MEAN_STEPS));
+    change as u64
+}
+
+/// Shortens `delta` of norm `norm` to [`STEP_LIMIT`] times the running mean; returns the factor in parts per million
+/// (1,000,000 where nothing was done). Norms in units of 1e-6. There is no limit before the first step and none on a mean of 0.
+pub fn limit(delta: &mut [f32], norm: u64, mean: Option<u64>) -> u32 {
+    const PPM: u128 = 1_000_000;
+    let Some(allowed) = mean.filter(|mean| *mean > 0).map(|mean| mean.saturating_mul(STEP_LIMIT)) else { return PPM as u32 };
+    if norm <= allowed {
+        return PPM as u32;
+    }
+    let factor_ppm = (u128::from(allowed) * PPM / u128::from(norm)) as u32;
+    let factor = f64::from(factor_ppm) / PPM as f64;
+    delta.par_chunks_mut(TASK_ELEMENTS).for_each(|delta| {
+        crate::kernels::scale(delta, factor);
     });
+    factor_ppm
 }
 
 #[cfg(test)]
@@ -40,5 +90,29 @@ mod tests {
         let (mut theta, mut momentum) = (vec![3.0, -2.0], vec![0.0, 0.0]);
         step(&mut theta, &mut momentum, &[0.5, 0.25], 1.0, 0.0);
         assert_eq!(theta, [2.5, -2.25]);
+    }
+
+    #[test]
+    fn a_step_far_longer_than_those_before_is_shortened_to_twice_their_mean() {
+        let mut mean = None;
+        for norm in [4_000_000, 4_000_000, 4_000_000] {
+            assert_eq!(limit(&mut [1.0], norm, mean), 1_000_000);
+            mean = Some(mean_norm(mean, norm));
+        }
+        assert_eq!(mean, Some(4_000_000));
+        let mut delta = [30.0, 40.0];
+        assert_eq!(limit(&mut delta, 50_000_000, mean), 160_000);
+        assert_eq!(delta, [4.8, 6.4]);
+        assert_eq!(mean_norm(mean, 50_000_000), 4_500_000, "a wild step counts as the limit");
+        assert_eq!(limit(&mut delta, 8_000_000, mean), 1_000_000);
+        assert_eq!(mean_norm(Some(1), 2), 2);
+        assert_eq!(mean_norm(Some(0), 7), 0);
+        assert_eq!(limit(&mut delta, u64::MAX, Some(u64::MAX)), 1_000_000);
+    }
+
+    #[test]
+    fn momentum_and_error_feedback_exclude_each_other() {
+        assert!(momentum_fits(Codec::Bf16, 0.9) && momentum_fits(Codec::Int4, 0.9) && momentum_fits(Codec::TopK, 0.0));
+        assert!(!momentum_fits(Codec::TopK, 0.5));
     }
 }

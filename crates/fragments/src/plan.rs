@@ -260,6 +260,28 @@ mod tests {
     }
 
     #[test]
+    fn the_real_experts_are_cut_between_experts_and_its_embeddings_into_row_blocks() {
+        let contract = fixture::real_contract();
+        let plan = plan(&contract, 24).unwrap();
+        let slices: Vec<&Slice> = plan.fragments.iter().flatten().collect();
+        let of = |name: &str| slices.iter().filter(|slice| slice.tensor.ends_with(name)).copied().collect::<Vec<_>>();
+        for (name, layers, expert) in [("mlp.experts_w12", 19, 2048 * 1024), ("mlp.experts_w3", 19, 512 * 2048)] {
+            let experts = of(name);
+            assert_eq!(experts.iter().map(|slice| slice.rows()).sum::<u64>(), layers * 256);
+            // A row is a whole expert and a merge unit.
+            assert!(experts.iter().all(|slice| slice.row_elements == expert && slice.unit_rows == 1));
+        }
+        for name in ["word_embeddings.weight", "lm_head.weight"] {
+            let blocks = of(name);
+            assert!(blocks.len() > 1, "{name} is cut");
+            assert_eq!(blocks.iter().map(|slice| slice.rows()).sum::<u64>(), 157_184);
+            assert!(blocks.iter().all(|slice| slice.rule == MergeRule::Mean && slice.row_elements == 2048));
+        }
+        let whole = contract.tensors.iter().filter(|tensor| tensor.shape.len() < 2);
+        assert!(whole.into_iter().all(|tensor| of(&tensor.name).iter().all(|slice| slice.rows() == tensor.rows())), "vectors stay whole");
+    }
+
+    #[test]
     fn the_plan_of_the_real_contract_never_changes() {
         let plan = plan(&fixture::real_contract(), 24).unwrap();
         assert_eq!(plan.digest().to_string(), "7566ad7a3ed14bde8f8b91ec5b7ab77b90237331fc6c7cf0a857292085f770a6");

@@ -17,8 +17,8 @@ use protocol::{DType, Digest};
 use crate::number::{append_f32, append_rounded, first_non_finite};
 
 const MAGIC: &[u8; 8] = b"QSRSTAT1";
-const HEADER_BYTES: usize = 72;
-const TRAILER_BYTES: usize = 32;
+pub(crate) const HEADER_BYTES: usize = 72;
+pub(crate) const TRAILER_BYTES: usize = 32;
 
 /// Which state of which fragment; `elements` is that of the plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +52,7 @@ pub enum StateError {
 }
 
 impl StateHeader {
-    fn to_bytes(self) -> [u8; HEADER_BYTES] {
+    pub(crate) fn to_bytes(self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[..8].copy_from_slice(MAGIC);
         bytes[8..40].copy_from_slice(&self.plan.0);

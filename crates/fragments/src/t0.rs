@@ -1,11 +1,12 @@
 //! T0: the static checks that every uploaded payload passes before it can be merged.
 //!
-//! In order of cost: length, digests against the signed commitment, header, finite values. Norms and directions, which
+//! In order of cost: length, digests against the signed commitment, header, body. Norms and directions, which
 //! need the other contributions, are in [`crate::gates`].
 
 use protocol::{Digest, Reason};
+use sha2::Digest as _;
 
-use crate::codec::{self, CodecError, PayloadHeader};
+use crate::codec::{self, CodecError, PayloadHeader, Source};
 
 /// What the signed commitment says of the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,33 +32,70 @@ pub fn check_payload(bytes: &[u8], committed: &Committed, expected: &PayloadHead
     if Committed::of(bytes) != *committed {
         return Err(Reason::DigestMismatch);
     }
-    codec::decode(bytes, expected).map_err(|error| match error {
+    codec::decode(bytes, expected).map_err(|error| reason(&error))
+}
+
+/// The checks of [`check_payload`] without decoding into memory: the payload is read once, from the front to the back.
+/// [`Reason::NotEvaluated`] where it cannot be read, which is nobody's fault but ours.
+pub fn verify(payload: &dyn Source, committed: &Committed, expected: &PayloadHeader) -> Result<(), Reason> {
+    if payload.length() != committed.length || committed.length != expected.payload_bytes() {
+        return Err(Reason::LengthMismatch);
+    }
+    let (mut sha256, mut blake3) = (sha2::Sha256::new(), blake3::Hasher::new());
+    let result = codec::check_while(payload, expected, |bytes| {
+        rayon::join(|| sha256.update(bytes), || blake3.update(bytes));
+    });
+    if let Err(error @ CodecError::Read(_)) = &result {
+        return Err(reason(error));
+    }
+    // The digests are those of the whole payload whatever the check found: other bytes than committed prove nothing else.
+    let digests = (Digest(sha256.finalize().into()), Digest(*blake3.finalize().as_bytes()));
+    if digests != (committed.sha256, committed.blake3) {
+        return Err(Reason::DigestMismatch);
+    }
+    result.map_err(|error| reason(&error))
+}
+
+/// The reason code for a payload that is refused.
+pub fn reason(error: &CodecError) -> Reason {
+    match error {
         CodecError::Length { .. } | CodecError::Values { .. } => Reason::LengthMismatch,
         CodecError::Header { .. } => Reason::HeaderMismatch,
         CodecError::NotFinite { .. } => Reason::NotFinite,
-    })
+        CodecError::Scale { .. } | CodecError::Code { .. } | CodecError::Index { .. } => Reason::Malformed,
+        CodecError::Read(_) => Reason::NotEvaluated,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixture;
     use protocol::documents::Codec;
 
     #[test]
     fn each_fault_of_an_upload_has_its_own_reason() {
-        let header = PayloadHeader { plan: Digest::ZERO, fragment: 0, base_version: 1, codec: Codec::Bf16, elements: 2 };
-        let payload = codec::encode(&header, &[0.5, -0.25]).unwrap();
+        let header =
+            |elements, base| PayloadHeader::of_slices(Codec::Bf16, &[fixture::slice(elements, 1, elements)], Digest::ZERO, 0, base);
+        let payload = codec::encode(&header(2, 1), &[0.5, -0.25]).unwrap();
         let committed = Committed::of(&payload);
-        assert_eq!(check_payload(&payload, &committed, &header), Ok(vec![0.5, -0.25]));
-        assert_eq!(check_payload(&payload[1..], &committed, &header), Err(Reason::LengthMismatch));
-        let longer = PayloadHeader { elements: 3, ..header };
-        assert_eq!(check_payload(&payload, &committed, &longer), Err(Reason::LengthMismatch));
+        let both = |bytes: &[u8], committed: &Committed, header: &PayloadHeader| {
+            let checked = check_payload(bytes, committed, header);
+            assert_eq!(verify(&bytes, committed, header), checked.clone().map(|_| ()));
+            checked
+        };
+        assert_eq!(both(&payload, &committed, &header(2, 1)), Ok(vec![0.5, -0.25]));
+        assert_eq!(both(&payload[1..], &committed, &header(2, 1)), Err(Reason::LengthMismatch));
+        assert_eq!(both(&payload, &committed, &header(3, 1)), Err(Reason::LengthMismatch));
         let mut tampered = payload.clone();
         tampered[65] ^= 1;
-        assert_eq!(check_payload(&tampered, &committed, &header), Err(Reason::DigestMismatch));
-        let other_base = PayloadHeader { base_version: 2, ..header };
-        assert_eq!(check_payload(&payload, &committed, &other_base), Err(Reason::HeaderMismatch));
+        assert_eq!(both(&tampered, &committed, &header(2, 1)), Err(Reason::DigestMismatch));
+        assert_eq!(both(&payload, &committed, &header(2, 2)), Err(Reason::HeaderMismatch));
         tampered[64..66].copy_from_slice(&0xffffu16.to_le_bytes());
-        assert_eq!(check_payload(&tampered, &Committed::of(&tampered), &header), Err(Reason::NotFinite));
+        assert_eq!(both(&tampered, &Committed::of(&tampered), &header(2, 1)), Err(Reason::NotFinite));
+        let int4 = PayloadHeader::of_slices(Codec::Int4, &[fixture::slice(2, 1, 2)], Digest::ZERO, 0, 1);
+        let mut payload = codec::encode(&int4, &[0.5, -0.25]).unwrap();
+        payload[68] = 0x0f;
+        assert_eq!(both(&payload, &Committed::of(&payload), &int4), Err(Reason::Malformed));
     }
 }

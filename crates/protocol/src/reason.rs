@@ -50,7 +50,9 @@ reasons! {
     NormTooLarge = 111, "the payload's norm is over ten times the median of the learners", "see the loss curve; a diverged learner restarts from the fragments";
     DirectionOutlier = 112, "the direction stands alone against all other learners", "audits follow; honest work is not penalised by this";
     RepeatedCommitment = 113, "the learner had already committed to this pull", "one commitment counts for each pull; update the miner if this repeats";
-    ReceiptMismatch = 114, "the receipt is not for its lease, or contradicts what was committed before", "update the miner; rows without evidence count as lost";
+    Malformed = 114, "the payload's body is not what its codec writes", "update the miner: its codec differs";
+    TooSimilar = 115, "the payload is far closer to some others than learners' work is to each other", "train on your own rows; audits follow";
+    ReceiptMismatch = 116, "the receipt is not for its lease, or contradicts what was committed before", "update the miner; rows without evidence count as lost";
     // Sessions and grants.
     NotRegistered = 200, "the hotkey is not registered on the subnet", "register it with btcli, then start again";
     NeedsCertificate = 201, "nothing can be sealed to this sr25519 hotkey yet", "publish a key certificate on chain or use an ed25519 hotkey";

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use protocol::documents::{CatalogPage, CurrentRun, Head, RunManifest, RunRoot};
+use protocol::documents::{CatalogPage, Codec, CurrentRun, Head, RunManifest, RunRoot};
 use protocol::envelope::{Context, Document, EnvelopeError, Expect, PROTOCOL_VERSION, RunId, SequenceGuard, Verified, open, open_stored};
 use protocol::paths::{Keys, RunKeys};
 use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest};
@@ -31,6 +31,10 @@ pub enum DiscoveryError {
         "the run speaks protocol {min} to {max}, this build speaks {PROTOCOL_VERSION}\nhint: install a release of this software that the run accepts"
     )]
     ProtocolVersion { min: u16, max: u16 },
+    #[error(
+        "the run's codecs are {up:?} up and {down:?} down, the programs of this build speak bf16 both ways\nhint: install a release of this software that speaks the run's codecs"
+    )]
+    Codecs { up: Codec, down: Codec },
     #[error("{key}: {error}")]
     Envelope { key: String, error: EnvelopeError },
     #[error("{key} is missing\nhint: the run is incomplete in the bucket; its operator has to publish it again")]
@@ -49,7 +53,7 @@ impl DiscoveryError {
     /// Whether a person has to change something before discovery can succeed.
     pub fn is_final(&self) -> bool {
         match self {
-            Self::Pinned { .. } | Self::ProtocolVersion { .. } => true,
+            Self::Pinned { .. } | Self::ProtocolVersion { .. } | Self::Codecs { .. } => true,
             Self::Envelope { error, .. } => matches!(
                 error,
                 EnvelopeError::Genesis { .. } | EnvelopeError::Netuid { .. } | EnvelopeError::Signer { .. } | EnvelopeError::Version(_)
@@ -120,6 +124,10 @@ impl RunReader {
         }
         if !(manifest.protocol_min..=manifest.protocol_max).contains(&PROTOCOL_VERSION) {
             return Err(DiscoveryError::ProtocolVersion { min: manifest.protocol_min, max: manifest.protocol_max });
+        }
+        let (up, down) = (manifest.parameters.codec_up, manifest.parameters.codec_down);
+        if (up, down) != (Codec::Bf16, Codec::Bf16) {
+            return Err(DiscoveryError::Codecs { up, down });
         }
         let out_of_bounds = |what| DiscoveryError::OutOfBounds { key: run.manifest(), what };
         if manifest.parameters.fragments > root.bounds.fragments_max || manifest.parameters.fragments == 0 {

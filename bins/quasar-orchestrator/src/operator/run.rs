@@ -8,8 +8,8 @@ use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use fragments::{CheckpointTree, codec as payload};
 use protocol::documents::{
-    CatalogPage, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest, RunParameters,
-    RunRoot, RunState,
+    CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest,
+    RunParameters, RunRoot, RunState,
 };
 use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
 use protocol::log::{Frontier, LogRef};
@@ -169,6 +169,9 @@ fn check(parameters: &RunParameters, root: &RunRoot) -> Result<(), Failure> {
     }
     if parameters.audit.replay_steps == 0 {
         return wrong("audit.replay_steps must not be zero");
+    }
+    if (parameters.codec_up, parameters.codec_down) != (Codec::Bf16, Codec::Bf16) {
+        return wrong("codec_up and codec_down must be \"bf16\": the programs of this release speak no other codec");
     }
     Ok(())
 }

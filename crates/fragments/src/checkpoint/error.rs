@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::contract::{CONTRACT_FILE, ContractError};
 use crate::plan::PlanError;
 use crate::safetensors_header::HeaderError;
+use crate::state::StateError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -47,6 +48,10 @@ pub enum CheckpointError {
     FragmentTensor { path: PathBuf, name: String },
     #[error("fragment {fragment} has {got} values, the plan says {expected}")]
     Values { fragment: usize, got: u64, expected: u64 },
+    #[error("{}: {source}", path.display())]
+    State { path: PathBuf, source: StateError },
+    #[error("the state of fragment {fragment} is missing or of another plan\nhint: give one state for each fragment, in order")]
+    StateOrder { fragment: usize },
     #[error("fragment {fragment}: {source}")]
     Source { fragment: usize, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("{} was not written to its end\nhint: run the command that writes it again", dir.display())]

@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 use super::CheckpointError;
 use crate::safetensors_header::{self, TensorInfo};
@@ -15,6 +16,7 @@ pub(super) struct TensorFile {
     pub tensors: Vec<TensorInfo>,
     data_start: usize,
     map: Mmap,
+    modified_ns: u128,
 }
 
 impl TensorFile {
@@ -24,7 +26,9 @@ impl TensorFile {
         // checkpoint files are never changed in place, they are written under another name and renamed.
         let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::read(path))?;
         let header = safetensors_header::parse(&map).map_err(|source| CheckpointError::Header { path: path.to_owned(), source })?;
-        Ok(Self { path: path.to_owned(), tensors: header.tensors, data_start: header.data_start, map })
+        let modified = file.metadata().and_then(|metadata| metadata.modified()).map_err(CheckpointError::read(path))?;
+        let modified_ns = modified.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+        Ok(Self { path: path.to_owned(), tensors: header.tensors, data_start: header.data_start, map, modified_ns })
     }
 
     /// Length field and JSON header as they stand in the file.
@@ -46,5 +50,22 @@ impl TensorFile {
     /// Byte offset of a tensor's data in the file.
     pub fn offset(&self, tensor: &TensorInfo) -> u64 {
         self.data_start as u64 + tensor.begin
+    }
+
+    /// Lets go of the memory behind a part of this file that was used. The content stays in the kernel's cache and is mapped again
+    /// when it is looked at.
+    pub fn release(&self, part: &[u8]) {
+        let offset = part.as_ptr() as usize - self.map.as_ptr() as usize;
+        // SAFETY: this is a read-only map of a file; dropped pages are read from the file again.
+        // A refusal costs memory and nothing else.
+        let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, part.len()) };
+    }
+
+    /// What tells this file from another of the same name: header, length, time of the last change.
+    pub fn identity(&self) -> Vec<u8> {
+        let mut bytes = self.header().to_vec();
+        bytes.extend(self.length().to_le_bytes());
+        bytes.extend(self.modified_ns.to_le_bytes());
+        bytes
     }
 }

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use protocol::FragmentPlan;
+use protocol::{Digest, FileRecord, FragmentPlan};
+use rayon::prelude::*;
 
-use super::write::{PartFile, claim_dir, finish_dir, write_file};
+use super::write::{Claim, RecordedFile, write_file};
 use super::{CheckpointError, CheckpointTree};
 use crate::contract::CONTRACT_FILE;
 use crate::keyframe::slice_name;
@@ -14,34 +15,61 @@ use crate::{plan, safetensors_header};
 /// the contract beside them.
 ///
 /// A slice is the tensor `{tensor}@{row_start}` with the bytes, the element type and the trailing dimensions that it has
-/// in the tree. Values that are not finite are refused. `out` must be empty or hold an interrupted attempt.
+/// in the tree. Values that are not finite are refused. `out` must be empty or hold an interrupted attempt, which is gone on
+/// with if the checkpoint and the number of fragments are the same.
 pub fn split(base: &Path, fragments: usize, out: &Path) -> Result<FragmentPlan, CheckpointError> {
+    split_recorded(base, fragments, out).map(|(plan, _)| plan)
+}
+
+/// [`split`], with a record of every file, sorted by path. Digests are taken while the files are written.
+pub fn split_recorded(base: &Path, fragments: usize, out: &Path) -> Result<(FragmentPlan, Vec<FileRecord>), CheckpointError> {
     let tree = CheckpointTree::open(base)?;
     let plan = plan::plan(tree.contract(), fragments)?;
-    claim_dir(out, |name| name == CONTRACT_FILE || (0..fragments).any(|fragment| name == fragment_file(fragment)))?;
-    let digest = plan.digest().to_string();
-    for (fragment, slices) in plan.fragments.iter().enumerate() {
-        let metadata = [("fragment", fragment.to_string()), ("fragments", fragments.to_string()), ("plan", digest.clone())];
-        let names: Vec<String> = slices.iter().map(slice_name).collect();
-        let mut entries = Vec::with_capacity(slices.len());
-        for (slice, name) in slices.iter().zip(&names) {
-            let (_, tensor) = tree.locate(&slice.tensor)?;
-            let mut shape = tensor.shape.clone();
-            if let Some(rows) = shape.first_mut() {
-                *rows = slice.rows();
-            }
-            entries.push((name.as_str(), slice.dtype, shape));
-        }
-        let mut file = PartFile::create(out, &fragment_file(fragment))?;
-        file.append(&safetensors_header::build(&metadata, entries))?;
-        for slice in slices {
-            file.append(tree.slice_bytes(slice)?)?;
-        }
-        file.finish()?;
+    let digest = plan.digest();
+    let work = Digest::derive("quasar/v1/split", &[&tree.identity(), &digest.0]);
+    let claim =
+        Claim::new(out, Some(work), |name| name == CONTRACT_FILE || (0..fragments).any(|fragment| name == fragment_file(fragment)))?;
+    let files = (0..plan.fragments.len()).into_par_iter().map(|fragment| write_fragment(&tree, &plan, &digest, fragment, out, &claim));
+    let mut records = files.collect::<Result<Vec<FileRecord>, _>>()?;
+    records.push(write_file(out, CONTRACT_FILE, &tree.contract().to_json())?);
+    claim.finish()?;
+    records.sort_by(|left, right| left.path.cmp(&right.path));
+    Ok((plan, records))
+}
+
+fn write_fragment(
+    tree: &CheckpointTree,
+    plan: &FragmentPlan,
+    digest: &Digest,
+    fragment: usize,
+    out: &Path,
+    claim: &Claim,
+) -> Result<FileRecord, CheckpointError> {
+    let path = fragment_file(fragment);
+    if let Some(record) = claim.complete(&path) {
+        return Ok(record);
     }
-    write_file(out, CONTRACT_FILE, &tree.contract().to_json())?;
-    finish_dir(out)?;
-    Ok(plan)
+    let slices = &plan.fragments[fragment];
+    let fragments = plan.fragments.len().to_string();
+    let metadata = [("fragment", fragment.to_string()), ("fragments", fragments), ("plan", digest.to_string())];
+    let names: Vec<String> = slices.iter().map(slice_name).collect();
+    let mut entries = Vec::with_capacity(slices.len());
+    for (slice, name) in slices.iter().zip(&names) {
+        let (_, tensor) = tree.locate(&slice.tensor)?;
+        let mut shape = tensor.shape.clone();
+        if let Some(rows) = shape.first_mut() {
+            *rows = slice.rows();
+        }
+        entries.push((name.as_str(), slice.dtype, shape));
+    }
+    let mut file = RecordedFile::create(out, &path)?;
+    file.append(&safetensors_header::build(&metadata, entries))?;
+    for slice in slices {
+        tree.stream_slice(slice, |bytes| file.append(bytes))?;
+    }
+    let record = file.finish(&path)?;
+    claim.note(&record)?;
+    Ok(record)
 }
 
 pub(super) fn fragment_file(fragment: usize) -> String {

@@ -410,3 +410,131 @@ proptest! {
         }
     }
 }
+
+/// States of version 3 of `fragments` fragments of the base, in `states`.
+fn states(folders: &Folders, fragments: usize) -> (CheckpointTree, protocol::FragmentPlan, Vec<protocol::FileRecord>) {
+    let tree = folders.open().unwrap();
+    let plan = plan(tree.contract(), fragments).unwrap();
+    let records = split_states(&tree, &plan, 3, &folders.path("states")).unwrap();
+    (tree, plan, records)
+}
+
+fn state_header(plan: &protocol::FragmentPlan, fragment: usize) -> crate::state::StateHeader {
+    let (digest, elements) = (plan.digest(), plan.elements(fragment));
+    crate::state::StateHeader { plan: digest, fragment: fragment as u64, version: 3, elements }
+}
+
+fn open_states(folders: &Folders, plan: &protocol::FragmentPlan) -> Result<Vec<StateFile>, CheckpointError> {
+    let open = |fragment| StateFile::open(&folders.path("states").join(state_file(fragment)), &state_header(plan, fragment));
+    (0..plan.fragments.len()).map(open).collect()
+}
+
+#[test]
+fn states_cut_from_a_tree_are_new_fragment_states_and_assemble_to_the_tree() {
+    for shards in [1, 3] {
+        let folders = Folders::with_base(&small_tensors(), shards);
+        let (tree, plan, records) = states(&folders, 5);
+        for (fragment, record) in records.iter().enumerate() {
+            let expected = crate::state::FragmentState::new(tree.read_fragment(&plan, fragment).unwrap());
+            let bytes = fs::read(folders.path("states").join(&record.path)).unwrap();
+            assert!(bytes == expected.to_bytes(&state_header(&plan, fragment)).unwrap());
+        }
+        let assembled = assemble_states(&tree, &plan, &open_states(&folders, &plan).unwrap(), &folders.path("out")).unwrap();
+        assert_same_trees(&folders.path("base"), &folders.path("out"));
+        assert_eq!(assembled.elements, tree.contract().elements());
+    }
+}
+
+#[test]
+fn records_taken_while_writing_describe_the_files() {
+    let folders = Folders::with_base(&[spec("w.weight", &[3, 1 << 20], DType::Bf16), spec("v", &[5], DType::F32)], 1);
+    let described = |dir: &str, records: &[protocol::FileRecord]| {
+        for record in records {
+            assert_eq!(*record, protocol::FileRecord::of_file(record.path.clone(), &folders.path(dir).join(&record.path)).unwrap());
+        }
+    };
+    let (_, records) = split_recorded(&folders.path("base"), 2, &folders.path("fragments")).unwrap();
+    assert_eq!(records.len(), 3);
+    described("fragments", &records);
+    let assembled = folders.assemble().unwrap();
+    let paths: Vec<PathBuf> = assembled.records.iter().map(|record| PathBuf::from(&record.path)).collect();
+    assert_eq!(paths, assembled.files);
+    described("out", &assembled.records);
+    let (_, _, records) = states(&folders, 2);
+    described("states", &records);
+}
+
+#[test]
+fn an_interrupted_assembly_keeps_what_was_complete_unless_what_goes_into_it_has_changed() {
+    use std::os::unix::fs::MetadataExt;
+    let folders = Folders::with_base(&small_tensors(), 3);
+    let (tree, plan, _) = states(&folders, 4);
+    let out = folders.path("out");
+    let whole = assemble_states(&tree, &plan, &open_states(&folders, &plan).unwrap(), &out).unwrap();
+    let (first, second) = ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors");
+    let number = |name: &str| fs::metadata(out.join(name)).unwrap().ino();
+    // As an attempt leaves it that ended after the first shard.
+    let interrupt = |folder: &Path, work: &str| {
+        let record = whole.records.iter().find(|record| record.path == first).unwrap();
+        fs::write(folder.join(write::UNFINISHED), format!("{work}\n{}\n{{\"torn", serde_json::to_string(record).unwrap())).unwrap();
+    };
+    // The name of the work, from an attempt that fails at its last shard.
+    let mut poisoned = tree.read_fragment(&plan, 0).unwrap();
+    poisoned.fill(f32::MAX);
+    let work = {
+        let header = state_header(&plan, 0);
+        let path = folders.path("states").join(state_file(0));
+        let good = fs::read(&path).unwrap();
+        fs::write(&path, crate::state::FragmentState::new(poisoned).to_bytes(&header).unwrap()).unwrap();
+        let failed = assemble_states(&tree, &plan, &open_states(&folders, &plan).unwrap(), &folders.path("failed"));
+        assert!(matches!(failed, Err(CheckpointError::NotFinite { .. })), "the largest f32 is no bf16");
+        fs::write(&path, good).unwrap();
+        let marker = fs::read_to_string(folders.path("failed").join(write::UNFINISHED)).unwrap();
+        marker.lines().next().unwrap().to_owned()
+    };
+    let before = (number(first), number(second));
+    interrupt(&out, &work);
+    assemble_states(&tree, &plan, &open_states(&folders, &plan).unwrap(), &out).unwrap();
+    assert!(number(first) != before.0 && number(second) != before.1, "other states: written again");
+    assert_same_trees(&folders.path("base"), &out);
+    // The same work: learn its name from a marker that was just written.
+    let states = open_states(&folders, &plan).unwrap();
+    let marker = folders.path("blocked");
+    fs::create_dir_all(marker.join("model-00003-of-00003.safetensors.part")).unwrap();
+    fs::write(marker.join(write::UNFINISHED), "").unwrap();
+    assert!(assemble_states(&tree, &plan, &states, &marker).is_err(), "a folder stands where a file has to be");
+    let work = fs::read_to_string(marker.join(write::UNFINISHED)).unwrap().lines().next().unwrap().to_owned();
+    let before = (number(first), number(second));
+    interrupt(&out, &work);
+    let again = assemble_states(&tree, &plan, &states, &out).unwrap();
+    assert!(number(first) == before.0 && number(second) != before.1, "the same states: only what is missing");
+    assert_eq!(again, whole);
+    assert_same_trees(&folders.path("base"), &out);
+}
+
+#[test]
+fn states_that_are_damaged_missing_or_of_another_plan_are_refused_and_nothing_is_written() {
+    let folders = Folders::with_base(&small_tensors(), 1);
+    let (tree, plan, _) = states(&folders, 3);
+    let out = folders.path("out");
+    let mut swapped = open_states(&folders, &plan).unwrap();
+    swapped.swap(0, 1);
+    assert!(matches!(assemble_states(&tree, &plan, &swapped, &out), Err(CheckpointError::StateOrder { fragment: 0 })));
+    swapped.swap(0, 1);
+    swapped.pop();
+    assert!(matches!(assemble_states(&tree, &plan, &swapped, &out), Err(CheckpointError::StateOrder { fragment: 2 })));
+    let path = folders.path("states").join(state_file(1));
+    let good = fs::read(&path).unwrap();
+    let mut damaged = good.clone();
+    damaged[500] ^= 1;
+    fs::write(&path, &damaged).unwrap();
+    let error = assemble_states(&tree, &plan, &open_states(&folders, &plan).unwrap(), &out).unwrap_err();
+    assert!(matches!(error, CheckpointError::State { source: crate::state::StateError::Digest, .. }), "{error}");
+    fs::write(&path, &good[1..]).unwrap();
+    assert!(matches!(open_states(&folders, &plan), Err(CheckpointError::State { .. })));
+    damaged.copy_from_slice(&good);
+    damaged[9] ^= 1;
+    fs::write(&path, &damaged).unwrap();
+    assert!(matches!(open_states(&folders, &plan), Err(CheckpointError::State { source: crate::state::StateError::Header, .. })));
+    assert!(!out.exists());
+}

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use super::CheckpointError;
 use super::file::TensorFile;
-use super::write::UNFINISHED;
+use super::write::{PIECE_BYTES, UNFINISHED};
 use crate::contract::{CONTRACT_BYTES_MAX, CONTRACT_FILE, Contract, ContractError, TensorSpec, is_buffer};
 use crate::number::{append_f32, first_non_finite_bytes};
 use crate::safetensors_header::TensorInfo;
@@ -161,6 +161,30 @@ impl CheckpointTree {
 
     /// The bytes of a slice as they stand in the file; refused if a value is not finite.
     pub fn slice_bytes(&self, slice: &Slice) -> Result<&[u8], CheckpointError> {
+        let (_, tensor, bytes) = self.slice_place(slice)?;
+        refuse_non_finite(tensor, bytes, slice.row_start * slice.row_elements)?;
+        Ok(bytes)
+    }
+
+    /// Gives `take` the bytes of a slice in pieces that hold whole elements, and lets go of the memory behind each; refused if a
+    /// value is not finite.
+    pub(super) fn stream_slice(
+        &self,
+        slice: &Slice,
+        mut take: impl FnMut(&[u8]) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        let (file, tensor, bytes) = self.slice_place(slice)?;
+        let first_element = slice.row_start * slice.row_elements;
+        for (number, piece) in bytes.chunks(PIECE_BYTES).enumerate() {
+            let element = (number * PIECE_BYTES) as u64 / tensor.dtype.bytes();
+            refuse_non_finite(tensor, piece, first_element + element)?;
+            take(piece)?;
+            file.release(piece);
+        }
+        Ok(())
+    }
+
+    fn slice_place(&self, slice: &Slice) -> Result<(&TensorFile, &TensorInfo, &[u8]), CheckpointError> {
         let (file, tensor) = self.locate(&slice.tensor)?;
         let found = spec(tensor);
         let fits = slice.row_start <= slice.row_end
@@ -173,8 +197,12 @@ impl CheckpointTree {
         }
         let row_bytes = (found.row_elements() * found.dtype.bytes()) as usize;
         let bytes = &file.bytes(tensor)[slice.row_start as usize * row_bytes..slice.row_end as usize * row_bytes];
-        refuse_non_finite(tensor, bytes, slice.row_start * slice.row_elements)?;
-        Ok(bytes)
+        Ok((file, tensor, bytes))
+    }
+
+    /// What tells these weights from others at the same place.
+    pub(super) fn identity(&self) -> Vec<u8> {
+        self.files.iter().flat_map(TensorFile::identity).collect()
     }
 
     pub(super) fn locate(&self, name: &str) -> Result<(&TensorFile, &TensorInfo), CheckpointError> {

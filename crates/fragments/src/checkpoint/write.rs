@@ -1,14 +1,22 @@
 //! Writing folders safely: every file under a temporary name first, synced, then renamed; the folder synced at the end.
 //!
-//! A folder that is being written holds [`UNFINISHED`]. It tells an interrupted attempt, which is written over, from
-//! somebody's files, which are not.
+//! A folder that is being written holds [`UNFINISHED`]. It tells an interrupted attempt, which is gone on with, from
+//! somebody's files, which are not touched. Its first line names the work by a digest of all that goes into it; each further line is
+//! the record of a file that is complete, so that the next attempt at the same work need not write it again.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use protocol::{CHUNK_BYTES, Digest, FileRecord};
+use sha2::Digest as _;
 
 use super::CheckpointError;
+
+/// Bytes that are checked, hashed and written at a time.
+pub(super) const PIECE_BYTES: usize = 4 << 20;
 
 const PART_SUFFIX: &str = ".part";
 
@@ -42,10 +50,6 @@ impl PartFile {
         self.file.write_all_at(bytes, offset).map_err(CheckpointError::write(&self.part))
     }
 
-    pub fn copy_from(&mut self, reader: &mut File) -> Result<(), CheckpointError> {
-        io::copy(reader, &mut self.file).map_err(CheckpointError::write(&self.part)).map(drop)
-    }
-
     /// Syncs the content and gives the file its name.
     pub fn finish(self) -> Result<(), CheckpointError> {
         self.file.sync_all().map_err(CheckpointError::write(&self.part))?;
@@ -53,36 +57,145 @@ impl PartFile {
     }
 }
 
-/// Writes `dir/name` whole.
-pub(super) fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
-    let mut file = PartFile::create(dir, name)?;
-    file.append(bytes)?;
-    file.finish()
+/// A file that is written from the front to the back and described on the way.
+pub(super) struct RecordedFile {
+    part: PartFile,
+    length: u64,
+    sha256: sha2::Sha256,
+    blake3: blake3::Hasher,
+    /// Of the chunk that is being filled.
+    chunk: blake3::Hasher,
+    chunks: Vec<Digest>,
 }
 
-/// Creates `dir` and marks it as unfinished. It must be empty, or hold an interrupted attempt to write the files for which
-/// `ours` is true.
-pub(super) fn claim_dir(dir: &Path, ours: impl Fn(&str) -> bool) -> Result<(), CheckpointError> {
-    fs::create_dir_all(dir).map_err(CheckpointError::write(dir))?;
-    let interrupted = dir.join(UNFINISHED).exists();
-    for entry in fs::read_dir(dir).map_err(CheckpointError::read(dir))? {
-        let name = entry.map_err(CheckpointError::read(dir))?.file_name();
-        let name = name.to_string_lossy();
-        if !interrupted || !(name == UNFINISHED || ours(name.strip_suffix(PART_SUFFIX).unwrap_or(&name))) {
-            return Err(CheckpointError::Occupied { dir: dir.to_owned(), entry: name.into_owned() });
-        }
+impl RecordedFile {
+    pub fn create(dir: &Path, name: &str) -> Result<Self, CheckpointError> {
+        let part = PartFile::create(dir, name)?;
+        let (sha256, blake3, chunk) = (sha2::Sha256::new(), blake3::Hasher::new(), blake3::Hasher::new());
+        Ok(Self { part, length: 0, sha256, blake3, chunk, chunks: Vec::new() })
     }
-    let marker = dir.join(UNFINISHED);
-    File::create(&marker).and_then(|marker| marker.sync_all()).map_err(CheckpointError::write(&marker))?;
-    sync_dir(dir)
+
+    pub fn append(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let room = (CHUNK_BYTES - self.length % CHUNK_BYTES) as usize;
+            let (piece, behind) = rest.split_at(rest.len().min(room));
+            rest = behind;
+            let Self { part, sha256, blake3, chunk, .. } = self;
+            let hash_blocks = || {
+                blake3.update(piece);
+                chunk.update(piece);
+            };
+            let (written, _) = rayon::join(|| part.append(piece), || rayon::join(|| sha256.update(piece), hash_blocks));
+            written?;
+            self.length += piece.len() as u64;
+            if self.length.is_multiple_of(CHUNK_BYTES) {
+                self.end_chunk();
+            }
+        }
+        Ok(())
+    }
+
+    fn end_chunk(&mut self) {
+        self.chunks.push(Digest(*self.chunk.finalize().as_bytes()));
+        self.chunk.reset();
+    }
+
+    /// Syncs the content, gives the file its name, and describes it as `path`.
+    pub fn finish(mut self, path: &str) -> Result<FileRecord, CheckpointError> {
+        if !self.length.is_multiple_of(CHUNK_BYTES) {
+            self.end_chunk();
+        }
+        self.part.finish()?;
+        Ok(FileRecord {
+            path: path.to_owned(),
+            length: self.length,
+            sha256: Digest(self.sha256.finalize().into()),
+            blake3: Digest(*self.blake3.finalize().as_bytes()),
+            chunk_bytes: CHUNK_BYTES,
+            chunks: self.chunks,
+        })
+    }
 }
 
-/// Makes the renames in `dir` durable, then takes the mark of [`claim_dir`] away.
-pub(super) fn finish_dir(dir: &Path) -> Result<(), CheckpointError> {
-    sync_dir(dir)?;
-    let marker = dir.join(UNFINISHED);
-    fs::remove_file(&marker).map_err(CheckpointError::write(&marker))?;
-    sync_dir(dir)
+/// Writes `dir/name` whole.
+pub(super) fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<FileRecord, CheckpointError> {
+    let mut file = RecordedFile::create(dir, name)?;
+    file.append(bytes)?;
+    file.finish(name)
+}
+
+/// A folder that is being written.
+pub(super) struct Claim<'a> {
+    dir: &'a Path,
+    /// Complete files, and the marker that lists them.
+    state: Mutex<(Vec<FileRecord>, File)>,
+}
+
+impl<'a> Claim<'a> {
+    /// Creates `dir` and marks it as unfinished. It must be empty, or hold an interrupted attempt to write the files for which
+    /// `ours` is true. What an attempt at the same `work` has completed stays; `None` is work that cannot be gone on with.
+    pub fn new(dir: &'a Path, work: Option<Digest>, ours: impl Fn(&str) -> bool) -> Result<Self, CheckpointError> {
+        fs::create_dir_all(dir).map_err(CheckpointError::write(dir))?;
+        let marker = dir.join(UNFINISHED);
+        let interrupted = marker.exists();
+        for entry in fs::read_dir(dir).map_err(CheckpointError::read(dir))? {
+            let name = entry.map_err(CheckpointError::read(dir))?.file_name();
+            let name = name.to_string_lossy();
+            if !interrupted || !(name == UNFINISHED || ours(name.strip_suffix(PART_SUFFIX).unwrap_or(&name))) {
+                return Err(CheckpointError::Occupied { dir: dir.to_owned(), entry: name.into_owned() });
+            }
+        }
+        let complete = match (work, fs::read_to_string(&marker)) {
+            (Some(work), Ok(text)) if interrupted => completed(dir, &work, &text),
+            _ => Vec::new(),
+        };
+        let mut lines = vec![work.unwrap_or_default().to_string()];
+        lines.extend(complete.iter().filter_map(|record| serde_json::to_string(record).ok()));
+        let rewritten = PartFile::create(dir, "unfinished").and_then(|mut file| {
+            file.append((lines.join("\n") + "\n").as_bytes())?;
+            file.file.sync_all().map_err(CheckpointError::write(&marker))
+        });
+        rewritten?;
+        let file = OpenOptions::new().append(true).open(&marker).map_err(CheckpointError::write(&marker))?;
+        sync_dir(dir)?;
+        Ok(Self { dir, state: Mutex::new((complete, file)) })
+    }
+
+    /// The record of a file that an earlier attempt completed.
+    pub fn complete(&self, path: &str) -> Option<FileRecord> {
+        let state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        state.0.iter().find(|record| record.path == path).cloned()
+    }
+
+    /// Remembers a complete file for the next attempt.
+    pub fn note(&self, record: &FileRecord) -> Result<(), CheckpointError> {
+        let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let marker = self.dir.join(UNFINISHED);
+        let line = serde_json::to_string(record).map_err(io::Error::other).map_err(CheckpointError::write(&marker))? + "\n";
+        state.1.write_all(line.as_bytes()).and_then(|()| state.1.sync_data()).map_err(CheckpointError::write(&marker))
+    }
+
+    /// Makes the renames durable, then takes the mark away.
+    pub fn finish(self) -> Result<(), CheckpointError> {
+        sync_dir(self.dir)?;
+        let marker = self.dir.join(UNFINISHED);
+        fs::remove_file(&marker).map_err(CheckpointError::write(&marker))?;
+        sync_dir(self.dir)
+    }
+}
+
+/// The files that the marker's `text` lists, if it is of the same work; only those that are still there in their length.
+fn completed(dir: &Path, work: &Digest, text: &str) -> Vec<FileRecord> {
+    let mut lines = text.lines();
+    if lines.next() != Some(work.to_string().as_str()) {
+        return Vec::new();
+    }
+    // A torn last line is a file that is written again.
+    let records = lines.filter_map(|line| serde_json::from_str::<FileRecord>(line).ok());
+    let is_there =
+        |record: &FileRecord| fs::metadata(dir.join(&record.path)).is_ok_and(|file| file.is_file() && file.len() == record.length);
+    records.filter(is_there).collect()
 }
 
 fn sync_dir(dir: &Path) -> Result<(), CheckpointError> {

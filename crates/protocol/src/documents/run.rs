@@ -41,11 +41,15 @@ pub struct CurrentRun {
     pub manifest_digest: Digest,
 }
 
-/// Encoding of fragment payloads or states.
+/// Encoding of fragment payloads or states. The crate `fragments` writes and reads them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Codec {
     Bf16 = 0,
+    /// Blocks of 256 four-bit values with an f32 scale.
+    Int4 = 1,
+    /// 64 of each 4096 values, with 12-bit indices, in two bits; upstream only, with error feedback.
+    TopK = 2,
 }
 
 /// AdamW of the learners.
