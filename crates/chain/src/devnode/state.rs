@@ -8,7 +8,9 @@ use protocol::AccountId;
 use subxt::ext::frame_decode::storage::IntoEncodableValues;
 
 use super::runtime::{Runtime, SUBTENSOR, SYSTEM};
+use crate::epoch::EpochState;
 use crate::types::{Hyperparameters, Neuron};
+use crate::view::mechanism_index;
 
 /// A full key/value map. Cloning it for the next block shares the values.
 #[derive(Clone)]
@@ -37,6 +39,16 @@ impl State {
 
     pub(super) fn runtime(&self) -> &Runtime {
         &self.runtime
+    }
+
+    /// The runtime is another one from here on; what is stored stays.
+    pub(super) fn upgrade(&mut self) {
+        self.runtime = Arc::new(self.runtime.upgraded());
+    }
+
+    pub(super) fn remove(&mut self, pallet: &str, entry: &str, keys: impl IntoEncodableValues) {
+        let key = self.runtime.key(pallet, entry, keys);
+        self.entries.remove(&key);
     }
 
     /// The raw value of a raw key.
@@ -139,6 +151,36 @@ impl State {
             commit_reveal: self.value(SUBTENSOR, "CommitRevealWeightsEnabled", (netuid,)),
             stake_threshold: self.value(SUBTENSOR, "StakeThreshold", ()),
         })
+    }
+
+    /// The storage index of a mechanism that exists.
+    pub(super) fn mechanism_index(&self, netuid: u16, mechanism: u8) -> Option<u16> {
+        let count: u8 = self.value(SUBTENSOR, "MechanismCountCurrent", (netuid,));
+        mechanism_index(netuid, mechanism).filter(|_| mechanism < count && self.subnet_exists(netuid))
+    }
+
+    /// Blocks of the last weights by uid, under a storage index.
+    pub(super) fn last_updates(&self, index: u16) -> Vec<u64> {
+        self.value(SUBTENSOR, "LastUpdate", (index,))
+    }
+
+    pub(super) fn epoch(&self, netuid: u16) -> EpochState {
+        EpochState {
+            tempo: self.value(SUBTENSOR, "Tempo", (netuid,)),
+            last_epoch_block: self.value(SUBTENSOR, "LastEpochBlock", (netuid,)),
+            pending_epoch_at: self.value(SUBTENSOR, "PendingEpochAt", (netuid,)),
+            index: self.value(SUBTENSOR, "SubnetEpochIndex", (netuid,)),
+            blocks_since_last_step: self.value(SUBTENSOR, "BlocksSinceLastStep", (netuid,)),
+        }
+    }
+
+    pub(super) fn put_epoch(&mut self, netuid: u16, old: &EpochState, new: &EpochState) {
+        if old.index != new.index {
+            self.put(SUBTENSOR, "LastEpochBlock", (netuid,), new.last_epoch_block);
+            self.put(SUBTENSOR, "PendingEpochAt", (netuid,), new.pending_epoch_at);
+            self.put(SUBTENSOR, "SubnetEpochIndex", (netuid,), new.index);
+        }
+        self.put(SUBTENSOR, "BlocksSinceLastStep", (netuid,), new.blocks_since_last_step);
     }
 
     /// The owner's hotkey; `None` where it was never set.

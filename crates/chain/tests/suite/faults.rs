@@ -66,7 +66,7 @@ async fn calls_go_on_after_the_node_dropped_its_connections() {
     let node = DevNode::start(dev_chain(20)).await.unwrap();
     let client = connect(&node).await;
     client.head().await.unwrap();
-    node.drop_connections().await.unwrap();
+    node.drop_connections();
     client.head().await.unwrap();
     client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await.unwrap();
 }
@@ -76,7 +76,7 @@ async fn a_client_moves_to_the_next_endpoint_of_the_same_network_only() {
     let first = DevNode::start(dev_chain(20)).await.unwrap();
     let other_network = DevNode::start(dev_chain(20)).await.unwrap();
     let settings = ConnectSettings { endpoints: vec![first.endpoint(), other_network.endpoint()], genesis: None };
-    let quick = Deadlines { connect_ms: 500, call_ms: 500, finality_ms: 2_000 };
+    let quick = Deadlines { connect_ms: 500, call_ms: 500, finality_ms: 2_000, ..deadlines() };
     let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
     assert_eq!(client.genesis(), first.genesis());
     drop(first);
@@ -122,7 +122,7 @@ async fn a_half_dead_connection_is_left_for_the_next_endpoint() {
     let node = DevNode::start(dev_chain(20)).await.unwrap();
     let relay = Relay::start(&node).await;
     let settings = ConnectSettings { endpoints: vec![relay.endpoint.clone(), node.endpoint()], genesis: Some(node.genesis()) };
-    let quick = Deadlines { connect_ms: 2_000, call_ms: 1_000, finality_ms: 10_000 };
+    let quick = Deadlines { connect_ms: 2_000, call_ms: 1_000, finality_ms: 10_000, ..deadlines() };
     let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
     let before = client.head().await.unwrap();
     relay.frozen.send_replace(true);
@@ -144,7 +144,7 @@ async fn a_row_whose_watch_broke_is_found_by_reading_back() {
     });
     // The extrinsic waits in the pool of the stalled node; then the node restarts its server, then blocks come again.
     tokio::time::sleep(Duration::from_millis(500)).await;
-    node.drop_connections().await.unwrap();
+    node.drop_connections();
     node.stall(false);
     let block = setting.await.unwrap().unwrap();
     assert!(client.head().await.unwrap().number >= block.number);
