@@ -39,7 +39,7 @@ pub use setter::{Setter, SetterSettings};
 pub use subtensor::{ConnectSettings, Deadlines, FINNEY_ENDPOINTS, FINNEY_GENESIS, SubtensorClient};
 pub use types::{BlockRef, Hyperparameter, Hyperparameters, Metagraph, Neuron, Registration};
 pub use view::{How, Landed, PendingCommit, Progress, WeightsRequest, WeightsView};
-pub use wallet::{Wallet, WalletError};
+pub use wallet::{Password, Wallet, WalletError};
 
 /// Longest commitment in bytes (`BigRaw` field of the commitments pallet).
 pub const COMMITMENT_MAX: usize = 512;

@@ -146,6 +146,12 @@ impl Ledger {
         &self.best().content.as_ref().expect("the newest block is not pruned").state
     }
 
+    /// The row of `uid` in the newest state.
+    pub(super) fn weights(&self, mechanism: u8, uid: u16) -> Vec<(u16, u16)> {
+        let index = self.state().mechanism_index(self.netuid, mechanism);
+        index.and_then(|index| self.state().stored(SUBTENSOR, "Weights", (index, uid))).unwrap_or_default()
+    }
+
     /// The nonce of the account's next extrinsic, after those that wait in the pool.
     pub(super) fn next_nonce(&self, account: &protocol::AccountId) -> u64 {
         let waiting = self.pool.iter().filter(|pending| pending.signed.signer == *account).map(|pending| pending.signed.nonce + 1);

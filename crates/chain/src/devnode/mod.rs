@@ -221,6 +221,12 @@ impl DevNode {
         done
     }
 
+    /// The row that the newest block's state holds for `uid`, final or not.
+    pub fn weights(&self, mechanism: u8, uid: u16) -> Vec<(u16, u16)> {
+        let ledger = self.node.ledger();
+        ledger.weights(mechanism, uid)
+    }
+
     /// The version of the newest block's runtime.
     pub fn spec_version(&self) -> u32 {
         self.node.ledger().runtime().spec_version

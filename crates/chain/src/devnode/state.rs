@@ -17,6 +17,8 @@ use crate::view::mechanism_index;
 pub(super) struct State {
     runtime: Arc<Runtime>,
     entries: BTreeMap<Vec<u8>, Arc<[u8]>>,
+    /// A digest of everything that was ever written.
+    root: [u8; 32],
 }
 
 /// `frame_system::AccountInfo` with subtensor's balances.
@@ -34,7 +36,7 @@ struct AccountInfo {
 
 impl State {
     pub(super) fn new(runtime: Arc<Runtime>) -> Self {
-        Self { runtime, entries: BTreeMap::new() }
+        Self { runtime, entries: BTreeMap::new(), root: [0; 32] }
     }
 
     pub(super) fn runtime(&self) -> &Runtime {
@@ -48,7 +50,9 @@ impl State {
 
     pub(super) fn remove(&mut self, pallet: &str, entry: &str, keys: impl IntoEncodableValues) {
         let key = self.runtime.key(pallet, entry, keys);
-        self.entries.remove(&key);
+        if self.entries.contains_key(&key) {
+            self.write(key, None);
+        }
     }
 
     /// The raw value of a raw key.
@@ -69,24 +73,28 @@ impl State {
             .collect()
     }
 
-    /// A digest of all keys and values. Nodes keep a Merkle trie root here; nobody checks proofs against a development node.
+    /// A digest of all that was written. Nodes keep a Merkle trie root here; nobody checks proofs against a development node.
     pub(super) fn root(&self) -> [u8; 32] {
-        let mut bytes = Vec::new();
-        for (key, value) in &self.entries {
-            (key, value.as_ref()).encode_to(&mut bytes);
-        }
-        sp_crypto_hashing::blake2_256(&bytes)
+        self.root
+    }
+
+    fn write(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
+        self.root = sp_crypto_hashing::blake2_256(&(self.root, &key, &value).encode());
+        match value {
+            Some(value) => self.entries.insert(key, value.into()),
+            None => self.entries.remove(&key),
+        };
     }
 
     pub(super) fn put(&mut self, pallet: &str, entry: &str, keys: impl IntoEncodableValues, value: impl Encode) {
         let key = self.runtime.key(pallet, entry, keys);
-        self.entries.insert(key, value.encode().into());
+        self.write(key, Some(value.encode()));
     }
 
     /// Stores bytes that are SCALE already.
     pub(super) fn put_encoded(&mut self, pallet: &str, entry: &str, keys: impl IntoEncodableValues, value: Vec<u8>) {
         let key = self.runtime.key(pallet, entry, keys);
-        self.entries.insert(key, value.into());
+        self.write(key, Some(value));
     }
 
     /// The stored value; `None` where nothing is stored.

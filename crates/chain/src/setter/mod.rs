@@ -145,6 +145,15 @@ struct Scores {
     is_final: bool,
 }
 
+/// A row that landed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct LastRow {
+    row: Vec<(u16, u16)>,
+    block: u64,
+    /// Our time when we heard of it.
+    set_ms: u64,
+}
+
 /// A row on its way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Sending {
@@ -171,8 +180,8 @@ pub struct Setter {
     look_at_ms: u64,
     failures: u32,
     not_before_ms: u64,
-    /// The row that was landed last, in the open or committed, with its block and our time.
-    last_row: Option<(Vec<(u16, u16)>, u64, u64)>,
+    /// The row that landed last, in the open or committed.
+    last_row: Option<LastRow>,
     is_final_set: bool,
     effects: Vec<Effect>,
     reports: Vec<Report>,
@@ -318,10 +327,10 @@ impl Setter {
                 None => open.push(awaited),
                 Some(outcome) => {
                     if outcome == RevealOutcome::Revealed {
-                        is_shown |= self.last_row.as_ref().is_some_and(|(row, ..)| *row == awaited.row);
+                        is_shown |= self.last_row.as_ref().is_some_and(|last| last.row == awaited.row);
                         let (row, block) = (awaited.row.clone(), view.block().number);
                         reports.push(Report::OnChain { row, block, epoch: awaited.target_epoch });
-                    } else if self.last_row.as_ref().is_some_and(|(row, ..)| *row == awaited.row) {
+                    } else if self.last_row.as_ref().is_some_and(|last| last.row == awaited.row) {
                         // It is not on the chain: the same row may be set again.
                         self.last_row = None;
                     }
@@ -374,7 +383,7 @@ impl Setter {
         self.not_before_ms = 0;
         self.look_at_ms = now_ms;
         let is_final = self.scores.as_ref().is_some_and(|scores| scores.is_final);
-        self.last_row = Some((request.row.clone(), block, now_ms));
+        self.last_row = Some(LastRow { row: request.row.clone(), block, set_ms: now_ms });
         match commit {
             None => {
                 let epoch = self.view.as_ref().map_or(0, |view| view.epoch.index);
@@ -466,9 +475,14 @@ impl Setter {
         };
         let (netuid, mechanism) = (self.settings.netuid, self.settings.mechanism);
         let request = WeightsRequest { netuid, mechanism, row, version_key: self.settings.version_key, how };
-        let last_update = view.last_update(own).max(self.last_row.as_ref().map_or(0, |(_, block, _)| *block));
+        let last_update = view.last_update(own).max(self.last_row.as_ref().map_or(0, |last| last.block));
         let is_due = self.is_due(now_ms, view, &request.row, last_update, scores.is_final);
         let from_block = last_update + parameters.weights_rate_limit;
+        // A committed row that is opened after this one was set would replace it.
+        let opens_soon = |awaited: &&AwaitedReveal| awaited.target_epoch == view.epoch.index && head < awaited.patience_block();
+        if let Some(awaited) = self.awaited.iter().find(opens_soon).filter(|_| request.how == How::Plain) {
+            return Err(Stage::RevealFirst { until_block: awaited.patience_block() });
+        }
         match view.check(&self.settings.hotkey, &request) {
             // The view may be older than our own read-back.
             Ok(()) if last_update > 0 && head < from_block && is_due => Err(Stage::TooSoon { from_block }),
@@ -490,12 +504,12 @@ impl Setter {
         let last_row = self.last_row.as_ref();
         if is_final && !self.is_final_set {
             // After a restart the final row may be there already.
-            let sent = last_row.map_or(view.row.as_slice(), |(sent, ..)| sent);
+            let sent = last_row.map_or(view.row.as_slice(), |last| &last.row);
             if sent != row {
                 return true;
             }
         }
-        self.settings.refresh_ms.is_some_and(|refresh_ms| last_row.is_some_and(|(_, _, set_ms)| set_ms + refresh_ms <= now_ms))
+        self.settings.refresh_ms.is_some_and(|refresh_ms| last_row.is_some_and(|last| last.set_ms + refresh_ms <= now_ms))
     }
 
     fn enter(&mut self, stage: Stage) {

@@ -8,6 +8,9 @@ use crate::weights;
 /// Blocks after the first of the target epoch at which a reveal is looked for first.
 const LOOK_AFTER_BLOCKS: u64 = 4;
 
+/// Blocks after that for which a row in the open waits for the reveal.
+const PATIENCE_BLOCKS: u64 = 20;
+
 /// A committed row that the chain will open.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AwaitedReveal {
@@ -53,12 +56,17 @@ impl AwaitedReveal {
         self.reveal_block + LOOK_AFTER_BLOCKS
     }
 
+    /// The block up to which a row in the open waits for this one.
+    pub(super) fn patience_block(&self) -> u64 {
+        self.look_block() + PATIENCE_BLOCKS
+    }
+
     /// What became of it by `view`; `None` while it is awaited.
     pub(super) fn judge(&mut self, view: &WeightsView) -> Option<RevealOutcome> {
         if view.block().number < self.commit.block || view.epoch.index < self.target_epoch {
             return None;
         }
-        let waits = view.commits.iter().any(|commit| *commit == self.commit);
+        let waits = view.commits.contains(&self.commit);
         if !waits && view.row == self.row {
             return Some(RevealOutcome::Revealed);
         }

@@ -17,6 +17,8 @@ pub enum Stage {
     NotDue { from_block: u64 },
     /// A row is due, but the subnet's rate limit lasts until this block.
     TooSoon { from_block: u64 },
+    /// A row is due, but one that was committed before is opened in these blocks and would replace it.
+    RevealFirst { until_block: u64 },
     /// The chain would refuse the row, or drop it when it is opened.
     Blocked(Obstacle),
     /// A row is on its way.
@@ -83,6 +85,7 @@ impl Stage {
             Self::Starting => "the chain is being read",
             Self::NoScores => "scores come with the first verdicts",
             Self::NotDue { .. } | Self::OnChain { .. } => "the next row is set when the next epoch begins",
+            Self::RevealFirst { .. } => "it is set when the committed one was opened",
             Self::TooSoon { .. } => "it is set when the rate limit has passed",
             Self::Blocked(obstacle) => obstacle.hint(),
             Self::Sending { .. } => "it counts when it was read back from a finalized block",
@@ -102,6 +105,9 @@ impl fmt::Display for Stage {
             Self::NoScores => f.write_str("no scores yet"),
             Self::NotDue { from_block } => write!(f, "this epoch's weights are set, the next are due at block {from_block}"),
             Self::TooSoon { from_block } => write!(f, "weights are due, the rate limit lasts until block {from_block}"),
+            Self::RevealFirst { until_block } => {
+                write!(f, "weights are due, the committed row before them is opened first, until block {until_block}")
+            }
             Self::Blocked(obstacle) => write!(f, "weights are not sent: {obstacle}"),
             Self::Sending { progress } => match progress {
                 None => f.write_str("weights are being sent"),

@@ -6,4 +6,7 @@ extern crate quasar_chain as chain;
 mod conformance;
 mod devnode;
 mod faults;
+mod month;
+mod runner;
+mod setter;
 mod world;

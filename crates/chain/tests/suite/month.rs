@@ -1,0 +1,107 @@
+//! A simulated month of a validator: 216,000 blocks of 12 seconds, 600 epochs, in which sockets die, runtimes are upgraded, blocks are
+//! left for forks, and commit-reveal is switched on and off. Every epoch's row must reach the chain.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use chain::devnode::{Change, DevChain, DevNode, DevOptions, VirtualClock};
+use chain::{Chain, ConnectSettings, Deadlines, SubtensorClient};
+
+use crate::runner::{BLOCK_MS, Mischief, Runner, START_MS};
+use crate::world::{deadlines, dev_chain, hotkey};
+
+const TEMPO: u64 = 360;
+const EPOCHS: u64 = 600;
+const DEATHS: u64 = 1_000;
+const UPGRADES: u64 = 20;
+const FORKS: u64 = 10;
+const FINALITY_LAG: u64 = 3;
+/// Epochs between two switches of commit-reveal.
+const SWITCH_EPOCHS: u64 = 100;
+
+/// A small generator for when things go wrong: the same each time.
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, limit: u64) -> u64 {
+        // Xorshift64.
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// The row of an epoch: no two are the same.
+fn row(epoch: u64) -> Vec<(u16, u16)> {
+    vec![(1, epoch as u16 + 1), (2, u16::MAX)]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_epochs_row_is_on_chain_through_a_month_of_trouble() {
+    let chain = DevChain { tempo: TEMPO as u16, weights_rate_limit: 100, ..dev_chain(0) };
+    let clock = VirtualClock { start_ms: START_MS, block_ms: BLOCK_MS };
+    let options = DevOptions { finality_lag: FINALITY_LAG, clock: Some(clock), ..Default::default() };
+    let node = DevNode::start_with(chain, options).await.unwrap();
+    // Blocks come each 10 ms while a row is on its way: a second of ours is a hundred of them.
+    let quick = Deadlines { finality_ms: 1_000, ..deadlines() };
+    let settings = ConnectSettings { endpoints: vec![node.endpoint()], genesis: Some(node.genesis()) };
+    let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
+    let mut runner = Runner::new(node, client, 0, START_MS);
+    let mut chance = Chance(0x9e37_79b9_7f4a_7c15);
+    let forks = Arc::new(AtomicU64::new(0));
+    (0..FINALITY_LAG + 1).for_each(|_| runner.produce());
+
+    let mut epoch = u64::MAX;
+    while runner.node.best().number < EPOCHS * TEMPO {
+        let current = runner.node.best().number / TEMPO;
+        let mut mischief: Mischief = Box::new(|_, _| {});
+        if current != epoch {
+            epoch = current;
+            runner.scores(&[(hotkey(1).account(), epoch + 1), (hotkey(2).account(), 65535)]);
+            if epoch > 0 && epoch.is_multiple_of(SWITCH_EPOCHS) {
+                runner.node.change(Change::CommitReveal((epoch / SWITCH_EPOCHS) % 2 == 1));
+            }
+            // The socket dies before a question, and once more while the row is on its way.
+            runner.node.drop_connections();
+            let dies_at = chance.below(5);
+            let upgrades_at = (epoch % (EPOCHS / UPGRADES) == 7).then(|| chance.below(4));
+            let forks_at = (epoch % (EPOCHS / FORKS) == 11).then(|| (3 + chance.below(2), chance.below(2) == 0));
+            let forks = forks.clone();
+            mischief = Box::new(move |node, blocks| {
+                if dies_at == blocks {
+                    node.drop_connections();
+                }
+                if upgrades_at == Some(blocks) {
+                    node.change(Change::UpgradeRuntime);
+                }
+                if let Some((at, loses_pool)) = forks_at
+                    && at == blocks
+                {
+                    assert!(node.reorganise(FINALITY_LAG, loses_pool));
+                    forks.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        runner.settle(&mut mischief).await;
+        runner.wait();
+    }
+
+    let first_shown: HashMap<Vec<(u16, u16)>, u64> = runner.shown.iter().rev().map(|(block, row)| (row.clone(), *block)).collect();
+    let mut late = Vec::new();
+    // The last epoch's row may still wait for its reveal.
+    for epoch in 0..EPOCHS - 1 {
+        let is_hidden = (epoch / SWITCH_EPOCHS) % 2 == 1;
+        match first_shown.get(&row(epoch)) {
+            Some(block) if block / TEMPO == epoch + u64::from(is_hidden) => {}
+            found => late.push((epoch, is_hidden, found.copied())),
+        }
+    }
+    assert!(late.is_empty(), "rows that were not on chain in their epoch: {late:?}");
+    // A death that hit no connection would not count: each of these was noticed and replaced.
+    let replaced = runner.client.health().reconnections;
+    assert!(replaced >= DEATHS, "{replaced} connections were replaced");
+    assert_eq!(runner.node.spec_version(), 461 + UPGRADES as u32);
+    assert_eq!(forks.load(Ordering::Relaxed), FORKS);
+}
