@@ -110,11 +110,13 @@ impl WeightsView {
         self.last_updates.get(usize::from(neuron.uid)).copied().unwrap_or(0)
     }
 
-    /// Which of the chain's rules would refuse `request` of `hotkey` in the next block; `Ok` where none would.
+    /// Which of the chain's rules would refuse `request` of `hotkey` in the next block; `Ok` where none would. The stake is left to
+    /// the chain, which counts what is inherited from parents and staked on the root network too.
     pub fn check(&self, hotkey: &AccountId, request: &WeightsRequest) -> Result<(), WeightsRefusal> {
         let has_mechanism = request.mechanism < self.mechanisms.max(1);
+        let parameters = Hyperparameters { stake_threshold: 0, ..self.hyperparameters.clone() };
         let subnet = Subnet {
-            hyperparameters: Some(&self.hyperparameters).filter(|_| has_mechanism),
+            hyperparameters: Some(&parameters).filter(|_| has_mechanism),
             neurons: &self.metagraph.neurons,
             last_updates: Some(&self.last_updates),
             owner: self.owner_hotkey,

@@ -114,6 +114,8 @@ fn register(module: &mut RpcModule<Node>) -> Result<(), jsonrpsee::core::Registe
         }
     })?;
 
+    module.register_alias("account_nextIndex", "system_accountNextIndex")?;
+
     module.register_method("author_submitExtrinsic", |params, node, _| {
         let extrinsic = bytes(&params, 0)?;
         node.ledger().submit(extrinsic).map(hex).map_err(refusal)

@@ -354,7 +354,11 @@ impl Setter {
             Outcome::Refused(reason) => {
                 // The view that the row was made from is out of date: a fresh one says what to do about it.
                 self.pause(now_ms);
-                self.enter(Stage::Refused { reason, retry_at_ms: self.not_before_ms });
+                let retry_at_ms = self.not_before_ms;
+                self.enter(match (reason, self.own_stake()) {
+                    (WeightsRefusal::StakeTooLow, Some((stake, threshold))) => Stage::Blocked(Obstacle::StakeTooLow { stake, threshold }),
+                    (reason, _) => Stage::Refused { reason, retry_at_ms },
+                });
             }
             Outcome::NotSent { why } => {
                 self.pause(now_ms);
@@ -367,6 +371,13 @@ impl Setter {
             }
         }
         self.look_at_ms = now_ms;
+    }
+
+    /// Our stake on the subnet and the chain's threshold, by the newest view.
+    fn own_stake(&self) -> Option<(u64, u64)> {
+        let view = self.view.as_ref()?;
+        let own = view.metagraph.by_hotkey(&self.settings.hotkey)?;
+        Some((own.stake, view.hyperparameters.stake_threshold))
     }
 
     /// A pause that grows with each failure in a row.

@@ -42,7 +42,7 @@ pub enum Stage {
 pub enum Obstacle {
     NotRegistered,
     NoPermit,
-    /// Both in rao.
+    /// The chain refused the row for it. Both in rao; the chain adds what is inherited and staked on the root network.
     StakeTooLow {
         stake: u64,
         threshold: u64,
@@ -150,7 +150,9 @@ impl fmt::Display for Obstacle {
         match self {
             Self::NotRegistered => WeightsRefusal::NotRegistered.fmt(f),
             Self::NoPermit => WeightsRefusal::NoValidatorPermit.fmt(f),
-            Self::StakeTooLow { stake, threshold } => write!(f, "the hotkey's stake is {stake} rao, the chain wants {threshold}"),
+            Self::StakeTooLow { stake, threshold } => {
+                write!(f, "the hotkey's stake is too low: {stake} rao on the subnet, the chain wants {threshold} in all")
+            }
             Self::VersionTooOld { required, ours } => {
                 write!(f, "the subnet wants weights of version {required} or newer, this build sends {ours}")
             }

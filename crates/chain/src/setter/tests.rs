@@ -178,8 +178,6 @@ fn a_due_row_waits_for_the_end_of_the_rate_limit() {
 fn whatever_stands_in_the_way_is_told_by_name() {
     assert_eq!(obstacle(|view| view.metagraph.neurons[1].hotkey = account(9)), Obstacle::NotRegistered);
     assert_eq!(obstacle(|view| view.metagraph.neurons[1].validator_permit = false), Obstacle::NoPermit);
-    let stake = Obstacle::StakeTooLow { stake: 499, threshold: 500 };
-    assert_eq!(obstacle(|view| view.metagraph.neurons[1].stake = 499), stake);
     let version = Obstacle::VersionTooOld { required: 4, ours: 3 };
     assert_eq!(obstacle(|view| view.hyperparameters.weights_version = 4), version);
     assert_eq!(obstacle(|view| view.epoch.tempo = 0), Obstacle::NoEpochs);
@@ -195,6 +193,17 @@ fn whatever_stands_in_the_way_is_told_by_name() {
     other.handle(time(1100), scores());
     other.handle(time(1100), Input::View(Box::new(view(1100))));
     assert_eq!(other.stage(), &Stage::Blocked(Obstacle::NoMechanism { mechanism: 1, count: 1 }));
+}
+
+#[test]
+fn too_little_stake_is_for_the_chain_to_judge() {
+    let mut poor = view(1100);
+    poor.metagraph.neurons[1].stake = 499;
+    let mut setter = seen(poor);
+    let (attempt, _) = sent(&mut setter);
+    setter.handle(time(1100), Input::Ended { attempt, outcome: Outcome::Refused(WeightsRefusal::StakeTooLow) });
+    assert_eq!(setter.stage(), &Stage::Blocked(Obstacle::StakeTooLow { stake: 499, threshold: 500 }));
+    assert!(setter.stage().needs_a_person());
 }
 
 #[test]
@@ -466,5 +475,107 @@ fn while_the_chain_is_silent_it_is_asked_again() {
         assert!(matches!(setter.stage(), Stage::Unreachable { .. }));
         assert_eq!(setter.deadline(), Some(n * 1_000 + 1_000));
         setter.handle(n * 1_000 + 1_000, Input::Tick);
+    }
+}
+
+/// What happens to a row that is on its way, and to the chain around it.
+#[derive(Clone, Copy, Debug)]
+enum Luck {
+    Lands,
+    LandsUnseen,
+    Refused(bool),
+    Lost,
+    NotSent,
+    Restart,
+}
+
+proptest::proptest! {
+    /// Whatever happens, no epoch gets two rows, and after all trouble the next row lands.
+    #[test]
+    fn no_epoch_gets_two_rows_and_trouble_ends(
+        lucks in proptest::collection::vec((0u8..7, 1u64..80), 1..60),
+        is_hidden in proptest::bool::ANY,
+    ) {
+        let mut setter = Setter::new(settings());
+        let (mut number, mut row, mut last_update) = (1100u64, Vec::new(), 0u64);
+        let mut commits: Vec<PendingCommit> = Vec::new();
+        let mut rows_in_epoch = std::collections::BTreeMap::<u64, u32>::new();
+        setter.handle(time(number), scores());
+        let calm = std::iter::repeat_n((0, 40), 12);
+        for (luck, blocks) in lucks.into_iter().chain(calm) {
+            let luck = match luck {
+                0 => Luck::Lands,
+                1 => Luck::LandsUnseen,
+                2 => Luck::Refused(true),
+                3 => Luck::Refused(false),
+                4 => Luck::Lost,
+                5 => Luck::NotSent,
+                _ => Luck::Restart,
+            };
+            number += blocks;
+            setter.handle(time(number), Input::Tick);
+            while let Some(effect) = setter.poll_effect() {
+                let epoch = 7 + (number - EPOCH_START) / 360;
+                match effect {
+                    Effect::Look => {
+                        let Input::View(mut now) = later(number, epoch, &row, &commits) else { unreachable!() };
+                        now.hyperparameters.commit_reveal = is_hidden;
+                        now.last_updates[1] = last_update;
+                        setter.handle(time(number), Input::View(now));
+                    }
+                    Effect::Send { attempt, request } => {
+                        number += 2;
+                        let mut land = || {
+                            let epoch = 7 + (number - EPOCH_START) / 360;
+                            *rows_in_epoch.entry(epoch).or_default() += 1;
+                            last_update = number;
+                            match request.how {
+                                How::Plain => {
+                                    row = request.row.clone();
+                                    None
+                                }
+                                How::Timelocked { round, .. } => {
+                                    commits.push(PendingCommit { epoch, block: number, round });
+                                    commits.last().copied()
+                                }
+                            }
+                        };
+                        let outcome = match luck {
+                            Luck::Lands => {
+                                let commit = land();
+                                Outcome::Landed(Landed { block: block(number), commit })
+                            }
+                            Luck::LandsUnseen => {
+                                land();
+                                Outcome::Unknown { why: "unseen".to_owned() }
+                            }
+                            Luck::Refused(true) => Outcome::Refused(WeightsRefusal::Nonce),
+                            Luck::Refused(false) => Outcome::Refused(WeightsRefusal::NoValidatorPermit),
+                            Luck::Lost => Outcome::Unknown { why: "lost".to_owned() },
+                            Luck::NotSent => Outcome::NotSent { why: "no route".to_owned() },
+                            Luck::Restart => {
+                                let stored = serde_json::to_string(&setter).unwrap();
+                                setter = serde_json::from_str(&stored).unwrap();
+                                setter.resume(time(number));
+                                break;
+                            }
+                        };
+                        setter.handle(time(number), Input::Ended { attempt, outcome });
+                    }
+                }
+                // The chain opens what is due.
+                let epoch = 7 + (number - EPOCH_START) / 360;
+                commits.retain(|commit| {
+                    let is_due = epoch > commit.epoch;
+                    if is_due {
+                        row = ROW.to_vec();
+                    }
+                    !is_due
+                });
+            }
+        }
+        proptest::prop_assert!(rows_in_epoch.values().all(|rows| *rows == 1), "{rows_in_epoch:?}");
+        let epoch = 7 + (number - EPOCH_START) / 360;
+        proptest::prop_assert!(rows_in_epoch.contains_key(&epoch) || rows_in_epoch.contains_key(&(epoch - 1)), "{rows_in_epoch:?}, now {epoch}");
     }
 }

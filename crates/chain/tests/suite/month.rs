@@ -54,9 +54,9 @@ async fn every_epochs_row_is_on_chain_through_a_month_of_trouble() {
     (0..FINALITY_LAG + 1).for_each(|_| runner.produce());
 
     let mut epoch = u64::MAX;
+    let mut mischief: Mischief = Box::new(|_, _| {});
     while runner.node.best().number < EPOCHS * TEMPO {
         let current = runner.node.best().number / TEMPO;
-        let mut mischief: Mischief = Box::new(|_, _| {});
         if current != epoch {
             epoch = current;
             runner.scores(&[(hotkey(1).account(), epoch + 1), (hotkey(2).account(), 65535)]);
@@ -65,20 +65,19 @@ async fn every_epochs_row_is_on_chain_through_a_month_of_trouble() {
             }
             // The socket dies before a question, and once more while the row is on its way.
             runner.node.drop_connections();
-            let dies_at = chance.below(5);
-            let upgrades_at = (epoch % (EPOCHS / UPGRADES) == 7).then(|| chance.below(4));
-            let forks_at = (epoch % (EPOCHS / FORKS) == 11).then(|| (3 + chance.below(2), chance.below(2) == 0));
+            // Each once, with the first row that is on its way.
+            let mut dies_at = Some(chance.below(5));
+            let mut upgrades_at = (epoch % (EPOCHS / UPGRADES) == 7).then(|| chance.below(4));
+            let mut forks_at = (epoch % (EPOCHS / FORKS) == 11).then(|| (3 + chance.below(2), chance.below(2) == 0));
             let forks = forks.clone();
             mischief = Box::new(move |node, blocks| {
-                if dies_at == blocks {
+                if dies_at.take_if(|at| *at == blocks).is_some() {
                     node.drop_connections();
                 }
-                if upgrades_at == Some(blocks) {
+                if upgrades_at.take_if(|at| *at == blocks).is_some() {
                     node.change(Change::UpgradeRuntime);
                 }
-                if let Some((at, loses_pool)) = forks_at
-                    && at == blocks
-                {
+                if let Some((_, loses_pool)) = forks_at.take_if(|(at, _)| *at == blocks) {
                     assert!(node.reorganise(FINALITY_LAG, loses_pool));
                     forks.fetch_add(1, Ordering::Relaxed);
                 }
