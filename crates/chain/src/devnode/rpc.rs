@@ -141,9 +141,10 @@ fn register(module: &mut RpcModule<Node>) -> Result<(), jsonrpsee::core::Registe
         |_, pending, node, _| heads(pending, node, |ledger| ledger.finalized()),
     )?;
 
-    module.register_method("system_chain", |_, _, _| "Quasar development chain")?;
-    module.register_method("system_name", |_, _, _| "quasar-devnode")?;
-    module.register_method("system_version", |_, _, _| env!("CARGO_PKG_VERSION"))?;
+    // What a genuine node of a local chain says of itself: clients choose their way by it.
+    module.register_method("system_chain", |_, _, _| "Development")?;
+    module.register_method("system_name", |_, _, _| "node-subtensor")?;
+    module.register_method("system_version", |_, _, _| "4.0.0-dev")?;
     module.register_method("system_health", |_, _, _| json!({ "peers": 0, "isSyncing": false, "shouldHavePeers": false }))?;
     module.register_method("system_properties", |_, _, _| json!({ "ss58Format": 42, "tokenDecimals": 9, "tokenSymbol": "TAO" }))?;
     Ok(())

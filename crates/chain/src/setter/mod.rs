@@ -21,6 +21,7 @@
 mod drive;
 mod reveal;
 mod stage;
+mod task;
 #[cfg(test)]
 mod tests;
 
@@ -30,6 +31,7 @@ use serde::{Deserialize, Serialize};
 pub use drive::execute;
 pub use reveal::{AwaitedReveal, RevealOutcome};
 pub use stage::{Obstacle, Stage};
+pub use task::SetterTask;
 
 use crate::epoch;
 use crate::error::WeightsRefusal;
@@ -210,6 +212,11 @@ impl Setter {
 
     pub fn stage(&self) -> &Stage {
         &self.stage
+    }
+
+    /// The subnet and the mechanism that weights are set on.
+    pub fn place(&self) -> (u16, u8) {
+        (self.settings.netuid, self.settings.mechanism)
     }
 
     /// Committed rows whose reveal is awaited.
@@ -433,6 +440,9 @@ impl Setter {
             }
             Err(stage) => stage,
         };
+        if matches!(stage, Stage::NotDue { .. }) && self.is_final_shown() {
+            self.is_final_set = true;
+        }
         self.plan_look(now_ms, &stage);
         // What was achieved stays in sight until the next row is due.
         let is_achieved = matches!(self.stage, Stage::OnChain { .. } | Stage::Committed { .. });
@@ -505,6 +515,14 @@ impl Setter {
             Ok(()) => Ok(request),
             Err(reason) => blocked(Obstacle::Rule(reason)),
         }
+    }
+
+    /// Whether the chain shows the row of the final scores already, as after a restart.
+    fn is_final_shown(&self) -> bool {
+        let (Some(view), Some(scores)) = (&self.view, self.scores.as_ref().filter(|scores| scores.is_final)) else { return false };
+        let own = view.metagraph.by_hotkey(&self.settings.hotkey);
+        self.awaited.is_empty()
+            && own.is_some_and(|own| weights::row(&scores.list, &view.metagraph, &view.hyperparameters, own.uid) == view.row)
     }
 
     /// A row is due when this epoch has none, or when it is the final one and differs, or when it is too old.

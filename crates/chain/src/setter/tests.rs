@@ -444,6 +444,27 @@ fn the_final_row_is_set_in_the_same_epoch_and_once() {
 }
 
 #[test]
+fn after_a_restart_a_final_row_that_is_there_is_not_set_again() {
+    let mut shown = view(1110);
+    shown.last_updates[1] = 1050;
+    shown.row = vec![(0, 65535)];
+    let mut setter = Setter::new(settings());
+    setter.handle(time(1110), Input::Scores { scores: vec![(account(0), 1)], is_final: true });
+    setter.handle(time(1110), Input::View(Box::new(shown.clone())));
+    assert!(setter.is_final_set());
+    assert_eq!((setter.poll_effect(), setter.poll_effect()), (Some(Effect::Look), None));
+    // Another row is there: the final one is sent.
+    shown.row = ROW.to_vec();
+    shown.metagraph.block = block(1160);
+    let mut setter = Setter::new(settings());
+    setter.handle(time(1160), Input::Scores { scores: vec![(account(0), 1)], is_final: true });
+    setter.handle(time(1160), Input::View(Box::new(shown)));
+    setter.poll_effect();
+    assert_eq!(sent(&mut setter).1.row, [(0, 65535)]);
+    assert!(!setter.is_final_set());
+}
+
+#[test]
 fn a_lagging_endpoint_is_not_believed() {
     let mut newer = view(1110);
     newer.last_updates[1] = 1105;

@@ -345,7 +345,8 @@ mod tests {
 
     #[test]
     fn malformed_files_of_every_kind_are_refused_with_their_reason() {
-        let table: [(&str, Vec<u8>, fn(&KeyfileError) -> bool); 14] = [
+        type Expectation = fn(&KeyfileError) -> bool;
+        let table: [(&str, Vec<u8>, Expectation); 14] = [
             ("empty", Vec::new(), |error| matches!(error, KeyfileError::Malformed(_))),
             ("a list", b"[1]".to_vec(), |error| matches!(error, KeyfileError::Malformed(_))),
             ("cut off", SR25519.as_bytes()[..200].to_vec(), |error| matches!(error, KeyfileError::Malformed(_))),

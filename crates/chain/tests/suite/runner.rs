@@ -29,6 +29,8 @@ pub struct Runner {
     /// The rows of uid 0 that the chain showed, in order, each with the block that first did.
     pub shown: Vec<(u64, Vec<(u16, u16)>)>,
     pub reports: Vec<Report>,
+    /// The stages in words, each with the block at which it began.
+    pub log: Vec<(u64, String)>,
 }
 
 impl Runner {
@@ -52,6 +54,7 @@ impl Runner {
             start_ms,
             shown: Vec::new(),
             reports: Vec::new(),
+            log: Vec::new(),
         }
     }
 
@@ -69,6 +72,9 @@ impl Runner {
             self.shown.push((self.node.best().number, row));
         }
         while let Some(report) = self.setter.poll_report() {
+            if let Report::Stage(stage) = &report {
+                self.log.push((self.node.best().number, stage.to_string()));
+            }
             self.reports.push(report);
         }
     }
