@@ -152,6 +152,12 @@ impl Ledger {
         index.and_then(|index| self.state().stored(SUBTENSOR, "Weights", (index, uid))).unwrap_or_default()
     }
 
+    /// Block of the last weights or commit of `uid` in the newest state.
+    pub(super) fn last_update(&self, mechanism: u8, uid: u16) -> u64 {
+        let index = self.state().mechanism_index(self.netuid, mechanism);
+        index.and_then(|index| self.state().last_updates(index).get(usize::from(uid)).copied()).unwrap_or(0)
+    }
+
     /// The nonce of the account's next extrinsic, after those that wait in the pool.
     pub(super) fn next_nonce(&self, account: &protocol::AccountId) -> u64 {
         let waiting = self.pool.iter().filter(|pending| pending.signed.signer == *account).map(|pending| pending.signed.nonce + 1);

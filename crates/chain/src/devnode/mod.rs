@@ -227,6 +227,11 @@ impl DevNode {
         ledger.weights(mechanism, uid)
     }
 
+    /// The block of the last weights or commit of `uid`, by the newest block's state; 0 = never.
+    pub fn last_update(&self, mechanism: u8, uid: u16) -> u64 {
+        self.node.ledger().last_update(mechanism, uid)
+    }
+
     /// The version of the newest block's runtime.
     pub fn spec_version(&self) -> u32 {
         self.node.ledger().runtime().spec_version

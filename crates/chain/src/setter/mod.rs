@@ -173,6 +173,8 @@ pub struct Setter {
     settings: SetterSettings,
     scores: Option<Scores>,
     view: Option<Box<WeightsView>>,
+    /// Our time when the view came.
+    view_ms: u64,
     stage: Stage,
     sending: Option<Sending>,
     /// Committed rows that the chain has not opened yet.
@@ -195,6 +197,7 @@ impl Setter {
             settings,
             scores: None,
             view: None,
+            view_ms: 0,
             stage: Stage::Starting,
             sending: None,
             awaited: Vec::new(),
@@ -300,6 +303,7 @@ impl Setter {
         let own = view.metagraph.by_hotkey(&self.settings.hotkey);
         let last_update = own.map_or(0, |own| view.last_update(own));
         self.view = Some(view);
+        self.view_ms = now_ms;
         self.settle_lost(now_ms, last_update);
         self.settle_reveals();
         self.decide(now_ms);
@@ -443,7 +447,7 @@ impl Setter {
         if matches!(stage, Stage::NotDue { .. }) && self.is_final_shown() {
             self.is_final_set = true;
         }
-        self.plan_look(now_ms, &stage);
+        self.plan_look(&stage);
         // What was achieved stays in sight until the next row is due.
         let is_achieved = matches!(self.stage, Stage::OnChain { .. } | Stage::Committed { .. });
         if !(is_achieved && matches!(stage, Stage::NotDue { .. })) {
@@ -451,19 +455,22 @@ impl Setter {
         }
     }
 
-    /// The next look comes when the block that is waited for should be there.
-    fn plan_look(&mut self, now_ms: u64, stage: &Stage) {
+    /// The next look comes when the block that is waited for should be there, counted from when the view came: deciding again
+    /// by the same view does not put it off.
+    fn plan_look(&mut self, stage: &Stage) {
         let Some(view) = &self.view else { return };
-        let head = view.block().number;
-        let until = |block: u64| now_ms.saturating_add(block.saturating_sub(head).saturating_mul(view.block_ms));
+        let (head, since_ms) = (view.block().number, self.view_ms);
+        let until = |block: u64| since_ms.saturating_add(block.saturating_sub(head).saturating_mul(view.block_ms));
         let mut at = match stage {
-            Stage::NotDue { from_block } | Stage::TooSoon { from_block } => until(*from_block),
-            _ => now_ms,
+            Stage::NotDue { from_block } | Stage::TooSoon { from_block } | Stage::RevealFirst { until_block: from_block } => {
+                until(*from_block)
+            }
+            _ => since_ms,
         };
         for awaited in &self.awaited {
             at = at.min(until(awaited.look_block()));
         }
-        self.look_at_ms = at.clamp(now_ms + self.settings.look_ms, now_ms + self.settings.look_max_ms);
+        self.look_at_ms = at.clamp(since_ms + self.settings.look_ms, since_ms + self.settings.look_max_ms);
     }
 
     /// The row to send now, or why none is sent.

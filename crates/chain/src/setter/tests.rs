@@ -465,6 +465,22 @@ fn after_a_restart_a_final_row_that_is_there_is_not_set_again() {
 }
 
 #[test]
+fn new_scores_do_not_put_the_next_look_off() {
+    let mut set = view(1110);
+    set.last_updates[1] = 1050;
+    let mut setter = seen(set);
+    // The next epoch begins at 1360; the longest time without a look is 50 blocks.
+    assert_eq!(setter.deadline(), Some(time(1160)));
+    for n in 1..5 {
+        setter.handle(time(1110 + n * 10), Input::Scores { scores: vec![(account(0), n)], is_final: false });
+        assert_eq!(setter.deadline(), Some(time(1160)));
+        assert_eq!(setter.poll_effect(), None);
+    }
+    setter.handle(time(1160), Input::Scores { scores: vec![(account(0), 9)], is_final: false });
+    assert_eq!(setter.poll_effect(), Some(Effect::Look));
+}
+
+#[test]
 fn a_lagging_endpoint_is_not_believed() {
     let mut newer = view(1110);
     newer.last_updates[1] = 1105;

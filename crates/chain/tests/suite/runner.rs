@@ -26,6 +26,8 @@ pub struct Runner {
     pub hotkey: Arc<Hotkey>,
     place: (u16, u8),
     start_ms: u64,
+    /// Blocks in which uid 0 set or committed weights, forks included.
+    pub updates: Vec<u64>,
     /// The rows of uid 0 that the chain showed, in order, each with the block that first did.
     pub shown: Vec<(u64, Vec<(u16, u16)>)>,
     pub reports: Vec<Report>,
@@ -52,6 +54,7 @@ impl Runner {
             hotkey,
             place: (NETUID, mechanism),
             start_ms,
+            updates: Vec::new(),
             shown: Vec::new(),
             reports: Vec::new(),
             log: Vec::new(),
@@ -67,6 +70,10 @@ impl Runner {
     }
 
     fn note(&mut self) {
+        let update = self.node.last_update(self.place.1, 0);
+        if update > 0 && self.updates.last() != Some(&update) {
+            self.updates.push(update);
+        }
         let row = self.node.weights(self.place.1, 0);
         if !row.is_empty() && self.shown.last().is_none_or(|(_, last)| *last != row) {
             self.shown.push((self.node.best().number, row));
