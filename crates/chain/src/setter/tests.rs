@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::drand::Beacon;
+use crate::epoch;
 use crate::epoch::EpochState;
 use crate::types::{BlockRef, Hyperparameters, Metagraph, Neuron};
 use crate::view::PendingCommit;
