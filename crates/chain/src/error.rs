@@ -1,7 +1,9 @@
 //! What can go wrong between us and a chain, each with the data that explains it and a hint for people.
 
 use protocol::AccountId;
+use serde::{Deserialize, Serialize};
 
+use crate::timelock::{COMMIT_REVEAL_VERSION, TimelockError};
 use crate::types::BlockRef;
 
 /// A 32-byte hash in messages.
@@ -34,6 +36,12 @@ pub enum ChainError {
         "the chain's answer to {call} does not fit this build: {reason}\nhint: the runtime was probably upgraded; look for a newer release"
     )]
     Answer { call: &'static str, reason: String },
+    #[error(
+        "no endpoint knows the state of block {number} any more\nhint: nodes forget states after some 256 blocks; name an archive endpoint"
+    )]
+    StateForgotten { number: u64 },
+    #[error("block {number} is not finalized yet\nhint: wait a little and ask again")]
+    NotYetFinal { number: u64 },
     #[error("hotkey {hotkey} is not registered on subnet {netuid}\nhint: register it with `btcli subnet register`")]
     NotRegistered { hotkey: AccountId, netuid: u16 },
     #[error("a commitment of {length} bytes is too long\nhint: at most {limit} bytes fit into one field")]
@@ -55,7 +63,7 @@ pub enum ChainError {
 impl ChainError {
     /// Whether the same call may well succeed a little later.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Unavailable { .. } | Self::Timeout { .. } | Self::NotFinalized { .. })
+        matches!(self, Self::Unavailable { .. } | Self::Timeout { .. } | Self::NotFinalized { .. } | Self::NotYetFinal { .. })
     }
 }
 
@@ -72,6 +80,8 @@ pub enum SetWeightsError {
         "the weights landed in block {block}, but the chain's record differs from the row sent\nhint: another process may use the same hotkey"
     )]
     ReadBackDiffers { block: BlockRef },
+    #[error("the weights cannot be locked for their reveal: {0}\nhint: the chain names a beacon that this build cannot encrypt to")]
+    Timelock(#[from] TimelockError),
     #[error(transparent)]
     Chain(#[from] ChainError),
 }
@@ -80,9 +90,9 @@ impl SetWeightsError {
     /// Whether the same row may well be accepted later without anybody changing anything.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Refused(reason) => matches!(reason, WeightsRefusal::TooFast | WeightsRefusal::Nonce),
+            Self::Refused(reason) => reason.passes_by_itself(),
             Self::NotFinalized { .. } => true,
-            Self::ReadBackDiffers { .. } => false,
+            Self::ReadBackDiffers { .. } | Self::Timelock(_) => false,
             Self::Chain(error) => error.is_retryable(),
         }
     }
@@ -92,7 +102,7 @@ impl SetWeightsError {
 ///
 /// Pool refusals arrive as `Custom(n)`, whose numbers are promised to stay; dispatch errors are matched by their name in the
 /// live metadata, because their numbers move between runtimes.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum WeightsRefusal {
     #[error("the row has no weight above zero")]
     EmptyRow,
@@ -100,8 +110,16 @@ pub enum WeightsRefusal {
     StakeTooLow,
     #[error("the rate limit since the last weights has not passed")]
     TooFast,
-    #[error("the subnet wants weights committed encrypted (commit-reveal is on), which this build does not send")]
+    #[error("the subnet wants weights committed encrypted (commit-reveal is on)")]
     CommitRevealEnabled,
+    #[error("the subnet takes plain weights (commit-reveal is off)")]
+    CommitRevealDisabled,
+    #[error("the subnet wants version {required} of commit-reveal, this build speaks {ours}")]
+    CommitVersion { required: u16, ours: u16 },
+    #[error("too many committed rows wait to be revealed")]
+    TooManyCommits,
+    #[error("the beacon's round for the reveal was published before the commit arrived")]
+    RoundPassed,
     #[error("weights cannot be set on the root network")]
     RootNetwork,
     #[error("uids and weights differ in length")]
@@ -143,6 +161,7 @@ impl WeightsRefusal {
             0 | 21 => Self::ColdkeySwap,
             1 => Self::StakeTooLow,
             6 => Self::TooFast,
+            15 => Self::RoundPassed,
             18 => Self::LengthsDiffer,
             other => Self::Other(format!("custom error {other}")),
         }
@@ -152,6 +171,9 @@ impl WeightsRefusal {
     pub fn from_dispatch_error(name: &str) -> Self {
         match name {
             "CommitRevealEnabled" => Self::CommitRevealEnabled,
+            "CommitRevealDisabled" => Self::CommitRevealDisabled,
+            "IncorrectCommitRevealVersion" => Self::CommitVersion { required: 0, ours: COMMIT_REVEAL_VERSION },
+            "TooManyUnrevealedCommits" => Self::TooManyCommits,
             "CanNotSetRootNetworkWeights" => Self::RootNetwork,
             "WeightVecNotEqualSize" => Self::LengthsDiffer,
             "MechanismDoesNotExist" | "SubnetNotExists" => Self::MechanismMissing,
@@ -159,7 +181,7 @@ impl WeightsRefusal {
             "HotKeyNotRegisteredInSubNet" | "HotKeyNotRegisteredInNetwork" => Self::NotRegistered,
             "NotEnoughStakeToSetWeights" => Self::StakeTooLow,
             "IncorrectWeightVersionKey" => Self::VersionKey,
-            "SettingWeightsTooFast" => Self::TooFast,
+            "SettingWeightsTooFast" | "CommittingWeightsTooFast" => Self::TooFast,
             "NeuronNoValidatorPermit" => Self::NoValidatorPermit,
             "DuplicateUids" => Self::DuplicateUids,
             "UidVecContainInvalidOne" => Self::UnknownUid,
@@ -170,15 +192,22 @@ impl WeightsRefusal {
         }
     }
 
+    /// Whether the same hotkey may well be accepted later without anybody changing anything.
+    pub fn passes_by_itself(&self) -> bool {
+        matches!(self, Self::TooFast | Self::Nonce | Self::RoundPassed | Self::CommitRevealDisabled | Self::TooManyCommits)
+    }
+
     /// What to do about it.
     pub fn hint(&self) -> &'static str {
         match self {
             Self::EmptyRow => "score somebody, or put the weight on yourself",
             Self::StakeTooLow => "more stake must be delegated to the hotkey",
             Self::TooFast | Self::Nonce => "wait some blocks; it is tried again by itself",
-            Self::CommitRevealEnabled => {
-                "the subnet's owner can switch commit-reveal off; a release with encrypted weights is needed otherwise"
-            }
+            Self::CommitRevealEnabled => "the row is committed encrypted instead; plain calls cannot do it",
+            Self::CommitRevealDisabled => "the row is set in the open instead; it is tried again by itself",
+            Self::CommitVersion { .. } => "install a release that speaks this version of commit-reveal",
+            Self::TooManyCommits => "wait for the next epoch; another process may use the same hotkey",
+            Self::RoundPassed => "check the clock; it is tried again with a later round",
             Self::RootNetwork | Self::MechanismMissing => "check the netuid",
             Self::LengthsDiffer | Self::DuplicateUids | Self::UnknownUid | Self::TooManyUids => {
                 "the metagraph changed meanwhile; build the row from a fresh one"

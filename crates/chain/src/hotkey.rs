@@ -2,11 +2,14 @@
 
 use std::fmt;
 
-use protocol::{AccountId, Ed25519Signer, KeyKind, KeyRef, Signer};
+use protocol::{AccountId, Digest, Ed25519Signer, KeyKind, KeyRef, Signer};
 use zeroize::Zeroizing;
 
 /// Signing context of Substrate's Sr25519 signatures.
 const SR25519_CONTEXT: &[u8] = b"substrate";
+
+/// Separates the sealing key of an Sr25519 hotkey from everything else that is derived from its secret.
+const SEALING_CONTEXT: &str = "quasar 2026 x25519 sealing key of an sr25519 hotkey";
 
 /// A key pair of either kind. Secrets are wiped when it is dropped and never printed.
 pub struct Hotkey(Pair);
@@ -57,6 +60,23 @@ impl Hotkey {
             Pair::Ed25519(signer) => Some(Zeroizing::new(signer.x25519_secret())),
             Pair::Sr25519(_) => None,
         }
+    }
+
+    /// The X25519 secret that opens what is sealed to this hotkey: the mapped key of Ed25519, and for Sr25519 the one whose public
+    /// half the hotkey publishes in its key certificate, derived from its secret.
+    pub fn sealing_secret(&self) -> Zeroizing<[u8; 32]> {
+        match &self.0 {
+            Pair::Ed25519(signer) => Zeroizing::new(signer.x25519_secret()),
+            Pair::Sr25519(pair) => {
+                let secret = Zeroizing::new(pair.secret.to_bytes());
+                Zeroizing::new(Digest::derive(SEALING_CONTEXT, &[secret.as_slice()]).0)
+            }
+        }
+    }
+
+    /// The X25519 key to seal to for this hotkey.
+    pub fn sealing_public(&self) -> [u8; 32] {
+        curve25519_dalek::MontgomeryPoint::mul_base_clamped(*self.sealing_secret()).to_bytes()
     }
 
     /// The expanded Sr25519 secret as wallet files keep it; `None` for Ed25519, whose file keeps the seed.
@@ -114,6 +134,19 @@ mod tests {
     fn only_an_ed25519_hotkey_can_open_sealed_bundles() {
         assert!(Hotkey::from_seed(KeyKind::Ed25519, &[1; 32]).x25519_secret().is_some());
         assert!(Hotkey::from_seed(KeyKind::Sr25519, &[1; 32]).x25519_secret().is_none());
+    }
+
+    #[test]
+    fn both_kinds_have_a_sealing_key_whose_halves_belong_together() {
+        for kind in [KeyKind::Ed25519, KeyKind::Sr25519] {
+            let hotkey = Hotkey::from_seed(kind, &[6; 32]);
+            let secret = hotkey.sealing_secret();
+            assert_eq!(curve25519_dalek::MontgomeryPoint::mul_base_clamped(*secret).to_bytes(), hotkey.sealing_public());
+            assert_ne!(hotkey.sealing_public(), Hotkey::from_seed(kind, &[7; 32]).sealing_public());
+        }
+        // Pinned: another derivation would lock every published certificate out.
+        let pinned = Hotkey::from_seed(KeyKind::Sr25519, &[6; 32]).sealing_public();
+        assert_eq!(hex::encode(pinned), "13500a9f2d8c2d4f8ea790889cb7b7c64b2b6ebfeaac98d40d4d191e8e0e0a17");
     }
 
     #[test]

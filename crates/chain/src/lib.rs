@@ -8,27 +8,38 @@
 //!
 //! This crate knows hotkeys, uids, weights, blocks and commitments, and nothing of training.
 
+pub mod certificate;
 pub mod chain;
 #[cfg(feature = "devnode")]
 pub mod devnode;
+pub mod drand;
+pub mod epoch;
 pub mod error;
+pub mod health;
 pub mod hotkey;
 pub mod link;
 pub mod memory;
 pub mod rules;
+pub mod setter;
 pub mod subtensor;
+pub mod timelock;
 pub mod types;
+pub mod view;
 pub mod wallet;
 pub mod weights;
 
+pub use certificate::KeyCertificate;
 pub use chain::Chain;
 pub use error::{ChainError, SetWeightsError, WeightsRefusal};
+pub use health::ChainHealth;
 pub use hotkey::Hotkey;
 pub use link::ChainLink;
 pub use memory::{MemoryChain, MemorySettings};
+pub use setter::{Setter, SetterSettings};
 pub use subtensor::{ConnectSettings, Deadlines, FINNEY_ENDPOINTS, FINNEY_GENESIS, SubtensorClient};
-pub use types::{BlockRef, Hyperparameters, Metagraph, Neuron};
-pub use wallet::{Wallet, WalletError};
+pub use types::{BlockRef, Hyperparameter, Hyperparameters, Metagraph, Neuron, Registration};
+pub use view::{How, Landed, PendingCommit, Progress, WeightsRequest, WeightsView};
+pub use wallet::{Password, Wallet, WalletError};
 
 /// Longest commitment in bytes (`BigRaw` field of the commitments pallet).
 pub const COMMITMENT_MAX: usize = 512;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use protocol::AccountId;
 use tokio::sync::OnceCell;
 
-use crate::{Chain, ChainError, ConnectSettings, SubtensorClient};
+use crate::{Chain, ChainError, ChainHealth, ConnectSettings, SubtensorClient};
 
 /// A chain that may not be connected yet.
 pub struct ChainLink {
@@ -31,6 +31,11 @@ impl ChainLink {
             Ok::<Arc<dyn Chain>, ChainError>(Arc::new(client))
         };
         self.client.get_or_try_init(connect).await.cloned()
+    }
+
+    /// How the connection is doing; `None` while it was never made.
+    pub fn health(&self) -> Option<ChainHealth> {
+        self.client.get().map(|client| client.health())
     }
 
     /// Genesis of the network: as configured, or as the chain says.

@@ -9,11 +9,23 @@ use protocol::{AccountId, Digest};
 
 use crate::COMMITMENT_MAX;
 use crate::chain::Chain;
+use crate::drand::{Beacon, PUBLIC_KEY_BYTES, Pulse};
+use crate::epoch::EpochState;
 use crate::error::{ChainError, SetWeightsError, WeightsRefusal};
+use crate::health::ChainHealth;
 use crate::hotkey::Hotkey;
-use crate::rules::Subnet;
-use crate::types::{BlockRef, Hyperparameters, Metagraph, Neuron};
+use crate::rules::{Subnet, TimelockedCommit};
+use crate::timelock::COMMIT_REVEAL_VERSION;
+use crate::types::{BlockRef, Hyperparameter, Hyperparameters, Metagraph, Neuron, Registration};
+use crate::view::{How, Landed, PendingCommit, Progress, WeightsRequest, WeightsView};
 use crate::weights::as_stored;
+
+/// Time between blocks of this chain, whose block 0 is at time 0 unless the simulation says otherwise.
+const BLOCK_MS: u64 = 12_000;
+/// Changes of the neurons that are remembered for reads of old blocks.
+const HISTORY_MAX: usize = 4096;
+/// Epochs between a timelocked commit and its reveal.
+const REVEAL_PERIOD_EPOCHS: u64 = 1;
 
 /// The one subnet of a chain in memory.
 #[derive(Clone, Debug)]
@@ -37,23 +49,57 @@ pub struct MemoryChain {
 struct Inner {
     settings: MemorySettings,
     head: u64,
+    /// Time of the newest block minus its number's share.
+    time_offset_ms: u64,
+    epoch: EpochState,
     rows: BTreeMap<u16, Vec<(u16, u16)>>,
+    /// Rows that wait to be opened. The chain in memory keeps them in the open: nobody looks.
+    commits: Vec<Committed>,
+    /// The neurons as of each block at which they changed, ascending.
+    history: Vec<(u64, Vec<Neuron>)>,
     commitments: BTreeMap<AccountId, Vec<u8>>,
     reachable: bool,
+}
+
+struct Committed {
+    account: AccountId,
+    commit: PendingCommit,
+    row: Vec<(u16, u16)>,
+    version_key: u64,
 }
 
 impl MemoryChain {
     pub fn new(settings: MemorySettings) -> Self {
         let genesis = hash(settings.seed, 0);
-        let inner = Inner { settings, head: 0, rows: BTreeMap::new(), commitments: BTreeMap::new(), reachable: true };
+        let tempo = settings.hyperparameters.tempo;
+        let mut inner = Inner {
+            history: vec![(0, settings.neurons.clone())],
+            settings,
+            head: 0,
+            time_offset_ms: 0,
+            epoch: EpochState { tempo, last_epoch_block: 0, pending_epoch_at: 0, index: 0, blocks_since_last_step: 0 },
+            rows: BTreeMap::new(),
+            commits: Vec::new(),
+            commitments: BTreeMap::new(),
+            reachable: true,
+        };
+        inner.settings.neurons.sort_by_key(|neuron| neuron.uid);
         Self { genesis, inner: Arc::new(Mutex::new(inner)) }
     }
 
     /// Makes `blocks` blocks, final at once.
     pub fn advance(&self, blocks: u64) -> BlockRef {
         let mut inner = self.lock();
-        inner.head += blocks;
+        for _ in 0..blocks {
+            inner.produce();
+        }
         inner.block()
+    }
+
+    /// Sets the time of the newest block; later ones follow at their usual pace.
+    pub fn set_time(&self, now_ms: u64) {
+        let mut inner = self.lock();
+        inner.time_offset_ms = now_ms.saturating_sub(inner.head * BLOCK_MS);
     }
 
     /// Adds a neuron at the next uid, or replaces the one that has its uid.
@@ -65,11 +111,14 @@ impl MemoryChain {
             None => neurons.push(neuron),
         }
         neurons.sort_by_key(|neuron| neuron.uid);
+        inner.remember();
     }
 
     /// Changes the subnet's parameters, as its owner may at any time.
     pub fn set_hyperparameters(&self, hyperparameters: Hyperparameters) {
-        self.lock().settings.hyperparameters = hyperparameters;
+        let mut inner = self.lock();
+        inner.epoch.tempo = hyperparameters.tempo;
+        inner.settings.hyperparameters = hyperparameters;
     }
 
     /// Whether calls are answered; a chain that is not reachable fails each with a retryable error.
@@ -100,6 +149,109 @@ impl Inner {
     fn block(&self) -> BlockRef {
         BlockRef { number: self.head, hash: hash(self.settings.seed, self.head) }
     }
+
+    fn timestamp_ms(&self) -> u64 {
+        self.time_offset_ms + self.head * BLOCK_MS
+    }
+
+    fn remember(&mut self) {
+        let (head, neurons) = (self.head, self.settings.neurons.clone());
+        match self.history.last_mut().filter(|(block, _)| *block == head) {
+            Some((_, last)) => *last = neurons,
+            None => self.history.push((head, neurons)),
+        }
+        if self.history.len() > HISTORY_MAX {
+            self.history.remove(0);
+        }
+    }
+
+    fn subnet(&self, block: u64) -> Subnet<'_> {
+        Subnet {
+            hyperparameters: Some(&self.settings.hyperparameters),
+            neurons: &self.settings.neurons,
+            last_updates: None,
+            owner: self.settings.owner_hotkey,
+            block,
+            is_null_consensus: false,
+        }
+    }
+
+    /// The next block: the epoch's turn, then the rows whose time has come.
+    fn produce(&mut self) -> BlockRef {
+        self.head += 1;
+        self.epoch.step(self.head);
+        let (index, round) = (self.epoch.index, beacon().round_at(self.timestamp_ms()));
+        let mut waiting = Vec::new();
+        for committed in std::mem::take(&mut self.commits) {
+            let target = committed.commit.epoch + REVEAL_PERIOD_EPOCHS;
+            if index < target || (index == target && round < committed.commit.round) {
+                waiting.push(committed);
+            } else if index == target {
+                let (uids, values): (Vec<u16>, Vec<u16>) = committed.row.iter().copied().unzip();
+                let netuid = self.settings.netuid;
+                let checked = self.subnet(self.head).check_reveal(&committed.account, netuid, &uids, &values, committed.version_key);
+                if let Ok(uid) = checked {
+                    self.rows.insert(uid, as_stored(&committed.row));
+                }
+            }
+        }
+        self.commits = waiting;
+        self.block()
+    }
+
+    fn unrevealed(&self, account: &AccountId) -> usize {
+        self.commits.iter().filter(|committed| committed.account == *account && committed.commit.epoch == self.epoch.index).count()
+    }
+
+    /// Weights of `uid` were set or committed in the newest block.
+    fn touch(&mut self, account: &AccountId) {
+        let head = self.head;
+        for neuron in self.settings.neurons.iter_mut().filter(|neuron| neuron.hotkey == *account) {
+            neuron.last_update = head;
+        }
+        self.remember();
+    }
+
+    fn send(&mut self, account: &AccountId, request: &WeightsRequest) -> Result<Landed, WeightsRefusal> {
+        if request.row.iter().all(|(_, value)| *value == 0) {
+            return Err(WeightsRefusal::EmptyRow);
+        }
+        if request.mechanism != 0 {
+            return Err(WeightsRefusal::MechanismMissing);
+        }
+        if self.settings.neurons.iter().all(|neuron| neuron.hotkey != *account) {
+            return Err(WeightsRefusal::NotRegistered);
+        }
+        let (uids, values): (Vec<u16>, Vec<u16>) = request.row.iter().copied().unzip();
+        match &request.how {
+            How::Plain => {
+                self.subnet(self.head).check_pool(account)?;
+                let dispatching = self.subnet(self.head + 1);
+                let uid = dispatching.check_dispatch(account, request.netuid, &uids, &values, request.version_key)?;
+                let block = self.produce();
+                self.rows.insert(uid, as_stored(&request.row));
+                self.touch(account);
+                Ok(Landed { block, commit: None })
+            }
+            How::Timelocked { round, .. } => {
+                let last = beacon().round_at(self.timestamp_ms());
+                let commit = TimelockedCommit::ours(*round, COMMIT_REVEAL_VERSION, last, self.unrevealed(account));
+                self.subnet(self.head).check_commit_pool(account, &commit)?;
+                self.subnet(self.head + 1).check_commit(account, &commit)?;
+                let block = self.produce();
+                let commit = PendingCommit { epoch: self.epoch.index, block: block.number, round: *round };
+                let (row, version_key) = (request.row.clone(), request.version_key);
+                self.commits.push(Committed { account: *account, commit, row, version_key });
+                self.touch(account);
+                Ok(Landed { block, commit: Some(commit) })
+            }
+        }
+    }
+}
+
+/// The beacon of the chain in memory: nobody encrypts to it.
+fn beacon() -> Beacon {
+    Beacon { public_key: vec![0; PUBLIC_KEY_BYTES], genesis_s: 0, period_s: 3 }
 }
 
 fn hash(seed: u64, number: u64) -> [u8; 32] {
@@ -126,45 +278,108 @@ impl Chain for MemoryChain {
         Ok(Metagraph { block: inner.block(), neurons: inner.settings.neurons.clone() })
     }
 
+    async fn metagraph_at(&self, netuid: u16, block: u64) -> Result<Metagraph, ChainError> {
+        let inner = self.subnet(netuid)?;
+        if block > inner.head {
+            return Err(ChainError::NotYetFinal { number: block });
+        }
+        let known = inner.history.iter().rev().find(|(since, _)| *since <= block);
+        let (_, neurons) = known.ok_or(ChainError::StateForgotten { number: block })?;
+        let block = BlockRef { number: block, hash: hash(inner.settings.seed, block) };
+        Ok(Metagraph { block, neurons: neurons.clone() })
+    }
+
+    async fn hyperparameter_list(&self, netuid: u16) -> Result<Vec<Hyperparameter>, ChainError> {
+        let parameters = self.subnet(netuid)?.settings.hyperparameters.clone();
+        let entry = |name: &str, value: u64| Hyperparameter { name: name.to_owned(), value: value.to_string() };
+        Ok(vec![
+            entry("tempo", parameters.tempo.into()),
+            entry("weights_rate_limit", parameters.weights_rate_limit),
+            entry("min_allowed_weights", parameters.min_allowed_weights.into()),
+            entry("max_weights_limit", parameters.max_weight_limit.into()),
+            entry("weights_version", parameters.weights_version),
+            entry("commit_reveal_weights_enabled", parameters.commit_reveal.into()),
+        ])
+    }
+
+    async fn next_epoch(&self, netuid: u16) -> Result<Option<u64>, ChainError> {
+        let inner = self.reach()?;
+        Ok(if inner.settings.netuid == netuid { inner.epoch.next_epoch_block(inner.head) } else { None })
+    }
+
+    async fn registration(&self, netuid: u16, hotkey: &AccountId) -> Result<Registration, ChainError> {
+        let inner = self.subnet(netuid)?;
+        let uid = inner.settings.neurons.iter().find(|neuron| neuron.hotkey == *hotkey).map(|neuron| neuron.uid);
+        Ok(Registration { uid, is_open: false, burn_rao: None })
+    }
+
+    async fn pulse(&self, _round: u64) -> Result<Option<Pulse>, ChainError> {
+        self.reach().map(drop)?;
+        Ok(None)
+    }
+
+    async fn weights_view(&self, netuid: u16, mechanism: u8, hotkey: &AccountId) -> Result<WeightsView, ChainError> {
+        let inner = self.subnet(netuid)?;
+        let neurons = inner.settings.neurons.clone();
+        let own = neurons.iter().find(|neuron| neuron.hotkey == *hotkey);
+        let row = own.filter(|_| mechanism == 0).and_then(|own| inner.rows.get(&own.uid)).cloned().unwrap_or_default();
+        let last = neurons.iter().map(|neuron| usize::from(neuron.uid) + 1).max().unwrap_or(0);
+        let mut last_updates = vec![0; last];
+        for neuron in &neurons {
+            last_updates[usize::from(neuron.uid)] = neuron.last_update;
+        }
+        Ok(WeightsView {
+            hyperparameters: inner.settings.hyperparameters.clone(),
+            timestamp_ms: inner.timestamp_ms(),
+            block_ms: BLOCK_MS,
+            mechanisms: 1,
+            last_updates,
+            owner_hotkey: inner.settings.owner_hotkey,
+            is_null_consensus: false,
+            row,
+            epoch: inner.epoch,
+            reveal_period_epochs: REVEAL_PERIOD_EPOCHS,
+            commit_version: COMMIT_REVEAL_VERSION,
+            beacon: beacon(),
+            last_stored_round: beacon().round_at(inner.timestamp_ms()),
+            commits: inner.commits.iter().filter(|committed| committed.account == *hotkey).map(|committed| committed.commit).collect(),
+            metagraph: Metagraph { block: inner.block(), neurons },
+        })
+    }
+
+    async fn send_weights(
+        &self,
+        hotkey: &Hotkey,
+        request: &WeightsRequest,
+        progress: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<Landed, SetWeightsError> {
+        let landed = self.subnet(request.netuid)?.send(&hotkey.account(), request).map_err(SetWeightsError::Refused)?;
+        for step in [Progress::Validated, Progress::Submitted, Progress::Included(landed.block), Progress::Finalized(landed.block)] {
+            progress(step);
+        }
+        Ok(landed)
+    }
+
+    fn health(&self) -> ChainHealth {
+        let inner = self.lock();
+        ChainHealth { is_answering: inner.reachable, ..ChainHealth::local(inner.block()) }
+    }
+
     async fn hyperparameters(&self, netuid: u16) -> Result<Hyperparameters, ChainError> {
         Ok(self.subnet(netuid)?.settings.hyperparameters.clone())
     }
 
     async fn set_weights(&self, hotkey: &Hotkey, netuid: u16, row: &[(u16, u16)], version_key: u64) -> Result<BlockRef, SetWeightsError> {
-        let refuse = |reason| Err(SetWeightsError::Refused(reason));
-        if row.iter().all(|(_, value)| *value == 0) {
-            return refuse(WeightsRefusal::EmptyRow);
-        }
         let mut inner = self.subnet(netuid)?;
+        let required = inner.settings.hyperparameters.weights_version;
         let account = hotkey.account();
-        let parameters = inner.settings.hyperparameters.clone();
-        if inner.settings.neurons.iter().all(|neuron| neuron.hotkey != account) {
-            return refuse(WeightsRefusal::NotRegistered);
+        let is_registered = inner.settings.neurons.iter().any(|neuron| neuron.hotkey == account);
+        let is_empty = row.iter().all(|(_, value)| *value == 0);
+        if !is_empty && is_registered && required > version_key && !inner.settings.hyperparameters.commit_reveal {
+            return Err(SetWeightsError::Refused(WeightsRefusal::VersionTooOld { required, ours: version_key }));
         }
-        if parameters.weights_version > version_key && !parameters.commit_reveal {
-            return refuse(WeightsRefusal::VersionTooOld { required: parameters.weights_version, ours: version_key });
-        }
-        let (uids, values): (Vec<u16>, Vec<u16>) = row.iter().copied().unzip();
-        let subnet = |block| Subnet {
-            hyperparameters: Some(&parameters),
-            neurons: &inner.settings.neurons,
-            owner: inner.settings.owner_hotkey,
-            block,
-        };
-        let checked = subnet(inner.head)
-            .check_pool(&account)
-            .and_then(|()| subnet(inner.head + 1).check_dispatch(&account, netuid, &uids, &values, version_key));
-        let uid = match checked {
-            Ok(uid) => uid,
-            Err(reason) => return refuse(reason),
-        };
-        inner.head += 1;
-        let block = inner.block();
-        inner.rows.insert(uid, as_stored(row));
-        for neuron in inner.settings.neurons.iter_mut().filter(|neuron| neuron.uid == uid) {
-            neuron.last_update = block.number;
-        }
-        Ok(block)
+        let request = WeightsRequest { netuid, mechanism: 0, row: row.to_vec(), version_key, how: How::Plain };
+        Ok(inner.send(&account, &request).map_err(SetWeightsError::Refused)?.block)
     }
 
     async fn weights(&self, netuid: u16, uid: u16) -> Result<Vec<(u16, u16)>, ChainError> {
@@ -178,6 +393,12 @@ impl Chain for MemoryChain {
         Ok(if inner.settings.netuid == netuid { inner.commitments.get(account).cloned() } else { None })
     }
 
+    async fn commitments(&self, netuid: u16) -> Result<Vec<(AccountId, Vec<u8>)>, ChainError> {
+        let inner = self.reach()?;
+        let all = inner.commitments.iter().filter(|_| inner.settings.netuid == netuid);
+        Ok(all.map(|(account, data)| (*account, data.clone())).collect())
+    }
+
     async fn set_commitment(&self, hotkey: &Hotkey, netuid: u16, data: &[u8]) -> Result<BlockRef, ChainError> {
         if data.len() > COMMITMENT_MAX {
             return Err(ChainError::CommitmentTooLong { length: data.len(), limit: COMMITMENT_MAX });
@@ -189,7 +410,6 @@ impl Chain for MemoryChain {
             return Err(ChainError::NotRegistered { hotkey: account, netuid });
         }
         inner.commitments.insert(account, data.to_vec());
-        inner.head += 1;
-        Ok(inner.block())
+        Ok(inner.produce())
     }
 }

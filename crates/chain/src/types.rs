@@ -74,3 +74,22 @@ pub struct Hyperparameters {
     /// Least stake in rao of a hotkey that sets weights.
     pub stake_threshold: u64,
 }
+
+/// One hyperparameter of a subnet as the runtime lists it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hyperparameter {
+    pub name: String,
+    /// A number where it is one (a flag is 0 or 1, a fixed-point number its raw bits), else text.
+    pub value: String,
+}
+
+/// Whether a hotkey is on a subnet, and what joining it costs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registration {
+    /// The hotkey's uid; `None` while it is not registered.
+    pub uid: Option<u16>,
+    /// Whether the subnet takes registrations.
+    pub is_open: bool,
+    /// What a registration costs now, in rao (10⁻⁹ of a token); `None` where the runtime does not say.
+    pub burn_rao: Option<u64>,
+}

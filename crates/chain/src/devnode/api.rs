@@ -4,21 +4,21 @@ use parity_scale_codec::{Compact, Decode, Encode};
 use protocol::AccountId;
 
 use super::ledger::{Content, Ledger};
-use super::runtime::{METADATA, METADATA_VERSION, SUBTENSOR};
+use super::runtime::{METADATA_VERSION, SUBTENSOR};
 use super::state::State;
 use crate::types::{Hyperparameters, Neuron};
 
 /// Answers a runtime API call at a block; the error is a sentence for the caller.
 pub(super) fn call(ledger: &Ledger, method: &str, mut input: &[u8], content: &Content) -> Result<Vec<u8>, String> {
     let state = &content.state;
-    let runtime = ledger.runtime();
+    let runtime = state.runtime();
     let bad_input = |error| format!("{method}: {error}");
     match method {
         "Core_version" => Ok(runtime.version.clone()),
         "Metadata_metadata_versions" => Ok(vec![METADATA_VERSION].encode()),
         "Metadata_metadata_at_version" => {
             let version = u32::decode(&mut input).map_err(bad_input)?;
-            Ok((version == METADATA_VERSION).then_some(METADATA).encode())
+            Ok((version == METADATA_VERSION).then_some(runtime.bytes()).encode())
         }
         "AccountNonceApi_account_nonce" => {
             let account = <[u8; 32]>::decode(&mut input).map_err(bad_input)?;
@@ -44,6 +44,10 @@ pub(super) fn call(ledger: &Ledger, method: &str, mut input: &[u8], content: &Co
             let netuid = u16::decode(&mut input).map_err(bad_input)?;
             Ok(next_epoch(state, netuid).encode())
         }
+        "SubnetInfoRuntimeApi_get_subnet_hyperparams_v3" => {
+            let netuid = u16::decode(&mut input).map_err(bad_input)?;
+            Ok(state.hyperparameters(netuid).map(|parameters| hyperparameter_list(state, netuid, &parameters)).encode())
+        }
         other => Err(format!("the development node does not answer the runtime API {other}")),
     }
 }
@@ -60,12 +64,35 @@ fn valid_transaction(signer: &AccountId, nonce: u64) -> Vec<u8> {
 
 /// First block of the next epoch; `None` where the subnet does not exist or has no epochs.
 fn next_epoch(state: &State, netuid: u16) -> Option<u64> {
-    let tempo: u16 = state.value(SUBTENSOR, "Tempo", (netuid,));
-    if tempo == 0 || !state.subnet_exists(netuid) {
-        return None;
-    }
-    let last: u64 = state.value(SUBTENSOR, "LastEpochBlock", (netuid,));
-    Some(last + u64::from(tempo))
+    let head: u32 = state.value(super::runtime::SYSTEM, "Number", ());
+    state.subnet_exists(netuid).then(|| state.epoch(netuid).next_epoch_block(u64::from(head))).flatten()
+}
+
+/// A value of the list of hyperparameters, tagged with its type.
+#[derive(Encode)]
+enum Tagged {
+    #[codec(index = 0)]
+    Bool(bool),
+    #[codec(index = 1)]
+    U16(Compact<u16>),
+    #[codec(index = 3)]
+    U64(Compact<u64>),
+}
+
+/// The third version of the answer: a list of names and tagged values. It holds what the node keeps.
+fn hyperparameter_list(state: &State, netuid: u16, parameters: &Hyperparameters) -> Vec<(Vec<u8>, Tagged)> {
+    let period: u64 = state.value(SUBTENSOR, "RevealPeriodEpochs", (netuid,));
+    let short = |name: &str, value: u16| (name.as_bytes().to_vec(), Tagged::U16(Compact(value)));
+    let long = |name: &str, value: u64| (name.as_bytes().to_vec(), Tagged::U64(Compact(value)));
+    vec![
+        short("min_allowed_weights", parameters.min_allowed_weights),
+        short("max_weights_limit", parameters.max_weight_limit),
+        short("tempo", parameters.tempo),
+        long("weights_version", parameters.weights_version),
+        long("weights_rate_limit", parameters.weights_rate_limit),
+        long("commit_reveal_period", period),
+        (b"commit_reveal_weights_enabled".to_vec(), Tagged::Bool(parameters.commit_reveal)),
+    ]
 }
 
 /// `NeuronInfoLite`. The node computes no rewards: ranks, trust and emission are zero.

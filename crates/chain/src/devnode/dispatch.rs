@@ -4,11 +4,16 @@ use parity_scale_codec::{Compact, Decode, Encode};
 use protocol::AccountId;
 
 use super::extrinsic::{Call, Invalid, Signed};
-use super::runtime::{COMMITMENTS, SUBTENSOR, SYSTEM};
+use super::runtime::{COMMITMENTS, DRAND, SUBTENSOR, SYSTEM};
 use super::state::State;
 use crate::error::WeightsRefusal;
-use crate::rules::Subnet;
+use crate::rules::{Subnet, TimelockedCommit};
+use crate::timelock::CIPHERTEXT_MAX;
+use crate::types::{Hyperparameters, Neuron};
 use crate::weights::as_stored;
+
+/// One row of `TimelockedWeightCommits`: account, block, ciphertext, round.
+pub(super) type Timelocked = ([u8; 32], u64, Vec<u8>, u64);
 
 /// Bytes of commitments of one hotkey in one epoch, and the least that one commitment counts.
 const COMMITMENT_SPACE: u64 = 3100;
@@ -34,15 +39,83 @@ struct Usage {
     used_space: u64,
 }
 
+/// A subnet's mechanism as the weight rules see it.
+pub(super) struct Place {
+    netuid: u16,
+    /// The storage index; `None` where the mechanism does not exist.
+    pub(super) index: Option<u16>,
+    parameters: Option<Hyperparameters>,
+    neurons: Vec<Neuron>,
+    updates: Vec<u64>,
+    owner: Option<AccountId>,
+}
+
+impl Place {
+    pub(super) fn of(state: &State, netuid: u16, mechanism: u8) -> Self {
+        let index = state.mechanism_index(netuid, mechanism);
+        Self {
+            netuid,
+            index,
+            parameters: state.hyperparameters(netuid).filter(|_| index.is_some()),
+            neurons: state.neurons(netuid),
+            updates: index.map(|index| state.last_updates(index)).unwrap_or_default(),
+            owner: state.owner_hotkey(netuid),
+        }
+    }
+
+    pub(super) fn subnet(&self, block: u64) -> Subnet<'_> {
+        Subnet {
+            hyperparameters: self.parameters.as_ref(),
+            neurons: &self.neurons,
+            last_updates: Some(&self.updates),
+            owner: self.owner,
+            block,
+            is_null_consensus: false,
+        }
+    }
+
+    /// Notes `block` as the one of the last weights of `uid`.
+    fn touch(&self, state: &mut State, uid: u16, block: u64) {
+        let Some(index) = self.index else { return };
+        let mut updates = self.updates.clone();
+        updates.resize(self.neurons.len().max(usize::from(uid) + 1), 0);
+        updates[usize::from(uid)] = block;
+        state.put(SUBTENSOR, "LastUpdate", (index,), updates);
+    }
+}
+
+/// The commit of a call as its rules see it, with its index and the epoch that it is stored under.
+fn timelocked(state: &State, place: &Place, signer: &AccountId, round: u64, version: u16) -> (TimelockedCommit, u64) {
+    let epoch: u64 = state.value(SUBTENSOR, "SubnetEpochIndex", (place.netuid,));
+    let waiting: Vec<Timelocked> = match place.index {
+        Some(index) => state.value(SUBTENSOR, "TimelockedWeightCommits", (index, epoch)),
+        None => Vec::new(),
+    };
+    let commit = TimelockedCommit {
+        round,
+        commit_reveal_version: version,
+        chain_version: state.value(SUBTENSOR, "CommitRevealWeightsVersion", ()),
+        last_stored_round: state.value(DRAND, "LastStoredRound", ()),
+        unrevealed: waiting.iter().filter(|(account, ..)| *account == signer.0).count(),
+    };
+    (commit, epoch)
+}
+
 /// The pool's guards for a call at `block`.
 pub(super) fn check_pool(state: &State, signed: &Signed, block: u64) -> Result<(), Invalid> {
-    let Call::SetWeights { netuid, mechanism, .. } = &signed.call else { return Ok(()) };
-    let parameters = state.hyperparameters(*netuid).filter(|_| *mechanism == 0);
-    let neurons = state.neurons(*netuid);
-    let subnet = Subnet { hyperparameters: parameters.as_ref(), neurons: &neurons, owner: state.owner_hotkey(*netuid), block };
-    subnet.check_pool(&signed.signer).map_err(|refusal| match refusal {
+    let checked = match &signed.call {
+        Call::SetWeights { netuid, mechanism, .. } => Place::of(state, *netuid, *mechanism).subnet(block).check_pool(&signed.signer),
+        Call::CommitWeights { netuid, mechanism, round, version, .. } => {
+            let place = Place::of(state, *netuid, *mechanism);
+            let (commit, _) = timelocked(state, &place, &signed.signer, *round, *version);
+            place.subnet(block).check_commit_pool(&signed.signer, &commit)
+        }
+        Call::SetCommitment { .. } => Ok(()),
+    };
+    checked.map_err(|refusal| match refusal {
         WeightsRefusal::StakeTooLow => Invalid::Custom(1),
         WeightsRefusal::TooFast => Invalid::Custom(6),
+        WeightsRefusal::RoundPassed => Invalid::Custom(15),
         _ => Invalid::Custom(255),
     })
 }
@@ -51,8 +124,16 @@ pub(super) fn check_pool(state: &State, signed: &Signed, block: u64) -> Result<(
 pub(super) fn execute(state: &mut State, signed: &Signed, block: u64) -> Vec<Vec<u8>> {
     let outcome = match &signed.call {
         Call::SetWeights { netuid, mechanism, uids, values, version_key } => {
-            set_weights(state, &signed.signer, block, *netuid, *mechanism, uids, values, *version_key)
+            let row = (uids.as_slice(), values.as_slice());
+            set_weights(state, &signed.signer, block, (*netuid, *mechanism), row, *version_key)
                 .map_err(|refusal| (SUBTENSOR, error_name(&refusal)))
+        }
+        Call::CommitWeights { netuid, mechanism, commit, round, version } => {
+            commit_weights(state, &signed.signer, block, (*netuid, *mechanism), commit, *round, *version).map_err(|refusal| {
+                // The two kinds of rows have errors of their own for the rate limit.
+                let name = if refusal == WeightsRefusal::TooFast { "CommittingWeightsTooFast" } else { error_name(&refusal) };
+                (SUBTENSOR, name)
+            })
         }
         Call::SetCommitment { netuid, info, space } => {
             set_commitment(state, &signed.signer, block, *netuid, info, *space).map_err(|name| (COMMITMENTS, name))
@@ -71,29 +152,72 @@ pub(super) fn execute(state: &mut State, signed: &Signed, block: u64) -> Vec<Vec
     }
 }
 
-#[allow(clippy::too_many_arguments, reason = "the arguments of the chain's own call")]
 fn set_weights(
     state: &mut State,
     hotkey: &AccountId,
     block: u64,
-    netuid: u16,
-    mechanism: u8,
-    uids: &[u16],
-    values: &[u16],
+    (netuid, mechanism): (u16, u8),
+    (uids, values): (&[u16], &[u16]),
     version_key: u64,
 ) -> Result<Vec<u8>, WeightsRefusal> {
-    // The node has mechanism 0 only, whose storage index is the netuid.
-    let parameters = state.hyperparameters(netuid).filter(|_| mechanism == 0);
-    let neurons = state.neurons(netuid);
-    let subnet = Subnet { hyperparameters: parameters.as_ref(), neurons: &neurons, owner: state.owner_hotkey(netuid), block };
-    let uid = subnet.check_dispatch(hotkey, netuid, uids, values, version_key)?;
+    let place = Place::of(state, netuid, mechanism);
+    let uid = place.subnet(block).check_dispatch(hotkey, netuid, uids, values, version_key)?;
+    let index = place.index.ok_or(WeightsRefusal::MechanismMissing)?;
+    store(state, index, uid, uids, values);
+    place.touch(state, uid, block);
+    Ok(state.runtime().event(SUBTENSOR, "WeightsSet", (index, uid)))
+}
+
+fn store(state: &mut State, index: u16, uid: u16, uids: &[u16], values: &[u16]) {
     let row: Vec<(u16, u16)> = uids.iter().copied().zip(values.iter().copied()).collect();
-    state.put(SUBTENSOR, "Weights", (netuid, uid), as_stored(&row));
-    let mut updates: Vec<u64> = state.value(SUBTENSOR, "LastUpdate", (netuid,));
-    updates.resize(neurons.len(), 0);
-    updates[usize::from(uid)] = block;
-    state.put(SUBTENSOR, "LastUpdate", (netuid,), updates);
-    Ok(state.runtime().event(SUBTENSOR, "WeightsSet", (netuid, uid)))
+    state.put(SUBTENSOR, "Weights", (index, uid), as_stored(&row));
+}
+
+fn commit_weights(
+    state: &mut State,
+    hotkey: &AccountId,
+    block: u64,
+    (netuid, mechanism): (u16, u8),
+    ciphertext: &[u8],
+    round: u64,
+    version: u16,
+) -> Result<Vec<u8>, WeightsRefusal> {
+    let place = Place::of(state, netuid, mechanism);
+    let (commit, epoch) = timelocked(state, &place, hotkey, round, version);
+    let subnet = place.subnet(block);
+    subnet.check_commit_pool(hotkey, &commit)?;
+    subnet.check_commit(hotkey, &commit)?;
+    let index = place.index.ok_or(WeightsRefusal::MechanismMissing)?;
+    if ciphertext.len() > CIPHERTEXT_MAX {
+        return Err(WeightsRefusal::Other("the commit is too long".to_owned()));
+    }
+    let mut waiting: Vec<Timelocked> = state.value(SUBTENSOR, "TimelockedWeightCommits", (index, epoch));
+    waiting.push((hotkey.0, block, ciphertext.to_vec(), round));
+    state.put(SUBTENSOR, "TimelockedWeightCommits", (index, epoch), waiting);
+    let uid = state.uid_of(netuid, hotkey).ok_or(WeightsRefusal::NotRegistered)?;
+    place.touch(state, uid, block);
+    let hash = sp_crypto_hashing::blake2_256(ciphertext);
+    Ok(state.runtime().event(SUBTENSOR, "TimelockedWeightsCommitted", (hotkey.0, index, hash, round)))
+}
+
+/// Opens the row of a timelocked commit with its round's signature and stores it, if it passes the rules again. A row that cannot be
+/// opened, or that names another hotkey, or that a rule refuses, is dropped without a word, as on the genuine chain.
+pub(super) fn reveal(
+    state: &mut State,
+    block: u64,
+    (netuid, mechanism): (u16, u8),
+    hotkey: &AccountId,
+    plaintext: &[u8],
+) -> Option<Vec<u8>> {
+    let payload = crate::timelock::WeightsPayload::read(plaintext)?;
+    if payload.hotkey()? != *hotkey {
+        return None;
+    }
+    let place = Place::of(state, netuid, mechanism);
+    let uid = place.subnet(block).check_reveal(hotkey, netuid, &payload.uids, &payload.values, payload.version_key).ok()?;
+    let index = place.index?;
+    store(state, index, uid, &payload.uids, &payload.values);
+    Some(state.runtime().event(SUBTENSOR, "TimelockedWeightsRevealed", (index, hotkey.0)))
 }
 
 fn set_commitment(
@@ -130,6 +254,9 @@ fn set_commitment(
 fn error_name(refusal: &WeightsRefusal) -> &'static str {
     match refusal {
         WeightsRefusal::CommitRevealEnabled => "CommitRevealEnabled",
+        WeightsRefusal::CommitRevealDisabled => "CommitRevealDisabled",
+        WeightsRefusal::CommitVersion { .. } => "IncorrectCommitRevealVersion",
+        WeightsRefusal::TooManyCommits => "TooManyUnrevealedCommits",
         WeightsRefusal::RootNetwork => "CanNotSetRootNetworkWeights",
         WeightsRefusal::LengthsDiffer => "WeightVecNotEqualSize",
         WeightsRefusal::MechanismMissing => "MechanismDoesNotExist",
@@ -144,7 +271,7 @@ fn error_name(refusal: &WeightsRefusal) -> &'static str {
         WeightsRefusal::TooFewWeights | WeightsRefusal::EmptyRow => "WeightVecLengthIsLow",
         WeightsRefusal::WeightTooLarge => "MaxWeightExceeded",
         WeightsRefusal::ColdkeySwap => "ColdkeySwapAnnounced",
-        WeightsRefusal::Nonce | WeightsRefusal::BadProof | WeightsRefusal::Other(_) => "CallDisabled",
+        WeightsRefusal::Nonce | WeightsRefusal::BadProof | WeightsRefusal::RoundPassed | WeightsRefusal::Other(_) => "CallDisabled",
     }
 }
 
@@ -156,9 +283,12 @@ mod tests {
     #[test]
     fn every_refusal_at_dispatch_is_an_error_of_the_metadata_and_maps_back() {
         use WeightsRefusal::*;
-        let runtime = Runtime::load();
+        let runtime = Runtime::load(None);
         for refusal in [
             CommitRevealEnabled,
+            CommitRevealDisabled,
+            CommitVersion { required: 0, ours: 4 },
+            TooManyCommits,
             RootNetwork,
             LengthsDiffer,
             MechanismMissing,

@@ -58,9 +58,26 @@ impl Invalid {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Call {
     /// Mechanism 0 for the plain call.
-    SetWeights { netuid: u16, mechanism: u8, uids: Vec<u16>, values: Vec<u16>, version_key: u64 },
+    SetWeights {
+        netuid: u16,
+        mechanism: u8,
+        uids: Vec<u16>,
+        values: Vec<u16>,
+        version_key: u64,
+    },
+    CommitWeights {
+        netuid: u16,
+        mechanism: u8,
+        commit: Vec<u8>,
+        round: u64,
+        version: u16,
+    },
     /// `info` is SCALE of `CommitmentInfo`; `space` what its fields count against the limit.
-    SetCommitment { netuid: u16, info: Vec<u8>, space: u64 },
+    SetCommitment {
+        netuid: u16,
+        info: Vec<u8>,
+        space: u64,
+    },
 }
 
 /// A signed extrinsic whose signature was verified.
@@ -183,6 +200,13 @@ fn call(extrinsic: &Extrinsic<'_, u32>, bytes: &[u8]) -> Option<Call> {
             uids: argument(extrinsic, bytes, "dests")?,
             values: argument(extrinsic, bytes, "weights")?,
             version_key: argument(extrinsic, bytes, "version_key")?,
+        }),
+        (SUBTENSOR, name @ ("commit_timelocked_weights" | "commit_timelocked_mechanism_weights")) => Some(Call::CommitWeights {
+            netuid: argument(extrinsic, bytes, "netuid")?,
+            mechanism: if name == "commit_timelocked_weights" { 0 } else { argument(extrinsic, bytes, "mecid")? },
+            commit: argument(extrinsic, bytes, "commit")?,
+            round: argument(extrinsic, bytes, "reveal_round")?,
+            version: argument(extrinsic, bytes, "commit_reveal_version")?,
         }),
         (COMMITMENTS, "set_commitment") => {
             let found = extrinsic.call_data().find(|argument| argument.name() == "info")?;

@@ -1,17 +1,20 @@
 //! The chain of the development node: blocks, the transaction pool, block production, finality.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use parity_scale_codec::{Compact, Encode};
 use sp_core::Pair as _;
 use subxt::config::substrate::{Digest, DigestItem, H256, SubstrateHeader};
 
-use super::dispatch::{self, Class};
+use super::change::{self, Change};
+use super::dispatch::{self, Class, Timelocked};
 use super::extrinsic::{self, Context, Invalid, Signed};
+use super::pulses::Pulses;
 use super::runtime::{Runtime, SUBTENSOR, SYSTEM};
 use super::state::State;
-use super::{DevChain, DevOptions};
+use super::{DevChain, DevOptions, VirtualClock};
+use crate::timelock;
 use crate::types::BlockRef;
 
 /// Blocks whose state and extrinsics are kept; nodes prune at the same depth by default.
@@ -22,8 +25,8 @@ const POOL_MAX: usize = 4096;
 const NONCE_AHEAD_MAX: u64 = 64;
 /// Consensus engine in digests: Aura, as on the genuine chain.
 const AURA: [u8; 4] = *b"aura";
-/// Epochs of longer than this many blocks end anyway.
-const EPOCH_MAX: u64 = 50_400;
+/// Blocks of left forks that are still known by their hash.
+const STALE_MAX: usize = 64;
 
 pub(super) type Header = SubstrateHeader<H256>;
 
@@ -37,6 +40,8 @@ pub(super) struct Block {
 pub(super) struct Content {
     pub(super) extrinsics: Vec<Vec<u8>>,
     pub(super) state: State,
+    /// What was changed by hand in this block.
+    changes: Vec<Change>,
 }
 
 /// What became of a submitted extrinsic.
@@ -58,11 +63,16 @@ struct Pending {
 }
 
 pub(super) struct Ledger {
-    runtime: Arc<Runtime>,
     netuid: u16,
     finality_lag: u64,
+    clock: Option<VirtualClock>,
+    pulses: Pulses,
     blocks: Vec<Block>,
     numbers: HashMap<[u8; 32], u64>,
+    /// Blocks of forks that were left, oldest first.
+    stale: VecDeque<Block>,
+    /// Changes that the next block makes.
+    changes: Vec<Change>,
     pool: Vec<Pending>,
     /// Fates of extrinsics that left the pool: in block number, or dropped at it.
     left_pool: BTreeMap<[u8; 32], (u64, bool)>,
@@ -72,7 +82,10 @@ pub(super) struct Ledger {
 
 impl Ledger {
     pub(super) fn new(runtime: Arc<Runtime>, chain: &DevChain, options: &DevOptions, now_ms: u64) -> Self {
-        let state = genesis_state(&runtime, chain, options, now_ms);
+        let now_ms = options.clock.map_or(now_ms, |clock| clock.start_ms);
+        let pulses = Pulses::new(options.beacon.clone(), now_ms);
+        let mut state = genesis_state(&runtime, chain, options, now_ms);
+        pulses.configure(&mut state, now_ms);
         let header = Header {
             parent_hash: H256::zero(),
             number: 0,
@@ -82,19 +95,23 @@ impl Ledger {
         };
         let hash = sp_crypto_hashing::blake2_256(&header.encode());
         Self {
-            runtime,
             netuid: chain.netuid,
             finality_lag: options.finality_lag,
-            blocks: vec![Block { header, hash, content: Some(Content { extrinsics: Vec::new(), state }) }],
+            clock: options.clock,
+            pulses,
+            blocks: vec![Block { header, hash, content: Some(Content { extrinsics: Vec::new(), state, changes: Vec::new() }) }],
             numbers: HashMap::from([(hash, 0)]),
+            stale: VecDeque::new(),
+            changes: Vec::new(),
             pool: Vec::new(),
             left_pool: BTreeMap::new(),
             author: sp_core::sr25519::Pair::generate().0,
         }
     }
 
+    /// The runtime of the newest block.
     pub(super) fn runtime(&self) -> &Runtime {
-        &self.runtime
+        self.state().runtime()
     }
 
     pub(super) fn genesis(&self) -> [u8; 32] {
@@ -115,12 +132,36 @@ impl Ledger {
     }
 
     pub(super) fn by_hash(&self, hash: &[u8; 32]) -> Option<&Block> {
-        self.by_number(*self.numbers.get(hash)?)
+        let current = self.numbers.get(hash).and_then(|number| self.by_number(*number)).filter(|block| block.hash == *hash);
+        current.or_else(|| self.stale.iter().find(|block| block.hash == *hash))
+    }
+
+    /// Queues a change for the next block.
+    pub(super) fn change(&mut self, change: Change) {
+        self.changes.push(change);
     }
 
     /// The state of the newest block.
     fn state(&self) -> &State {
         &self.best().content.as_ref().expect("the newest block is not pruned").state
+    }
+
+    /// The row of `uid` in the newest state.
+    pub(super) fn weights(&self, mechanism: u8, uid: u16) -> Vec<(u16, u16)> {
+        let index = self.state().mechanism_index(self.netuid, mechanism);
+        index.and_then(|index| self.state().stored(SUBTENSOR, "Weights", (index, uid))).unwrap_or_default()
+    }
+
+    /// Block of the last weights or commit of `uid` in the newest state.
+    pub(super) fn last_update(&self, mechanism: u8, uid: u16) -> u64 {
+        let index = self.state().mechanism_index(self.netuid, mechanism);
+        index.and_then(|index| self.state().last_updates(index).get(usize::from(uid)).copied()).unwrap_or(0)
+    }
+
+    /// The nonce of the account's next extrinsic, after those that wait in the pool.
+    pub(super) fn next_nonce(&self, account: &protocol::AccountId) -> u64 {
+        let waiting = self.pool.iter().filter(|pending| pending.signed.signer == *account).map(|pending| pending.signed.nonce + 1);
+        waiting.max().unwrap_or(0).max(u64::from(self.state().nonce(account)))
     }
 
     /// Judges an extrinsic against the newest state and the pool.
@@ -172,16 +213,24 @@ impl Ledger {
         let number = parent.header.number + 1;
         let parent_hash = parent.hash;
         let mut state = self.state().clone();
-        let runtime = self.runtime.clone();
+        let now_ms = self.clock.map_or(now_ms, |clock| clock.start_ms + number * clock.block_ms);
+        let changes = std::mem::take(&mut self.changes);
+        changes.iter().for_each(|change| change::apply(&mut state, self.netuid, change, number));
 
         let block_number = u32::try_from(number).expect("block numbers are u32 on chain");
         state.put(SYSTEM, "Number", (), block_number);
         state.put(SYSTEM, "ParentHash", (), parent_hash);
         state.put("Timestamp", "Now", (), now_ms);
-        step_epoch(&mut state, self.netuid, number);
+        self.pulses.publish(&mut state, now_ms);
+        let before = state.epoch(self.netuid);
+        let mut epoch = before;
+        epoch.step(number);
+        state.put_epoch(self.netuid, &before, &epoch);
 
-        let mut extrinsics = vec![timestamp_inherent(&runtime, now_ms)];
-        let mut events = vec![record(0, &runtime.event(SYSTEM, "ExtrinsicSuccess", dispatch::dispatch_info(Class::Mandatory)))];
+        let mut extrinsics = vec![timestamp_inherent(state.runtime(), now_ms)];
+        let mut events: Vec<Vec<u8>> =
+            self.reveal(&mut state, number, now_ms, epoch.index).iter().map(|event| record_of_block(event)).collect();
+        events.push(record(0, &state.runtime().event(SYSTEM, "ExtrinsicSuccess", dispatch::dispatch_info(Class::Mandatory))));
         for pending in std::mem::take(&mut self.pool) {
             let next = u64::from(state.nonce(&pending.signed.signer));
             if pending.signed.nonce > next {
@@ -216,9 +265,84 @@ impl Ledger {
         header.digest.logs.push(DigestItem::Seal(AURA, self.author.sign(&unsealed).0.to_vec()));
         let hash = sp_crypto_hashing::blake2_256(&header.encode());
         self.numbers.insert(hash, number);
-        self.blocks.push(Block { header, hash, content: Some(Content { extrinsics, state }) });
+        self.blocks.push(Block { header, hash, content: Some(Content { extrinsics, state, changes }) });
         self.prune(number);
         BlockRef { number, hash }
+    }
+
+    /// Opens the timelocked rows whose epoch it is: those of `period` epochs ago whose pulse is there. Older ones expire.
+    fn reveal(&self, state: &mut State, number: u64, now_ms: u64, epoch: u64) -> Vec<Vec<u8>> {
+        let netuid = self.netuid;
+        let mechanisms: u8 = state.value(SUBTENSOR, "MechanismCountCurrent", (netuid,));
+        let period: u64 = state.value(SUBTENSOR, "RevealPeriodEpochs", (netuid,));
+        let mut events = Vec::new();
+        for mechanism in 0..mechanisms {
+            let Some(index) = state.mechanism_index(netuid, mechanism) else { continue };
+            if let Some(expired) = epoch.checked_sub(period + 1) {
+                state.remove(SUBTENSOR, "TimelockedWeightCommits", (index, expired));
+            }
+            let Some(committed) = epoch.checked_sub(period) else { continue };
+            let Some(waiting) = state.stored::<Vec<Timelocked>>(SUBTENSOR, "TimelockedWeightCommits", (index, committed)) else {
+                continue;
+            };
+            let mut left = Vec::new();
+            for (account, block, ciphertext, round) in waiting {
+                let Some(signature) = self.pulses.take(state, round, now_ms) else {
+                    left.push((account, block, ciphertext, round));
+                    continue;
+                };
+                let Ok(plaintext) = timelock::open(&ciphertext, &signature) else { continue };
+                let hotkey = protocol::AccountId(account);
+                events.extend(dispatch::reveal(state, number, (netuid, mechanism), &hotkey, &plaintext));
+            }
+            if left.is_empty() {
+                state.remove(SUBTENSOR, "TimelockedWeightCommits", (index, committed));
+            } else {
+                state.put(SUBTENSOR, "TimelockedWeightCommits", (index, committed), left);
+            }
+        }
+        events
+    }
+
+    /// Leaves the newest `depth` blocks for a fork that is one block longer. What they contained goes back into the pool, or is lost
+    /// with it. Finalized blocks stay: gives false where the fork would have to leave one.
+    pub(super) fn reorganise(&mut self, depth: u64, loses_pool: bool, now_ms: u64) -> bool {
+        let best = self.best().header.number;
+        if depth == 0 || depth > best - self.finalized().header.number {
+            return false;
+        }
+        let left = self.blocks.split_off((best - depth + 1) as usize);
+        let mut changes = Vec::new();
+        let mut back = Vec::new();
+        for block in left {
+            if let Some(content) = &block.content {
+                changes.extend(content.changes.iter().cloned());
+                // The first one is the block's own timestamp.
+                back.extend(content.extrinsics.iter().skip(1).cloned());
+            }
+            self.stale.push_back(block);
+        }
+        while self.stale.len() > STALE_MAX {
+            self.stale.pop_front();
+        }
+        changes.append(&mut self.changes);
+        self.changes = changes;
+        let fork = best - depth;
+        self.left_pool.retain(|_, (number, _)| *number <= fork);
+        let waiting = std::mem::take(&mut self.pool);
+        if !loses_pool {
+            back.extend(waiting.into_iter().map(|pending| pending.bytes));
+            for bytes in back {
+                let hash = sp_crypto_hashing::blake2_256(&bytes);
+                if self.submit(bytes).is_err() {
+                    self.left_pool.insert(hash, (fork, false));
+                }
+            }
+        }
+        for _ in 0..=depth {
+            self.produce(now_ms);
+        }
+        true
     }
 
     fn prune(&mut self, best: u64) {
@@ -240,7 +364,7 @@ pub(super) enum Refused {
 
 impl Context for Ledger {
     fn runtime(&self) -> &Runtime {
-        &self.runtime
+        Ledger::runtime(self)
     }
 
     fn genesis(&self) -> [u8; 32] {
@@ -256,27 +380,17 @@ impl Context for Ledger {
     }
 }
 
-/// Ends the subnet's epoch when it is due: one was asked for, the last is too long ago, or a tempo has passed.
-fn step_epoch(state: &mut State, netuid: u16, number: u64) {
-    let tempo = u64::from(state.value::<u16>(SUBTENSOR, "Tempo", (netuid,)));
-    let last: u64 = state.value(SUBTENSOR, "LastEpochBlock", (netuid,));
-    let pending: u64 = state.value(SUBTENSOR, "PendingEpochAt", (netuid,));
-    let since = state.value::<u64>(SUBTENSOR, "BlocksSinceLastStep", (netuid,)) + 1;
-    let due = tempo != 0 && ((pending > 0 && number >= pending) || since > EPOCH_MAX || number - last.min(number) >= tempo);
-    if due {
-        let index: u64 = state.value(SUBTENSOR, "SubnetEpochIndex", (netuid,));
-        state.put(SUBTENSOR, "LastEpochBlock", (netuid,), number);
-        state.put(SUBTENSOR, "PendingEpochAt", (netuid,), 0u64);
-        state.put(SUBTENSOR, "SubnetEpochIndex", (netuid,), index + 1);
-        state.put(SUBTENSOR, "BlocksSinceLastStep", (netuid,), 0u64);
-    } else {
-        state.put(SUBTENSOR, "BlocksSinceLastStep", (netuid,), since);
-    }
-}
-
 /// `EventRecord`: phase `ApplyExtrinsic(index)`, event, no topics.
 fn record(extrinsic: u32, event: &[u8]) -> Vec<u8> {
     let mut bytes = (0u8, extrinsic).encode();
+    bytes.extend_from_slice(event);
+    bytes.push(0);
+    bytes
+}
+
+/// `EventRecord` of something that no extrinsic did: phase `Initialization`.
+fn record_of_block(event: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![2];
     bytes.extend_from_slice(event);
     bytes.push(0);
     bytes
@@ -308,12 +422,10 @@ fn genesis_state(runtime: &Arc<Runtime>, chain: &DevChain, options: &DevOptions,
         state.put(SUBTENSOR, "SubnetOwnerHotkey", (netuid,), owner.0);
     }
     for (uid, neuron) in (0u16..).zip(&chain.neurons) {
-        state.put(SUBTENSOR, "Keys", (netuid, uid), neuron.hotkey.0);
-        state.put(SUBTENSOR, "Uids", (netuid, neuron.hotkey.0), uid);
-        state.put(SUBTENSOR, "Owner", (neuron.hotkey.0,), neuron.coldkey.0);
-        state.put(SUBTENSOR, "TotalHotkeyAlpha", (neuron.hotkey.0, netuid), neuron.stake);
-        state.put(SUBTENSOR, "BlockAtRegistration", (netuid, uid), 0u64);
+        change::put_neuron(&mut state, netuid, uid, neuron, 0);
     }
+    state.put(SUBTENSOR, "MechanismCountCurrent", (netuid,), options.mechanisms.max(1));
+    state.put(SUBTENSOR, "NetworkRegistrationAllowed", (netuid,), false);
     let permits: Vec<bool> = chain.neurons.iter().map(|neuron| neuron.validator_permit).collect();
     state.put(SUBTENSOR, "ValidatorPermit", (netuid,), permits);
     state.put(SUBTENSOR, "LastUpdate", (netuid,), vec![0u64; chain.neurons.len()]);

@@ -3,23 +3,30 @@
 //!
 //! It verifies real signatures, nonces and eras, applies the chain's weight rules in their order, stores SCALE keys and values as
 //! a node does, emits genuine events and answers with genuine errors, so that a client takes the same path here as on a public
-//! network. It has one subnet with mechanism 0, no consensus among authors, no rewards, and no registration: who is a neuron, with
-//! which stake and permit, is fixed when it starts. Nothing survives its end.
+//! network. Timelocked rows are opened in their epoch with the signature of their beacon's round. It has one subnet, no consensus
+//! among authors, no rewards, and takes no registrations: who is a neuron, with which stake and permit, is fixed when it starts
+//! or changed by hand ([`Change`]). Nothing survives its end.
+//!
+//! For tests it fails on demand as nodes and networks do: closed, silent and slow sockets, an endpoint that suddenly serves another
+//! chain, blocks that do not come, finality that lags, forks, and upgrades of the runtime.
 //!
 //! Block hashes cannot be foretold (each block carries a randomised signature), so they serve as a beacon.
 
 mod api;
+mod change;
 mod dispatch;
 mod extrinsic;
+mod gate;
 #[cfg(test)]
 mod golden;
 mod ledger;
+mod pulses;
 mod rpc;
 mod runtime;
 mod state;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -31,7 +38,10 @@ use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
 use crate::types::BlockRef;
+pub use change::Change;
+use gate::Gate;
 use ledger::Ledger;
+pub use pulses::DevBeacon;
 use runtime::Runtime;
 
 /// Subnets above this number would collide with the storage indices of mechanisms.
@@ -39,9 +49,6 @@ const NETUID_MAX: u16 = 4095;
 /// Most neurons; genuine subnets have at most 256.
 const NEURONS_MAX: usize = 4096;
 const CONNECTIONS_MAX: u32 = 256;
-/// How often and how long a port that was just left is tried again.
-const REBIND_TRIES: u32 = 50;
-const REBIND_PAUSE: Duration = Duration::from_millis(20);
 
 /// The chain to run: one subnet and who is on it.
 #[derive(Clone, Debug)]
@@ -80,6 +87,19 @@ pub struct DevOptions {
     pub commit_reveal: bool,
     /// In rao.
     pub stake_threshold: u64,
+    /// How many mechanisms the subnet has; 0 and 1 are the same.
+    pub mechanisms: u8,
+    /// Blocks carry this time instead of the system's.
+    pub clock: Option<VirtualClock>,
+    /// What opens timelocked rows.
+    pub beacon: DevBeacon,
+}
+
+/// The time of block n is `start_ms` + n · `block_ms`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtualClock {
+    pub start_ms: u64,
+    pub block_ms: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -95,8 +115,8 @@ pub enum DevNodeError {
 /// The running node; dropping it stops it.
 pub struct DevNode {
     node: Arc<Node>,
-    address: SocketAddr,
-    server: Mutex<ServerHandle>,
+    gate: Gate,
+    server: ServerHandle,
     producer: Option<JoinHandle<()>>,
 }
 
@@ -132,17 +152,20 @@ impl DevNode {
 
     pub async fn start_with(chain: DevChain, options: DevOptions) -> Result<Self, DevNodeError> {
         check(&chain)?;
-        let runtime = Arc::new(Runtime::load());
+        let block_ms = options.clock.map(|clock| clock.block_ms).or((chain.block_ms > 0).then_some(chain.block_ms));
+        let runtime = Arc::new(Runtime::load(block_ms));
         let ledger = Ledger::new(runtime, &chain, &options, now_ms());
         let node = Arc::new(Node { ledger: Mutex::new(ledger), changed: watch::Sender::new(0), stalled: AtomicBool::new(false) });
-        let (address, server) = serve(&node, chain.listen).await?;
+        let (address, server) = serve(&node).await?;
+        let listen = chain.listen;
+        let gate = Gate::open(listen, address).await.map_err(|source| DevNodeError::Listen { address: listen, source })?;
         let producer = (chain.block_ms > 0).then(|| tokio::spawn(produce_blocks(node.clone(), chain.block_ms)));
-        Ok(Self { node, address, server: Mutex::new(server), producer })
+        Ok(Self { node, gate, server, producer })
     }
 
     /// `ws://127.0.0.1:port`.
     pub fn endpoint(&self) -> String {
-        format!("ws://{}", self.address)
+        format!("ws://{}", self.gate.address)
     }
 
     pub fn genesis(&self) -> [u8; 32] {
@@ -165,23 +188,53 @@ impl DevNode {
         self.node.stalled.store(stalled, Ordering::Relaxed);
     }
 
-    /// Closes all connections and listens again on the same port, as a node that restarts does.
-    pub async fn drop_connections(&self) -> Result<(), DevNodeError> {
-        let old = self.server.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let _ = old.stop();
-        old.stopped().await;
-        let mut tries = REBIND_TRIES;
-        loop {
-            match serve(&self.node, self.address).await {
-                Ok((_, server)) => {
-                    *self.server.lock().unwrap_or_else(PoisonError::into_inner) = server;
-                    return Ok(());
-                }
-                Err(error) if tries == 0 => return Err(error),
-                Err(_) => tries -= 1,
-            }
-            tokio::time::sleep(REBIND_PAUSE).await;
-        }
+    /// Closes all connections; new ones are taken at once, as by a node that restarts.
+    pub fn drop_connections(&self) {
+        self.gate.sever();
+    }
+
+    /// Lets no byte pass in either direction, and closes nothing: what half-dead connections look like.
+    pub fn silence(&self, is_silent: bool) {
+        self.gate.silence(is_silent);
+    }
+
+    /// Holds every piece of data back for so long.
+    pub fn slow_down(&self, delay_ms: u64) {
+        self.gate.delay(delay_ms);
+    }
+
+    /// This endpoint serves `other`'s chain from now on.
+    pub fn impersonate(&self, other: &DevNode) {
+        self.gate.redirect(other.gate.target());
+    }
+
+    /// Changes the chain's state in the next block.
+    pub fn change(&self, change: Change) {
+        self.node.ledger().change(change);
+    }
+
+    /// Leaves the newest `depth` blocks for a longer fork. Extrinsics of the left blocks go back into the pool, or are lost with all that
+    /// waits there. Gives false, and does nothing, where a finalized block would be left.
+    pub fn reorganise(&self, depth: u64, loses_pool: bool) -> bool {
+        let done = self.node.ledger().reorganise(depth, loses_pool, now_ms());
+        self.node.changed.send_modify(|count| *count += 1);
+        done
+    }
+
+    /// The row that the newest block's state holds for `uid`, final or not.
+    pub fn weights(&self, mechanism: u8, uid: u16) -> Vec<(u16, u16)> {
+        let ledger = self.node.ledger();
+        ledger.weights(mechanism, uid)
+    }
+
+    /// The block of the last weights or commit of `uid`, by the newest block's state; 0 = never.
+    pub fn last_update(&self, mechanism: u8, uid: u16) -> u64 {
+        self.node.ledger().last_update(mechanism, uid)
+    }
+
+    /// The version of the newest block's runtime.
+    pub fn spec_version(&self) -> u32 {
+        self.node.ledger().runtime().spec_version
     }
 }
 
@@ -190,7 +243,7 @@ impl Drop for DevNode {
         if let Some(producer) = &self.producer {
             producer.abort();
         }
-        let _ = self.server.lock().unwrap_or_else(PoisonError::into_inner).stop();
+        let _ = self.server.stop();
     }
 }
 
@@ -213,7 +266,9 @@ fn check(chain: &DevChain) -> Result<(), DevNodeError> {
     }
 }
 
-async fn serve(node: &Arc<Node>, address: SocketAddr) -> Result<(SocketAddr, ServerHandle), DevNodeError> {
+/// The server itself listens on a port of its own, behind the gate.
+async fn serve(node: &Arc<Node>) -> Result<(SocketAddr, ServerHandle), DevNodeError> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let fail = |source| DevNodeError::Listen { address, source };
     let config = ServerConfig::builder().max_connections(CONNECTIONS_MAX).build();
     let server = Server::builder().set_config(config).build(address).await.map_err(fail)?;

@@ -79,15 +79,29 @@ fn register(module: &mut RpcModule<Node>) -> Result<(), jsonrpsee::core::Registe
             .collect::<RpcResult<Vec<_>>>()?;
         RpcResult::Ok(json!([{ "block": hex(block.hash), "changes": changes }]))
     })?;
-    module.register_method("state_getRuntimeVersion", |_, node, _| {
+    module.register_method("state_getRuntimeVersion", |params, node, _| {
         let ledger = node.ledger();
-        let runtime = ledger.runtime();
-        json!({
+        let runtime = content(known(at(&params, 0, &ledger)?)?)?.state.runtime();
+        let apis: Vec<Value> = runtime.apis.iter().map(|(id, version)| json!([hex(id), version])).collect();
+        RpcResult::Ok(json!({
             "specName": "node-subtensor",
             "implName": "node-subtensor",
+            "authoringVersion": 1,
             "specVersion": runtime.spec_version,
+            "implVersion": 1,
+            "apis": apis,
             "transactionVersion": runtime.transaction_version,
-        })
+            "stateVersion": 1,
+        }))
+    })?;
+    module.register_alias("chain_getRuntimeVersion", "state_getRuntimeVersion")?;
+    module.register_method("state_getMetadata", |params, node, _| {
+        let ledger = node.ledger();
+        RpcResult::Ok(hex(content(known(at(&params, 0, &ledger)?)?)?.state.runtime().bytes()))
+    })?;
+    module.register_method("system_accountNextIndex", |params, node, _| {
+        let account: protocol::AccountId = text(&params, 0)?.parse().map_err(|_| invalid("an address"))?;
+        RpcResult::Ok(node.ledger().next_nonce(&account))
     })?;
     module.register_method("state_call", |params, node, _| {
         let ledger = node.ledger();
@@ -99,6 +113,8 @@ fn register(module: &mut RpcModule<Node>) -> Result<(), jsonrpsee::core::Registe
             Err(reason) => Err(client_error(&format!("Execution failed: {reason}"))),
         }
     })?;
+
+    module.register_alias("account_nextIndex", "system_accountNextIndex")?;
 
     module.register_method("author_submitExtrinsic", |params, node, _| {
         let extrinsic = bytes(&params, 0)?;
@@ -125,9 +141,10 @@ fn register(module: &mut RpcModule<Node>) -> Result<(), jsonrpsee::core::Registe
         |_, pending, node, _| heads(pending, node, |ledger| ledger.finalized()),
     )?;
 
-    module.register_method("system_chain", |_, _, _| "Quasar development chain")?;
-    module.register_method("system_name", |_, _, _| "quasar-devnode")?;
-    module.register_method("system_version", |_, _, _| env!("CARGO_PKG_VERSION"))?;
+    // What a genuine node of a local chain says of itself: clients choose their way by it.
+    module.register_method("system_chain", |_, _, _| "Development")?;
+    module.register_method("system_name", |_, _, _| "node-subtensor")?;
+    module.register_method("system_version", |_, _, _| "4.0.0-dev")?;
     module.register_method("system_health", |_, _, _| json!({ "peers": 0, "isSyncing": false, "shouldHavePeers": false }))?;
     module.register_method("system_properties", |_, _, _| json!({ "ss58Format": 42, "tokenDecimals": 9, "tokenSymbol": "TAO" }))?;
     Ok(())
@@ -157,15 +174,22 @@ async fn submit_and_watch(params: Params<'static>, pending: PendingSubscriptionS
     let mut changes = node.changes();
     let sink = pending.accept().await?;
     send(&sink, &"ready").await?;
-    let mut told = false;
+    let mut told: Option<[u8; 32]> = None;
     loop {
         let fate = node.ledger().fate(&extrinsic);
+        let included = match fate {
+            Fate::InBlock { hash, .. } => Some(hash),
+            Fate::Waiting | Fate::Dropped => None,
+        };
+        if let Some(left) = told.take_if(|told| included != Some(*told)) {
+            send(&sink, &json!({ "retracted": hex(left) })).await?;
+        }
         match fate {
             Fate::Waiting => {}
             Fate::InBlock { hash, finalized } => {
-                if !told {
+                if told.is_none() {
                     send(&sink, &json!({ "inBlock": hex(hash) })).await?;
-                    told = true;
+                    told = Some(hash);
                 }
                 if finalized {
                     return send(&sink, &json!({ "finalized": hex(hash) })).await;

@@ -1,8 +1,14 @@
 //! The genuine metadata of subtensor spec 461: what calls, storage entries, events and errors are called and how they are encoded.
+//!
+//! An upgraded runtime is the same one with a later version and other numbers for its pallets' errors, which is what moved
+//! between genuine versions.
 
 use parity_scale_codec::{Decode, Encode};
+use scale_info::TypeDef;
 use subxt::Metadata;
 use subxt::ext::frame_decode::storage::{IntoEncodableValues, encode_storage_key};
+use subxt::ext::frame_metadata::v15::RuntimeMetadataV15;
+use subxt::ext::frame_metadata::{RuntimeMetadata, RuntimeMetadataPrefixed};
 
 /// V15 metadata; origin and licence in `data/README.md`.
 pub(super) const METADATA: &[u8] = include_bytes!("../../data/subtensor-461-v15.scale");
@@ -11,32 +17,67 @@ pub(super) const METADATA_VERSION: u32 = 15;
 pub(super) const SYSTEM: &str = "System";
 pub(super) const SUBTENSOR: &str = "SubtensorModule";
 pub(super) const COMMITMENTS: &str = "Commitments";
+pub(super) const DRAND: &str = "Drand";
 
 /// The metadata, and what is looked up in it. Names given to its functions are constants of this module tree: one that the
 /// metadata lacks is a mistake of ours, not of a caller, and panics.
 pub(super) struct Runtime {
     metadata: Metadata,
+    /// SCALE of the prefixed metadata, as `Metadata_metadata_at_version` answers it.
+    bytes: Vec<u8>,
     pub(super) spec_version: u32,
     pub(super) transaction_version: u32,
     /// SCALE of `RuntimeVersion`, as `Core_version` answers it.
     pub(super) version: Vec<u8>,
+    /// The runtime APIs and their versions.
+    pub(super) apis: Vec<([u8; 8], u32)>,
 }
 
-/// `RuntimeVersion`, as far as it is needed.
-#[derive(Decode)]
+/// `RuntimeVersion`.
+#[derive(Encode, Decode)]
 struct Version {
-    _spec_name: String,
-    _impl_name: String,
-    _authoring_version: u32,
+    spec_name: String,
+    impl_name: String,
+    authoring_version: u32,
     spec_version: u32,
-    _impl_version: u32,
-    _apis: Vec<([u8; 8], u32)>,
+    impl_version: u32,
+    apis: Vec<([u8; 8], u32)>,
     transaction_version: u32,
+    system_version: u8,
 }
 
 impl Runtime {
-    pub(super) fn load() -> Self {
-        let metadata = Metadata::decode_from(METADATA).expect("the metadata in this crate is complete");
+    /// The genuine runtime, with the time between blocks that this chain has.
+    pub(super) fn load(block_ms: Option<u64>) -> Self {
+        match block_ms {
+            None => Self::of(METADATA.to_vec()),
+            Some(block_ms) => Self::of(edit(METADATA, |metadata| {
+                *constant(metadata, "Aura", "SlotDuration") = block_ms.encode();
+            })),
+        }
+    }
+
+    /// The next runtime: a later version, in which each error of our pallets has the number of another one.
+    pub(super) fn upgraded(&self) -> Self {
+        Self::of(edit(&self.bytes, |metadata| {
+            let bytes = constant(metadata, SYSTEM, "Version");
+            let mut version = Version::decode(&mut bytes.as_slice()).expect("the version is a RuntimeVersion");
+            version.spec_version += 1;
+            *bytes = version.encode();
+            for name in [SUBTENSOR, COMMITMENTS] {
+                let pallet = metadata.pallets.iter().find(|pallet| pallet.name == name).expect("the pallet exists");
+                let errors = pallet.error.as_ref().expect("the pallet has errors").ty.id as usize;
+                if let TypeDef::Variant(errors) = &mut metadata.types.types[errors].ty.type_def {
+                    let mut numbers: Vec<u8> = errors.variants.iter().map(|variant| variant.index).collect();
+                    numbers.rotate_left(1);
+                    errors.variants.iter_mut().zip(numbers).for_each(|(variant, number)| variant.index = number);
+                }
+            }
+        }))
+    }
+
+    fn of(bytes: Vec<u8>) -> Self {
+        let metadata = Metadata::decode_from(&bytes).expect("the metadata in this crate is complete");
         let version = metadata
             .pallet_by_name(SYSTEM)
             .and_then(|pallet| pallet.constant_by_name("Version"))
@@ -44,7 +85,19 @@ impl Runtime {
             .value()
             .to_vec();
         let decoded = Version::decode(&mut version.as_slice()).expect("the version is a RuntimeVersion");
-        Self { metadata, spec_version: decoded.spec_version, transaction_version: decoded.transaction_version, version }
+        Self {
+            metadata,
+            bytes,
+            spec_version: decoded.spec_version,
+            transaction_version: decoded.transaction_version,
+            version,
+            apis: decoded.apis,
+        }
+    }
+
+    /// SCALE of the prefixed metadata.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 
     pub(super) fn metadata(&self) -> &Metadata {
@@ -85,5 +138,42 @@ impl Runtime {
         let found = self.metadata.pallet_by_name(pallet)?;
         let variant = found.error_variants()?.iter().find(|variant| variant.name == name)?;
         Some(vec![MODULE_ERROR, found.error_index(), variant.index, 0, 0, 0])
+    }
+}
+
+/// The metadata with a change.
+fn edit(bytes: &[u8], change: impl FnOnce(&mut RuntimeMetadataV15)) -> Vec<u8> {
+    let mut prefixed = RuntimeMetadataPrefixed::decode(&mut &*bytes).expect("the metadata in this crate is complete");
+    let RuntimeMetadata::V15(metadata) = &mut prefixed.1 else { panic!("the metadata in this crate is V15") };
+    change(metadata);
+    prefixed.encode()
+}
+
+fn constant<'a>(metadata: &'a mut RuntimeMetadataV15, pallet: &str, name: &str) -> &'a mut Vec<u8> {
+    let pallet = metadata.pallets.iter_mut().find(|found| found.name == pallet).unwrap_or_else(|| panic!("no pallet {pallet}"));
+    let constant = pallet.constants.iter_mut().find(|constant| constant.name == name);
+    &mut constant.unwrap_or_else(|| panic!("no constant {name}")).value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_that_was_read_and_written_is_the_same() {
+        assert_eq!(edit(METADATA, |_| {}), METADATA);
+    }
+
+    #[test]
+    fn an_upgraded_runtime_has_a_later_version_and_other_error_numbers_under_the_same_names() {
+        let old = Runtime::load(Some(12_000));
+        let new = old.upgraded();
+        assert_eq!((new.spec_version, new.transaction_version), (old.spec_version + 1, old.transaction_version));
+        for (pallet, name) in
+            [(SUBTENSOR, "NeuronNoValidatorPermit"), (SUBTENSOR, "SettingWeightsTooFast"), (COMMITMENTS, "SpaceLimitExceeded")]
+        {
+            assert_ne!(old.module_error(pallet, name).unwrap(), new.module_error(pallet, name).unwrap(), "{name}");
+        }
+        assert_eq!(old.key(SUBTENSOR, "Weights", (1u16, 2u16)), new.key(SUBTENSOR, "Weights", (1u16, 2u16)));
     }
 }

@@ -8,13 +8,17 @@ use protocol::AccountId;
 use subxt::ext::frame_decode::storage::IntoEncodableValues;
 
 use super::runtime::{Runtime, SUBTENSOR, SYSTEM};
+use crate::epoch::EpochState;
 use crate::types::{Hyperparameters, Neuron};
+use crate::view::mechanism_index;
 
 /// A full key/value map. Cloning it for the next block shares the values.
 #[derive(Clone)]
 pub(super) struct State {
     runtime: Arc<Runtime>,
     entries: BTreeMap<Vec<u8>, Arc<[u8]>>,
+    /// A digest of everything that was ever written.
+    root: [u8; 32],
 }
 
 /// `frame_system::AccountInfo` with subtensor's balances.
@@ -32,11 +36,23 @@ struct AccountInfo {
 
 impl State {
     pub(super) fn new(runtime: Arc<Runtime>) -> Self {
-        Self { runtime, entries: BTreeMap::new() }
+        Self { runtime, entries: BTreeMap::new(), root: [0; 32] }
     }
 
     pub(super) fn runtime(&self) -> &Runtime {
         &self.runtime
+    }
+
+    /// The runtime is another one from here on; what is stored stays.
+    pub(super) fn upgrade(&mut self) {
+        self.runtime = Arc::new(self.runtime.upgraded());
+    }
+
+    pub(super) fn remove(&mut self, pallet: &str, entry: &str, keys: impl IntoEncodableValues) {
+        let key = self.runtime.key(pallet, entry, keys);
+        if self.entries.contains_key(&key) {
+            self.write(key, None);
+        }
     }
 
     /// The raw value of a raw key.
@@ -57,24 +73,28 @@ impl State {
             .collect()
     }
 
-    /// A digest of all keys and values. Nodes keep a Merkle trie root here; nobody checks proofs against a development node.
+    /// A digest of all that was written. Nodes keep a Merkle trie root here; nobody checks proofs against a development node.
     pub(super) fn root(&self) -> [u8; 32] {
-        let mut bytes = Vec::new();
-        for (key, value) in &self.entries {
-            (key, value.as_ref()).encode_to(&mut bytes);
-        }
-        sp_crypto_hashing::blake2_256(&bytes)
+        self.root
+    }
+
+    fn write(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
+        self.root = sp_crypto_hashing::blake2_256(&(self.root, &key, &value).encode());
+        match value {
+            Some(value) => self.entries.insert(key, value.into()),
+            None => self.entries.remove(&key),
+        };
     }
 
     pub(super) fn put(&mut self, pallet: &str, entry: &str, keys: impl IntoEncodableValues, value: impl Encode) {
         let key = self.runtime.key(pallet, entry, keys);
-        self.entries.insert(key, value.encode().into());
+        self.write(key, Some(value.encode()));
     }
 
     /// Stores bytes that are SCALE already.
     pub(super) fn put_encoded(&mut self, pallet: &str, entry: &str, keys: impl IntoEncodableValues, value: Vec<u8>) {
         let key = self.runtime.key(pallet, entry, keys);
-        self.entries.insert(key, value.into());
+        self.write(key, Some(value));
     }
 
     /// The stored value; `None` where nothing is stored.
@@ -139,6 +159,36 @@ impl State {
             commit_reveal: self.value(SUBTENSOR, "CommitRevealWeightsEnabled", (netuid,)),
             stake_threshold: self.value(SUBTENSOR, "StakeThreshold", ()),
         })
+    }
+
+    /// The storage index of a mechanism that exists.
+    pub(super) fn mechanism_index(&self, netuid: u16, mechanism: u8) -> Option<u16> {
+        let count: u8 = self.value(SUBTENSOR, "MechanismCountCurrent", (netuid,));
+        mechanism_index(netuid, mechanism).filter(|_| mechanism < count && self.subnet_exists(netuid))
+    }
+
+    /// Blocks of the last weights by uid, under a storage index.
+    pub(super) fn last_updates(&self, index: u16) -> Vec<u64> {
+        self.value(SUBTENSOR, "LastUpdate", (index,))
+    }
+
+    pub(super) fn epoch(&self, netuid: u16) -> EpochState {
+        EpochState {
+            tempo: self.value(SUBTENSOR, "Tempo", (netuid,)),
+            last_epoch_block: self.value(SUBTENSOR, "LastEpochBlock", (netuid,)),
+            pending_epoch_at: self.value(SUBTENSOR, "PendingEpochAt", (netuid,)),
+            index: self.value(SUBTENSOR, "SubnetEpochIndex", (netuid,)),
+            blocks_since_last_step: self.value(SUBTENSOR, "BlocksSinceLastStep", (netuid,)),
+        }
+    }
+
+    pub(super) fn put_epoch(&mut self, netuid: u16, old: &EpochState, new: &EpochState) {
+        if old.index != new.index {
+            self.put(SUBTENSOR, "LastEpochBlock", (netuid,), new.last_epoch_block);
+            self.put(SUBTENSOR, "PendingEpochAt", (netuid,), new.pending_epoch_at);
+            self.put(SUBTENSOR, "SubnetEpochIndex", (netuid,), new.index);
+        }
+        self.put(SUBTENSOR, "BlocksSinceLastStep", (netuid,), new.blocks_since_last_step);
     }
 
     /// The owner's hotkey; `None` where it was never set.

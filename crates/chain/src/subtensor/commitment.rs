@@ -1,9 +1,14 @@
 //! The fields of the commitments pallet: `Raw0` to `Raw128` for short bytes, `BigRaw` up to 512.
 
-use subxt::dynamic::Value;
+use protocol::AccountId;
+use subxt::dynamic::{self, Value};
 use subxt::ext::scale_value::{Composite, Primitive, ValueDef, Variant};
 
+use super::read::AtBlock;
 use crate::COMMITMENT_MAX;
+
+/// Most commitments of one subnet that are read; each registered hotkey has at most one.
+const COMMITMENTS_MAX: usize = 8192;
 
 /// Longest field that has its length in its name.
 const RAW_MAX: usize = 128;
@@ -31,6 +36,24 @@ pub(super) fn plain_bytes<T>(registration: &Value<T>) -> Option<Vec<u8>> {
             _ => return None,
         }
     }
+}
+
+/// The plain bytes that hotkeys committed on the subnet.
+pub(super) async fn all(at: &AtBlock, netuid: u16) -> Result<Vec<(AccountId, Vec<u8>)>, subxt::Error> {
+    let address = dynamic::storage::<(u16, [u8; 32]), Value>("Commitments", "CommitmentOf");
+    let mut entries = at.storage().iter(address, (netuid,)).await?;
+    let mut found = Vec::new();
+    while let Some(entry) = entries.next().await {
+        let entry = entry?;
+        let (_, account) = entry.key()?.decode()?;
+        if let Some(bytes) = plain_bytes(&entry.value().decode()?) {
+            found.push((AccountId(account), bytes));
+        }
+        if found.len() >= COMMITMENTS_MAX {
+            break;
+        }
+    }
+    Ok(found)
 }
 
 fn variant_bytes<T>(variant: &Variant<T>) -> Option<Vec<u8>> {

@@ -1,27 +1,39 @@
-//! Connections to one of several endpoints: connect, check the genesis, give up on an endpoint that does not answer.
+//! Connections to one of several endpoints: connect, check the genesis before anything else, give up on an endpoint that does not
+//! answer or whose blocks do not arrive.
 //!
-//! Each connection reconnects by itself when its socket closes. A socket that stays open but says nothing is caught by the
-//! deadline on every call: the connection is dropped and the next endpoint is tried.
+//! A connection is never reopened behind our back: when its socket dies it is replaced by a new one, whose genesis is checked again. A
+//! socket that stays open but says nothing is caught by the deadline on every call, one that answers while no block arrives
+//! by the watchdog.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use subxt::OnlineClient;
 use subxt::backend::LegacyBackend;
-use subxt::config::substrate::SubstrateConfig;
-use subxt::error::{ExtrinsicError, OnlineClientAtBlockError, RuntimeApiError, StorageError};
-use subxt::rpcs::client::reconnecting_rpc_client::{ExponentialBackoff, RpcClient};
+use subxt::config::substrate::{H256, SubstrateConfig};
+use subxt::ext::jsonrpsee::ws_client::{PingConfig, WsClientBuilder};
+use subxt::rpcs::client::rpc_params;
 use tokio::sync::Mutex;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
+use super::fault::chain_error;
+use super::read::{AtBlock, block_ref};
 use crate::error::ChainError;
+use crate::health::ChainHealth;
+use crate::types::BlockRef;
 
-/// First and longest pause between attempts to reopen a closed socket.
+/// First and longest pause before a dead endpoint is tried again.
 const RECONNECT_FIRST_MS: u64 = 50;
-const RECONNECT_LONGEST: Duration = Duration::from_secs(5);
+const RECONNECT_LONGEST_MS: u64 = 5_000;
 /// Largest answer of a node; metadata in hexadecimal is about 0.8 MB, the metagraph of a full subnet less.
 const ANSWER_MAX_BYTES: u32 = 32 * 1024 * 1024;
+/// A socket on which pings go unanswered for this long is closed.
+const PING_INTERVAL: Duration = Duration::from_secs(15);
+const PING_LIMIT: Duration = Duration::from_secs(40);
+/// The watchdog looks this often within the time that a stall may last, and at least and at most so often.
+const WATCH_LOOKS: u64 = 5;
+const WATCH_BOUNDS_MS: (u64, u64) = (50, 6_000);
 
 pub(super) type Api = OnlineClient<SubstrateConfig>;
 
@@ -34,11 +46,13 @@ pub struct Deadlines {
     pub call_ms: u64,
     /// From sending an extrinsic to its finalized block. Finality on finney takes some 20 to 60 s.
     pub finality_ms: u64,
+    /// Without a new finalized block for so long, the connection is replaced and the stall reported.
+    pub stall_ms: u64,
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Self { connect_ms: 10_000, call_ms: 20_000, finality_ms: 180_000 }
+        Self { connect_ms: 10_000, call_ms: 20_000, finality_ms: 180_000, stall_ms: 120_000 }
     }
 }
 
@@ -48,19 +62,50 @@ pub(super) struct Link {
     pub(super) api: Api,
     /// For the few questions that subxt would answer by way of a block's state, which nodes forget.
     pub(super) rpc: subxt::rpcs::RpcClient,
+    /// The newest finalized block, ready to be read: several questions about one block need its header and versions once.
+    head: StdMutex<Option<AtBlock>>,
+}
+
+impl Link {
+    /// The newest finalized block. A runtime upgrade is noticed here: each block is read by the metadata of its own runtime.
+    pub(super) async fn at_head(&self) -> Result<AtBlock, subxt::Error> {
+        let hash: H256 = self.rpc.request("chain_getFinalizedHead", rpc_params![]).await?;
+        let known = lock(&self.head).clone().filter(|at| at.block_hash() == hash);
+        if let Some(at) = known {
+            return Ok(at);
+        }
+        let at = self.api.at_block(hash).await?;
+        *lock(&self.head) = Some(at.clone());
+        Ok(at)
+    }
+}
+
+fn lock<T>(mutex: &StdMutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(super) struct Connections {
     endpoints: Vec<String>,
     expected_genesis: Option<[u8; 32]>,
     pub(super) deadlines: Deadlines,
+    /// Keeps the metadata of each runtime version across connections.
+    config: SubstrateConfig,
     state: Mutex<State>,
+    watch: StdMutex<Watch>,
 }
 
 struct State {
     link: Option<Arc<Link>>,
     /// Index of the endpoint to try first when there is no link.
     next: usize,
+}
+
+/// What the watchdog knows.
+struct Watch {
+    health: ChainHealth,
+    /// When the newest block was first seen, and since when the connection in use has had its chance to bring another.
+    block_at: Instant,
+    patience_from: Instant,
 }
 
 impl Connections {
@@ -84,12 +129,35 @@ impl Connections {
                 });
             }
         }
-        let mut connections = Self { endpoints, expected_genesis, deadlines, state: Mutex::new(State { link: None, next: 0 }) };
+        let now = Instant::now();
+        let health = ChainHealth {
+            endpoint: endpoints[0].clone(),
+            is_answering: false,
+            block: None,
+            block_age_ms: 0,
+            is_stalled: false,
+            spec_version: 0,
+            reconnections: 0,
+            trouble: String::new(),
+        };
+        let mut connections = Self {
+            endpoints,
+            expected_genesis,
+            deadlines,
+            config: SubstrateConfig::new(),
+            state: Mutex::new(State { link: None, next: 0 }),
+            watch: StdMutex::new(Watch { health, block_at: now, patience_from: now }),
+        };
         let link = connections.link().await?;
         let genesis = link.api.genesis_hash().0;
         // From here on every endpoint must serve the network that the first one serves.
         connections.expected_genesis = Some(genesis);
+        lock(&connections.watch).health.reconnections = 0;
         Ok((connections, genesis))
+    }
+
+    pub(super) fn endpoint_count(&self) -> usize {
+        self.endpoints.len()
     }
 
     /// The current connection, or a new one to the next endpoint that answers and serves the right network.
@@ -106,6 +174,10 @@ impl Connections {
                     let link = Arc::new(link);
                     state.link = Some(link.clone());
                     state.next = index;
+                    let mut watch = lock(&self.watch);
+                    watch.health.endpoint = link.endpoint.clone();
+                    watch.health.reconnections += 1;
+                    watch.patience_from = Instant::now();
                     return Ok(link);
                 }
                 Err(error) => {
@@ -117,26 +189,29 @@ impl Connections {
                 }
             }
         }
-        Err(failure.unwrap_or_else(|| ChainError::Unavailable { endpoint: String::new(), reason: "no endpoint".to_owned() }))
+        let failure = failure.unwrap_or_else(|| ChainError::Unavailable { endpoint: String::new(), reason: "no endpoint".to_owned() });
+        self.note_failure(&failure);
+        Err(failure)
     }
 
     async fn connect(&self, endpoint: &str) -> Result<Link, ChainError> {
         let unavailable = |reason: String| ChainError::Unavailable { endpoint: endpoint.to_owned(), reason };
         let limit = Duration::from_millis(self.deadlines.connect_ms);
         let opening = async {
-            let rpc = RpcClient::builder()
-                .retry_policy(ExponentialBackoff::from_millis(RECONNECT_FIRST_MS).max_delay(RECONNECT_LONGEST))
+            let socket = WsClientBuilder::new()
                 .request_timeout(Duration::from_millis(self.deadlines.call_ms))
                 .connection_timeout(limit)
                 .max_response_size(ANSWER_MAX_BYTES)
+                .enable_ws_ping(PingConfig::new().ping_interval(PING_INTERVAL).inactive_limit(PING_LIMIT))
                 .build(endpoint)
                 .await
                 .map_err(|error| unavailable(error.to_string()))?;
+            let rpc = subxt::rpcs::RpcClient::new(socket);
             // The legacy methods: the combined backend hides why the pool refused an extrinsic.
-            let rpc = subxt::rpcs::RpcClient::new(rpc);
             let backend = LegacyBackend::<SubstrateConfig>::builder().build(rpc.clone());
-            let api = Api::from_backend(Arc::new(backend)).await.map_err(|error| unavailable(error.to_string()))?;
-            Ok::<_, ChainError>((api, rpc))
+            // Asks for the genesis, and for nothing else.
+            let api = Api::from_backend_with_config(self.config.clone(), Arc::new(backend)).await;
+            Ok::<_, ChainError>((api.map_err(|error| unavailable(error.to_string()))?, rpc))
         };
         let (api, rpc) = timeout(limit, opening).await.map_err(|_| ChainError::Timeout {
             endpoint: endpoint.to_owned(),
@@ -146,7 +221,7 @@ impl Connections {
         let found = api.genesis_hash().0;
         match self.expected_genesis {
             Some(expected) if expected != found => Err(ChainError::WrongGenesis { endpoint: endpoint.to_owned(), expected, found }),
-            _ => Ok(Link { endpoint: endpoint.to_owned(), api, rpc }),
+            _ => Ok(Link { endpoint: endpoint.to_owned(), api, rpc, head: StdMutex::new(None) }),
         }
     }
 
@@ -159,63 +234,128 @@ impl Connections {
         }
     }
 
-    /// Asks one question within its deadline. A dead connection is replaced and the question asked again, once for each
-    /// endpoint (and twice where there is only one).
+    /// Asks one question within its deadline. A dead connection is replaced and the question asked again, over each endpoint in
+    /// turn, the first one twice.
     pub(super) async fn ask<T, F, Fut>(&self, call: &'static str, question: F) -> Result<T, ChainError>
     where
         F: Fn(Arc<Link>) -> Fut,
         Fut: Future<Output = Result<T, subxt::Error>>,
     {
-        let mut attempts = self.endpoints.len().max(2);
+        let mut pause_ms = RECONNECT_FIRST_MS;
+        let mut attempts = self.endpoints.len() + 1;
         loop {
             attempts -= 1;
-            let link = self.link().await?;
-            let error = match timeout(Duration::from_millis(self.deadlines.call_ms), question(link.clone())).await {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(error)) => chain_error(call, &link.endpoint, error),
-                Err(_) => ChainError::Timeout { endpoint: link.endpoint.clone(), call, millis: self.deadlines.call_ms },
+            let error = match self.link().await {
+                Err(error) => error,
+                Ok(link) => {
+                    let error = match timeout(Duration::from_millis(self.deadlines.call_ms), question(link.clone())).await {
+                        Ok(Ok(answer)) => {
+                            self.note_answer();
+                            return Ok(answer);
+                        }
+                        Ok(Err(error)) => chain_error(call, &link.endpoint, error),
+                        Err(_) => ChainError::Timeout { endpoint: link.endpoint.clone(), call, millis: self.deadlines.call_ms },
+                    };
+                    if error.is_retryable() {
+                        self.note_failure(&error);
+                        self.abandon(&link).await;
+                    }
+                    error
+                }
             };
-            if !error.is_retryable() {
+            if !error.is_retryable() || attempts == 0 {
                 return Err(error);
             }
+            tracing::debug!(call, %error, "asking the chain again over a new connection");
+            sleep(Duration::from_millis(pause_ms)).await;
+            pause_ms = (pause_ms * 2).min(RECONNECT_LONGEST_MS);
+        }
+    }
+
+    fn note_answer(&self) {
+        let mut watch = lock(&self.watch);
+        watch.health.is_answering = true;
+        if !watch.health.is_stalled {
+            watch.health.trouble.clear();
+        }
+    }
+
+    fn note_failure(&self, error: &ChainError) {
+        let mut watch = lock(&self.watch);
+        watch.health.is_answering = false;
+        watch.health.trouble = error.to_string().lines().next().unwrap_or_default().to_owned();
+    }
+
+    /// A finalized block was seen.
+    pub(super) fn note_block(&self, at: &AtBlock) {
+        let (block, spec_version) = (block_ref(at), at.spec_version());
+        let mut watch = lock(&self.watch);
+        if watch.health.spec_version != spec_version {
+            if watch.health.spec_version != 0 {
+                tracing::info!(from = watch.health.spec_version, to = spec_version, %block, "the chain's runtime was upgraded");
+            }
+            watch.health.spec_version = spec_version;
+        }
+        // A lagging endpoint's blocks are no progress.
+        if watch.health.block.is_none_or(|known| known.number < block.number) {
+            if watch.health.is_stalled {
+                tracing::info!(%block, "blocks arrive again");
+                watch.health.is_stalled = false;
+                watch.health.trouble.clear();
+            }
+            watch.health.block = Some(block);
+            watch.block_at = Instant::now();
+            watch.patience_from = watch.block_at;
+        }
+    }
+
+    pub(super) fn health(&self) -> ChainHealth {
+        let watch = lock(&self.watch);
+        ChainHealth { block_age_ms: watch.block_at.elapsed().as_millis() as u64, ..watch.health.clone() }
+    }
+
+    /// The newest finalized block seen so far.
+    pub(super) fn newest(&self) -> Option<BlockRef> {
+        lock(&self.watch).health.block
+    }
+
+    /// One look of the watchdog: asks for the newest block, and replaces the connection if none has come for too long.
+    async fn look_for_block(&self) {
+        let seen = self.ask("head", |link| async move { link.at_head().await }).await;
+        if let Ok(at) = seen {
+            self.note_block(&at);
+        }
+        let is_late = lock(&self.watch).patience_from.elapsed() >= Duration::from_millis(self.deadlines.stall_ms);
+        if !is_late {
+            return;
+        }
+        let link = self.state.lock().await.link.clone();
+        if let Some(link) = link {
             self.abandon(&link).await;
-            if attempts == 0 {
-                return Err(error);
-            }
-            tracing::debug!(endpoint = %link.endpoint, %error, "asking again over a new connection");
+        }
+        let mut watch = lock(&self.watch);
+        watch.patience_from = Instant::now();
+        // Reported once every endpoint has had its chance.
+        let age = watch.block_at.elapsed();
+        if age >= Duration::from_millis(self.deadlines.stall_ms) * self.endpoints.len() as u32 && !watch.health.is_stalled {
+            watch.health.is_stalled = true;
+            watch.health.trouble = format!("no new block for {} s", age.as_secs());
+            tracing::warn!(endpoint = %watch.health.endpoint, seconds = age.as_secs(), "the chain answers, but no new block arrives");
         }
     }
 }
 
-/// Whether an error came from the transport (try again) or from an answer that this build does not understand.
-pub(super) fn chain_error(call: &'static str, endpoint: &str, error: subxt::Error) -> ChainError {
-    use subxt::Error as E;
-    let transport = match &error {
-        E::BackendError(_) | E::OtherRpcClientError(_) | E::OnlineClientError(_) => true,
-        E::TransactionProgressError(_) | E::TransactionStatusError(_) => true,
-        E::OnlineClientAtBlockError(error) => matches!(
-            error,
-            OnlineClientAtBlockError::CannotGetCurrentBlock { .. }
-                | OnlineClientAtBlockError::CannotGetBlockHeader { .. }
-                | OnlineClientAtBlockError::BlockHeaderNotFound { .. }
-                | OnlineClientAtBlockError::CannotGetBlockHash { .. }
-                | OnlineClientAtBlockError::BlockNotFound { .. }
-                | OnlineClientAtBlockError::CannotGetSpecVersion { .. }
-                | OnlineClientAtBlockError::CannotGetMetadata { .. }
-        ),
-        E::StorageError(error) => matches!(error, StorageError::CannotFetchValue(_)),
-        E::RuntimeApiError(error) => matches!(error, RuntimeApiError::CannotCallApi(_)),
-        E::ExtrinsicError(error) => matches!(
-            error,
-            ExtrinsicError::AccountNonceError { .. }
-                | ExtrinsicError::CannotGetValidationInfo(_)
-                | ExtrinsicError::ErrorSubmittingTransaction(_)
-                | ExtrinsicError::TransactionStatusError(_)
-                | ExtrinsicError::TransactionStatusStreamError(_)
-                | ExtrinsicError::UnexpectedEndOfTransactionStatusStream
-        ),
-        _ => false,
-    };
-    let reason = error.to_string();
-    if transport { ChainError::Unavailable { endpoint: endpoint.to_owned(), reason } } else { ChainError::Answer { call, reason } }
+/// Watches for blocks as long as the connections are in use.
+pub(super) async fn watch(connections: Weak<Connections>) {
+    loop {
+        let Some(interval_ms) = connections
+            .upgrade()
+            .map(|connections| (connections.deadlines.stall_ms / WATCH_LOOKS).clamp(WATCH_BOUNDS_MS.0, WATCH_BOUNDS_MS.1))
+        else {
+            return;
+        };
+        sleep(Duration::from_millis(interval_ms)).await;
+        let Some(connections) = connections.upgrade() else { return };
+        connections.look_for_block().await;
+    }
 }

@@ -12,7 +12,8 @@ use subxt::dynamic::{self, Value};
 use subxt::tx::Payload;
 use subxt::{Metadata, OfflineClient};
 
-use super::commitment;
+use super::{commitment, send};
+use crate::view::{How, WeightsRequest};
 
 const METADATA: &[u8] = include_bytes!("../../data/subtensor-461-v15.scale");
 const GOLDEN: &str = include_str!("../../tests/data/golden-461.json");
@@ -90,10 +91,18 @@ fn call_data_is_the_recorded_one() {
         let number = |name: &str| params[name].as_u64().unwrap();
         let list = |name: &str| params[name].as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as u16).collect::<Vec<u16>>();
         let data = match function {
-            // The calls that the client sends, by the same expressions.
-            "set_weights" => {
-                let arguments = (number("netuid") as u16, list("dests"), list("weights"), number("version_key"));
-                at.tx().call_data(&dynamic::transaction(module, function, arguments)).unwrap()
+            // The calls that the client sends, by its own functions.
+            "set_weights" | "set_mechanism_weights" if params["mecid"] != 0 => {
+                let row = list("dests").into_iter().zip(list("weights")).collect();
+                let mechanism = params["mecid"].as_u64().unwrap_or(0) as u8;
+                let (netuid, version_key) = (number("netuid") as u16, number("version_key"));
+                let request = WeightsRequest { netuid, mechanism, row, version_key, how: How::Plain };
+                at.tx().call_data(&send::plain_call(&request)).unwrap()
+            }
+            "commit_timelocked_weights" => {
+                let netuid = number("netuid") as u16;
+                let request = WeightsRequest { netuid, mechanism: 0, row: Vec::new(), version_key: 0, how: How::Plain };
+                at.tx().call_data(&send::timelocked_call(&request, &bytes(&params["commit"]), number("reveal_round"))).unwrap()
             }
             "set_commitment" => {
                 let arguments = vec![Value::from(number("netuid") as u16), commitment::info(b"abc")];

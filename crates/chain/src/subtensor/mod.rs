@@ -1,15 +1,18 @@
 //! A subtensor chain over JSON-RPC: the node's own metadata, calls and storage by name, several endpoints, a deadline on every
 //! call, and writes that count only when they were read back from a finalized block.
 
+mod cache;
 mod commitment;
 mod connection;
+mod fault;
 #[cfg(test)]
 mod golden;
 mod read;
+mod send;
 mod submit;
 
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -19,17 +22,22 @@ use subxt::dynamic::Value;
 use subxt::rpcs::client::rpc_params;
 use subxt::utils::H256;
 use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use crate::COMMITMENT_MAX;
 use crate::chain::Chain;
+use crate::drand::Pulse;
 use crate::error::{ChainError, SetWeightsError, WeightsRefusal};
+use crate::health::ChainHealth;
 use crate::hotkey::Hotkey;
-use crate::types::{BlockRef, Hyperparameters, Metagraph};
-use crate::weights;
+use crate::types::{BlockRef, Hyperparameter, Hyperparameters, Metagraph, Registration};
+use crate::view::{How, Landed, Progress, WeightsRequest, WeightsView};
+use cache::Cache;
+use connection::Connections;
 pub use connection::Deadlines;
-use connection::{Connections, chain_error};
-use read::{AtBlock, SUBTENSOR};
+use fault::chain_error;
+use read::AtBlock;
 use submit::Failure;
 
 /// Genesis of the public main network.
@@ -55,10 +63,10 @@ pub struct ConnectSettings {
 
 /// The chain behind one or more subtensor nodes.
 pub struct SubtensorClient {
-    connections: Connections,
+    connections: Arc<Connections>,
     genesis: [u8; 32],
-    /// Number of the highest finalized block seen: below it, hashes by number are final.
-    finalized: AtomicU64,
+    cache: Cache,
+    watchdog: JoinHandle<()>,
     /// One extrinsic at a time: two at once would take the same nonce.
     writing: Mutex<()>,
 }
@@ -71,7 +79,9 @@ impl SubtensorClient {
 
     pub async fn connect_within(settings: ConnectSettings, deadlines: Deadlines) -> Result<Self, ChainError> {
         let (connections, genesis) = Connections::open(settings.endpoints, settings.genesis, deadlines).await?;
-        Ok(Self { connections, genesis, finalized: AtomicU64::new(0), writing: Mutex::new(()) })
+        let connections = Arc::new(connections);
+        let watchdog = tokio::spawn(connection::watch(Arc::downgrade(&connections)));
+        Ok(Self { connections, genesis, cache: Cache::default(), watchdog, writing: Mutex::new(()) })
     }
 
     fn call_limit(&self) -> Duration {
@@ -87,15 +97,21 @@ impl SubtensorClient {
         let question = &question;
         self.connections
             .ask(call, |link| async move {
-                let at = link.api.at_current_block().await?;
-                self.finalized.fetch_max(at.block_number(), Ordering::Relaxed);
+                let at = link.at_head().await?;
+                self.connections.note_block(&at);
                 question(at).await
             })
             .await
     }
 
     /// Sends a call and follows it to a finalized block; `landed` recognises its effect at a block where watching it failed.
-    async fn write<C, F, Fut>(&self, hotkey: &Hotkey, call: &C, landed: F) -> Result<BlockRef, Failure>
+    async fn write<C, F, Fut>(
+        &self,
+        hotkey: &Hotkey,
+        call: &C,
+        landed: F,
+        progress: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<BlockRef, Failure>
     where
         C: subxt::tx::Payload + Sync,
         F: Fn(AtBlock) -> Fut + Send + Sync,
@@ -104,11 +120,11 @@ impl SubtensorClient {
         let finality = Duration::from_millis(self.connections.deadlines.finality_ms);
         let deadline = Instant::now() + finality;
         let link = self.connections.link().await.map_err(Failure::NotSent)?;
-        let at = match tokio::time::timeout(self.call_limit(), link.api.at_current_block()).await {
+        let at = match tokio::time::timeout(self.call_limit(), link.at_head()).await {
             Ok(Ok(at)) => at,
             Ok(Err(error)) => {
                 self.connections.abandon(&link).await;
-                return Err(Failure::NotSent(chain_error("submit", &link.endpoint, error.into())));
+                return Err(Failure::NotSent(chain_error("submit", &link.endpoint, error)));
             }
             Err(_) => {
                 self.connections.abandon(&link).await;
@@ -116,7 +132,11 @@ impl SubtensorClient {
                 return Err(Failure::NotSent(ChainError::Timeout { endpoint: link.endpoint.clone(), call: "submit", millis }));
             }
         };
-        match submit::submit(&link, &at, hotkey, call, self.call_limit(), finality).await {
+        match submit::submit(&link, &at, hotkey, call, self.call_limit(), finality, progress).await {
+            Err(Failure::NotSent(error)) if error.is_retryable() => {
+                self.connections.abandon(&link).await;
+                return Err(Failure::NotSent(error));
+            }
             Err(Failure::Unknown) => {}
             decided => return decided,
         }
@@ -130,6 +150,7 @@ impl SubtensorClient {
                 })
                 .await;
             if let Ok((true, block)) = seen {
+                progress(Progress::Finalized(block));
                 return Ok(block);
             }
             sleep(LOOK_AGAIN).await;
@@ -149,7 +170,8 @@ impl Chain for SubtensorClient {
     }
 
     async fn block_hash(&self, number: u64) -> Result<Option<[u8; 32]>, ChainError> {
-        if number > self.finalized.load(Ordering::Relaxed) && number > self.head().await?.number {
+        let is_known_final = self.connections.newest().is_some_and(|newest| number <= newest.number);
+        if !is_known_final && number > self.head().await?.number {
             return Ok(None);
         }
         self.connections
@@ -161,13 +183,104 @@ impl Chain for SubtensorClient {
     }
 
     async fn metagraph(&self, netuid: u16) -> Result<Metagraph, ChainError> {
-        self.at_head("metagraph", |at| async move { read::metagraph(&at, netuid).await }).await?.ok_or(ChainError::SubnetMissing { netuid })
+        let question = |at: AtBlock| async move {
+            let hash = at.block_hash().0;
+            if let Some(known) = self.cache.metagraph(netuid, &hash) {
+                return Ok(Some(known));
+            }
+            let metagraph = read::metagraph(&at, netuid).await?;
+            metagraph.iter().for_each(|metagraph| self.cache.keep_metagraph(netuid, metagraph));
+            Ok(metagraph)
+        };
+        self.at_head("metagraph", question).await?.ok_or(ChainError::SubnetMissing { netuid })
+    }
+
+    async fn metagraph_at(&self, netuid: u16, block: u64) -> Result<Metagraph, ChainError> {
+        if let Some(known) = self.cache.past_metagraph(netuid, block) {
+            return Ok(known);
+        }
+        // One endpoint may have forgotten what another one, an archive, still knows.
+        let mut tries = self.connections.endpoint_count();
+        loop {
+            tries -= 1;
+            let hash = self.block_hash(block).await?.ok_or(ChainError::NotYetFinal { number: block })?;
+            let read = self
+                .connections
+                .ask("metagraph", |link| async move {
+                    let at = link.api.at_block_hash_and_number(H256(hash), block).await?;
+                    read::metagraph(&at, netuid).await
+                })
+                .await;
+            match read {
+                Ok(metagraph) => {
+                    let metagraph = metagraph.ok_or(ChainError::SubnetMissing { netuid })?;
+                    self.cache.keep_metagraph(netuid, &metagraph);
+                    return Ok(metagraph);
+                }
+                Err(ChainError::StateForgotten { .. }) if tries > 0 => {
+                    let link = self.connections.link().await?;
+                    self.connections.abandon(&link).await;
+                }
+                Err(ChainError::StateForgotten { .. }) => return Err(ChainError::StateForgotten { number: block }),
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     async fn hyperparameters(&self, netuid: u16) -> Result<Hyperparameters, ChainError> {
-        self.at_head("hyperparameters", |at| async move { read::hyperparameters(&at, netuid).await })
+        let question = |at: AtBlock| async move {
+            let hash = at.block_hash().0;
+            if let Some(known) = self.cache.hyperparameters(netuid, &hash) {
+                return Ok(Some(known));
+            }
+            let parameters = read::hyperparameters(&at, netuid).await?;
+            parameters.iter().for_each(|parameters| self.cache.keep_hyperparameters(netuid, hash, parameters));
+            Ok(parameters)
+        };
+        self.at_head("hyperparameters", question).await?.ok_or(ChainError::SubnetMissing { netuid })
+    }
+
+    async fn hyperparameter_list(&self, netuid: u16) -> Result<Vec<Hyperparameter>, ChainError> {
+        let question = |at: AtBlock| async move {
+            if !read::subnet_exists(&at, netuid).await? {
+                return Ok(None);
+            }
+            Ok(Some(read::hyperparameter_list(&at, netuid).await?.unwrap_or_default()))
+        };
+        self.at_head("hyperparameter_list", question).await?.ok_or(ChainError::SubnetMissing { netuid })
+    }
+
+    async fn next_epoch(&self, netuid: u16) -> Result<Option<u64>, ChainError> {
+        self.at_head("next_epoch", |at| async move { read::next_epoch(&at, netuid).await }).await
+    }
+
+    async fn registration(&self, netuid: u16, hotkey: &AccountId) -> Result<Registration, ChainError> {
+        self.at_head("registration", |at| async move { read::registration(&at, netuid, hotkey).await })
             .await?
             .ok_or(ChainError::SubnetMissing { netuid })
+    }
+
+    async fn pulse(&self, round: u64) -> Result<Option<Pulse>, ChainError> {
+        self.at_head("pulse", |at| async move { read::pulse(&at, round).await }).await
+    }
+
+    async fn weights_view(&self, netuid: u16, mechanism: u8, hotkey: &AccountId) -> Result<WeightsView, ChainError> {
+        self.at_head("weights_view", |at| async move { read::weights_view(&at, netuid, mechanism, hotkey).await })
+            .await?
+            .ok_or(ChainError::SubnetMissing { netuid })
+    }
+
+    async fn send_weights(
+        &self,
+        hotkey: &Hotkey,
+        request: &WeightsRequest,
+        progress: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<Landed, SetWeightsError> {
+        self.send(hotkey, request, progress).await
+    }
+
+    fn health(&self) -> ChainHealth {
+        self.connections.health()
     }
 
     async fn set_weights(&self, hotkey: &Hotkey, netuid: u16, row: &[(u16, u16)], version_key: u64) -> Result<BlockRef, SetWeightsError> {
@@ -176,59 +289,24 @@ impl Chain for SubtensorClient {
         if row.iter().all(|(_, value)| *value == 0) {
             return refuse(WeightsRefusal::EmptyRow);
         }
-        let _turn = self.writing.lock().await;
-        let account = hotkey.account();
-        let (parameters, uid, before) = self
+        let account = &hotkey.account();
+        let (parameters, uid) = self
             .at_head("set_weights", |at| async move {
-                let parameters = read::hyperparameters(&at, netuid).await?;
-                let uid = read::uid_of(&at, netuid, &account).await?;
-                let before = match uid {
-                    Some(uid) => read::last_update(&at, netuid, uid).await?,
-                    None => 0,
-                };
-                Ok((parameters, uid, before))
+                Ok((read::hyperparameters(&at, netuid).await?, read::uid_of(&at, netuid, account).await?))
             })
             .await?;
         let Some(parameters) = parameters else { return Err(ChainError::SubnetMissing { netuid }.into()) };
-        let Some(uid) = uid else { return refuse(WeightsRefusal::NotRegistered) };
+        if uid.is_none() {
+            return refuse(WeightsRefusal::NotRegistered);
+        }
         if parameters.commit_reveal {
             return refuse(WeightsRefusal::CommitRevealEnabled);
         }
         if parameters.weights_version > version_key {
             return refuse(WeightsRefusal::VersionTooOld { required: parameters.weights_version, ours: version_key });
         }
-
-        let (uids, values): (Vec<u16>, Vec<u16>) = row.iter().copied().unzip();
-        let call = dynamic::transaction(SUBTENSOR, "set_weights", (netuid, uids, values, version_key));
-        let expected = &weights::as_stored(row);
-        let landed = self
-            .write(hotkey, &call, |at| async move {
-                Ok(read::last_update(&at, netuid, uid).await? > before && read::weights(&at, netuid, uid).await? == *expected)
-            })
-            .await;
-        let block = match landed {
-            Ok(block) => block,
-            Err(Failure::PoolCode(code)) => return refuse(WeightsRefusal::from_pool_code(code)),
-            Err(Failure::Nonce) => return refuse(WeightsRefusal::Nonce),
-            Err(Failure::BadProof) => return refuse(WeightsRefusal::BadProof),
-            Err(Failure::Pool(reason)) => return refuse(WeightsRefusal::Other(reason)),
-            Err(Failure::Dispatch(name)) => {
-                let name = name.strip_prefix("SubtensorModule::").unwrap_or(&name);
-                return refuse(WeightsRefusal::from_dispatch_error(name));
-            }
-            Err(Failure::Unknown) => {
-                return Err(SetWeightsError::NotFinalized { millis: self.connections.deadlines.finality_ms });
-            }
-            Err(Failure::NotSent(error)) => return Err(error.into()),
-        };
-        let stored = self
-            .connections
-            .ask("read back", |link| async move {
-                let at = link.api.at_block(H256(block.hash)).await?;
-                read::weights(&at, netuid, uid).await
-            })
-            .await?;
-        if stored == *expected { Ok(block) } else { Err(SetWeightsError::ReadBackDiffers { block }) }
+        let request = WeightsRequest { netuid, mechanism: 0, row: row.to_vec(), version_key, how: How::Plain };
+        Ok(self.send(hotkey, &request, &|_| {}).await?.block)
     }
 
     async fn weights(&self, netuid: u16, uid: u16) -> Result<Vec<(u16, u16)>, ChainError> {
@@ -237,6 +315,10 @@ impl Chain for SubtensorClient {
 
     async fn commitment(&self, netuid: u16, account: &AccountId) -> Result<Option<Vec<u8>>, ChainError> {
         self.at_head("commitment", |at| async move { committed(&at, netuid, account).await }).await
+    }
+
+    async fn commitments(&self, netuid: u16) -> Result<Vec<(AccountId, Vec<u8>)>, ChainError> {
+        self.at_head("commitments", |at| async move { commitment::all(&at, netuid).await }).await
     }
 
     async fn set_commitment(&self, hotkey: &Hotkey, netuid: u16, data: &[u8]) -> Result<BlockRef, ChainError> {
@@ -251,8 +333,9 @@ impl Chain for SubtensorClient {
         }
         let call = dynamic::transaction("Commitments", "set_commitment", vec![Value::from(netuid), commitment::info(data)]);
         let refused = |reason: String| Err(ChainError::CommitmentRefused { hotkey: account, reason });
-        let landed =
-            self.write(hotkey, &call, |at| async move { Ok(committed(&at, netuid, &account).await?.as_deref() == Some(data)) }).await;
+        let landed = self
+            .write(hotkey, &call, |at| async move { Ok(committed(&at, netuid, &account).await?.as_deref() == Some(data)) }, &|_| {})
+            .await;
         let block = match landed {
             Ok(block) => block,
             Err(Failure::PoolCode(code)) => return refused(format!("custom error {code}")),
@@ -276,6 +359,12 @@ impl Chain for SubtensorClient {
         } else {
             Err(ChainError::ReadBackDiffers { what: format!("the commitment in block {block}") })
         }
+    }
+}
+
+impl Drop for SubtensorClient {
+    fn drop(&mut self) {
+        self.watchdog.abort();
     }
 }
 

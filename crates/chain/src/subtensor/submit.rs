@@ -6,14 +6,16 @@ use protocol::{KeyKind, Signer as _};
 use subxt::config::DefaultExtrinsicParamsBuilder;
 use subxt::config::substrate::{AccountId32, MultiSignature, SubstrateConfig};
 use subxt::error::{BackendError, DispatchError, ExtrinsicError, RpcError, TransactionEventsError};
-use subxt::tx::{Payload, TransactionInvalid, ValidationResult};
-use tokio::time::{Instant, timeout};
+use subxt::tx::{Payload, TransactionInvalid, TransactionStatus, ValidationResult};
+use tokio::time::{Instant, timeout, timeout_at};
 
-use super::connection::{Link, chain_error};
+use super::connection::Link;
+use super::fault::chain_error;
 use super::read::{AtBlock, block_ref};
 use crate::error::ChainError;
 use crate::hotkey::Hotkey;
 use crate::types::BlockRef;
+use crate::view::Progress;
 
 /// Blocks for which a signed extrinsic stays valid; the official SDK signs weights with the same era.
 const ERA_BLOCKS: u64 = 128;
@@ -65,6 +67,7 @@ pub(super) async fn submit<C: Payload>(
     call: &C,
     call_limit: Duration,
     finality_limit: Duration,
+    progress: &(dyn Fn(Progress) + Send + Sync),
 ) -> Result<BlockRef, Failure> {
     let not_sent = |error: ExtrinsicError| Failure::NotSent(chain_error("submit", &link.endpoint, error.into()));
     let late =
@@ -83,21 +86,42 @@ pub(super) async fn submit<C: Payload>(
         ValidationResult::Unknown(reason) => return Err(Failure::Pool(format!("{reason:?}"))),
     }
 
+    progress(Progress::Validated);
     let deadline = Instant::now() + finality_limit;
-    let progress = match timeout(call_limit, signed.submit_and_watch()).await {
-        Ok(Ok(progress)) => progress,
+    let mut statuses = match timeout(call_limit, signed.submit_and_watch()).await {
+        Ok(Ok(statuses)) => statuses,
         Ok(Err(ExtrinsicError::ErrorSubmittingTransaction(error))) => return Err(submission_refusal(error)),
         Ok(Err(_)) | Err(_) => return Err(Failure::Unknown),
     };
-    let left = deadline.saturating_duration_since(Instant::now());
-    let Ok(Ok(included)) = timeout(left, progress.wait_for_finalized()).await else { return Err(Failure::Unknown) };
+    progress(Progress::Submitted);
+    let included = loop {
+        // Statuses that end the stream without finality say what is likely, not what is certain.
+        let Ok(Some(Ok(status))) = timeout_at(deadline, statuses.next()).await else { return Err(Failure::Unknown) };
+        match status {
+            TransactionStatus::InFinalizedBlock(included) => break included,
+            TransactionStatus::InBestBlock(included) => {
+                if let Ok(Ok(at)) = timeout(call_limit, included.at()).await {
+                    progress(Progress::Included(block_ref(&at)));
+                }
+            }
+            TransactionStatus::NoLongerInBestBlock => progress(Progress::Retracted),
+            TransactionStatus::Error { .. } | TransactionStatus::Invalid { .. } | TransactionStatus::Dropped { .. } => {
+                return Err(Failure::Unknown);
+            }
+            TransactionStatus::Validated | TransactionStatus::Broadcasted => {}
+        }
+    };
     match timeout(call_limit, included.wait_for_success()).await {
         Ok(Ok(_)) => {}
         Ok(Err(TransactionEventsError::ExtrinsicFailed(error))) => return Err(Failure::Dispatch(dispatch_name(&error))),
         Ok(Err(_)) | Err(_) => return Err(Failure::Unknown),
     }
     match timeout(call_limit, included.at()).await {
-        Ok(Ok(at)) => Ok(block_ref(&at)),
+        Ok(Ok(at)) => {
+            let block = block_ref(&at);
+            progress(Progress::Finalized(block));
+            Ok(block)
+        }
         _ => Err(Failure::Unknown),
     }
 }

@@ -8,11 +8,17 @@ use serde::{Deserialize, Serialize, de::IgnoredAny};
 use sp_core::Pair as _;
 use zeroize::Zeroizing;
 
+use super::password::{self, NACL_PREFIX, Password, SealedError};
 use crate::hotkey::Hotkey;
+
+/// Prefixes of encrypted files and what they are called. Only the first is opened here; the others were written by packages before
+/// 2022.
+const ENCRYPTED_FORMS: [(&[u8], &str); 3] = [(NACL_PREFIX, "NaCl secret box"), (b"$ANSIBLE_VAULT", "Ansible vault"), (b"gAAAAA", "Fernet")];
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum KeyfileError {
     Encrypted(&'static str),
+    Sealed(SealedError),
     Malformed(String),
     Unsupported(String),
     AddressMismatch(String),
@@ -53,10 +59,8 @@ enum CryptoType {
 
 impl Keyfile {
     fn parse(bytes: &[u8]) -> Result<Self, KeyfileError> {
-        for (prefix, form) in [("$NACL", "NaCl secret box"), ("$ANSIBLE_VAULT", "Ansible vault"), ("gAAAAA", "Fernet")] {
-            if bytes.starts_with(prefix.as_bytes()) {
-                return Err(KeyfileError::Encrypted(form));
-            }
+        if let Some((_, form)) = ENCRYPTED_FORMS.iter().find(|(prefix, _)| bytes.starts_with(prefix)) {
+            return Err(KeyfileError::Encrypted(form));
         }
         // The parser's message would quote the text around the fault, which may be a secret: only its place is told.
         let file: Self = serde_json::from_slice(bytes).map_err(|error| {
@@ -107,8 +111,20 @@ impl Keyfile {
     }
 }
 
-/// The hotkey of a key file.
-pub(super) fn read_secret(bytes: &[u8]) -> Result<Hotkey, KeyfileError> {
+/// Whether a key file wants a password.
+pub(super) fn is_encrypted(bytes: &[u8]) -> bool {
+    ENCRYPTED_FORMS.iter().any(|(prefix, _)| bytes.starts_with(prefix))
+}
+
+/// The hotkey of a key file, which may be encrypted.
+pub(super) fn read_secret(bytes: &[u8], password: Option<&Password>) -> Result<Hotkey, KeyfileError> {
+    match password.filter(|_| bytes.starts_with(NACL_PREFIX)) {
+        Some(password) => read_plain(&password::open(bytes, password).map_err(KeyfileError::Sealed)?),
+        None => read_plain(bytes),
+    }
+}
+
+fn read_plain(bytes: &[u8]) -> Result<Hotkey, KeyfileError> {
     let file = Keyfile::parse(bytes)?;
     let kind = file.kind()?;
     let address = file.address()?;
@@ -252,7 +268,7 @@ mod tests {
                         }
                     }
                 });
-                assert_eq!(read_secret(&bytes).unwrap().key(), expected, "{keep}");
+                assert_eq!(read_plain(&bytes).unwrap().key(), expected, "{keep}");
             }
         }
     }
@@ -264,7 +280,7 @@ mod tests {
             file["secretSeed"] = json!("0x\u{0}\u{1}\u{2}");
             file["privateKey"] = json!("0x59a8");
         });
-        assert_eq!(read_secret(&bytes).unwrap().key(), expected);
+        assert_eq!(read_plain(&bytes).unwrap().key(), expected);
     }
 
     #[test]
@@ -275,9 +291,9 @@ mod tests {
             file["secretSeed"] = json!(other);
             file.remove("secretPhrase");
         });
-        assert!(matches!(read_secret(&bytes), Err(KeyfileError::AddressMismatch(_))));
+        assert!(matches!(read_plain(&bytes), Err(KeyfileError::AddressMismatch(_))));
         let bytes = edited(ED25519, |file| file["publicKey"] = json!(format!("0x{other}")));
-        assert!(matches!(read_secret(&bytes), Err(KeyfileError::AddressMismatch(_))));
+        assert!(matches!(read_plain(&bytes), Err(KeyfileError::AddressMismatch(_))));
     }
 
     #[test]
@@ -286,51 +302,102 @@ mod tests {
         let missing = edited(SR25519, |file| {
             file.remove("cryptoType");
         });
-        assert_eq!(read_secret(&missing).unwrap().key(), expected);
+        assert_eq!(read_plain(&missing).unwrap().key(), expected);
         for spelling in ["1", "sr25519", "SR25519"] {
             let bytes = edited(SR25519, |file| file["cryptoType"] = json!(spelling));
-            assert_eq!(read_secret(&bytes).unwrap().key(), expected);
+            assert_eq!(read_plain(&bytes).unwrap().key(), expected);
         }
         let blank = edited(SR25519, |file| {
             let address = file.remove("ss58Address").unwrap();
             file.insert(" ss58Address".to_owned(), address);
         });
-        assert_eq!(read_secret(&blank).unwrap().key(), expected);
+        assert_eq!(read_plain(&blank).unwrap().key(), expected);
     }
 
     #[test]
     fn newer_kinds_of_accounts_are_refused_by_name() {
         let bytes = edited(SR25519, |file| file["cryptoType"] = json!(3));
-        assert_eq!(read_secret(&bytes).err(), Some(KeyfileError::Unsupported("cryptoType 3".to_owned())));
+        assert_eq!(read_plain(&bytes).err(), Some(KeyfileError::Unsupported("cryptoType 3".to_owned())));
         for field in ["accountType", "signingScheme", "hashedDescriptor"] {
             let bytes = edited(SR25519, |file| {
                 file.insert(field.to_owned(), json!("x"));
             });
-            assert!(matches!(read_secret(&bytes), Err(KeyfileError::Unsupported(what)) if what.contains(field)));
+            assert!(matches!(read_plain(&bytes), Err(KeyfileError::Unsupported(what)) if what.contains(field)));
         }
     }
 
     #[test]
     fn encrypted_files_are_told_apart_by_their_prefix() {
         let coldkey = include_bytes!("../../tests/data/wallets/test/coldkey");
-        assert_eq!(read_secret(coldkey).err(), Some(KeyfileError::Encrypted("NaCl secret box")));
-        assert_eq!(read_secret(b"$ANSIBLE_VAULT;1.1;AES256\n123").err(), Some(KeyfileError::Encrypted("Ansible vault")));
-        assert_eq!(read_secret(b"gAAAAABkxyz").err(), Some(KeyfileError::Encrypted("Fernet")));
+        assert_eq!(read_plain(coldkey).err(), Some(KeyfileError::Encrypted("NaCl secret box")));
+        assert_eq!(read_plain(b"$ANSIBLE_VAULT;1.1;AES256\n123").err(), Some(KeyfileError::Encrypted("Ansible vault")));
+        assert_eq!(read_plain(b"gAAAAABkxyz").err(), Some(KeyfileError::Encrypted("Fernet")));
     }
 
     #[test]
     fn a_public_file_and_rubbish_are_no_hotkeys() {
         let public = include_bytes!("../../tests/data/wallets/test/hotkeys/sr25519pub.txt");
-        assert!(matches!(read_secret(public), Err(KeyfileError::Malformed(_))));
+        assert!(matches!(read_plain(public), Err(KeyfileError::Malformed(_))));
         for rubbish in [&b""[..], b"{}", b"[]", b"\xff\xfe", b"{\"privateKey\": 3}"] {
-            assert!(matches!(read_secret(rubbish), Err(KeyfileError::Malformed(_))));
+            assert!(matches!(read_plain(rubbish), Err(KeyfileError::Malformed(_))));
         }
+    }
+
+    #[test]
+    fn malformed_files_of_every_kind_are_refused_with_their_reason() {
+        type Expectation = fn(&KeyfileError) -> bool;
+        let table: [(&str, Vec<u8>, Expectation); 14] = [
+            ("empty", Vec::new(), |error| matches!(error, KeyfileError::Malformed(_))),
+            ("a list", b"[1]".to_vec(), |error| matches!(error, KeyfileError::Malformed(_))),
+            ("cut off", SR25519.as_bytes()[..200].to_vec(), |error| matches!(error, KeyfileError::Malformed(_))),
+            ("two objects", [SR25519.as_bytes(), SR25519.as_bytes()].concat(), |error| matches!(error, KeyfileError::Malformed(_))),
+            ("not UTF-8", b"{\"ss58Address\": \"\xff\"}".to_vec(), |error| matches!(error, KeyfileError::Malformed(_))),
+            ("no address", edited(SR25519, |file| drop(file.remove("ss58Address"))), |error| matches!(error, KeyfileError::Malformed(_))),
+            ("a wrong address", edited(SR25519, |file| file["ss58Address"] = json!("5xyz")), |error| {
+                matches!(error, KeyfileError::Malformed(_))
+            }),
+            (
+                "an address of another network",
+                edited(SR25519, |file| file["ss58Address"] = json!("1FRMM8PEiWXYax7rpS6X4XZX1aAAxSWx1CrKTyrVYhV24fg")),
+                |error| matches!(error, KeyfileError::Malformed(_)),
+            ),
+            ("another key's public half", edited(SR25519, |file| file["publicKey"] = json!(format!("0x{}", "11".repeat(32)))), |error| {
+                matches!(error, KeyfileError::AddressMismatch(_))
+            }),
+            ("a public key of 31 bytes", edited(SR25519, |file| file["publicKey"] = json!("0x1122")), |error| {
+                matches!(error, KeyfileError::AddressMismatch(_))
+            }),
+            ("the other key type", edited(SR25519, |file| file["cryptoType"] = json!(0)), |error| {
+                matches!(error, KeyfileError::AddressMismatch(_))
+            }),
+            ("an ECDSA key", edited(SR25519, |file| file["cryptoType"] = json!(2)), |error| matches!(error, KeyfileError::Unsupported(_))),
+            ("a negative type", edited(SR25519, |file| file["cryptoType"] = json!(-1)), |error| {
+                matches!(error, KeyfileError::Malformed(_))
+            }),
+            ("an unknown type by name", edited(SR25519, |file| file["cryptoType"] = json!("ecdsa")), |error| {
+                matches!(error, KeyfileError::Unsupported(_))
+            }),
+        ];
+        for (name, bytes, is_expected) in table {
+            let error = read_plain(&bytes).err().unwrap_or_else(|| panic!("{name} is taken for a key"));
+            assert!(is_expected(&error), "{name}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn a_hotkey_made_from_a_uri_has_a_private_key_only() {
+        let expected = read_public(SR25519.as_bytes()).unwrap();
+        let bytes = edited(SR25519, |file| {
+            file["secretSeed"] = json!(null);
+            file["secretPhrase"] = json!(null);
+        });
+        assert_eq!(read_plain(&bytes).unwrap().key(), expected);
     }
 
     #[test]
     fn messages_about_a_broken_file_do_not_quote_it() {
         let text = SR25519.replace("\"secretPhrase\":\"", "\"secretPhrase\":\"\\x");
-        let Err(KeyfileError::Malformed(reason)) = read_secret(text.as_bytes()) else { panic!("must be malformed") };
+        let Err(KeyfileError::Malformed(reason)) = read_plain(text.as_bytes()) else { panic!("must be malformed") };
         assert!(!reason.contains("wonder"), "{reason}");
     }
 

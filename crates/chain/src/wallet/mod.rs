@@ -3,6 +3,7 @@
 //! Daemons need the hotkey only; no code here ever opens a coldkey. New files have mode 0600 and never replace old ones.
 
 mod keyfile;
+mod password;
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -15,6 +16,8 @@ use zeroize::Zeroizing;
 
 use crate::hotkey::Hotkey;
 use keyfile::KeyfileError;
+pub use password::Password;
+use password::SealedError;
 
 /// Largest key file that is read; genuine ones stay under 1 kB.
 const KEYFILE_MAX: u64 = 64 * 1024;
@@ -35,8 +38,12 @@ pub enum WalletError {
     Missing { path: PathBuf },
     #[error("cannot read or write {}: {source}\nhint: the key file must belong to the user that runs this process, with mode 600", path.display())]
     Io { path: PathBuf, source: io::Error },
-    #[error("{} is encrypted ({form})\nhint: daemons need a plain hotkey; `btcli wallet regen-hotkey --no-use-password` writes one", path.display())]
+    #[error("{} is encrypted ({form})\nhint: name a file with its password (systemd: LoadCredentialEncrypted=), enter it at the prompt, or write a plain hotkey with `btcli wallet regen-hotkey --no-use-password`", path.display())]
     Encrypted { path: PathBuf, form: &'static str },
+    #[error("the password does not open {}\nhint: check the password file, capital letters and the keyboard layout", path.display())]
+    WrongPassword { path: PathBuf },
+    #[error("{} cannot be decrypted or encrypted here: the password's hash needs 512 MiB of memory\nhint: free memory, or raise the service's MemoryMax=", path.display())]
+    NoMemory { path: PathBuf },
     #[error("{} is no key file: {reason}\nhint: restore it from its secret phrase with `btcli wallet regen-hotkey`", path.display())]
     Malformed { path: PathBuf, reason: String },
     #[error("{} holds a key of a kind that this build cannot use: {what}\nhint: hotkeys must be ed25519 or sr25519", path.display())]
@@ -55,6 +62,9 @@ impl WalletError {
             KeyfileError::Malformed(reason) => Self::Malformed { path, reason },
             KeyfileError::Unsupported(what) => Self::Unsupported { path, what },
             KeyfileError::AddressMismatch(address) => Self::AddressMismatch { path, address },
+            KeyfileError::Sealed(SealedError::Truncated) => Self::Malformed { path, reason: "the encrypted file is cut off".to_owned() },
+            KeyfileError::Sealed(SealedError::WrongPassword) => Self::WrongPassword { path },
+            KeyfileError::Sealed(SealedError::Resources) => Self::NoMemory { path },
         }
     }
 
@@ -86,15 +96,30 @@ impl Wallet {
         self.path.join(&self.name).join("coldkeypub.txt")
     }
 
-    /// Reads the hotkey with its secret.
+    /// Reads the hotkey with its secret; an encrypted one is refused.
     pub fn load_hotkey(&self) -> Result<Hotkey, WalletError> {
+        self.read_hotkey(None)
+    }
+
+    /// Reads the hotkey with its secret, decrypting it with `password` where it is encrypted. That takes some seconds and 512 MiB.
+    pub fn load_hotkey_with(&self, password: &Password) -> Result<Hotkey, WalletError> {
+        self.read_hotkey(Some(password))
+    }
+
+    /// Whether the hotkey's file wants a password.
+    pub fn is_hotkey_encrypted(&self) -> Result<bool, WalletError> {
+        self.check_names()?;
+        Ok(keyfile::is_encrypted(&read_keyfile(&self.hotkey_path())?))
+    }
+
+    fn read_hotkey(&self, password: Option<&Password>) -> Result<Hotkey, WalletError> {
         self.check_names()?;
         let path = self.hotkey_path();
         let bytes = read_keyfile(&path)?;
         if fs::metadata(&path).is_ok_and(|meta| meta.permissions().mode() & 0o077 != 0) {
             tracing::warn!(file = %path.display(), "the hotkey file can be read by other users; `chmod 600` it");
         }
-        keyfile::read_secret(&bytes).map_err(|error| WalletError::of_keyfile(&path, error))
+        keyfile::read_secret(&bytes, password).map_err(|error| WalletError::of_keyfile(&path, error))
     }
 
     /// Reads the public half of the hotkey: from its public file, or from the key file where there is none.
@@ -118,6 +143,15 @@ impl Wallet {
 
     /// Makes a hotkey from fresh randomness and writes `hotkeys/<hotkey>` and `<hotkey>pub.txt`, mode 0600.
     pub fn create_hotkey(&self, kind: KeyKind) -> Result<Hotkey, WalletError> {
+        self.create(kind, None)
+    }
+
+    /// The same with an encrypted key file.
+    pub fn create_encrypted_hotkey(&self, kind: KeyKind, password: &Password) -> Result<Hotkey, WalletError> {
+        self.create(kind, Some(password))
+    }
+
+    fn create(&self, kind: KeyKind, password: Option<&Password>) -> Result<Hotkey, WalletError> {
         self.check_names()?;
         let (phrase, seed) = match kind {
             KeyKind::Ed25519 => {
@@ -130,7 +164,15 @@ impl Wallet {
             }
         };
         let hotkey = Hotkey::from_seed(kind, &seed);
-        write_new(&self.hotkey_path(), &keyfile::secret_text(&hotkey, &seed, &phrase))?;
+        let path = self.hotkey_path();
+        let text = keyfile::secret_text(&hotkey, &seed, &phrase);
+        match password {
+            None => write_new(&path, &text)?,
+            Some(password) => {
+                let sealed = password::seal(&text, password);
+                write_new(&path, &sealed.map_err(|error| WalletError::of_keyfile(&path, KeyfileError::Sealed(error)))?)?;
+            }
+        }
         write_new(&self.hotkeypub_path(), keyfile::public_text(&hotkey.key()).as_bytes())?;
         Ok(hotkey)
     }
@@ -255,6 +297,36 @@ mod tests {
         let error = wallet.load_hotkey().unwrap_err();
         assert!(matches!(error, WalletError::Encrypted { .. }));
         assert!(error.to_string().contains("\nhint: "));
+    }
+
+    #[test]
+    fn an_encrypted_hotkey_opens_with_its_password_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let wallet = Wallet::new(folder.path(), "w", "h");
+        fs::create_dir_all(folder.path().join("w/hotkeys")).unwrap();
+        // The coldkey of the fixtures, encrypted by the Python package, in the place of a hotkey.
+        fs::copy(fixture("x").path.join("test/coldkey"), wallet.hotkey_path()).unwrap();
+        assert!(wallet.is_hotkey_encrypted().unwrap());
+        let opened = wallet.load_hotkey_with(&Password::new("test-only-Passw0rd".to_owned())).unwrap();
+        assert_eq!(opened.key(), fixture("sr25519").load_coldkeypub().unwrap());
+        let wrong = wallet.load_hotkey_with(&Password::new("test-only-passw0rd".to_owned())).unwrap_err();
+        assert!(matches!(wrong, WalletError::WrongPassword { .. }), "{wrong}");
+        // A plain file needs no password, and takes one.
+        let plain = fixture("ed25519");
+        assert!(!plain.is_hotkey_encrypted().unwrap());
+        assert_eq!(plain.load_hotkey_with(&Password::new(String::new())).unwrap().key(), plain.load_hotkey().unwrap().key());
+    }
+
+    #[test]
+    fn a_hotkey_that_was_created_encrypted_is_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let wallet = Wallet::new(folder.path(), "w", "h");
+        let password = Password::new("correct horse".to_owned());
+        let created = wallet.create_encrypted_hotkey(KeyKind::Sr25519, &password).unwrap();
+        assert!(fs::read(wallet.hotkey_path()).unwrap().starts_with(b"$NACL"));
+        assert!(matches!(wallet.load_hotkey(), Err(WalletError::Encrypted { .. })));
+        assert_eq!(wallet.load_hotkey_with(&password).unwrap().key(), created.key());
+        assert_eq!(wallet.load_hotkeypub().unwrap(), created.key());
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! memory.
 
 use chain::devnode::{DevNode, DevOptions};
-use chain::{Chain, ChainError, MemoryChain, SetWeightsError, SubtensorClient, WeightsRefusal};
+use chain::{Chain, ChainError, KeyCertificate, MemoryChain, SetWeightsError, SubtensorClient, WeightsRefusal, certificate};
+use protocol::AccountId;
 
 use crate::world::{NETUID, RATE_LIMIT, STRANGER, connect, dev_chain, hotkey, hyperparameters, memory_chain, neurons};
 
@@ -64,7 +65,9 @@ fn refusal(result: Result<chain::BlockRef, SetWeightsError>) -> WeightsRefusal {
 async fn conformance(world: &impl Hurry) {
     blocks_are_found_by_number(world).await;
     the_subnet_is_read_as_it_was_made(world).await;
+    epochs_registration_and_the_past_are_read(world).await;
     commitments_are_read_back(world).await;
+    key_certificates_are_published_once(world).await;
     rows_are_set_read_back_and_scaled(world).await;
     rows_are_refused_with_their_reason(world).await;
 }
@@ -113,6 +116,50 @@ async fn commitments_are_read_back(world: &impl Hurry) {
     assert!(matches!(too_long, Err(ChainError::CommitmentTooLong { length: 513, limit: 512 })));
     let stranger = chain.set_commitment(&hotkey(STRANGER), NETUID, b"x").await;
     assert!(matches!(stranger, Err(ChainError::NotRegistered { netuid: NETUID, .. })));
+}
+
+async fn key_certificates_are_published_once(world: &impl Hurry) {
+    let chain = world.chain();
+    let (miner, other) = (hotkey(1), hotkey(3));
+    assert_eq!(certificate::read(chain, NETUID, &miner.account()).await.unwrap(), None);
+    // Commitments of one epoch are limited: those before are over.
+    world.advance(60);
+    let block = certificate::publish(chain, &miner, NETUID).await.unwrap().expect("it was not there yet");
+    assert!(chain.head().await.unwrap().number >= block.number);
+    assert_eq!(certificate::publish(chain, &miner, NETUID).await.unwrap(), None, "it is there");
+    let published = certificate::read(chain, NETUID, &miner.account()).await.unwrap();
+    assert_eq!(published, Some(KeyCertificate::of(&miner)));
+    chain.set_commitment(&other, NETUID, b"something else").await.unwrap();
+    assert_eq!(certificate::read(chain, NETUID, &other.account()).await.unwrap(), None);
+    assert_eq!(certificate::read_all(chain, NETUID).await.unwrap(), [(miner.account(), KeyCertificate::of(&miner))]);
+    let mut all: Vec<AccountId> = chain.commitments(NETUID).await.unwrap().into_iter().map(|(account, _)| account).collect();
+    all.sort_unstable();
+    let mut expected = [miner.account(), hotkey(2).account(), other.account()];
+    expected.sort_unstable();
+    assert_eq!(all, expected);
+    assert!(matches!(certificate::publish(chain, &hotkey(STRANGER), NETUID).await, Err(ChainError::NotRegistered { netuid: NETUID, .. })));
+}
+
+async fn epochs_registration_and_the_past_are_read(world: &impl Hurry) {
+    let chain = world.chain();
+    let head = chain.head().await.unwrap().number;
+    let next = chain.next_epoch(NETUID).await.unwrap().unwrap();
+    assert!(next > head && next <= head + 31, "head {head}, next epoch {next}");
+    assert_eq!(chain.next_epoch(99).await.unwrap(), None);
+    assert_eq!(chain.registration(NETUID, &hotkey(2).account()).await.unwrap().uid, Some(2));
+    assert_eq!(chain.registration(NETUID, &hotkey(STRANGER).account()).await.unwrap().uid, None);
+    assert!(matches!(chain.registration(99, &hotkey(2).account()).await, Err(ChainError::SubnetMissing { netuid: 99 })));
+    let list = chain.hyperparameter_list(NETUID).await.unwrap();
+    let value = |name: &str| list.iter().find(|entry| entry.name == name).unwrap().value.clone();
+    assert_eq!((value("tempo"), value("weights_version"), value("commit_reveal_weights_enabled")), ("30".into(), "7".into(), "0".into()));
+    let past = chain.metagraph_at(NETUID, head).await.unwrap();
+    assert_eq!(past.block.number, head);
+    assert_eq!(chain.block_hash(head).await.unwrap(), Some(past.block.hash));
+    assert!(matches!(chain.metagraph_at(NETUID, head + 100_000).await, Err(ChainError::NotYetFinal { .. })));
+    let view = chain.weights_view(NETUID, 0, &hotkey(1).account()).await.unwrap();
+    assert_eq!(view.hyperparameters, chain.hyperparameters(NETUID).await.unwrap());
+    assert_eq!((view.mechanisms, view.commit_version, view.reveal_period_epochs), (1, 4, 1));
+    assert!(view.epoch.index >= head / 31 && chain.health().is_healthy());
 }
 
 async fn rows_are_set_read_back_and_scaled(world: &impl Hurry) {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use chain::devnode::{DevNode, DevOptions};
+use chain::devnode::{Change, DevNeuron, DevNode, DevOptions};
 use chain::{Chain, ChainError, ConnectSettings, Deadlines, SetWeightsError, SubtensorClient};
 use tokio::net::TcpListener;
 
@@ -66,7 +66,7 @@ async fn calls_go_on_after_the_node_dropped_its_connections() {
     let node = DevNode::start(dev_chain(20)).await.unwrap();
     let client = connect(&node).await;
     client.head().await.unwrap();
-    node.drop_connections().await.unwrap();
+    node.drop_connections();
     client.head().await.unwrap();
     client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await.unwrap();
 }
@@ -76,7 +76,7 @@ async fn a_client_moves_to_the_next_endpoint_of_the_same_network_only() {
     let first = DevNode::start(dev_chain(20)).await.unwrap();
     let other_network = DevNode::start(dev_chain(20)).await.unwrap();
     let settings = ConnectSettings { endpoints: vec![first.endpoint(), other_network.endpoint()], genesis: None };
-    let quick = Deadlines { connect_ms: 500, call_ms: 500, finality_ms: 2_000 };
+    let quick = Deadlines { connect_ms: 500, call_ms: 500, finality_ms: 2_000, ..deadlines() };
     let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
     assert_eq!(client.genesis(), first.genesis());
     drop(first);
@@ -122,7 +122,7 @@ async fn a_half_dead_connection_is_left_for_the_next_endpoint() {
     let node = DevNode::start(dev_chain(20)).await.unwrap();
     let relay = Relay::start(&node).await;
     let settings = ConnectSettings { endpoints: vec![relay.endpoint.clone(), node.endpoint()], genesis: Some(node.genesis()) };
-    let quick = Deadlines { connect_ms: 2_000, call_ms: 1_000, finality_ms: 10_000 };
+    let quick = Deadlines { connect_ms: 2_000, call_ms: 1_000, finality_ms: 10_000, ..deadlines() };
     let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
     let before = client.head().await.unwrap();
     relay.frozen.send_replace(true);
@@ -144,7 +144,7 @@ async fn a_row_whose_watch_broke_is_found_by_reading_back() {
     });
     // The extrinsic waits in the pool of the stalled node; then the node restarts its server, then blocks come again.
     tokio::time::sleep(Duration::from_millis(500)).await;
-    node.drop_connections().await.unwrap();
+    node.drop_connections();
     node.stall(false);
     let block = setting.await.unwrap().unwrap();
     assert!(client.head().await.unwrap().number >= block.number);
@@ -163,6 +163,99 @@ async fn on_a_stalled_chain_the_setter_gives_up_at_its_deadline() {
     assert!(matches!(error, SetWeightsError::NotFinalized { millis: 1_000 }), "{error}");
     assert!(error.is_retryable());
     assert_eq!(client.head().await.unwrap(), head, "reads are answered all the while");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endpoints_that_answer_while_no_block_arrives_are_replaced_and_then_reported() {
+    let stalled = DevNode::start(dev_chain(20)).await.unwrap();
+    // Two names of one chain, which then stands still.
+    let relay = Relay::start(&stalled).await;
+    let settings = ConnectSettings { endpoints: vec![relay.endpoint.clone(), stalled.endpoint()], genesis: None };
+    let quick = Deadlines { stall_ms: 400, ..deadlines() };
+    let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
+    client.head().await.unwrap();
+    assert!(client.health().is_healthy(), "{}", client.health());
+    assert_eq!(client.health().endpoint, relay.endpoint);
+    stalled.stall(true);
+    // It is replaced, tried elsewhere, and then reported, while questions are answered all the while.
+    let started = Instant::now();
+    while !client.health().is_stalled {
+        assert!(started.elapsed() < Duration::from_secs(15), "{}", client.health());
+        client.head().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let health = client.health();
+    assert!(!health.is_healthy() && health.is_answering && health.reconnections > 0, "{health:?}");
+    assert!(health.to_string().contains("stand still"), "{health}");
+    stalled.stall(false);
+    while client.health().is_stalled {
+        assert!(started.elapsed() < Duration::from_secs(30));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(client.health().is_healthy());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_comes_back_with_another_network_is_never_used() {
+    let node = DevNode::start(dev_chain(20)).await.unwrap();
+    let other = DevNode::start(dev_chain(20)).await.unwrap();
+    let settings = ConnectSettings { endpoints: vec![node.endpoint()], genesis: None };
+    let quick = Deadlines { connect_ms: 1_000, call_ms: 1_000, ..deadlines() };
+    let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
+    client.head().await.unwrap();
+    node.impersonate(&other);
+    let error = client.head().await.unwrap_err();
+    assert!(matches!(&error, ChainError::WrongGenesis { found, .. } if *found == other.genesis()), "{error}");
+    let error = client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await.unwrap_err();
+    assert!(matches!(error, SetWeightsError::Chain(ChainError::WrongGenesis { .. })), "{error}");
+    assert_eq!(other.weights(0, 0), [], "nothing was sent to the wrong place");
+    assert!(!client.health().is_healthy());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_node_is_waited_for_and_a_silent_one_is_not() {
+    let node = DevNode::start(dev_chain(20)).await.unwrap();
+    let settings = ConnectSettings { endpoints: vec![node.endpoint()], genesis: None };
+    let quick = Deadlines { connect_ms: 600, call_ms: 600, ..deadlines() };
+    let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
+    node.slow_down(20);
+    client.head().await.unwrap();
+    node.slow_down(0);
+    node.silence(true);
+    let started = Instant::now();
+    let error = client.head().await.unwrap_err();
+    assert!(matches!(error, ChainError::Timeout { .. } | ChainError::Unavailable { .. }), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!(!client.health().is_answering);
+    node.silence(false);
+    client.head().await.unwrap();
+    assert!(client.health().is_answering);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn past_metagraphs_are_read_while_the_node_remembers_them() {
+    let node = DevNode::start(dev_chain(0)).await.unwrap();
+    let client = connect(&node).await;
+    (0..10).for_each(|_| {
+        node.produce();
+    });
+    let newcomer = DevNeuron { hotkey: hotkey(9).account(), coldkey: hotkey(9).account(), stake: 5, validator_permit: true };
+    node.change(Change::Register { uid: Some(3), neuron: newcomer });
+    let changed = node.produce().number;
+    let before = client.metagraph_at(NETUID, changed - 1).await.unwrap();
+    let after = client.metagraph_at(NETUID, changed).await.unwrap();
+    assert_eq!((before.block.number, after.block.number), (changed - 1, changed));
+    assert_eq!(before.by_uid(3).unwrap().hotkey, hotkey(3).account());
+    assert_eq!(after.by_uid(3).unwrap().hotkey, hotkey(9).account());
+    assert_eq!(client.block_hash(changed).await.unwrap(), Some(after.block.hash));
+    assert!(matches!(client.metagraph_at(NETUID, changed + 50).await, Err(ChainError::NotYetFinal { number }) if number == changed + 50));
+    (0..400).for_each(|_| {
+        node.produce();
+    });
+    assert_eq!(client.metagraph_at(NETUID, changed).await.unwrap(), after, "what was read once is kept");
+    let error = client.metagraph_at(NETUID, 2).await.unwrap_err();
+    assert!(matches!(error, ChainError::StateForgotten { number: 2 }), "{error}");
+    assert!(error.to_string().contains("archive"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,7 +11,7 @@ pub const RATE_LIMIT: u64 = 100;
 
 /// Short, so that a test that waits for a deadline is quick; long enough for a busy machine.
 pub fn deadlines() -> Deadlines {
-    Deadlines { connect_ms: 5_000, call_ms: 5_000, finality_ms: 20_000 }
+    Deadlines { connect_ms: 5_000, call_ms: 5_000, finality_ms: 20_000, ..Deadlines::default() }
 }
 
 /// Two validators with permits (Ed25519, Sr25519), two miners, and a stranger who is not registered.
