@@ -171,6 +171,21 @@ impl QuasarConfig {
         Ok(Self { raw, ..config })
     }
 
+    /// The released model's configuration, with its exact layer shapes in `layers` layers. Fewer than its 20 give one dense layer, then
+    /// layers with a mixture and a branch each.
+    pub fn preview(layers: usize) -> Result<Self, ConfigError> {
+        const RELEASED: &str = include_str!("preview_config.json");
+        let released = Self::from_json(RELEASED)?;
+        if layers == released.num_hidden_layers {
+            return Ok(released);
+        }
+        let mut keys = released.raw;
+        let hybrid: Vec<usize> = if layers < released.num_hidden_layers { (1..layers).collect() } else { (4..layers).collect() };
+        keys.insert("num_hidden_layers".into(), layers.into());
+        keys.insert("hybrid_attention_layers".into(), hybrid.into());
+        Self::from_json(&Value::Object(keys).to_string())
+    }
+
     /// The configuration as JSON: the keys as read, and the two by which Hugging Face finds the model's class.
     pub fn to_json(&self) -> String {
         let mut keys = self.raw.clone();

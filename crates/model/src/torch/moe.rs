@@ -27,13 +27,7 @@ impl Routing {
         let recorded = record.then(Vec::new);
         let Some(routes) = forced else { return Ok(Self { recorded, ..Self::default() }) };
         let per_pass = tokens * config.num_experts_per_tok;
-        if routes.0.len() != per_pass * config.moe_passes() {
-            let (found, passes) = (routes.0.len(), config.moe_passes());
-            return Err(TrainError::Routes(format!("{found} choices, expected {per_pass} for each of {passes} mixture layers")));
-        }
-        if let Some(expert) = routes.0.iter().find(|expert| usize::from(**expert) >= config.num_experts) {
-            return Err(TrainError::Routes(format!("there is no expert {expert}")));
-        }
+        routes.check(config, tokens)?;
         let shape = [tokens as i64, config.num_experts_per_tok as i64];
         let layers = routes.0.chunks(per_pass).map(|chunk| {
             let experts: Vec<i64> = chunk.iter().map(|expert| i64::from(*expert)).collect();
