@@ -12,6 +12,7 @@ mod config;
 mod error;
 pub mod init;
 mod json;
+pub mod memory;
 mod ranges;
 mod state;
 mod tensors;

@@ -138,9 +138,10 @@ fn gradients_of_own_kernels_are_as_close_to_f32_as_those_of_libtorch_in_bf16() {
 }
 
 #[test]
-fn steps_are_bit_identical_with_free_and_forced_routes_and_with_recomputation() {
+fn steps_are_bit_identical_with_free_and_forced_routes_and_with_recomputation_and_offload() {
     let Some(folder) = folder() else { return };
-    let mut trainers = [open(folder, &own()), open(folder, &own()), open(folder, &TrainerOptions { recompute: true, ..own() })];
+    let saving = TrainerOptions { recompute: true, offload: true, ..own() };
+    let mut trainers = [open(folder, &own()), open(folder, &own()), open(folder, &saving)];
     for step in 0..3 {
         let tokens = rows(step);
         let [one, two, three] = &mut trainers;
@@ -183,8 +184,8 @@ fn groups_of_rows_add_up_to_the_gradient_of_the_whole_batch() {
 #[test]
 fn a_restored_state_continues_bit_for_bit_with_both_kinds_of_moments() {
     let Some(folder) = folder() else { return };
-    for moments in [MomentType::Bytes, MomentType::F32] {
-        let options = TrainerOptions { moments, ..own() };
+    for (moments, offload) in [(MomentType::Bytes, false), (MomentType::F32, true)] {
+        let options = TrainerOptions { moments, offload, ..own() };
         let mut one = open(folder, &options);
         let before = one.state().unwrap();
         for step in 0..2 {

@@ -40,6 +40,8 @@ pub struct TrainerOptions {
     pub kernel_cache: Option<PathBuf>,
     /// With own kernels; through libtorch's operations moments are f32.
     pub moments: MomentType,
+    /// Keep the lower halves of the weights and the moments in pinned memory of the host (own kernels).
+    pub offload: bool,
     /// Keep only the input of each layer for the backward pass and compute the layer again (own kernels).
     pub recompute: bool,
     /// Most tokens in one forward and backward pass (own kernels); larger batches are cut into groups of rows whose gradients are added.
@@ -56,6 +58,7 @@ impl Default for TrainerOptions {
             own_kernels: true,
             kernel_cache: None,
             moments: MomentType::default(),
+            offload: false,
             recompute: false,
             pass_tokens: None,
         }

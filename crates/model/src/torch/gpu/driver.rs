@@ -22,6 +22,8 @@ const CAPABILITY_MINOR: c_int = 76;
 const MULTIPROCESSORS: c_int = 16;
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`
 const MAX_DYNAMIC_SHARED: c_int = 8;
+/// `CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP`
+const HOST_FLAGS: c_uint = 1 | 2;
 /// Dynamic shared memory that a kernel gets without asking.
 const SHARED_UNASKED: usize = 48 << 10;
 
@@ -53,6 +55,8 @@ functions!(Cuda {
     retain = "cuDevicePrimaryCtxRetain"(*mut *mut c_void, c_int);
     set_current = "cuCtxSetCurrent"(*mut c_void);
     memory = "cuMemGetInfo_v2"(*mut usize, *mut usize);
+    host_alloc = "cuMemHostAlloc"(*mut *mut c_void, usize, c_uint);
+    host_free = "cuMemFreeHost"(*mut c_void);
     module_load = "cuModuleLoadData"(*mut *mut c_void, *const c_void);
     function = "cuModuleGetFunction"(*mut *mut c_void, *mut c_void, *const c_char);
     set_attribute = "cuFuncSetAttribute"(*mut c_void, c_int, c_int);
@@ -183,6 +187,52 @@ impl Gpu {
     }
 }
 
+/// Pinned memory of the host that kernels read and write over the bus, all zero at first. Its address is the same on both sides.
+pub(crate) struct HostMemory {
+    pointer: *mut c_void,
+    context: Gpu,
+}
+
+// SAFETY: the memory belongs to this value alone, and is touched by kernels only.
+unsafe impl Send for HostMemory {}
+
+impl HostMemory {
+    pub fn new(gpu: &Gpu, bytes: usize) -> Result<Self, String> {
+        gpu.activate()?;
+        let mut pointer = ptr::null_mut();
+        // SAFETY: plain call with a valid place for the answer.
+        let status = unsafe { (cuda()?.host_alloc)(&raw mut pointer, bytes.max(1), HOST_FLAGS) };
+        check(status, &format!("out of memory: {bytes} bytes of pinned host memory"))?;
+        let memory = Self { pointer, context: *gpu };
+        // SAFETY: just allocated, used by nobody else; the parts do not overlap.
+        let all = unsafe { std::slice::from_raw_parts_mut(pointer.cast::<std::mem::MaybeUninit<u8>>(), bytes) };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            for part in all.chunks_mut(bytes.div_ceil(threads).max(1)) {
+                scope.spawn(move || part.fill(std::mem::MaybeUninit::new(0)));
+            }
+        });
+        Ok(memory)
+    }
+
+    /// The address `bytes` behind the beginning.
+    pub fn address(&self, bytes: i64) -> i64 {
+        self.pointer as i64 + bytes
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // Kernels may still be at work on it.
+        if self.context.synchronize().is_ok()
+            && let Ok(cuda) = cuda()
+        {
+            // SAFETY: allocated by the same driver, used by nobody any more.
+            unsafe { (cuda.host_free)(self.pointer) };
+        }
+    }
+}
+
 /// NVRTC's version.
 pub(crate) fn compiler_version() -> Result<(i32, i32), String> {
     let (mut major, mut minor) = (0, 0);
@@ -283,6 +333,11 @@ impl Argument {
 
     /// No tensor.
     pub const NULL: Self = Self([0; 32]);
+
+    /// An address.
+    pub fn address(address: i64) -> Self {
+        Self::of(address)
+    }
 
     /// The element `offset` of a tensor.
     pub fn at(tensor: &tch::Tensor, offset: i64) -> Self {

@@ -92,6 +92,7 @@ const SOURCES: [Source; 7] = [
             ("adamw", 0),
             ("split_values", 0),
             ("join_values", 0),
+            ("copy_values", 0),
             ("moments_out", 0),
             ("moments_in", 0),
         ],

@@ -61,7 +61,7 @@ impl GpuLearner {
         let _ = Tensor::f_zeros([1], (Kind::Float, device))?;
         context::choose_reproducible_attention();
         let kernels = Kernels::new(&config, device, options.kernel_cache.as_deref()).map_err(|reason| device_error(device, reason))?;
-        let store = Store::new(&kernels, &layout, Some(options.moments))?;
+        let store = Store::new(&kernels, &layout, Some(options.moments), options.offload)?;
         let constants = (1, Constants::new(&config, &buffers, 1, device)?);
         let pass_tokens = options.pass_tokens.unwrap_or(usize::MAX);
         Ok(Self { kernels, store, config, layout, buffers, constants, recompute: options.recompute, pass_tokens })

@@ -4,14 +4,15 @@
 //! [ trained matrices, each from a multiple of 256 | trained vectors, each from a multiple of 8 | frozen tensors ]
 //! ```
 //! A master weight is an f32 in two halves, the bf16 weight that the model computes with and the 16 bits behind it
-//! (`adamw.cu`). Moments exist for the trained part only: f32, or 8 bits each.
+//! (`adamw.cu`). Moments exist for the trained part only: f32, or 8 bits each. The lower halves and the moments are used once a step,
+//! and may lie in the host's memory: the optimizer's kernel then reads and writes them over the bus, both ways at once.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::driver::Argument;
+use super::driver::{Argument, HostMemory};
 use super::kernels::{Kernels, StepSettings, warps};
 use crate::Hyper;
 use crate::adamw::bias_corrections;
@@ -39,10 +40,42 @@ struct Spot {
     elements: i64,
 }
 
+/// A flat buffer: on the GPU, or in the host's memory, where kernels reach it over the bus.
+enum Buffer {
+    Device(Tensor),
+    Host { memory: HostMemory, element_bytes: i64, elements: i64 },
+}
+
+impl Buffer {
+    fn zeros(kernels: &Kernels, elements: i64, kind: Kind, on_host: bool) -> Result<Self> {
+        if !on_host {
+            return Ok(Self::Device(Tensor::f_zeros([elements], (kind, kernels.device))?));
+        }
+        let element_bytes = kind.elt_size_in_bytes() as i64;
+        let memory = HostMemory::new(&kernels.gpu, (elements * element_bytes) as usize).map_err(tch::TchError::Torch)?;
+        Ok(Self::Host { memory, element_bytes, elements })
+    }
+
+    fn elements(&self) -> i64 {
+        match self {
+            Self::Device(tensor) => tensor.numel() as i64,
+            Self::Host { elements, .. } => *elements,
+        }
+    }
+
+    /// The element `offset` as a kernel's argument.
+    fn at(&self, offset: i64) -> Argument {
+        match self {
+            Self::Device(tensor) => Argument::at(tensor, offset),
+            Self::Host { memory, element_bytes, .. } => Argument::address(memory.address(offset * element_bytes)),
+        }
+    }
+}
+
 /// Optimizer moments of the trained part.
 struct Moments {
-    first: Tensor,
-    second: Tensor,
+    first: Buffer,
+    second: Buffer,
     /// Scales of the blocks of 8-bit moments.
     scales: Option<(Tensor, Tensor)>,
 }
@@ -50,7 +83,7 @@ struct Moments {
 /// The buffers of one model.
 pub(crate) struct Store {
     weights: Tensor,
-    rests: Tensor,
+    rests: Buffer,
     moments: Option<Moments>,
     /// By first element in the layout.
     spots: Vec<Spot>,
@@ -101,8 +134,8 @@ fn aligned(at: i64, to: i64) -> i64 {
 }
 
 impl Store {
-    /// Buffers for `layout`, all zero. With `moments`, for training.
-    pub fn new(kernels: &Kernels, layout: &Layout, moments: Option<MomentType>) -> Result<Self> {
+    /// Buffers for `layout`, all zero. With `moments`, for training; `on_host`: all but the bf16 weights in the host's memory.
+    pub fn new(kernels: &Kernels, layout: &Layout, moments: Option<MomentType>, on_host: bool) -> Result<Self> {
         let is_vector = |block: &Block| block.shape.len() == 1;
         let mut compact = 0;
         let spots_in_order: Vec<(usize, &Block)> = layout
@@ -147,28 +180,26 @@ impl Store {
         }
         let total = aligned(end, MOMENT_BLOCK);
         spots.sort_by_key(|spot| spot.compact);
-        let zeros = |elements: i64, kind: Kind| Tensor::f_zeros([elements], (kind, kernels.device));
-        let weights = zeros(total, Kind::BFloat16)?;
+        let weights = Tensor::f_zeros([total], (Kind::BFloat16, kernels.device))?;
+        let buffer = |elements: i64, kind: Kind| Buffer::zeros(kernels, elements, kind, on_host);
+        let scales = || Tensor::f_zeros([trained_end / MOMENT_BLOCK], (Kind::Float, kernels.device));
         let moments = match moments {
             None => None,
             Some(MomentType::F32) => {
-                Some(Moments { first: zeros(trained_end, Kind::Float)?, second: zeros(trained_end, Kind::Float)?, scales: None })
+                Some(Moments { first: buffer(trained_end, Kind::Float)?, second: buffer(trained_end, Kind::Float)?, scales: None })
             }
-            Some(MomentType::Bytes) => {
-                let scales = || zeros(trained_end / MOMENT_BLOCK, Kind::Float);
-                Some(Moments {
-                    first: zeros(trained_end, Kind::Uint8)?,
-                    second: zeros(trained_end, Kind::Uint8)?,
-                    scales: Some((scales()?, scales()?)),
-                })
-            }
+            Some(MomentType::Bytes) => Some(Moments {
+                first: buffer(trained_end, Kind::Uint8)?,
+                second: buffer(trained_end, Kind::Uint8)?,
+                scales: Some((scales()?, scales()?)),
+            }),
         };
         let view = |(key, start, shape): (String, i64, Vec<i64>)| -> Result<(String, Tensor)> {
             let elements: i64 = shape.iter().product();
             Ok((key, weights.f_narrow(0, start, elements)?.f_reshape(&shape)?))
         };
         let views = views_at.into_iter().map(view).collect::<Result<_>>()?;
-        Ok(Self { rests: zeros(total, Kind::Int16)?, weights, moments, spots, matrices, vectors, vector_places, views })
+        Ok(Self { rests: buffer(total, Kind::Int16)?, weights, moments, spots, matrices, vectors, vector_places, views })
     }
 
     /// A block of the layout in bf16.
@@ -245,9 +276,9 @@ impl Store {
             };
             let arguments = [
                 Argument::at(&self.weights, range.start),
-                Argument::at(&self.rests, range.start),
-                Argument::at(&moments.first, range.start),
-                Argument::at(&moments.second, range.start),
+                self.rests.at(range.start),
+                moments.first.at(range.start),
+                moments.second.at(range.start),
                 scale(|scales| &scales.0),
                 scale(|scales| &scales.1),
                 i32::from(element == 1).into(),
@@ -286,8 +317,7 @@ impl Store {
         for (at, piece) in self.pieces(range) {
             let elements = piece.end - piece.start;
             let part = kernels.empty(&[elements], Kind::Float)?;
-            let arguments =
-                [Argument::at(&self.weights, piece.start), Argument::at(&self.rests, piece.start), (&part).into(), elements.into()];
+            let arguments = [Argument::at(&self.weights, piece.start), self.rests.at(piece.start), (&part).into(), elements.into()];
             kernels.launch("join_values", (elements + 255) / 256, 256u32, &arguments)?;
             to_slice(&part, &mut values[at..at + elements as usize])?;
         }
@@ -299,8 +329,7 @@ impl Store {
         for (at, piece) in self.pieces(range) {
             let elements = piece.end - piece.start;
             let part = Tensor::f_from_slice(&values[at..at + elements as usize])?.f_to_device(kernels.device)?;
-            let arguments =
-                [(&part).into(), Argument::at(&self.weights, piece.start), Argument::at(&self.rests, piece.start), elements.into()];
+            let arguments = [(&part).into(), Argument::at(&self.weights, piece.start), self.rests.at(piece.start), elements.into()];
             kernels.launch("split_values", (elements + 255) / 256, 256u32, &arguments)?;
         }
         Ok(())
@@ -308,7 +337,7 @@ impl Store {
 
     /// The end of what has moments.
     fn trained(&self) -> i64 {
-        self.moments.as_ref().map_or(0, |moments| moments.first.numel() as i64)
+        self.moments.as_ref().map_or(0, |moments| moments.first.elements())
     }
 
     /// First and second moments of the whole layout, zero where there are none.
@@ -318,7 +347,12 @@ impl Store {
         for (at, piece) in self.pieces(&(0..elements)).into_iter().filter(|(_, piece)| piece.start < self.trained()) {
             let count = (piece.end - piece.start) as usize;
             let (one, two) = match &moments.scales {
-                None => (moments.first.f_narrow(0, piece.start, count as i64)?, moments.second.f_narrow(0, piece.start, count as i64)?),
+                None => {
+                    let (one, two) = (kernels.empty(&[count as i64], Kind::Float)?, kernels.empty(&[count as i64], Kind::Float)?);
+                    copy(kernels, moments.first.at(piece.start), (&one).into(), count as i64)?;
+                    copy(kernels, moments.second.at(piece.start), (&two).into(), count as i64)?;
+                    (one, two)
+                }
                 Some((first_scales, second_scales)) => {
                     // Whole blocks around the piece.
                     let begin = piece.start / MOMENT_BLOCK * MOMENT_BLOCK;
@@ -326,8 +360,8 @@ impl Store {
                     let out = || kernels.empty(&[blocks * MOMENT_BLOCK], Kind::Float);
                     let (one, two) = (out()?, out()?);
                     let arguments = [
-                        Argument::at(&moments.first, begin),
-                        Argument::at(&moments.second, begin),
+                        moments.first.at(begin),
+                        moments.second.at(begin),
                         Argument::at(first_scales, begin / MOMENT_BLOCK),
                         Argument::at(second_scales, begin / MOMENT_BLOCK),
                         (&one).into(),
@@ -349,7 +383,7 @@ impl Store {
     pub fn write_moments(&mut self, kernels: &Kernels, first: &[f32], second: &[f32]) -> Result<()> {
         let pieces = self.pieces(&(0..first.len()));
         let trained = self.trained();
-        let Some(moments) = &mut self.moments else { return Ok(()) };
+        let Some(moments) = &self.moments else { return Ok(()) };
         // Whole blocks at once: vectors share blocks, so everything is laid out on the host first.
         let chunk = PIECE as i64;
         for begin in (0..trained).step_by(PIECE) {
@@ -369,14 +403,14 @@ impl Store {
             let (one, two) = (one?, two?);
             match &moments.scales {
                 None => {
-                    moments.first.f_narrow(0, begin, end - begin)?.f_copy_(&one)?;
-                    moments.second.f_narrow(0, begin, end - begin)?.f_copy_(&two)?;
+                    copy(kernels, (&one).into(), moments.first.at(begin), end - begin)?;
+                    copy(kernels, (&two).into(), moments.second.at(begin), end - begin)?;
                 }
                 Some((first_scales, second_scales)) => {
                     let blocks = (end - begin) / MOMENT_BLOCK;
                     let arguments = [
-                        Argument::at(&moments.first, begin),
-                        Argument::at(&moments.second, begin),
+                        moments.first.at(begin),
+                        moments.second.at(begin),
                         Argument::at(first_scales, begin / MOMENT_BLOCK),
                         Argument::at(second_scales, begin / MOMENT_BLOCK),
                         (&one).into(),
@@ -389,6 +423,11 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Copies f32 values between two places that kernels reach.
+fn copy(kernels: &Kernels, from: Argument, to: Argument, elements: i64) -> Result<()> {
+    kernels.launch("copy_values", (elements + 255) / 256, 256u32, &[from, to, elements.into()])
 }
 
 /// Copies a flat f32 tensor to the host.

@@ -259,6 +259,12 @@ extern "C" __global__ void join_values(const bf16* weights, const u16* rests, fl
   if (at < elements) values[at] = join(weights[at], rests[at]);
 }
 
+// f32 values between the GPU's and the host's memory, in whichever direction.
+extern "C" __global__ void copy_values(const float* from, float* to, i64 elements) {
+  i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at < elements) to[at] = from[at];
+}
+
 // 8-bit moments to f32 [elements] and back, whole blocks of 256; a warp a block.
 extern "C" __global__ void moments_out(const u8* first, const u8* second, const float* first_scale, const float* second_scale,
                                        float* first_values, float* second_values, i64 blocks) {
