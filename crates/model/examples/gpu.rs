@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let has = |word: &str| rest.iter().any(|other| other == word);
             let trainer = TrainerOptions {
                 device: "cuda:0".into(),
-                recompute: has("recompute"),
+                recompute: Some(has("recompute")),
                 offload: has("offload"),
                 moments: if has("f32") { MomentType::F32 } else { MomentType::Bytes },
                 kernel_cache: rest.iter().find_map(|word| word.strip_prefix("cache=")).map(PathBuf::from),

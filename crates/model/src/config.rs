@@ -171,11 +171,15 @@ impl QuasarConfig {
         Ok(Self { raw, ..config })
     }
 
+    /// The released model's configuration.
+    pub fn released() -> Result<Self, ConfigError> {
+        Self::from_json(include_str!("preview_config.json"))
+    }
+
     /// The released model's configuration, with its exact layer shapes in `layers` layers. Fewer than its 20 give one dense layer, then
     /// layers with a mixture and a branch each.
     pub fn preview(layers: usize) -> Result<Self, ConfigError> {
-        const RELEASED: &str = include_str!("preview_config.json");
-        let released = Self::from_json(RELEASED)?;
+        let released = Self::released()?;
         if layers == released.num_hidden_layers {
             return Ok(released);
         }

@@ -171,6 +171,16 @@ pub fn plan_memory(config: &QuasarConfig, rows: u64, row_tokens: u64, available:
     list.iter().find(|plan| available.holds(plan)).copied().ok_or(smallest.unwrap_or(list[0]))
 }
 
+/// Recomputation and rows in a pass for a learner whose moments lie where they lie, with `bytes` of the GPU in all: the cheapest that
+/// fits, or the smallest there is.
+pub fn plan_pass(config: &QuasarConfig, rows: u64, row_tokens: u64, byte_moments: bool, offload: bool, bytes: u64) -> MemoryPlan {
+    let shapes = strategies(config, rows.max(1), row_tokens, false);
+    let of = |plan: &MemoryPlan| memory_of(config, row_tokens, Strategy { byte_moments, offload, ..plan.strategy });
+    let list: Vec<MemoryPlan> = shapes.iter().map(of).collect();
+    let smallest = list.iter().copied().min_by_key(|plan| plan.peak_bytes).expect("there is always a strategy");
+    list.into_iter().find(|plan| plan.peak_bytes <= bytes).unwrap_or(smallest)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -218,6 +228,17 @@ mod tests {
         assert!(plan(20, 8, 78, 0).is_err());
         let offloaded = plan(20, 8, 78, 100).unwrap();
         assert!(offloaded.strategy.offload && offloaded.host_bytes > 60 << 30);
+    }
+
+    #[test]
+    fn a_learner_that_is_already_there_saves_by_smaller_passes_then_by_recomputation() {
+        let config = QuasarConfig::preview(6).unwrap();
+        let strategy = |gib: u64| plan_pass(&config, 32, 2048, true, false, gib << 30).strategy;
+        assert_eq!((strategy(78).recompute, strategy(78).rows_per_pass), (false, 32));
+        assert_eq!((strategy(50).recompute, strategy(50).rows_per_pass), (false, 16));
+        assert!(strategy(42).recompute);
+        assert_eq!(strategy(1).rows_per_pass, 1, "nothing fits: the smallest is tried");
+        assert!(!plan_pass(&config, 32, 2048, false, true, 78 << 30).strategy.byte_moments);
     }
 
     #[test]

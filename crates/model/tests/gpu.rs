@@ -140,7 +140,7 @@ fn gradients_of_own_kernels_are_as_close_to_f32_as_those_of_libtorch_in_bf16() {
 #[test]
 fn steps_are_bit_identical_with_free_and_forced_routes_and_with_recomputation_and_offload() {
     let Some(folder) = folder() else { return };
-    let saving = TrainerOptions { recompute: true, offload: true, ..own() };
+    let saving = TrainerOptions { recompute: Some(true), offload: true, ..own() };
     let mut trainers = [open(folder, &own()), open(folder, &own()), open(folder, &saving)];
     for step in 0..3 {
         let tokens = rows(step);

@@ -42,9 +42,10 @@ pub struct TrainerOptions {
     pub moments: MomentType,
     /// Keep the lower halves of the weights and the moments in pinned memory of the host (own kernels).
     pub offload: bool,
-    /// Keep only the input of each layer for the backward pass and compute the layer again (own kernels).
-    pub recompute: bool,
+    /// Keep only the input of each layer for the backward pass and compute the layer again (own kernels). `None`: if memory demands it.
+    pub recompute: Option<bool>,
     /// Most tokens in one forward and backward pass (own kernels); larger batches are cut into groups of rows whose gradients are added.
+    /// `None`: as many as memory allows.
     pub pass_tokens: Option<usize>,
 }
 
@@ -59,7 +60,7 @@ impl Default for TrainerOptions {
             kernel_cache: None,
             moments: MomentType::default(),
             offload: false,
-            recompute: false,
+            recompute: None,
             pass_tokens: None,
         }
     }

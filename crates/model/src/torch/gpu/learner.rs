@@ -9,11 +9,12 @@ use super::engine::{Constants, Pass};
 use super::kernels::Kernels;
 use super::mixture::{self, Routes};
 use super::store::{Gradients, Store, to_slice};
+use crate::memory::{Strategy, memory_of, plan_pass};
 use crate::torch::context;
 use crate::torch::layout::Layout;
 use crate::torch::learner::{Learner, Taken};
 use crate::torch::ops;
-use crate::torch::trainer::TrainerOptions;
+use crate::torch::trainer::{MomentType, TrainerOptions};
 use crate::{Batch, Hyper, QuasarConfig, TrainError};
 
 /// A model in training on one GPU.
@@ -25,8 +26,18 @@ pub(crate) struct GpuLearner {
     /// Constants of the checkpoint, and the tables made from them for sequences up to a length.
     buffers: HashMap<String, Vec<f32>>,
     constants: (usize, Constants),
+    options: TrainerOptions,
+    /// Shape of the last batch, and how it is passed through.
+    shape: Option<((usize, usize), PassShape)>,
+    /// Free bytes of the GPU before the first batch.
+    free_at_first: Option<usize>,
+}
+
+/// How a batch goes through the network.
+#[derive(Clone, Copy)]
+struct PassShape {
     recompute: bool,
-    pass_tokens: usize,
+    rows: usize,
 }
 
 /// What one forward and backward pass over a batch gives.
@@ -63,8 +74,7 @@ impl GpuLearner {
         let kernels = Kernels::new(&config, device, options.kernel_cache.as_deref()).map_err(|reason| device_error(device, reason))?;
         let store = Store::new(&kernels, &layout, Some(options.moments), options.offload)?;
         let constants = (1, Constants::new(&config, &buffers, 1, device)?);
-        let pass_tokens = options.pass_tokens.unwrap_or(usize::MAX);
-        Ok(Self { kernels, store, config, layout, buffers, constants, recompute: options.recompute, pass_tokens })
+        Ok(Self { kernels, store, config, layout, buffers, constants, options: options.clone(), shape: None, free_at_first: None })
     }
 
     /// Overwrites all weights with random ones (normal, standard deviation 0.02; vectors as a fresh model has them), for measurements.
@@ -96,15 +106,45 @@ impl GpuLearner {
         self.kernels.gpu.synchronize().map_err(|reason| device_error(self.kernels.device, reason))
     }
 
+    /// How a batch is passed through: as the options say, otherwise as memory allows.
+    fn pass_shape(&mut self, batch: &Batch) -> ops::Result<PassShape> {
+        let of = (batch.rows, batch.row_tokens);
+        if let Some((last, shape)) = self.shape
+            && last == of
+        {
+            return Ok(shape);
+        }
+        let (byte_moments, offload) = (self.options.moments == MomentType::Bytes, self.options.offload);
+        let (rows, row_tokens) = (batch.rows as u64, batch.row_tokens as u64);
+        let (free, _) = self.kernels.gpu.memory().map_err(tch::TchError::Torch)?;
+        // What is free at the first batch, and what the learner held before it; later batches reuse what earlier ones left with the allocator.
+        let free = *self.free_at_first.get_or_insert(free);
+        let held = memory_of(&self.config, row_tokens, Strategy { byte_moments, recompute: true, offload, rows_per_pass: 1 }).state_bytes;
+        let bytes = free as u64 + held;
+        let plan = plan_pass(&self.config, rows, row_tokens, byte_moments, offload, bytes);
+        let pass_rows = self.options.pass_tokens.map_or(plan.strategy.rows_per_pass as usize, |tokens| tokens / batch.row_tokens);
+        let shape =
+            PassShape { recompute: self.options.recompute.unwrap_or(plan.strategy.recompute), rows: pass_rows.clamp(1, batch.rows) };
+        tracing::info!(
+            recompute = shape.recompute,
+            rows_per_pass = shape.rows,
+            estimated_gib = plan.peak_bytes >> 30,
+            available_gib = bytes >> 30,
+            "memory plan"
+        );
+        self.shape = Some((of, shape));
+        Ok(shape)
+    }
+
     fn compute(&mut self, batch: &Batch, forced: Option<&crate::Routes>) -> ops::Result<Computed> {
         let device = self.kernels.device;
         if self.constants.0 < batch.row_tokens {
             self.constants = (batch.row_tokens, Constants::new(&self.config, &self.buffers, batch.row_tokens, device)?);
         }
+        let PassShape { recompute, rows: group } = self.pass_shape(batch)?;
         let scale = 1.0 / (batch.rows * (batch.row_tokens - 1)) as f64;
         let mut gradients = self.store.gradients()?;
         let (mut losses, mut routes) = (Vec::new(), Vec::new());
-        let group = (self.pass_tokens / batch.row_tokens).clamp(1, batch.rows);
         for from in (0..batch.rows).step_by(group) {
             let rows = group.min(batch.rows - from);
             let tokens = &batch.tokens[from * batch.row_tokens..(from + rows) * batch.row_tokens];
@@ -123,7 +163,7 @@ impl GpuLearner {
                 rows: rows as i64,
                 row_tokens: batch.row_tokens as i64,
             };
-            losses.push(pass.run(&ids, &targets, scale, self.recompute, &mut chosen, &mut gradients)?);
+            losses.push(pass.run(&ids, &targets, scale, recompute, &mut chosen, &mut gradients)?);
             routes.push(chosen.used);
         }
         Ok(Computed { gradients, losses: Tensor::f_cat(&losses, 0)?, scale, routes })
