@@ -215,6 +215,12 @@ impl QuasarConfig {
         self.num_hidden_layers.saturating_sub(self.first_k_dense_replace) * self.num_loops
     }
 
+    /// Most assignments that an expert takes from `tokens` tokens in the reference's training mode: twice its even share, at least 128.
+    pub fn expert_capacity(&self, tokens: usize) -> usize {
+        const LEAST: usize = 128;
+        (2 * (tokens * self.num_experts_per_tok / self.num_experts)).max(LEAST)
+    }
+
     /// Channels of a head that rotary embedding turns.
     pub fn rotary_width(&self) -> usize {
         (self.head_dim as f64 * self.partial_rotary_factor) as usize

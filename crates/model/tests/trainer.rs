@@ -5,8 +5,8 @@ mod common;
 
 use common::{data, fresh, plan, small, tokens, trainer};
 use quasar_model::{
-    Batch, Evaluator, EvaluatorOptions, Hyper, QuasarConfig, QuasarEvaluator, QuasarTrainer, Routes, TrainError, Trainer, TrainerState,
-    checkpoint_loss,
+    Batch, Evaluator, EvaluatorOptions, Hyper, QuasarConfig, QuasarEvaluator, QuasarTrainer, Routes, TrainError, Trainer, TrainerOptions,
+    TrainerState, checkpoint_loss,
 };
 
 const ROWS: usize = 4;
@@ -353,4 +353,26 @@ fn index_without(path: &std::path::Path, name: &str) -> String {
     let mut index: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     index["weight_map"].as_object_mut().unwrap().remove(name).unwrap();
     index.to_string()
+}
+
+#[test]
+fn experts_drop_tokens_only_if_asked_to_and_only_beyond_their_capacity() {
+    // All tokens to the same three of eight experts: 160 assignments each, of which 128 fit.
+    let folder = small();
+    let tokens = rows(1);
+    let all = Routes((0..4 * ROWS * ROW_TOKENS).flat_map(|_| [0, 1, 2]).collect());
+    let even = Routes((0..4 * ROWS * ROW_TOKENS).flat_map(|n| [0, 3, 6].map(|k| ((n + k) % 8) as u16)).collect());
+    let config = QuasarConfig::from_dir(folder.path()).unwrap();
+    assert_eq!(config.expert_capacity(ROWS * ROW_TOKENS), 128);
+    assert_eq!(QuasarConfig::released().unwrap().expert_capacity(16_384), 1024);
+    let capped = TrainerOptions { cap_experts: true, ..TrainerOptions::default() };
+    let run = |options: &TrainerOptions, routes: &Routes| {
+        common::trainer_with(folder.path(), options).loss_and_gradients(&batch(&tokens), Some(routes)).unwrap()
+    };
+    let (free, limited) = (run(&TrainerOptions::default(), &all), run(&capped, &all));
+    assert_ne!(free.0, limited.0);
+    assert_eq!(run(&TrainerOptions::default(), &even), run(&capped, &even), "nothing is beyond the capacity");
+    // The last tokens in order are dropped: what they would have given the experts is missing, the first ones' is there.
+    let gradient = |result: &(f64, std::collections::BTreeMap<String, Vec<f32>>)| result.1["model.layers.4.mlp.experts_w3"].clone();
+    assert!(common::relative_difference(&gradient(&limited), &gradient(&free)) > 0.05);
 }

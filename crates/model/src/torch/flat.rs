@@ -12,6 +12,7 @@ use super::learner::{Learner, Taken};
 use super::moe::Routing;
 use super::network::Network;
 use super::ops;
+use super::trainer::TrainerOptions;
 use crate::adamw::{self, Buffers};
 use crate::{Batch, Hyper, QuasarConfig, Routes, TrainError};
 
@@ -23,6 +24,7 @@ pub(crate) struct FlatLearner {
     first: Tensor,
     second: Tensor,
     threads: usize,
+    cap_experts: bool,
 }
 
 /// Result of a forward and backward pass.
@@ -41,13 +43,13 @@ impl FlatLearner {
         buffers: HashMap<String, Vec<f32>>,
         device: Device,
         kind: Kind,
-        threads: usize,
+        options: &TrainerOptions,
     ) -> Result<Self, TrainError> {
         let zeros = || Tensor::f_zeros([layout.elements as i64], (Kind::Float, device));
         let (weights, first, second) = (zeros()?, zeros()?, zeros()?);
         let leaf = weights.f_narrow(0, 0, layout.trained as i64)?.f_detach()?.f_requires_grad_(true)?;
         let network = Network::new(config, layout, buffers, device, kind)?;
-        Ok(Self { network, weights, leaf, first, second, threads })
+        Ok(Self { network, weights, leaf, first, second, threads: options.threads, cap_experts: options.cap_experts })
     }
 
     fn pass(&mut self, batch: &Batch, forced: Option<&Routes>, record: bool, step: u64) -> Result<Pass, TrainError> {
@@ -55,6 +57,9 @@ impl FlatLearner {
         let _guard = context::free_choice();
         let network = &self.network;
         let mut routing = Routing::new(&network.config, batch.tokens.len(), forced, record, network.device)?;
+        if self.cap_experts {
+            routing.cap(network.config.expert_capacity(batch.tokens.len()));
+        }
         let (trained, all) = (network.layout.trained as i64, network.layout.elements as i64);
         let frozen = self.weights.f_narrow(0, trained, all - trained)?;
         let weights = network.weights(&self.leaf, &frozen)?;

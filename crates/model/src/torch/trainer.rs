@@ -34,6 +34,9 @@ pub struct TrainerOptions {
     pub compute: Option<ComputeType>,
     /// Whether `A_log` and `dt_bias` of Quasar branches are trained. Off in the reference.
     pub train_step_sizes: bool,
+    /// Whether experts drop tokens beyond [`QuasarConfig::expert_capacity`] in each pass, as the reference does in training mode; the shares
+    /// of the others are not scaled up. Off: no token is ever dropped.
+    pub cap_experts: bool,
     /// Whether a GPU may use this crate's own kernels; otherwise it computes through libtorch's operations.
     pub own_kernels: bool,
     /// Folder in which compiled kernels are kept from start to start.
@@ -56,6 +59,7 @@ impl Default for TrainerOptions {
             threads: 1,
             compute: None,
             train_step_sizes: false,
+            cap_experts: false,
             own_kernels: true,
             kernel_cache: None,
             moments: MomentType::default(),
@@ -139,7 +143,7 @@ fn learner(
         }
     }
     let kind = options.compute.unwrap_or_default().kind();
-    Ok(Box::new(FlatLearner::new(config, layout, buffers, device, kind, options.threads)?))
+    Ok(Box::new(FlatLearner::new(config, layout, buffers, device, kind, options)?))
 }
 
 impl Trainer for QuasarTrainer {

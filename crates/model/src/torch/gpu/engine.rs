@@ -37,6 +37,8 @@ pub(crate) struct Pass<'a> {
     pub constants: &'a Constants,
     pub rows: i64,
     pub row_tokens: i64,
+    /// Whether experts take a limited number of tokens.
+    pub cap_experts: bool,
 }
 
 /// Constant tensors on the device.

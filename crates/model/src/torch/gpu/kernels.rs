@@ -204,12 +204,16 @@ impl Kernels {
         let mut options: Vec<String> = ["--std=c++17", "-default-device", "-diag-suppress=177"].map(str::to_owned).into();
         options.extend(sizes.iter().map(|(name, value)| format!("-D{name}={value}")));
         let codes: Vec<_> = std::thread::scope(|scope| {
-            let threads = SOURCES.each_ref().map(|source| scope.spawn(|| code(source, gpu.capability, &options, cache)));
+            let threads = SOURCES.each_ref().map(|source| scope.spawn(|| code_of(source, gpu.capability, &options, cache)));
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("the compiler's thread panicked".into()))).collect()
         });
         let mut functions = HashMap::new();
         for (source, code) in SOURCES.iter().zip(codes) {
-            let loaded = driver::load(&gpu, &code?, source.kernels)?;
+            let loaded = driver::load(&gpu, &code?, source.kernels).or_else(|reason| {
+                // A damaged cache must not cost the kernels.
+                tracing::warn!(%reason, source = source.name, "kept kernels cannot be loaded; compiling them again");
+                driver::load(&gpu, &code_of(source, gpu.capability, &options, None)?, source.kernels)
+            })?;
             functions.extend(source.kernels.iter().map(|(name, _)| *name).zip(loaded));
         }
         Ok(Self { gpu, device, hidden: config.hidden_size as u32, functions })
@@ -287,7 +291,7 @@ pub(crate) fn warps(items: i64) -> i64 {
 }
 
 /// Machine code of one source file, from the cache where it lies there. The name of the cached file says everything that the code depends on.
-fn code(source: &Source, capability: u32, options: &[String], cache: Option<&Path>) -> std::result::Result<Vec<u8>, String> {
+fn code_of(source: &Source, capability: u32, options: &[String], cache: Option<&Path>) -> std::result::Result<Vec<u8>, String> {
     let text = format!("{COMMON}\n{}\n{}", if source.has_tiles { TILE } else { "" }, source.text);
     let Some(folder) = cache else { return driver::compile(source.name, &text, capability, options) };
     let mut hasher = blake3::Hasher::new();

@@ -162,6 +162,7 @@ impl GpuLearner {
                 constants: &self.constants.1,
                 rows: rows as i64,
                 row_tokens: batch.row_tokens as i64,
+                cap_experts: self.options.cap_experts,
             };
             losses.push(pass.run(&ids, &targets, scale, recompute, &mut chosen, &mut gradients)?);
             routes.push(chosen.used);

@@ -124,8 +124,17 @@ fn route(pass: &Pass, h: &Tensor, prefix: &str, routes: &mut Routes) -> Result<E
     let count = tokens as i32;
     pass.kernels.launch("sort_count", blocks, experts, &[(&chosen).into(), (&counts).into(), count.into()])?;
     pass.kernels.launch("sort_scan", 1u32, experts, &[(&counts).into(), (&ends).into(), (blocks as i32).into()])?;
-    let arguments =
-        [(&chosen).into(), (&shares).into(), (&counts).into(), (&place).into(), (&source).into(), (&sorted).into(), count.into()];
+    let capacity = if pass.cap_experts { config.expert_capacity(tokens as usize) as i32 } else { 0 };
+    let arguments = [
+        (&chosen).into(),
+        (&shares).into(),
+        (&counts).into(),
+        (&place).into(),
+        (&source).into(),
+        (&sorted).into(),
+        capacity.into(),
+        count.into(),
+    ];
     pass.kernels.launch("sort_place", blocks, experts, &arguments)?;
     let inner = grouped(&gather(pass, h, &source)?, pass.weight(&format!("{prefix}experts_w12"))?, &ends)?;
     Ok(ExpertsSaved { logits, experts: chosen, place, source, ends, shares: sorted, inner })

@@ -134,20 +134,22 @@ extern "C" __global__ void sort_scan(int* counts, int* ends, int blocks) {
   }
 }
 
-// place [tokens * CHOICES]: sorted place of each assignment; source: token at each sorted place; sorted_shares likewise.
+// place [tokens * CHOICES]: sorted place of each assignment; source: token at each sorted place; sorted_shares likewise. An expert's
+// assignments from number `capacity` on get share 0, which drops them; 0: none is dropped.
 extern "C" __global__ void sort_place(const int* experts, const bf16* shares, const int* first_places, int* place, int* source,
-                                      bf16* sorted_shares, int tokens) {
+                                      bf16* sorted_shares, int capacity, int tokens) {
   __shared__ u16 ids[SORT_TOKENS * CHOICES];
   int first = blockIdx.x * SORT_TOKENS, many = min(SORT_TOKENS, tokens - first) * CHOICES;
   i64 base = (i64)first * CHOICES;
   for (int i = threadIdx.x; i < many; i += blockDim.x) ids[i] = (u16)experts[base + i];
   __syncthreads();
   int at = first_places[(i64)blockIdx.x * EXPERTS + threadIdx.x];
+  int end = capacity ? first_places[threadIdx.x] + capacity : 0x7fffffff;
   for (int i = 0; i < many; i++) {
     if (ids[i] != threadIdx.x) continue;
     place[base + i] = at;
     source[at] = first + i / CHOICES;
-    sorted_shares[at] = shares[base + i];
+    sorted_shares[at] = at < end ? shares[base + i] : (bf16)0;
     at++;
   }
 }
@@ -218,6 +220,7 @@ extern "C" __global__ void swiglu_backward(const bf16* x, const bf16* shares, co
   }
   if (dshares) {
     dshare = warp_sum(dshare);
-    if (lane == 0) dshares[row] = dshare;
+    // A share of 0 is that of a dropped assignment.
+    if (lane == 0) dshares[row] = share == 0.f ? 0.f : dshare;
   }
 }
