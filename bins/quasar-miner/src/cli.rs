@@ -9,6 +9,7 @@ use daemon::{Exit, Failure};
 use protocol::{DType, KeyKind};
 
 use crate::commands;
+use crate::commands::bench::{BenchArgs, PlanArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -17,6 +18,8 @@ Examples:
   quasar-miner run --worker-id home --owner-identity 5F… --wallet-name miner --hotkey-name default
   QUASAR_MINER_DEVICES=0,1 quasar-miner run --worker-id rig --owner-identity 5F…
   quasar-miner checkpoint init --config config.json --seed 1 --out fresh/
+  quasar-miner bench --layers 6 --batch 8 --torch-cuda-dir /opt/torch/lib/python3.12/site-packages/torch
+  quasar-miner plan-memory --device-memory 78 --host-memory 100
   quasar-miner inspect head.qsr
 
 Exit codes: 0 done, 64 wrong command line, 69 something needed does not answer, 75 try later, 78 change something first.";
@@ -47,6 +50,20 @@ enum Command {
         miner: MinerArgs,
         #[command(flatten)]
         common: CommonArgs,
+    },
+    /// Measure training steps on a GPU: the released model's layers, random tokens
+    Bench {
+        #[command(flatten)]
+        bench: BenchArgs,
+        #[command(flatten)]
+        miner: MinerArgs,
+        #[command(flatten)]
+        common: CommonArgs,
+    },
+    /// Print what training takes of a GPU's memory, and the strategy that would be chosen
+    PlanMemory {
+        #[command(flatten)]
+        plan: PlanArgs,
     },
     /// Checkpoints on this disk
     #[command(subcommand)]
@@ -159,6 +176,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
     match cli.command {
         Command::Run { miner, common } => crate::run::main(&common, &miner),
         Command::Doctor { json, miner, common } => commands::doctor::main(&common, &miner, json),
+        Command::Bench { bench, miner, common } => commands::bench::main(&common, &miner, &bench),
+        Command::PlanMemory { plan } => commands::bench::plan(&plan),
         Command::Checkpoint(CheckpointCommand::Init { config, seed, dtype, out }) => {
             commands::checkpoint::init(&config, seed, dtype.into(), &out)
         }
@@ -194,6 +213,8 @@ mod tests {
             "quasar-miner inspect head.qsr",
             "quasar-miner config show --json",
             "quasar-miner doctor --json",
+            "quasar-miner bench --layers 6 --batch 8 --sequence-length 2048 --device cuda:0 --steps 10 --json",
+            "quasar-miner plan-memory --config config.json --device-memory 78 --host-memory 100",
         ] {
             parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
         }

@@ -171,6 +171,25 @@ impl QuasarConfig {
         Ok(Self { raw, ..config })
     }
 
+    /// The released model's configuration.
+    pub fn released() -> Result<Self, ConfigError> {
+        Self::from_json(include_str!("preview_config.json"))
+    }
+
+    /// The released model's configuration, with its exact layer shapes in `layers` layers. Fewer than its 20 give one dense layer, then
+    /// layers with a mixture and a branch each.
+    pub fn preview(layers: usize) -> Result<Self, ConfigError> {
+        let released = Self::released()?;
+        if layers == released.num_hidden_layers {
+            return Ok(released);
+        }
+        let mut keys = released.raw;
+        let hybrid: Vec<usize> = if layers < released.num_hidden_layers { (1..layers).collect() } else { (4..layers).collect() };
+        keys.insert("num_hidden_layers".into(), layers.into());
+        keys.insert("hybrid_attention_layers".into(), hybrid.into());
+        Self::from_json(&Value::Object(keys).to_string())
+    }
+
     /// The configuration as JSON: the keys as read, and the two by which Hugging Face finds the model's class.
     pub fn to_json(&self) -> String {
         let mut keys = self.raw.clone();
@@ -194,6 +213,12 @@ impl QuasarConfig {
     /// Mixture-of-experts layers that one forward pass runs through, counting loops.
     pub fn moe_passes(&self) -> usize {
         self.num_hidden_layers.saturating_sub(self.first_k_dense_replace) * self.num_loops
+    }
+
+    /// Most assignments that an expert takes from `tokens` tokens in the reference's training mode: twice its even share, at least 128.
+    pub fn expert_capacity(&self, tokens: usize) -> usize {
+        const LEAST: usize = 128;
+        (2 * (tokens * self.num_experts_per_tok / self.num_experts)).max(LEAST)
     }
 
     /// Channels of a head that rotary embedding turns.

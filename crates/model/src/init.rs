@@ -207,7 +207,7 @@ mod tests {
 
     #[test]
     fn a_model_too_large_for_memory_is_refused() {
-        let config = QuasarConfig::from_json(include_str!("../tests/data/preview_config.json")).unwrap();
+        let config = QuasarConfig::from_json(include_str!("preview_config.json")).unwrap();
         let folder = tempfile::tempdir().unwrap();
         assert!(matches!(fresh(&config, 0, DType::F32, folder.path()), Err(InitError::TooLarge { parameters: 16_553_949_296 })));
     }

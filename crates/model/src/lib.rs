@@ -12,6 +12,7 @@ mod config;
 mod error;
 pub mod init;
 mod json;
+pub mod memory;
 mod ranges;
 mod state;
 mod tensors;
@@ -32,6 +33,6 @@ pub use train::{Batch, Evaluator, Hyper, Routes, StepReport, Trainer};
 
 #[cfg(feature = "libtorch")]
 pub use torch::{
-    ComputeType, EvaluatorOptions, Loss, QuasarEvaluator, QuasarTrainer, TrainerOptions, checkpoint_loss, cuda_is_available, load_cuda,
-    tune_allocator,
+    ComputeType, EvaluatorOptions, Loss, MomentType, QuasarEvaluator, QuasarTrainer, TrainerOptions, checkpoint_loss, cuda_is_available,
+    load_cuda, tune_allocator,
 };

@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn the_released_model_has_exactly_the_tensors_of_the_reference() {
-        let config = QuasarConfig::from_json(include_str!("../tests/data/preview_config.json")).unwrap();
+        let config = QuasarConfig::from_json(include_str!("preview_config.json")).unwrap();
         let ours: BTreeMap<String, (String, bool)> = config
             .tensors()
             .into_iter()
@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn slopes_follow_the_formula_of_the_released_model() {
-        let config = QuasarConfig::from_json(include_str!("../tests/data/preview_config.json")).unwrap();
+        let config = QuasarConfig::from_json(include_str!("preview_config.json")).unwrap();
         let slopes = config.slopes(8);
         let expected = -(2f64.powf(-0.5)) * (1.0 - 7.0 / 19.0 + 1e-5);
         assert!((f64::from(slopes[0]) - expected).abs() < 1e-7);

@@ -5,7 +5,7 @@
 
 use protocol::FragmentPlan;
 
-use crate::{TrainError, TrainerState};
+use crate::{QuasarConfig, TrainError, TrainerState};
 
 /// Token rows of equal length, one after the other. Rows are independent sequences that begin at position 0.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +76,21 @@ impl Default for Hyper {
 /// a replay removes the only discontinuity of the model, so that a replay on another machine stays close.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Routes(pub Vec<u16>);
+
+impl Routes {
+    /// Checks that there is one choice of an expert for each token, mixture layer and place.
+    pub fn check(&self, config: &QuasarConfig, tokens: usize) -> Result<(), TrainError> {
+        let (per_pass, passes) = (tokens * config.num_experts_per_tok, config.moe_passes());
+        if self.0.len() != per_pass * passes {
+            let found = self.0.len();
+            return Err(TrainError::Routes(format!("{found} choices, expected {per_pass} for each of {passes} mixture layers")));
+        }
+        match self.0.iter().find(|expert| usize::from(**expert) >= config.num_experts) {
+            Some(expert) => Err(TrainError::Routes(format!("there is no expert {expert}"))),
+            None => Ok(()),
+        }
+    }
+}
 
 /// What a step did.
 #[derive(Clone, Debug)]

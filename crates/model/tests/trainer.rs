@@ -5,7 +5,8 @@ mod common;
 
 use common::{data, fresh, plan, small, tokens, trainer};
 use quasar_model::{
-    Batch, Evaluator, EvaluatorOptions, Hyper, QuasarEvaluator, QuasarTrainer, Routes, TrainError, Trainer, TrainerState, checkpoint_loss,
+    Batch, Evaluator, EvaluatorOptions, Hyper, QuasarConfig, QuasarEvaluator, QuasarTrainer, Routes, TrainError, Trainer, TrainerOptions,
+    TrainerState, checkpoint_loss,
 };
 
 const ROWS: usize = 4;
@@ -281,4 +282,97 @@ fn running_the_layers_twice_needs_routes_for_both_passes() {
     let tokens = rows(1);
     let report = trainer.step(&batch(&tokens), &Hyper::default(), None, true).unwrap();
     assert_eq!(report.routes.unwrap().0.len(), 2 * 4 * ROWS * ROW_TOKENS * 3);
+}
+
+/// Rows and columns exchanged.
+fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    (0..columns).flat_map(|column| (0..rows).map(move |row| values[row * columns + column])).collect()
+}
+
+/// Experts one by one as in older checkpoints, in two shards with an index, constants left out: the same model.
+#[test]
+fn older_checkpoints_with_single_experts_in_shards_are_the_same_model() {
+    use safetensors::tensor::{Dtype, TensorView};
+
+    let folder = small();
+    let config = QuasarConfig::from_dir(folder.path()).unwrap();
+    let (hidden, width) = (config.hidden_size, config.moe_intermediate_size);
+    let old = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.path().join("config.json"), old.path().join("config.json")).unwrap();
+    let values = common::read(&folder.path().join("model.safetensors"));
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut add = |name: String, shape: Vec<usize>, values: &[f32]| {
+        tensors.push((name, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect()));
+    };
+    for tensor in config.tensors() {
+        let values = &values[&tensor.name];
+        let shape: Vec<usize> = tensor.shape.iter().map(|n| *n as usize).collect();
+        let Some(prefix) = tensor.name.strip_suffix("experts_w12").or_else(|| tensor.name.strip_suffix("experts_w3")) else {
+            if !tensor.name.ends_with("slope") && !tensor.name.ends_with("inv_freq") {
+                add(tensor.name.clone(), shape, values);
+            }
+            continue;
+        };
+        for (expert, matrix) in values.chunks_exact(shape[1] * shape[2]).enumerate() {
+            let name = |part: &str| format!("{prefix}experts.{expert}.{part}_proj.weight");
+            let turned = transposed(matrix, shape[1], shape[2]);
+            if tensor.name.ends_with("w12") {
+                add(name("gate"), vec![width, hidden], &turned[..width * hidden]);
+                add(name("up"), vec![width, hidden], &turned[width * hidden..]);
+            } else {
+                add(name("down"), vec![hidden, width], &turned);
+            }
+        }
+    }
+    let mut weight_map = serde_json::Map::new();
+    for (number, shard) in tensors.chunks(tensors.len().div_ceil(2)).enumerate() {
+        let file = format!("model-{number}.safetensors");
+        let views = shard.iter().map(|(name, shape, bytes)| (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+        safetensors::serialize_to_file(views, None, &old.path().join(&file)).unwrap();
+        weight_map.extend(shard.iter().map(|(name, ..)| (name.clone(), file.clone().into())));
+    }
+    let index = serde_json::json!({ "weight_map": weight_map }).to_string();
+    std::fs::write(old.path().join("model.safetensors.index.json"), index).unwrap();
+
+    let tokens = rows(2);
+    let losses = |folder: &std::path::Path| {
+        let mut evaluator = QuasarEvaluator::open_with(folder, None, &EvaluatorOptions::default())?;
+        Ok::<_, TrainError>(evaluator.losses(&batch(&tokens)).unwrap())
+    };
+    let (new, same) = (losses(folder.path()).unwrap(), losses(old.path()).unwrap());
+    for (one, two) in new.iter().zip(&same) {
+        assert!((one - two).abs() < 1e-6, "{one} {two}");
+    }
+    // An expert that is missing is named.
+    let index = index_without(&old.path().join("model.safetensors.index.json"), "model.layers.1.mlp.experts.3.down_proj.weight");
+    std::fs::write(old.path().join("model.safetensors.index.json"), index).unwrap();
+    assert!(losses(old.path()).unwrap_err().to_string().contains("experts.3.down_proj"));
+}
+
+fn index_without(path: &std::path::Path, name: &str) -> String {
+    let mut index: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    index["weight_map"].as_object_mut().unwrap().remove(name).unwrap();
+    index.to_string()
+}
+
+#[test]
+fn experts_drop_tokens_only_if_asked_to_and_only_beyond_their_capacity() {
+    // All tokens to the same three of eight experts: 160 assignments each, of which 128 fit.
+    let folder = small();
+    let tokens = rows(1);
+    let all = Routes((0..4 * ROWS * ROW_TOKENS).flat_map(|_| [0, 1, 2]).collect());
+    let even = Routes((0..4 * ROWS * ROW_TOKENS).flat_map(|n| [0, 3, 6].map(|k| ((n + k) % 8) as u16)).collect());
+    let config = QuasarConfig::from_dir(folder.path()).unwrap();
+    assert_eq!(config.expert_capacity(ROWS * ROW_TOKENS), 128);
+    assert_eq!(QuasarConfig::released().unwrap().expert_capacity(16_384), 1024);
+    let capped = TrainerOptions { cap_experts: true, ..TrainerOptions::default() };
+    let run = |options: &TrainerOptions, routes: &Routes| {
+        common::trainer_with(folder.path(), options).loss_and_gradients(&batch(&tokens), Some(routes)).unwrap()
+    };
+    let (free, limited) = (run(&TrainerOptions::default(), &all), run(&capped, &all));
+    assert_ne!(free.0, limited.0);
+    assert_eq!(run(&TrainerOptions::default(), &even), run(&capped, &even), "nothing is beyond the capacity");
+    // The last tokens in order are dropped: what they would have given the experts is missing, the first ones' is there.
+    let gradient = |result: &(f64, std::collections::BTreeMap<String, Vec<f32>>)| result.1["model.layers.4.mlp.experts_w3"].clone();
+    assert!(common::relative_difference(&gradient(&limited), &gradient(&free)) > 0.05);
 }

@@ -70,18 +70,54 @@ pub fn check(steps: &[String]) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// `cargo xtask bench learning`: becomes the measurement, built in the profile that the tests use.
+/// `cargo xtask bench NAME`: becomes the measurement, built in the profile that the tests use.
 pub fn bench(arguments: &[String]) -> Result<ExitCode, Error> {
-    let Some((name, rest)) = arguments.split_first().filter(|(name, _)| *name == "learning") else {
-        return Err(Error::usage(format!("there is no bench `{}`", arguments.join(" ")), "there is one: `cargo xtask bench learning`"));
-    };
+    match arguments.split_first() {
+        Some((name, rest)) if name == "learning" => bench_learning(rest),
+        Some((name, rest)) if name == "gpu" => bench_gpu(rest),
+        _ => {
+            let message = format!("there is no bench `{}`", arguments.join(" "));
+            Err(Error::usage(message, "there are two: `cargo xtask bench learning` and `cargo xtask bench gpu`"))
+        }
+    }
+}
+
+fn bench_learning(arguments: &[String]) -> Result<ExitCode, Error> {
     let root = root()?;
     prepare(&root, None)?;
     build_programs(&root)?;
     // Exit code 1 says that a claim does not hold: it is handed through, and is no failure of ours to explain.
-    let program = executables()?.join(name);
-    let cause = Command::new(&program).args(rest).exec();
+    let program = executables()?.join("learning");
+    let cause = Command::new(&program).args(arguments).exec();
     Err(Error::io("cannot start", &program, cause))
+}
+
+/// Builds the miner and becomes the script that measures it beside the Python peer; or, with `--pack DIR`, puts both into a folder that can
+/// be carried to a machine with a GPU.
+fn bench_gpu(arguments: &[String]) -> Result<ExitCode, Error> {
+    const FILES: [&str; 2] = ["gpu.sh", "gpu_peer.py"];
+    let usage =
+        || Error::usage("`bench gpu` needs a torch folder, or `--pack DIR`", "cargo xtask bench gpu TORCH_FOLDER [LAYERS] [BATCHES]");
+    let (first, rest) = arguments.split_first().ok_or_else(usage)?;
+    let root = root()?;
+    prepare(&root, None)?;
+    run(cargo(&root, &["build", "--locked", "--package", "quasar-miner"]), "the compiler's message is above")?;
+    let (programs, scripts) = (executables()?, root.join("tests/bench"));
+    if first != "--pack" {
+        let script = scripts.join(FILES[0]);
+        let cause = Command::new(&script).arg(&programs).arg(first).args(rest).exec();
+        return Err(Error::io("cannot start", &script, cause));
+    }
+    let [folder] = rest else { return Err(usage()) };
+    let folder = Path::new(folder);
+    std::fs::create_dir_all(folder).map_err(|cause| Error::io("cannot make", folder, cause))?;
+    let sources = FILES.map(|file| scripts.join(file)).into_iter().chain([programs.join("quasar-miner")]);
+    for source in sources {
+        let target = folder.join(source.file_name().unwrap_or_default());
+        std::fs::copy(&source, &target).map_err(|cause| Error::io("cannot copy", &source, cause))?;
+    }
+    eprintln!("packed: on the machine with the GPU, run {}/gpu.sh {} TORCH_FOLDER", folder.display(), folder.display());
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Every program but `xtask`, in the profile that the tests use too.

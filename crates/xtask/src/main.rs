@@ -7,7 +7,7 @@
 //! - `devnet` is `setup`, a build of the three daemons, and `quasar-orchestrator devnet` with the given arguments.
 //! - `test` is `setup`, the same build, and the whole test suite: one profile, so that everything is compiled once.
 //! - `check` is formatting, the walls between the crates, and clippy with warnings as errors.
-//! - `bench` is `setup` and a measurement of the learning algorithm, in the profile that the tests use.
+//! - `bench` is `setup` and a measurement, of the learning algorithm or of a GPU, in the profile that the tests use.
 
 mod arrows;
 mod commands;
@@ -30,13 +30,15 @@ usage: cargo xtask COMMAND [arguments]
   test [FILTER…]           setup, build the daemons, run the whole test suite (or the tests that match)
   check [STEP…]            setup, then the steps fmt, arrows, clippy (all when none is named)
   bench learning [ARGS…]   setup, then three learners against one and against data-parallel training (docs/benchmarks.md)
+  bench gpu TORCH_FOLDER [LAYERS] [BATCHES]   setup, then the miner's training steps beside PyTorch's on this GPU (docs/performance.md)
+  bench gpu --pack DIR     the same, put into a folder for another machine
   help                     this text
 
 environment:
   LIBTORCH           a libtorch folder of your own; it must hold the same version
   CARGO_TARGET_DIR   where cargo builds, as everywhere
   QUASAR_DEV_CACHE_DIR   where downloads are kept (default $XDG_CACHE_HOME/quasar-training or ~/.cache/quasar-training)
-  QUASAR_DEV_PYTHON  a Python with torch, for the comparison in `bench learning` (default python3)
+  QUASAR_DEV_PYTHON  a Python with torch, for the comparisons in `bench` (default python3)
 
 examples:
   cargo xtask devnet

@@ -1,55 +1,121 @@
-//! Reading a checkpoint into the flat parameter buffer and the constants.
+//! Reading a checkpoint, tensor by tensor: the whole of a large model never lies in the host's memory.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use fragments::CheckpointTree;
 
-use super::layout::Layout;
-use crate::{QuasarConfig, TrainError};
+use crate::{QuasarConfig, TensorEntry, TrainError};
 
-/// Parameters in the order of the layout, and the constants by name.
-pub(crate) struct Loaded {
-    pub parameters: Vec<f32>,
-    pub buffers: HashMap<String, Vec<f32>>,
+/// A checkpoint that has every tensor of its configuration, in whatever element type and sharding.
+///
+/// Decay slopes may be missing (they are a formula); rotary frequencies are always recomputed, since a copy in bf16 would be
+/// rounded. Experts may lie one by one, in the layout of older checkpoints (`mlp.experts.{e}.{gate,up,down}_proj.weight`). Other
+/// missing tensors, wrong shapes, and parameters that the configuration does not know are refused here; values that are not
+/// finite, when they are read.
+pub(crate) struct Source {
+    tree: CheckpointTree,
+    config: QuasarConfig,
+    tensors: Vec<TensorEntry>,
 }
 
-/// Reads every tensor of the configuration from the checkpoint in `folder`, in whatever element type and sharding it has.
-/// Decay slopes may be missing (they are a formula); rotary frequencies are always recomputed, since a copy in bf16 would be
-/// rounded. Other missing tensors, wrong shapes, values that are not finite and parameters that the configuration does
-/// not know are refused.
-pub(crate) fn load(config: &QuasarConfig, layout: &Layout, folder: &Path) -> Result<Loaded, TrainError> {
-    let fail = TrainError::Checkpoint;
-    let tree = CheckpointTree::open(folder).map_err(|error| fail(error.to_string()))?;
-    let tensors = config.tensors();
-    let known: BTreeSet<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
-    if let Some(other) = tree.contract().tensors.iter().find(|tensor| !known.contains(tensor.name.as_str())) {
-        return Err(fail(format!("tensor {} does not belong to the model that config.json describes", other.name)));
+fn fail(reason: impl ToString) -> TrainError {
+    TrainError::Checkpoint(reason.to_string())
+}
+
+/// The three matrices of one expert in the older layout, `[I, D]`, `[I, D]` and `[D, I]`.
+fn single_experts(fused: &str, expert: usize) -> Option<[String; 3]> {
+    let prefix = fused.strip_suffix("experts_w12").or_else(|| fused.strip_suffix("experts_w3"))?;
+    Some(["gate", "up", "down"].map(|part| format!("{prefix}experts.{expert}.{part}_proj.weight")))
+}
+
+/// Writes the transpose of `from [rows, columns]` to `to`, whose rows are `stride` apart.
+fn transpose(from: &[f32], rows: usize, columns: usize, to: &mut [f32], stride: usize) {
+    for (r, row) in from.chunks_exact(columns).enumerate().take(rows) {
+        for (c, value) in row.iter().enumerate() {
+            to[c * stride + r] = *value;
+        }
     }
-    let mut parameters = vec![0f32; layout.elements];
-    let mut buffers = HashMap::new();
-    for tensor in &tensors {
-        if tensor.name.ends_with(".inv_freq") {
-            continue;
-        }
-        let Some(found) = tree.tensor(&tensor.name) else {
-            let Some(layer) = tensor.name.strip_suffix(".attention.gla_attention.slope") else {
-                return Err(fail(format!("tensor {} is missing", tensor.name)));
+}
+
+impl Source {
+    pub fn open(config: &QuasarConfig, folder: &Path) -> Result<Self, TrainError> {
+        let tree = CheckpointTree::open(folder).map_err(fail)?;
+        let tensors = config.tensors();
+        let mut known: BTreeSet<String> = tensors.iter().map(|tensor| tensor.name.clone()).collect();
+        let (hidden, width) = (config.hidden_size as u64, config.moe_intermediate_size as u64);
+        for tensor in &tensors {
+            let mut check = |name: &str, shape: &[u64]| match tree.tensor(name) {
+                None => Err(fail(format!("tensor {name} is missing"))),
+                Some(found) if found.shape != shape => {
+                    Err(fail(format!("tensor {name} has shape {:?}, config.json says {shape:?}", found.shape)))
+                }
+                Some(_) => {
+                    known.insert(name.to_owned());
+                    Ok(())
+                }
             };
-            let layer = layer.rsplit('.').next().and_then(|n| n.parse().ok()).unwrap_or(0);
-            buffers.insert(tensor.name.clone(), config.slopes(layer));
-            continue;
-        };
-        if found.shape != tensor.shape {
-            return Err(fail(format!("tensor {} has shape {:?}, config.json says {:?}", tensor.name, found.shape, tensor.shape)));
-        }
-        let values = tree.read_tensor(&tensor.name).map_err(|error| fail(error.to_string()))?;
-        match layout.range(&tensor.name) {
-            Some(range) => parameters[range].copy_from_slice(&values),
-            None => {
-                buffers.insert(tensor.name.clone(), values);
+            if tensor.name.ends_with(".inv_freq") || (tensor.name.ends_with(".slope") && tree.tensor(&tensor.name).is_none()) {
+                continue;
+            }
+            let first =
+                single_experts(&tensor.name, 0).filter(|[gate, ..]| tree.tensor(&tensor.name).is_none() && tree.tensor(gate).is_some());
+            if first.is_none() {
+                check(&tensor.name, &tensor.shape)?;
+                continue;
+            }
+            for [gate, up, down] in (0..config.num_experts).filter_map(|expert| single_experts(&tensor.name, expert)) {
+                check(&gate, &[width, hidden])?;
+                check(&up, &[width, hidden])?;
+                check(&down, &[hidden, width])?;
             }
         }
+        if let Some(other) = tree.contract().tensors.iter().find(|tensor| !known.contains(&tensor.name)) {
+            return Err(fail(format!("tensor {} does not belong to the model that config.json describes", other.name)));
+        }
+        Ok(Self { tree, config: config.clone(), tensors })
     }
-    Ok(Loaded { parameters, buffers })
+
+    fn read(&self, name: &str) -> Result<Vec<f32>, TrainError> {
+        self.tree.read_tensor(name).map_err(fail)
+    }
+
+    /// The constants by name, rotary frequencies left out.
+    pub fn buffers(&self) -> Result<HashMap<String, Vec<f32>>, TrainError> {
+        let mut buffers = HashMap::new();
+        for tensor in self.tensors.iter().filter(|tensor| tensor.is_buffer && !tensor.name.ends_with(".inv_freq")) {
+            let is_missing = self.tree.tensor(&tensor.name).is_none();
+            let layer = tensor.name.split('.').nth(2).and_then(|n| n.parse().ok()).unwrap_or(0);
+            let values = if is_missing { self.config.slopes(layer) } else { self.read(&tensor.name)? };
+            buffers.insert(tensor.name.clone(), values);
+        }
+        Ok(buffers)
+    }
+
+    /// Hands every parameter to `take`, one after the other.
+    pub fn parameters(&self, mut take: impl FnMut(&str, Vec<f32>) -> Result<(), TrainError>) -> Result<(), TrainError> {
+        for tensor in self.tensors.iter().filter(|tensor| !tensor.is_buffer) {
+            let values = if self.tree.tensor(&tensor.name).is_some() { self.read(&tensor.name)? } else { self.fused(&tensor.name)? };
+            take(&tensor.name, values)?;
+        }
+        Ok(())
+    }
+
+    /// `experts_w12 [E, D, 2 I]` or `experts_w3 [E, I, D]` from single experts: `cat(gateᵀ, upᵀ)` and `downᵀ`.
+    fn fused(&self, name: &str) -> Result<Vec<f32>, TrainError> {
+        let (hidden, width) = (self.config.hidden_size, self.config.moe_intermediate_size);
+        let is_w12 = name.ends_with("experts_w12");
+        let each = if is_w12 { 2 * hidden * width } else { hidden * width };
+        let mut values = vec![0f32; self.config.num_experts * each];
+        for (expert, to) in values.chunks_exact_mut(each).enumerate() {
+            let Some([gate, up, down]) = single_experts(name, expert) else { return Err(fail(format!("tensor {name} is missing"))) };
+            if is_w12 {
+                transpose(&self.read(&gate)?, width, hidden, to, 2 * width);
+                transpose(&self.read(&up)?, width, hidden, &mut to[width..], 2 * width);
+            } else {
+                transpose(&self.read(&down)?, hidden, width, to, hidden);
+            }
+        }
+        Ok(values)
+    }
 }

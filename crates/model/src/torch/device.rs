@@ -39,6 +39,7 @@ pub fn load_cuda(torch: &Path) -> Result<(), TrainError> {
         // Kernels registered from it must stay valid: never close it.
         std::mem::forget(library);
     }
+    super::gpu::remember_torch(torch);
     if !tch::Cuda::is_available() {
         return Err(fail(format!("{} is loaded, but no CUDA device is usable", file.display())));
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use protocol::FragmentPlan;
 use tch::{Device, Tensor};
 
+use super::context;
 use super::device::{ComputeType, parse_device, use_threads};
 use super::layout::Layout;
 use super::moe::Routing;
@@ -53,10 +54,14 @@ impl QuasarEvaluator {
         let config = QuasarConfig::from_dir(folder)?;
         let layout = Layout::new(&config, false);
         let ranges = plan.map(|plan| PlanRanges::new(plan, layout.elements, |name| layout.places.get(name).copied())).transpose()?;
-        let loaded = checkpoint::load(&config, &layout, folder)?;
+        let source = checkpoint::Source::open(&config, folder)?;
         let kind = options.compute.kind();
-        let weights = Tensor::f_from_slice(&loaded.parameters)?.f_to_kind(kind)?.f_to_device(device)?;
-        let network = Network::new(config, layout, loaded.buffers, device, kind)?;
+        let weights = Tensor::f_zeros([layout.elements as i64], (kind, device))?;
+        source.parameters(|name, values| match layout.range(name) {
+            Some(range) => overwrite(&weights, &range, &values),
+            None => Ok(()),
+        })?;
+        let network = Network::new(config, layout, source.buffers()?, device, kind)?;
         Ok(Self { network, ranges, weights, threads: options.threads })
     }
 
@@ -74,6 +79,7 @@ impl QuasarEvaluator {
     pub fn trace(&mut self, batch: &Batch) -> Result<Trace, TrainError> {
         batch.check(self.network.config.vocab_size)?;
         use_threads(self.threads);
+        let _guard = context::free_choice();
         let host = |x: &Tensor| -> ops::Result<Vec<f32>> {
             let x = x.f_to_kind(tch::Kind::Float)?.f_to_device(Device::Cpu)?.f_contiguous()?;
             let mut values = vec![0f32; x.numel()];
@@ -107,14 +113,18 @@ impl QuasarEvaluator {
     }
 }
 
+fn overwrite(weights: &Tensor, range: &std::ops::Range<usize>, values: &[f32]) -> Result<(), TrainError> {
+    let source = Tensor::f_from_slice(values)?;
+    Ok(tch::no_grad(|| weights.f_narrow(0, range.start as i64, range.len() as i64)?.f_copy_(&source))?)
+}
+
 impl Evaluator for QuasarEvaluator {
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError> {
         let Some(ranges) = &self.ranges else { return Err(TrainError::NoFragment { fragment, fragments: 0 }) };
         let mut rest = values;
         for range in ranges.check(fragment, values)? {
             let (head, tail) = rest.split_at(range.len());
-            let source = Tensor::f_from_slice(head)?;
-            tch::no_grad(|| self.weights.f_narrow(0, range.start as i64, range.len() as i64)?.f_copy_(&source))?;
+            overwrite(&self.weights, range, head)?;
             rest = tail;
         }
         Ok(())
@@ -123,6 +133,7 @@ impl Evaluator for QuasarEvaluator {
     fn losses(&mut self, batch: &Batch) -> Result<Vec<f64>, TrainError> {
         batch.check(self.network.config.vocab_size)?;
         use_threads(self.threads);
+        let _guard = context::free_choice();
         let rows = (TOKENS_PER_PASS / batch.row_tokens).max(1);
         let mut losses = Vec::with_capacity(batch.rows);
         for tokens in batch.tokens.chunks(rows * batch.row_tokens) {

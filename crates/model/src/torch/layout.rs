@@ -1,7 +1,7 @@
 //! All parameters in one flat buffer, in an order that serves the computation.
 //!
 //! - Trained parameters come first, frozen ones behind them: the optimizer runs over one range, and the gradient of the
-//!   whole model is one tensor.
+//!   whole model is one tensor. In both parts matrices come before vectors.
 //! - Matrices that multiply the same input stand next to each other, so that a view of the buffer is the stacked matrix
 //!   and one product does the work of several (a *block*).
 //! - Every tensor is contiguous, so each slice of a fragment plan is one range.
@@ -59,7 +59,8 @@ impl Layout {
         for block in &mut blocks {
             block.trained = !is_frozen(&block.key, train_step_sizes);
         }
-        blocks.sort_by_key(|block| !block.trained); // stable: the order within both parts stays
+        // Vectors behind matrices: products want matrices to begin at multiples of 16 bytes. Stable otherwise.
+        blocks.sort_by_key(|block| (!block.trained, block.shape.len() == 1));
 
         let mut layout = Self { blocks, places: HashMap::new(), trained: 0, elements: 0, decayed: Vec::new() };
         for block in &layout.blocks {

@@ -4,12 +4,17 @@
 //! libtorch (out of memory above all) comes back as [`crate::TrainError::Torch`].
 
 mod attention;
+pub mod bench;
 mod checkpoint;
 pub mod chunked;
+mod context;
 mod device;
 mod evaluator;
+mod flat;
 mod gla;
+mod gpu;
 mod layout;
+mod learner;
 mod loss;
 mod moe;
 mod network;
@@ -23,7 +28,7 @@ pub use evaluator::{EvaluatorOptions, QuasarEvaluator};
 pub use loss::{Loss, checkpoint_loss};
 pub use network::{Network, Trace};
 pub use quasar::step_size;
-pub use trainer::{QuasarTrainer, TrainerOptions};
+pub use trainer::{MomentType, QuasarTrainer, TrainerOptions};
 
 impl From<tch::TchError> for crate::TrainError {
     fn from(error: tch::TchError) -> Self {

@@ -13,6 +13,8 @@ pub(crate) struct Routing {
     forced: Option<Vec<Tensor>>,
     recorded: Option<Vec<Tensor>>,
     passed: usize,
+    /// Most assignments that an expert takes; the rest is dropped.
+    capacity: Option<usize>,
 }
 
 impl Routing {
@@ -27,19 +29,18 @@ impl Routing {
         let recorded = record.then(Vec::new);
         let Some(routes) = forced else { return Ok(Self { recorded, ..Self::default() }) };
         let per_pass = tokens * config.num_experts_per_tok;
-        if routes.0.len() != per_pass * config.moe_passes() {
-            let (found, passes) = (routes.0.len(), config.moe_passes());
-            return Err(TrainError::Routes(format!("{found} choices, expected {per_pass} for each of {passes} mixture layers")));
-        }
-        if let Some(expert) = routes.0.iter().find(|expert| usize::from(**expert) >= config.num_experts) {
-            return Err(TrainError::Routes(format!("there is no expert {expert}")));
-        }
+        routes.check(config, tokens)?;
         let shape = [tokens as i64, config.num_experts_per_tok as i64];
         let layers = routes.0.chunks(per_pass).map(|chunk| {
             let experts: Vec<i64> = chunk.iter().map(|expert| i64::from(*expert)).collect();
             Tensor::f_from_slice(&experts)?.f_reshape(shape)?.f_to_device(device)
         });
-        Ok(Self { forced: Some(layers.collect::<Result<_>>()?), recorded, passed: 0 })
+        Ok(Self { forced: Some(layers.collect::<Result<_>>()?), recorded, ..Self::default() })
+    }
+
+    /// Lets experts drop what is beyond `capacity`.
+    pub fn cap(&mut self, capacity: usize) {
+        self.capacity = Some(capacity);
     }
 
     /// The recorded choices, if recording was asked for.
@@ -99,11 +100,13 @@ struct Dispatch {
     token: Tensor,
     /// Sorted place of each assignment.
     place: Tensor,
+    /// 1 for sorted places that are kept, 0 for dropped ones, f32; absent if all are kept.
+    kept: Option<Tensor>,
 }
 
 impl Dispatch {
     /// Counting sort on the host, stable: experts take their tokens in order.
-    fn new(experts: &Tensor, config: &QuasarConfig) -> Result<Self> {
+    fn new(experts: &Tensor, config: &QuasarConfig, capacity: Option<usize>) -> Result<Self> {
         let (device, choices) = (experts.device(), host(experts)?);
         let mut counts = vec![0i64; config.num_experts];
         choices.iter().for_each(|expert| counts[*expert as usize] += 1);
@@ -119,8 +122,13 @@ impl Dispatch {
             place[assignment] = *at;
             *at += 1;
         }
+        let kept = capacity.filter(|capacity| counts.iter().any(|count| *count > *capacity as i64)).map(|capacity| {
+            let of_expert = |count: &i64| (0..*count).map(move |number| if number < capacity as i64 { 1f32 } else { 0.0 });
+            let kept: Vec<f32> = counts.iter().flat_map(of_expert).collect();
+            Tensor::f_from_slice(&kept)?.f_to_device(device)
+        });
         let [order, token, place] = [order, token, place].map(|values| Tensor::f_from_slice(&values)?.f_to_device(device));
-        Ok(Self { counts, order: order?, token: token?, place: place? })
+        Ok(Self { counts, order: order?, token: token?, place: place?, kept: kept.transpose()? })
     }
 }
 
@@ -163,10 +171,15 @@ pub(crate) fn add_moe(
     let share = share.f_div(&share.f_sum_dim_intlist([-1].as_slice(), true, None)?.f_add_scalar(1e-20)?)?;
     let share = share.f_mul_scalar(config.routed_scaling_factor)?.f_to_kind(h.f_kind()?)?;
 
-    let dispatch = Dispatch::new(&experts, config)?;
+    let dispatch = Dispatch::new(&experts, config, routing.capacity)?;
     let inner = gated(&by_expert(&rows_of(h, &dispatch.token)?, get("experts_w12"), &dispatch.counts)?)?;
     // The share multiplies the narrow inside of the expert rather than its output: the same product, fewer elements.
-    let inner = inner.f_mul(&share.f_reshape([-1])?.f_gather(0, &dispatch.order, false)?.f_unsqueeze(-1)?)?;
+    let share = share.f_reshape([-1])?.f_gather(0, &dispatch.order, false)?;
+    let share = match &dispatch.kept {
+        Some(kept) => share.f_mul(&kept.f_to_kind(share.f_kind()?)?)?,
+        None => share,
+    };
+    let inner = inner.f_mul(&share.f_unsqueeze(-1)?)?;
     let outer = by_expert(&inner, get("experts_w3"), &dispatch.counts)?;
     let outer = rows_of(&outer, &dispatch.place)?.f_reshape([-1, config.num_experts_per_tok as i64, config.hidden_size as i64])?;
     let shared = add_swiglu(x, h, weights, &format!("{prefix}shared_experts."))?;

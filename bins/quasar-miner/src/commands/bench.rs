@@ -1,0 +1,168 @@
+//! `bench`: training steps of the released model's layer shapes on random tokens, and `plan-memory`: what fits a GPU.
+
+use std::path::{Path, PathBuf};
+
+use daemon::settings::{CommonArgs, MinerArgs, Role};
+use daemon::{Exit, Failure};
+use model::memory::{Available, MemoryPlan, plan_memory, strategies};
+use model::torch::bench::{BenchOptions, bench};
+use model::{MomentType, QuasarConfig, TrainError, TrainerOptions};
+
+/// Flags of `bench`.
+#[derive(Debug, clap::Args)]
+pub struct BenchArgs {
+    /// Layers of the model; the released one has 20, fewer give the same shapes in a smaller model
+    #[arg(long, default_value_t = 6)]
+    layers: usize,
+    /// Rows in a batch
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// Tokens in a row
+    #[arg(long, default_value_t = 2048)]
+    sequence_length: usize,
+    /// Steps that are timed, after three that are not
+    #[arg(long, default_value_t = 10)]
+    steps: usize,
+    /// The GPU: cuda:N
+    #[arg(long, default_value = "cuda:0")]
+    device: String,
+    /// Keep only each layer's input for the backward pass
+    #[arg(long)]
+    recompute: bool,
+    /// Keep optimizer state in the host's memory
+    #[arg(long)]
+    offload: bool,
+    /// f32 moments instead of 8-bit ones
+    #[arg(long)]
+    f32_moments: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Flags of `plan-memory`.
+#[derive(Debug, clap::Args)]
+pub struct PlanArgs {
+    /// Model configuration (`config.json`); without it the released model's
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Memory of the GPU, GiB
+    #[arg(long, value_name = "GIB", default_value_t = 78.0)]
+    device_memory: f64,
+    /// Memory of the host that may be pinned, GiB
+    #[arg(long, value_name = "GIB", default_value_t = 0.0)]
+    host_memory: f64,
+    /// Rows in a batch
+    #[arg(long, default_value_t = 8)]
+    batch: u64,
+    /// Tokens in a row
+    #[arg(long, default_value_t = 2048)]
+    sequence_length: u64,
+    /// Prefer f32 moments where they fit
+    #[arg(long)]
+    f32_moments: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// Most layers, rows and tokens that are measured.
+const LAYERS_MAX: usize = 128;
+const TOKENS_MAX: usize = 1 << 24;
+
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("layers, batch, sequence length and steps must be at least 1 (sequence length 2), and a step at most {TOKENS_MAX} tokens")]
+    Sizes,
+    #[error(
+        "no strategy fits: the smallest takes {needed:.1} GiB of the GPU, {missing:.1} GiB more than there are\nhint: fewer rows, --host-memory for optimizer state in the host's memory, or a larger GPU"
+    )]
+    NothingFits { needed: f64, missing: f64 },
+}
+
+/// Out of memory is for a person with another machine or other options to change; the rest is a matter of settings.
+fn failure(error: TrainError) -> Failure {
+    if matches!(&error, TrainError::Torch(text) if text.contains("out of memory")) {
+        Failure::unavailable(error)
+    } else {
+        Failure::configuration(error)
+    }
+}
+
+pub fn main(common: &CommonArgs, miner: &MinerArgs, args: &BenchArgs) -> Result<Exit, Failure> {
+    let tokens = args.batch.checked_mul(args.sequence_length).unwrap_or(usize::MAX);
+    let is_sound =
+        (1..=LAYERS_MAX).contains(&args.layers) && args.batch > 0 && args.sequence_length > 1 && args.steps > 0 && tokens <= TOKENS_MAX;
+    if !is_sound {
+        return Err(Failure::new(Exit::Usage, Refused::Sizes));
+    }
+    let settings = common.settings(Role::Miner, miner)?.miner();
+    if let Some(folder) = &settings.torch_cuda_dir {
+        model::load_cuda(folder).map_err(Failure::configuration)?;
+    }
+    let trainer = TrainerOptions {
+        device: args.device.clone(),
+        recompute: Some(args.recompute),
+        offload: args.offload,
+        moments: if args.f32_moments { MomentType::F32 } else { MomentType::Bytes },
+        ..TrainerOptions::default()
+    };
+    let options =
+        BenchOptions { layers: args.layers, batch: args.batch, sequence_length: args.sequence_length, steps: args.steps, trainer };
+    let report = bench(&options).map_err(failure)?;
+    if args.json {
+        println!("{}", serde_json::to_string(&report).map_err(Failure::unavailable)?);
+    } else {
+        println!(
+            "{:.0} tokens/s, {:.4} s a step, {:.1} GiB, {:.0} model TFLOP/s, loss {:.3}, {} parameters",
+            report.tokens_per_s, report.step_s, report.peak_gib, report.model_tflops, report.loss, report.params
+        );
+    }
+    Ok(Exit::Done)
+}
+
+fn configuration(path: Option<&Path>) -> Result<QuasarConfig, Failure> {
+    let config = match path {
+        Some(path) => QuasarConfig::from_file(path),
+        None => QuasarConfig::released(),
+    };
+    config.map_err(Failure::configuration)
+}
+
+fn line(plan: &MemoryPlan) -> String {
+    let strategy = plan.strategy;
+    format!(
+        "{:7.1} GiB of the GPU, {:6.1} GiB of the host: {} moments{}{}, {} rows a pass",
+        plan.peak_bytes as f64 / GIB,
+        plan.host_bytes as f64 / GIB,
+        if strategy.byte_moments { "8-bit" } else { "f32" },
+        if strategy.recompute { ", recomputation" } else { "" },
+        if strategy.offload { ", optimizer state in the host's memory" } else { "" },
+        strategy.rows_per_pass
+    )
+}
+
+pub fn plan(args: &PlanArgs) -> Result<Exit, Failure> {
+    let config = configuration(args.config.as_deref())?;
+    let bytes = |gib: f64| (gib.max(0.0) * GIB) as u64;
+    let available =
+        Available { device_bytes: bytes(args.device_memory), host_bytes: bytes(args.host_memory), f32_moments: args.f32_moments };
+    let chosen = plan_memory(&config, args.batch, args.sequence_length, available);
+    if args.json {
+        let all = strategies(&config, args.batch.max(1), args.sequence_length, args.f32_moments);
+        println!("{}", serde_json::json!({ "chosen": chosen.as_ref().ok(), "strategies": all }));
+    } else {
+        for plan in strategies(&config, args.batch.max(1), args.sequence_length, args.f32_moments) {
+            println!("{} {}", if chosen.as_ref().ok() == Some(&plan) { "->" } else { "  " }, line(&plan));
+        }
+    }
+    match chosen {
+        Ok(_) => Ok(Exit::Done),
+        Err(smallest) => {
+            let needed = smallest.peak_bytes as f64 / GIB;
+            Err(Failure::unavailable(Refused::NothingFits { needed, missing: needed - args.device_memory }))
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! A learner through libtorch's operations and autograd, on any device: f32 master weights and moments in flat buffers.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use tch::{Device, Kind, Tensor};
+
+use super::context;
+use super::device::use_threads;
+use super::layout::Layout;
+use super::learner::{Learner, Taken};
+use super::moe::Routing;
+use super::network::Network;
+use super::ops;
+use super::trainer::TrainerOptions;
+use crate::adamw::{self, Buffers};
+use crate::{Batch, Hyper, QuasarConfig, Routes, TrainError};
+
+/// All parameters, f32, in the order of the layout; `leaf` is the trained part, sharing memory.
+pub(crate) struct FlatLearner {
+    network: Network,
+    weights: Tensor,
+    leaf: Tensor,
+    first: Tensor,
+    second: Tensor,
+    threads: usize,
+    cap_experts: bool,
+}
+
+/// Result of a forward and backward pass.
+struct Pass {
+    loss: f64,
+    /// Gradient of the trained part, f32.
+    gradient: Tensor,
+    routes: Option<Routes>,
+}
+
+impl FlatLearner {
+    /// A learner whose weights are all zero, computing in `kind`.
+    pub fn new(
+        config: QuasarConfig,
+        layout: Layout,
+        buffers: HashMap<String, Vec<f32>>,
+        device: Device,
+        kind: Kind,
+        options: &TrainerOptions,
+    ) -> Result<Self, TrainError> {
+        let zeros = || Tensor::f_zeros([layout.elements as i64], (Kind::Float, device));
+        let (weights, first, second) = (zeros()?, zeros()?, zeros()?);
+        let leaf = weights.f_narrow(0, 0, layout.trained as i64)?.f_detach()?.f_requires_grad_(true)?;
+        let network = Network::new(config, layout, buffers, device, kind)?;
+        Ok(Self { network, weights, leaf, first, second, threads: options.threads, cap_experts: options.cap_experts })
+    }
+
+    fn pass(&mut self, batch: &Batch, forced: Option<&Routes>, record: bool, step: u64) -> Result<Pass, TrainError> {
+        use_threads(self.threads);
+        let _guard = context::free_choice();
+        let network = &self.network;
+        let mut routing = Routing::new(&network.config, batch.tokens.len(), forced, record, network.device)?;
+        if self.cap_experts {
+            routing.cap(network.config.expert_capacity(batch.tokens.len()));
+        }
+        let (trained, all) = (network.layout.trained as i64, network.layout.elements as i64);
+        let frozen = self.weights.f_narrow(0, trained, all - trained)?;
+        let weights = network.weights(&self.leaf, &frozen)?;
+        let tokens = network.tokens(batch)?;
+        let hidden = network.hidden(&weights, &tokens, &mut routing, None)?;
+        let loss = network.losses(&weights, &hidden, &tokens)?.f_mean(None::<Kind>)?;
+        let value = loss.f_double_value(&[])?;
+        if !value.is_finite() {
+            return Err(TrainError::NotFinite { what: "the loss", step });
+        }
+        let mut gradients = Tensor::f_run_backward(&[&loss], &[&self.leaf], false, false)?;
+        let gradient = gradients.pop().ok_or_else(|| TrainError::Torch("no gradient came back".into()))?;
+        Ok(Pass { loss: value, gradient, routes: routing.into_routes()? })
+    }
+
+    /// The same step as [`adamw::update`], as tensor operations for devices whose memory the host cannot see.
+    fn update_on_device(&mut self, gradient: &Tensor, hyper: &Hyper, scale: f64, step: u64) -> Result<(), TrainError> {
+        let trained = self.network.layout.trained as i64;
+        tch::no_grad(|| -> ops::Result<()> {
+            if hyper.weight_decay > 0.0 {
+                for range in &self.network.layout.decayed {
+                    let mut part = self.weights.f_narrow(0, range.start as i64, range.len() as i64)?;
+                    let _ = part.f_mul_scalar_(1.0 - hyper.lr * hyper.weight_decay)?;
+                }
+            }
+            let (correction1, correction2) = adamw::bias_corrections(hyper, step);
+            let gradient = gradient.f_mul_scalar(scale)?;
+            let (mut first, mut second) = (self.first.f_narrow(0, 0, trained)?, self.second.f_narrow(0, 0, trained)?);
+            let _ = first.f_lerp_(&gradient, 1.0 - hyper.beta1)?;
+            let mut squared = gradient.f_mul(&gradient)?;
+            let _ = squared.f_mul_scalar_(1.0 - hyper.beta2)?;
+            let _ = second.f_mul_scalar_(hyper.beta2)?.f_add_(&squared)?;
+            let mut bound = second.f_sqrt()?;
+            let _ = bound.f_div_scalar_(correction2.sqrt())?.f_add_scalar_(hyper.eps)?;
+            let mut moved = first.f_div(&bound)?;
+            let _ = moved.f_mul_scalar_(hyper.lr / correction1)?;
+            let _ = self.weights.f_narrow(0, 0, trained)?.f_sub_(&moved)?;
+            Ok(())
+        })?;
+        Ok(())
+    }
+}
+
+/// A flat f32 tensor as numbers.
+fn to_host(x: &Tensor) -> Result<Vec<f32>, TrainError> {
+    let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
+    let mut values = vec![0f32; x.numel()];
+    let count = values.len();
+    x.f_copy_data(&mut values, count)?;
+    Ok(values)
+}
+
+fn overwrite(buffer: &Tensor, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError> {
+    let source = Tensor::f_from_slice(values)?;
+    Ok(tch::no_grad(|| buffer.f_narrow(0, range.start as i64, range.len() as i64)?.f_copy_(&source))?)
+}
+
+/// The memory of a contiguous f32 tensor on the CPU.
+///
+/// # Safety
+/// No other slice of the same memory may be alive, and no tensor operation may run on it, while the result is: tensors
+/// share memory, so that the exclusive borrow alone does not say so.
+unsafe fn memory(x: &mut Tensor, elements: usize) -> &mut [f32] {
+    debug_assert!(x.device() == Device::Cpu && x.is_contiguous() && x.kind() == Kind::Float && x.numel() >= elements);
+    unsafe { std::slice::from_raw_parts_mut(x.data_ptr().cast(), elements) }
+}
+
+impl Learner for FlatLearner {
+    fn config(&self) -> &QuasarConfig {
+        &self.network.config
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.network.layout
+    }
+
+    fn take_step(&mut self, batch: &Batch, hyper: &Hyper, forced: Option<&Routes>, record: bool, step: u64) -> Result<Taken, TrainError> {
+        let Pass { loss, mut gradient, routes } = self.pass(batch, forced, record, step)?;
+        let trained = self.network.layout.trained;
+        let on_host = self.network.device == Device::Cpu;
+        let grad_norm = if on_host {
+            // SAFETY: the gradient is fresh, contiguous, and used by nothing else.
+            adamw::norm(unsafe { memory(&mut gradient, trained) })
+        } else {
+            gradient.f_norm_scalaropt_dtype(2.0, Kind::Double)?.f_double_value(&[])?
+        };
+        if !grad_norm.is_finite() {
+            return Err(TrainError::NotFinite { what: "the gradient", step });
+        }
+        let scale = adamw::clip_scale(hyper, grad_norm);
+        if on_host {
+            // SAFETY: four separate contiguous f32 tensors on the CPU; `self` is borrowed mutably.
+            let buffers = unsafe {
+                Buffers {
+                    weights: memory(&mut self.weights, trained),
+                    first: memory(&mut self.first, trained),
+                    second: memory(&mut self.second, trained),
+                    gradient: memory(&mut gradient, trained),
+                }
+            };
+            adamw::update(buffers, &self.network.layout.decayed, hyper, scale, step, self.threads);
+        } else {
+            self.update_on_device(&gradient, hyper, scale, step)?;
+        }
+        Ok(Taken { loss, grad_norm, routes })
+    }
+
+    fn loss_and_gradient(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<(f64, Vec<f32>), TrainError> {
+        let pass = self.pass(batch, forced, false, 0)?;
+        Ok((pass.loss, to_host(&pass.gradient)?))
+    }
+
+    fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, TrainError> {
+        to_host(&self.weights.f_narrow(0, range.start as i64, range.len() as i64)?)
+    }
+
+    fn write(&mut self, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError> {
+        overwrite(&self.weights, range, values)
+    }
+
+    fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError> {
+        Ok((to_host(&self.first)?, to_host(&self.second)?))
+    }
+
+    fn set_moments(&mut self, first: &[f32], second: &[f32]) -> Result<(), TrainError> {
+        overwrite(&self.first, &(0..first.len()), first)?;
+        overwrite(&self.second, &(0..second.len()), second)
+    }
+}

@@ -1,0 +1,297 @@
+// The optimizer: AdamW over flat buffers, one pass.
+//
+// A master weight is an f32 in two halves: the bf16 weight that the model computes with (the f32 rounded half up) and the 16 bits
+// that the rounding took away, as a signed number; together they are the f32 exactly. Moments are f32, or 8 bits each in blocks of 256
+// with one scale (Dettmers et al., 2022): a 4-bit exponent with 3 bits of mantissa and a sign for the first moment, with 4 bits of
+// mantissa for the square root of the second. Rounding is stochastic, by a hash of element and step: an average over many steps would
+// otherwise stop moving once a step's change is less than half a unit. Scales have 12 significant bits, so that decoded values are exact
+// products and decoding and encoding again gives the same bits.
+
+#define MOMENT_BLOCK 256
+
+static __device__ __forceinline__ float join(bf16 weight, u16 rest) {
+  return __int_as_float((int)((u32)weight << 16) + (int)(short)rest);
+}
+static __device__ __forceinline__ void split(float x, bf16& weight, u16& rest) {
+  u32 bits = __float_as_uint(x);
+  weight = (bf16)((bits + 0x8000u) >> 16);
+  rest = (u16)(bits & 0xffffu);
+}
+
+static __device__ __forceinline__ u32 hash(u32 x) {
+  x ^= x >> 16; x *= 0x7feb352du;
+  x ^= x >> 15; x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Integer value of a code with `m` bits of mantissa: below 2^m the number itself, above (2^m + mantissa) * 2^(exponent - 1).
+template <int m> static __device__ __forceinline__ float code_value(u32 code) {
+  u32 exponent = code >> m, mantissa = code & ((1u << m) - 1);
+  return exponent ? (float)(((1u << m) + mantissa) << (exponent - 1)) : (float)mantissa;
+}
+// The code of x >= 0 in units of the scale, rounded up with probability (distance to the code below); `random` has 16 bits, half its range
+// is rounding to nearest. `top` is the last code.
+template <int m> static __device__ __forceinline__ u32 code_of(float x, u32 random, u32 top) {
+  // From 2^m on, codes are the upper bits of the float itself, so that adding random bits below them carries as it should.
+  u32 large = ((__float_as_uint(x) + (random << (23 - m - 16))) >> (23 - m)) - ((127u + m - 1) << m);
+  u32 small = (u32)(x + (float)random * (1.f / 65536.f));
+  return min(x >= (float)(1 << m) ? large : small, top);
+}
+#define FIRST_TOP 127u
+#define FIRST_UNIT 245760.f   // value of code 127 with 3 bits of mantissa
+#define SECOND_TOP 255u
+#define SECOND_UNIT 507904.f  // value of code 255 with 4 bits of mantissa
+#define SCALE_MIN 2.168404344971009e-19f  // 2^-62: squares of what it scales stay normal numbers
+
+// The largest value of a block as a scale with 12 significant bits, rounded up.
+static __device__ __forceinline__ float scale_for(float largest, float unit) {
+  u32 bits = (__float_as_uint(largest / unit) + 0xfffu) & ~0xfffu;
+  float scale = __uint_as_float(bits);
+  return scale < SCALE_MIN ? 0.f : scale;
+}
+
+struct Moments {
+  float first[8], second[8];
+};
+
+static __device__ __forceinline__ float fast_root(float x) {
+  float r;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+static __device__ __forceinline__ void decode(const u8* first, const u8* second, float first_scale, float second_scale, i64 at, Moments& m) {
+  uint2 a = *reinterpret_cast<const uint2*>(first + at), b = *reinterpret_cast<const uint2*>(second + at);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    u32 c = (i < 4 ? a.x : a.y) >> (8 * (i & 3)) & 255, d = (i < 4 ? b.x : b.y) >> (8 * (i & 3)) & 255;
+    float value = code_value<3>(c & 127) * first_scale, root = code_value<4>(d) * second_scale;
+    m.first[i] = c & 128 ? -value : value;
+    m.second[i] = root * root;
+  }
+}
+
+// Encodes the moments of a warp's 256 elements; `root` holds the square roots of the second ones. Without `step` rounding is to nearest.
+static __device__ __forceinline__ void encode(u8* first, u8* second, float* first_scale, float* second_scale, i64 at, const Moments& m,
+                                              const float* root, u32 step, int lane) {
+  float largest = 0.f, highest = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    largest = fmaxf(largest, fabsf(m.first[i]));
+    highest = fmaxf(highest, root[i]);
+  }
+  largest = warp_max(largest);
+  highest = warp_max(highest);
+  float s = scale_for(largest, FIRST_UNIT), t = scale_for(highest, SECOND_UNIT);
+  float s_inverse = s > 0.f ? 1.f / s : 0.f, t_inverse = t > 0.f ? 1.f / t : 0.f;
+  u32 seed = hash((u32)(at >> 3) ^ step * 0x9e3779b9u), a[2] = {0, 0}, b[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    u32 h = 0x80008000u;
+    if (step) {
+      h = (seed + i * 0x9e3779b9u) * 0x846ca68bu;
+      h ^= h >> 15;
+    }
+    float x = fabsf(m.first[i]), y = root[i];
+    u32 c = x == largest ? FIRST_TOP : code_of<3>(x * s_inverse, h & 0xffff, FIRST_TOP);
+    // A second moment that vanished would make the step huge.
+    u32 d = y == highest ? SECOND_TOP : max(code_of<4>(y * t_inverse, h >> 16, SECOND_TOP), y > 0.f ? 1u : 0u);
+    if (m.first[i] < 0.f && c) c |= 128;  // no negative zero: it would not come back
+    a[i >> 2] |= (s > 0.f ? c : 0u) << (8 * (i & 3));
+    b[i >> 2] |= (t > 0.f ? d : 0u) << (8 * (i & 3));
+  }
+  *reinterpret_cast<uint2*>(first + at) = make_uint2(a[0], a[1]);
+  *reinterpret_cast<uint2*>(second + at) = make_uint2(b[0], b[1]);
+  if (lane == 0) {
+    first_scale[at / MOMENT_BLOCK] = s;
+    second_scale[at / MOMENT_BLOCK] = t;
+  }
+}
+
+struct Settings {
+  float keep;             // 1 - lr * weight decay
+  float beta1, beta2;
+  float step_size;        // lr / (1 - beta1^t)
+  float root_factor;  // 1 / sqrt(1 - beta2^t)
+  float eps;
+  u32 step;
+};
+
+static __device__ __forceinline__ void load_floats(const float* p, float* x) {
+  float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
+  x[0] = a.x; x[1] = a.y; x[2] = a.z; x[3] = a.w; x[4] = b.x; x[5] = b.y; x[6] = b.z; x[7] = b.w;
+}
+static __device__ __forceinline__ void store_floats(float* p, const float* x) {
+  *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+  *reinterpret_cast<float4*>(p + 4) = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+static __device__ __forceinline__ float gradient_at(const void* gradient, int is_wide, i64 i) {
+  return is_wide ? reinterpret_cast<const float*>(gradient)[i] : wide(reinterpret_cast<const bf16*>(gradient)[i]);
+}
+
+// Each block's part of the sum of squares of a gradient, in f64, to partial [gridDim.x].
+extern "C" __global__ void square_sums(const void* gradient, int is_wide, i64 elements, double* partial) {
+  __shared__ double parts[8];
+  double sum = 0.0;
+  i64 step = (i64)gridDim.x * blockDim.x * 8;
+  for (i64 at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 8; at < elements; at += step) {
+    float v[8], s = 0.f;
+    if (at + 8 > elements) {
+      for (int i = 0; i < 8; i++) v[i] = at + i < elements ? gradient_at(gradient, is_wide, at + i) : 0.f;
+    } else if (is_wide) {
+      for (int i = 0; i < 8; i++) v[i] = gradient_at(gradient, 1, at + i);
+    } else {
+      unpack8(load8(reinterpret_cast<const bf16*>(gradient) + at), v);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) s += v[i] * v[i];
+    sum += (double)s;
+  }
+#pragma unroll
+  for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
+  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double total = 0.0;
+    for (int i = 0; i < 8; i++) total += parts[i];
+    partial[blockIdx.x] = total;
+  }
+}
+
+// verdict = {loss, gradient norm, scale of the gradient, 1 if the step is to be taken}. One block of 256 threads.
+extern "C" __global__ void judge(const double* partial, int parts, const float* losses, int rows, double loss_scale, double clip_norm,
+                                 double* verdict) {
+  __shared__ double sums[2][256];
+  double squares = 0.0, loss = 0.0;
+  for (int i = threadIdx.x; i < parts; i += 256) squares += partial[i];
+  for (int i = threadIdx.x; i < rows; i += 256) loss += (double)losses[i];
+  sums[0][threadIdx.x] = squares;
+  sums[1][threadIdx.x] = loss;
+  __syncthreads();
+  for (int d = 128; d; d >>= 1) {
+    if (threadIdx.x < d) {
+      sums[0][threadIdx.x] += sums[0][threadIdx.x + d];
+      sums[1][threadIdx.x] += sums[1][threadIdx.x + d];
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    double norm = sqrt(sums[0][0]);
+    loss = sums[1][0] * loss_scale;
+    verdict[0] = loss;
+    verdict[1] = norm;
+    verdict[2] = norm > clip_norm ? clip_norm / norm : 1.0;
+    verdict[3] = isfinite(norm) && isfinite(loss) ? 1.0 : 0.0;
+  }
+}
+
+// One step of eight elements; `root` takes the square roots of the second moments.
+static __device__ __forceinline__ void advance(float* w, Moments& m, float* root, const float* g, const Settings& s, float scale) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    float gradient = g[i] * scale;
+    m.first[i] += (gradient - m.first[i]) * (1.f - s.beta1);
+    m.second[i] = m.second[i] * s.beta2 + gradient * gradient * (1.f - s.beta2);
+    root[i] = fast_root(m.second[i]);
+    w[i] = w[i] * s.keep - __fdividef(s.step_size * m.first[i], root[i] * s.root_factor + s.eps);
+  }
+}
+
+// One block of the layout: pointers at its first element, `elements` of them; weights and rests have room up to a multiple of 256. A warp
+// takes 256 elements. bytes != 0: 8-bit moments, first and second are codes and the scales are used; otherwise f32.
+extern "C" __global__ void adamw(bf16* weights, u16* rests, void* first, void* second, float* first_scale, float* second_scale, int bytes,
+                                 const void* gradient, int is_wide, i64 elements, const double* verdict, Settings settings) {
+  if (verdict[3] == 0.0) return;
+  float scale = (float)verdict[2];
+  int lane = threadIdx.x & 31;
+  i64 warps = (i64)gridDim.x * (blockDim.x >> 5), blocks = (elements + MOMENT_BLOCK - 1) / MOMENT_BLOCK;
+  for (i64 block = (i64)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); block < blocks; block += warps) {
+    i64 at = block * MOMENT_BLOCK + lane * 8;
+    float g[8], w[8], root[8];
+    Moments m;
+    if (at + 8 <= elements && !is_wide) {
+      unpack8(load8(reinterpret_cast<const bf16*>(gradient) + at), g);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++) g[i] = at + i < elements ? gradient_at(gradient, is_wide, at + i) : 0.f;
+    }
+    Eight hi = load8(weights + at), lo = load8(rests + at);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      w[2 * i] = join((bf16)hi.w[i], (u16)lo.w[i]);
+      w[2 * i + 1] = join((bf16)(hi.w[i] >> 16), (u16)(lo.w[i] >> 16));
+    }
+    if (bytes) {
+      decode((const u8*)first, (const u8*)second, first_scale[block], second_scale[block], at, m);
+    } else {
+      load_floats((const float*)first + at, m.first);
+      load_floats((const float*)second + at, m.second);
+    }
+    advance(w, m, root, g, settings, scale);
+    if (bytes) {
+      encode((u8*)first, (u8*)second, first_scale, second_scale, at, m, root, settings.step, lane);
+    } else {
+      store_floats((float*)first + at, m.first);
+      store_floats((float*)second + at, m.second);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      bf16 a, b;
+      u16 c, d;
+      split(w[2 * i], a, c);
+      split(w[2 * i + 1], b, d);
+      hi.w[i] = a | (u32)b << 16;
+      lo.w[i] = c | (u32)d << 16;
+    }
+    store8(weights + at, hi);
+    store8(rests + at, lo);
+  }
+}
+
+// f32 values [elements] into weights and rests, and back.
+extern "C" __global__ void split_values(const float* values, bf16* weights, u16* rests, i64 elements) {
+  i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at < elements) split(values[at], weights[at], rests[at]);
+}
+extern "C" __global__ void join_values(const bf16* weights, const u16* rests, float* values, i64 elements) {
+  i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at < elements) values[at] = join(weights[at], rests[at]);
+}
+
+// f32 values between the GPU's and the host's memory, in whichever direction.
+extern "C" __global__ void copy_values(const float* from, float* to, i64 elements) {
+  i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at < elements) to[at] = from[at];
+}
+
+// 8-bit moments to f32 [elements] and back, whole blocks of 256; a warp a block.
+extern "C" __global__ void moments_out(const u8* first, const u8* second, const float* first_scale, const float* second_scale,
+                                       float* first_values, float* second_values, i64 blocks) {
+  i64 block = ((i64)blockIdx.x * blockDim.x + threadIdx.x) >> 5;
+  if (block >= blocks) return;
+  i64 at = block * MOMENT_BLOCK + (threadIdx.x & 31) * 8;
+  Moments m;
+  decode(first, second, first_scale[block], second_scale[block], at, m);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    first_values[at + i] = m.first[i];
+    second_values[at + i] = m.second[i];
+  }
+}
+extern "C" __global__ void moments_in(u8* first, u8* second, float* first_scale, float* second_scale, const float* first_values,
+                                      const float* second_values, i64 blocks) {
+  i64 block = ((i64)blockIdx.x * blockDim.x + threadIdx.x) >> 5;
+  if (block >= blocks) return;
+  int lane = threadIdx.x & 31;
+  i64 at = block * MOMENT_BLOCK + lane * 8;
+  Moments m;
+  float root[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    m.first[i] = first_values[at + i];
+    m.second[i] = second_values[at + i];
+    root[i] = sqrtf(m.second[i]);
+  }
+  encode(first, second, first_scale, second_scale, at, m, root, 0, lane);
+}

@@ -1,0 +1,437 @@
+//! Parameters and optimizer state on a GPU: flat buffers, and the optimizer step over them.
+//!
+//! ```text
+//! [ trained matrices, each from a multiple of 256 | trained vectors, each from a multiple of 8 | frozen tensors ]
+//! ```
+//! A master weight is an f32 in two halves, the bf16 weight that the model computes with and the 16 bits behind it
+//! (`adamw.cu`). Moments exist for the trained part only: f32, or 8 bits each. The lower halves and the moments are used once a step,
+//! and may lie in the host's memory: the optimizer's kernel then reads and writes them over the bus, both ways at once.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use tch::{Kind, Tensor};
+
+use super::driver::{Argument, HostMemory};
+use super::kernels::{Kernels, StepSettings, warps};
+use crate::Hyper;
+use crate::adamw::bias_corrections;
+use crate::torch::layout::{Block, Layout};
+use crate::torch::ops::Result;
+use crate::torch::trainer::MomentType;
+
+/// Elements that share the scales of their 8-bit moments.
+const MOMENT_BLOCK: i64 = 256;
+/// Vectors begin at multiples of this: kernels read 16 bytes at a time.
+const VECTOR_ALIGNMENT: i64 = 8;
+/// Blocks of the kernels that walk over a buffer, for each multiprocessor.
+const WALKERS: u32 = 8;
+const NORM_BLOCKS: i64 = 264;
+/// Elements that go between host and device at a time.
+const PIECE: usize = 1 << 26;
+
+/// Where a block of the layout lies in the buffers.
+#[derive(Clone, Debug)]
+struct Spot {
+    /// First element in the layout, which has no gaps.
+    compact: usize,
+    /// First element here.
+    start: i64,
+    elements: i64,
+}
+
+/// A flat buffer: on the GPU, or in the host's memory, where kernels reach it over the bus.
+enum Buffer {
+    Device(Tensor),
+    Host { memory: HostMemory, element_bytes: i64, elements: i64 },
+}
+
+impl Buffer {
+    fn zeros(kernels: &Kernels, elements: i64, kind: Kind, on_host: bool) -> Result<Self> {
+        if !on_host {
+            return Ok(Self::Device(Tensor::f_zeros([elements], (kind, kernels.device))?));
+        }
+        let element_bytes = kind.elt_size_in_bytes() as i64;
+        let memory = HostMemory::new(&kernels.gpu, (elements * element_bytes) as usize).map_err(tch::TchError::Torch)?;
+        Ok(Self::Host { memory, element_bytes, elements })
+    }
+
+    fn elements(&self) -> i64 {
+        match self {
+            Self::Device(tensor) => tensor.numel() as i64,
+            Self::Host { elements, .. } => *elements,
+        }
+    }
+
+    /// The element `offset` as a kernel's argument.
+    fn at(&self, offset: i64) -> Argument {
+        match self {
+            Self::Device(tensor) => Argument::at(tensor, offset),
+            Self::Host { memory, element_bytes, .. } => Argument::address(memory.address(offset * element_bytes)),
+        }
+    }
+}
+
+/// Optimizer moments of the trained part.
+struct Moments {
+    first: Buffer,
+    second: Buffer,
+    /// Scales of the blocks of 8-bit moments.
+    scales: Option<(Tensor, Tensor)>,
+}
+
+/// The buffers of one model.
+pub(crate) struct Store {
+    weights: Tensor,
+    rests: Buffer,
+    moments: Option<Moments>,
+    /// By first element in the layout.
+    spots: Vec<Spot>,
+    /// Trained matrices: key, range here.
+    matrices: Vec<(String, Range<i64>)>,
+    /// The trained vectors' range here, and each one's place in it.
+    vectors: Range<i64>,
+    vector_places: HashMap<String, Range<i64>>,
+    /// Each block as a tensor that shares memory with `weights`.
+    views: HashMap<String, Tensor>,
+}
+
+/// Gradients of one step: a tensor for each trained matrix, one f32 buffer for all trained vectors.
+pub(crate) struct Gradients {
+    pub matrices: HashMap<String, Tensor>,
+    pub vectors: Tensor,
+    places: HashMap<String, Range<i64>>,
+}
+
+impl Gradients {
+    /// Adds the gradient of a matrix.
+    pub fn matrix(&mut self, key: String, gradient: Tensor) -> Result<()> {
+        if let Some(sum) = self.matrices.get_mut(&key) {
+            let _ = sum.f_add_(&gradient)?;
+        } else {
+            self.matrices.insert(key, gradient);
+        }
+        Ok(())
+    }
+
+    /// The gradient of a trained vector, f32.
+    pub fn of_vector(&self, key: &str) -> Result<Tensor> {
+        let place = self.places.get(key).ok_or_else(|| tch::TchError::Kind(format!("{key} has no gradient")))?;
+        self.vectors.f_narrow(0, place.start, place.end - place.start)
+    }
+
+    /// Adds the gradient of a vector; frozen ones are passed over.
+    pub fn vector(&mut self, key: &str, gradient: &Tensor) -> Result<()> {
+        let Some(place) = self.places.get(key) else { return Ok(()) };
+        let gradient = gradient.f_reshape([-1])?.f_to_kind(Kind::Float)?;
+        let _ = self.vectors.f_narrow(0, place.start, place.end - place.start)?.f_add_(&gradient)?;
+        Ok(())
+    }
+}
+
+fn aligned(at: i64, to: i64) -> i64 {
+    (at + to - 1) / to * to
+}
+
+impl Store {
+    /// Buffers for `layout`, all zero. With `moments`, for training; `on_host`: all but the bf16 weights in the host's memory.
+    pub fn new(kernels: &Kernels, layout: &Layout, moments: Option<MomentType>, on_host: bool) -> Result<Self> {
+        let is_vector = |block: &Block| block.shape.len() == 1;
+        let mut compact = 0;
+        let spots_in_order: Vec<(usize, &Block)> = layout
+            .blocks
+            .iter()
+            .map(|block| {
+                let at = compact;
+                compact += block.elements() as usize;
+                (at, block)
+            })
+            .collect();
+        let (mut end, mut spots, mut matrices) = (0, Vec::new(), Vec::new());
+        let (mut vectors, mut vector_places) = (0..0, HashMap::new());
+        let mut trained_end = 0;
+        let kind = |block: &Block| match (block.trained, is_vector(block)) {
+            (true, false) => 0,
+            (true, true) => 1,
+            (false, _) => 2,
+        };
+        let mut views_at = Vec::new();
+        for part in 0..3 {
+            end = aligned(end, MOMENT_BLOCK);
+            let begin = end;
+            for (compact, block) in spots_in_order.iter().filter(|(_, block)| kind(block) == part) {
+                end = aligned(end, if part == 1 { VECTOR_ALIGNMENT } else { MOMENT_BLOCK });
+                let elements = block.elements();
+                spots.push(Spot { compact: *compact, start: end, elements });
+                views_at.push((block.key.clone(), end, block.shape.clone()));
+                match part {
+                    0 => matrices.push((block.key.clone(), end..end + elements)),
+                    1 => {
+                        vector_places.insert(block.key.clone(), end - begin..end - begin + elements);
+                    }
+                    _ => {}
+                }
+                end += elements;
+            }
+            if part == 1 {
+                vectors = begin..end;
+                trained_end = aligned(end, MOMENT_BLOCK);
+            }
+        }
+        let total = aligned(end, MOMENT_BLOCK);
+        spots.sort_by_key(|spot| spot.compact);
+        let weights = Tensor::f_zeros([total], (Kind::BFloat16, kernels.device))?;
+        let buffer = |elements: i64, kind: Kind| Buffer::zeros(kernels, elements, kind, on_host);
+        let scales = || Tensor::f_zeros([trained_end / MOMENT_BLOCK], (Kind::Float, kernels.device));
+        let moments = match moments {
+            None => None,
+            Some(MomentType::F32) => {
+                Some(Moments { first: buffer(trained_end, Kind::Float)?, second: buffer(trained_end, Kind::Float)?, scales: None })
+            }
+            Some(MomentType::Bytes) => Some(Moments {
+                first: buffer(trained_end, Kind::Uint8)?,
+                second: buffer(trained_end, Kind::Uint8)?,
+                scales: Some((scales()?, scales()?)),
+            }),
+        };
+        let view = |(key, start, shape): (String, i64, Vec<i64>)| -> Result<(String, Tensor)> {
+            let elements: i64 = shape.iter().product();
+            Ok((key, weights.f_narrow(0, start, elements)?.f_reshape(&shape)?))
+        };
+        let views = views_at.into_iter().map(view).collect::<Result<_>>()?;
+        Ok(Self { rests: buffer(total, Kind::Int16)?, weights, moments, spots, matrices, vectors, vector_places, views })
+    }
+
+    /// A block of the layout in bf16.
+    pub fn weight(&self, key: &str) -> Result<&Tensor> {
+        self.views.get(key).ok_or_else(|| tch::TchError::Kind(format!("the layout has no block {key}")))
+    }
+
+    /// All blocks: the parameters as the network in libtorch operations takes them.
+    pub fn views(&self) -> &HashMap<String, Tensor> {
+        &self.views
+    }
+
+    /// Zero gradients for a step.
+    pub fn gradients(&self) -> Result<Gradients> {
+        let elements = aligned(self.vectors.end - self.vectors.start, MOMENT_BLOCK);
+        let vectors = Tensor::f_zeros([elements], (Kind::Float, self.weights.device()))?;
+        Ok(Gradients { matrices: HashMap::new(), vectors, places: self.vector_places.clone() })
+    }
+
+    /// Weighs the gradient and takes the optimizer step number `step`, if loss and gradient are finite. Returns
+    /// `[loss, gradient norm, scale of the gradient, 1 if the step was taken]` f64, on the device. `losses` f32 are summed and scaled.
+    pub fn step(
+        &mut self,
+        kernels: &Kernels,
+        gradients: Gradients,
+        losses: &Tensor,
+        loss_scale: f64,
+        hyper: &Hyper,
+        step: u64,
+    ) -> Result<Tensor> {
+        let Some(moments) = &self.moments else { return Err(tch::TchError::Kind("these weights have no optimizer".into())) };
+        let mut parts: Vec<(&Range<i64>, &Tensor, bool)> = Vec::new();
+        for (key, range) in &self.matrices {
+            let gradient = gradients.matrices.get(key).ok_or_else(|| tch::TchError::Kind(format!("{key} has no gradient")))?;
+            parts.push((range, gradient, false));
+        }
+        parts.push((&self.vectors, &gradients.vectors, true));
+
+        let partial = kernels.empty(&[parts.len() as i64 * NORM_BLOCKS], Kind::Double)?;
+        for (n, (range, gradient, is_wide)) in parts.iter().enumerate() {
+            debug_assert!(gradient.is_contiguous() && gradient.numel() as i64 >= range.end - range.start);
+            let to = Argument::at(&partial, n as i64 * NORM_BLOCKS);
+            let arguments = [(*gradient).into(), i32::from(*is_wide).into(), (range.end - range.start).into(), to];
+            kernels.launch("square_sums", NORM_BLOCKS, 256u32, &arguments)?;
+        }
+        let verdict = kernels.empty(&[4], Kind::Double)?;
+        let arguments = [
+            (&partial).into(),
+            (partial.numel() as i32).into(),
+            losses.into(),
+            (losses.numel() as i32).into(),
+            loss_scale.into(),
+            hyper.clip_norm.into(),
+            (&verdict).into(),
+        ];
+        kernels.launch("judge", 1u32, 256u32, &arguments)?;
+
+        let (correction1, correction2) = bias_corrections(hyper, step);
+        let settings = StepSettings {
+            keep: 1.0,
+            beta1: hyper.beta1 as f32,
+            beta2: hyper.beta2 as f32,
+            step_size: (hyper.lr / correction1) as f32,
+            root_factor: correction2.sqrt().recip() as f32,
+            eps: hyper.eps as f32,
+            step: step as u32,
+        };
+        let decayed = StepSettings { keep: (1.0 - hyper.lr * hyper.weight_decay) as f32, ..settings };
+        let element = if moments.scales.is_some() { 1 } else { 4 };
+        for (range, gradient, is_wide) in parts {
+            let elements = range.end - range.start;
+            let scale = |which: fn(&(Tensor, Tensor)) -> &Tensor| {
+                moments.scales.as_ref().map_or(Argument::NULL, |scales| Argument::at(which(scales), range.start / MOMENT_BLOCK))
+            };
+            let arguments = [
+                Argument::at(&self.weights, range.start),
+                self.rests.at(range.start),
+                moments.first.at(range.start),
+                moments.second.at(range.start),
+                scale(|scales| &scales.0),
+                scale(|scales| &scales.1),
+                i32::from(element == 1).into(),
+                gradient.into(),
+                i32::from(is_wide).into(),
+                elements.into(),
+                (&verdict).into(),
+                if is_wide { settings } else { decayed }.into(),
+            ];
+            let most = i64::from(WALKERS * kernels.gpu.multiprocessors);
+            kernels.launch("adamw", warps(aligned(elements, MOMENT_BLOCK) / MOMENT_BLOCK).min(most), 256u32, &arguments)?;
+        }
+        Ok(verdict)
+    }
+
+    /// The pieces of a range of the layout as ranges here, with their offset in it.
+    fn pieces(&self, range: &Range<usize>) -> Vec<(usize, Range<i64>)> {
+        let first = self.spots.partition_point(|spot| spot.compact + spot.elements as usize <= range.start);
+        let mut pieces = Vec::new();
+        for spot in self.spots[first..].iter().take_while(|spot| spot.compact < range.end) {
+            let mut from = range.start.max(spot.compact);
+            let end = range.end.min(spot.compact + spot.elements as usize);
+            while from < end {
+                let to = end.min(from + PIECE);
+                let start = spot.start + (from - spot.compact) as i64;
+                pieces.push((from - range.start, start..start + (to - from) as i64));
+                from = to;
+            }
+        }
+        pieces
+    }
+
+    /// Master weights of a range of the layout.
+    pub fn read(&self, kernels: &Kernels, range: &Range<usize>) -> Result<Vec<f32>> {
+        let mut values = vec![0f32; range.len()];
+        for (at, piece) in self.pieces(range) {
+            let elements = piece.end - piece.start;
+            let part = kernels.empty(&[elements], Kind::Float)?;
+            let arguments = [Argument::at(&self.weights, piece.start), self.rests.at(piece.start), (&part).into(), elements.into()];
+            kernels.launch("join_values", (elements + 255) / 256, 256u32, &arguments)?;
+            to_slice(&part, &mut values[at..at + elements as usize])?;
+        }
+        Ok(values)
+    }
+
+    /// Overwrites master weights.
+    pub fn write(&mut self, kernels: &Kernels, range: &Range<usize>, values: &[f32]) -> Result<()> {
+        for (at, piece) in self.pieces(range) {
+            let elements = piece.end - piece.start;
+            let part = Tensor::f_from_slice(&values[at..at + elements as usize])?.f_to_device(kernels.device)?;
+            let arguments = [(&part).into(), Argument::at(&self.weights, piece.start), self.rests.at(piece.start), elements.into()];
+            kernels.launch("split_values", (elements + 255) / 256, 256u32, &arguments)?;
+        }
+        Ok(())
+    }
+
+    /// The end of what has moments.
+    fn trained(&self) -> i64 {
+        self.moments.as_ref().map_or(0, |moments| moments.first.elements())
+    }
+
+    /// First and second moments of the whole layout, zero where there are none.
+    pub fn read_moments(&self, kernels: &Kernels, elements: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        let (mut first, mut second) = (vec![0f32; elements], vec![0f32; elements]);
+        let Some(moments) = &self.moments else { return Ok((first, second)) };
+        for (at, piece) in self.pieces(&(0..elements)).into_iter().filter(|(_, piece)| piece.start < self.trained()) {
+            let count = (piece.end - piece.start) as usize;
+            let (one, two) = match &moments.scales {
+                None => {
+                    let (one, two) = (kernels.empty(&[count as i64], Kind::Float)?, kernels.empty(&[count as i64], Kind::Float)?);
+                    copy(kernels, moments.first.at(piece.start), (&one).into(), count as i64)?;
+                    copy(kernels, moments.second.at(piece.start), (&two).into(), count as i64)?;
+                    (one, two)
+                }
+                Some((first_scales, second_scales)) => {
+                    // Whole blocks around the piece.
+                    let begin = piece.start / MOMENT_BLOCK * MOMENT_BLOCK;
+                    let blocks = (aligned(piece.end, MOMENT_BLOCK) - begin) / MOMENT_BLOCK;
+                    let out = || kernels.empty(&[blocks * MOMENT_BLOCK], Kind::Float);
+                    let (one, two) = (out()?, out()?);
+                    let arguments = [
+                        moments.first.at(begin),
+                        moments.second.at(begin),
+                        Argument::at(first_scales, begin / MOMENT_BLOCK),
+                        Argument::at(second_scales, begin / MOMENT_BLOCK),
+                        (&one).into(),
+                        (&two).into(),
+                        blocks.into(),
+                    ];
+                    kernels.launch("moments_out", warps(blocks), 256u32, &arguments)?;
+                    let skip = piece.start - begin;
+                    (one.f_narrow(0, skip, count as i64)?, two.f_narrow(0, skip, count as i64)?)
+                }
+            };
+            to_slice(&one, &mut first[at..at + count])?;
+            to_slice(&two, &mut second[at..at + count])?;
+        }
+        Ok((first, second))
+    }
+
+    /// Overwrites all moments. What [`Store::read_moments`] gave comes back bit for bit.
+    pub fn write_moments(&mut self, kernels: &Kernels, first: &[f32], second: &[f32]) -> Result<()> {
+        let pieces = self.pieces(&(0..first.len()));
+        let trained = self.trained();
+        let Some(moments) = &self.moments else { return Ok(()) };
+        // Whole blocks at once: vectors share blocks, so everything is laid out on the host first.
+        let chunk = PIECE as i64;
+        for begin in (0..trained).step_by(PIECE) {
+            let end = (begin + chunk).min(trained);
+            let mut sides = [vec![0f32; (end - begin) as usize], vec![0f32; (end - begin) as usize]];
+            for (at, piece) in &pieces {
+                let (from, to) = (piece.start.max(begin), piece.end.min(end));
+                if from >= to {
+                    continue;
+                }
+                let source = at + (from - piece.start) as usize..at + (to - piece.start) as usize;
+                let target = (from - begin) as usize..(to - begin) as usize;
+                sides[0][target.clone()].copy_from_slice(&first[source.clone()]);
+                sides[1][target].copy_from_slice(&second[source]);
+            }
+            let [one, two] = sides.map(|values| Tensor::f_from_slice(&values)?.f_to_device(kernels.device));
+            let (one, two) = (one?, two?);
+            match &moments.scales {
+                None => {
+                    copy(kernels, (&one).into(), moments.first.at(begin), end - begin)?;
+                    copy(kernels, (&two).into(), moments.second.at(begin), end - begin)?;
+                }
+                Some((first_scales, second_scales)) => {
+                    let blocks = (end - begin) / MOMENT_BLOCK;
+                    let arguments = [
+                        moments.first.at(begin),
+                        moments.second.at(begin),
+                        Argument::at(first_scales, begin / MOMENT_BLOCK),
+                        Argument::at(second_scales, begin / MOMENT_BLOCK),
+                        (&one).into(),
+                        (&two).into(),
+                        blocks.into(),
+                    ];
+                    kernels.launch("moments_in", warps(blocks), 256u32, &arguments)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Copies f32 values between two places that kernels reach.
+fn copy(kernels: &Kernels, from: Argument, to: Argument, elements: i64) -> Result<()> {
+    kernels.launch("copy_values", (elements + 255) / 256, 256u32, &[from, to, elements.into()])
+}
+
+/// Copies a flat f32 tensor to the host.
+pub(crate) fn to_slice(x: &Tensor, values: &mut [f32]) -> Result<()> {
+    let count = values.len();
+    x.f_to_device(tch::Device::Cpu)?.f_contiguous()?.f_copy_data(values, count)
+}

@@ -1,0 +1,38 @@
+//! What a trainer needs of the thing that holds weights on a device.
+
+use std::ops::Range;
+
+use super::layout::Layout;
+use crate::{Batch, Hyper, QuasarConfig, Routes, TrainError};
+
+/// A step that was taken.
+pub(crate) struct Taken {
+    pub loss: f64,
+    pub grad_norm: f64,
+    pub routes: Option<Routes>,
+}
+
+/// Weights and moments in the order of a [`Layout`], on one device.
+pub(crate) trait Learner: Send {
+    fn config(&self) -> &QuasarConfig;
+
+    fn layout(&self) -> &Layout;
+
+    /// Optimizer step number `step` on a checked batch; on an error nothing has changed.
+    fn take_step(&mut self, batch: &Batch, hyper: &Hyper, forced: Option<&Routes>, record: bool, step: u64) -> Result<Taken, TrainError>;
+
+    /// Loss and gradient of the trained part, in the layout's order.
+    fn loss_and_gradient(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<(f64, Vec<f32>), TrainError>;
+
+    /// Master weights of a range.
+    fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, TrainError>;
+
+    /// Overwrites master weights.
+    fn write(&mut self, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError>;
+
+    /// First and second moments of the whole layout, zero for frozen parameters.
+    fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError>;
+
+    /// Overwrites the moments.
+    fn set_moments(&mut self, first: &[f32], second: &[f32]) -> Result<(), TrainError>;
+}

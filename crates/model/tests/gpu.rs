@@ -1,0 +1,255 @@
+//! Own kernels on a GPU against libtorch's operations: gradients, determinism, moments, guards. They run where
+//! `QUASAR_TORCH_CUDA_DIR` names the `torch` folder of a full installation and a GPU is there.
+#![cfg(feature = "libtorch")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use common::{relative_difference, tokens};
+use protocol::{DType, FragmentPlan};
+use quasar_model::{
+    Batch, ComputeType, Hyper, MomentType, QuasarConfig, QuasarTrainer, Routes, TrainError, Trainer, TrainerOptions, TrainerState,
+};
+
+/// Two rows across the position from which rotary embedding is the identity, the last chunk short.
+const ROWS: usize = 2;
+const ROW_TOKENS: usize = 600;
+const VOCABULARY: u32 = 4096;
+
+/// The released model's head shapes and branches, everything else small.
+fn config(layers: usize, cycle: &[&str]) -> QuasarConfig {
+    let mut keys: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_str(&QuasarConfig::preview(layers).unwrap().to_json()).unwrap();
+    for (key, value) in [
+        ("vocab_size", VOCABULARY as usize),
+        ("pad_token_id", 7),
+        ("intermediate_size", 512),
+        ("num_experts", 32),
+        ("num_experts_per_tok", 4),
+        ("moe_intermediate_size", 64),
+        ("moe_shared_expert_intermediate_size", 64),
+    ] {
+        keys.insert(key.into(), value.into());
+    }
+    keys.insert("hybrid_layerwise_cycle".into(), cycle.into());
+    QuasarConfig::from_json(&serde_json::Value::Object(keys).to_string()).unwrap()
+}
+
+/// Whether there is a GPU to test on; loads CUDA.
+fn has_gpu() -> bool {
+    static LOADED: OnceLock<bool> = OnceLock::new();
+    *LOADED.get_or_init(|| {
+        let Some(torch) = std::env::var_os("QUASAR_TORCH_CUDA_DIR") else {
+            eprintln!("QUASAR_TORCH_CUDA_DIR is not set: nothing is tested on a GPU");
+            return false;
+        };
+        quasar_model::load_cuda(Path::new(&torch)).expect("the folder holds a usable libtorch_cuda.so");
+        true
+    })
+}
+
+/// A fresh checkpoint.
+fn checkpoint(config: &QuasarConfig) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    quasar_model::init::fresh(config, 1, DType::F32, folder.path()).unwrap();
+    folder
+}
+
+/// A checkpoint with all branches, made once; `None` without a GPU.
+fn folder() -> Option<&'static Path> {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    has_gpu().then(|| FOLDER.get_or_init(|| checkpoint(&config(4, &["quasar", "raven", "gla"])).keep()).as_path())
+}
+
+fn plan(folder: &Path) -> FragmentPlan {
+    common::plan(folder, 4)
+}
+
+fn options(own_kernels: bool, compute: ComputeType) -> TrainerOptions {
+    let cache = std::env::temp_dir().join("quasar-kernels");
+    TrainerOptions { device: "cuda:0".into(), own_kernels, compute: Some(compute), kernel_cache: Some(cache), ..TrainerOptions::default() }
+}
+
+fn own() -> TrainerOptions {
+    options(true, ComputeType::Bf16)
+}
+
+fn open(folder: &Path, options: &TrainerOptions) -> QuasarTrainer {
+    QuasarTrainer::open_with(folder, plan(folder), options).unwrap()
+}
+
+fn rows(seed: u32) -> Vec<u32> {
+    let mut word = u64::from(seed) + 1;
+    let mut next = || {
+        word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // Unevenly distributed, so that there is something to learn.
+        let x = (word >> 33) as f64 / (1u64 << 31) as f64;
+        (x * x * f64::from(VOCABULARY)) as u32
+    };
+    (0..ROWS * ROW_TOKENS).map(|_| next()).collect()
+}
+
+fn batch(tokens: &[u32]) -> Batch<'_> {
+    Batch { tokens, rows: ROWS, row_tokens: tokens.len() / ROWS }
+}
+
+/// The experts that the exact model chooses: with them forced, all forms compute the same smooth function.
+fn routes(folder: &Path, tokens: &[u32]) -> Routes {
+    let mut exact = open(folder, &options(false, ComputeType::F32));
+    exact.step(&batch(tokens), &Hyper { lr: 0.0, ..Hyper::default() }, None, true).unwrap().routes.unwrap()
+}
+
+/// Two layers only: bf16 noise grows from layer to layer in a fresh model, and would hide mistakes.
+#[test]
+fn gradients_of_own_kernels_are_as_close_to_f32_as_those_of_libtorch_in_bf16() {
+    if !has_gpu() {
+        return;
+    }
+    for branch in ["quasar", "raven", "gla"] {
+        let folder = checkpoint(&config(2, &[branch]));
+        let folder = folder.path();
+        let tokens = rows(1);
+        let routes = routes(folder, &tokens);
+        let gradients = |options: &TrainerOptions| open(folder, options).loss_and_gradients(&batch(&tokens), Some(&routes)).unwrap();
+        let (exact_loss, exact) = gradients(&options(false, ComputeType::F32));
+        let (bf16_loss, bf16) = gradients(&options(false, ComputeType::Bf16));
+        let (own_loss, ours) = gradients(&own());
+        eprintln!("{branch}: loss {exact_loss:.6} in f32, {bf16_loss:.6} in bf16, {own_loss:.6} by own kernels");
+        assert_eq!(ours.len(), exact.len());
+        let mut table = Vec::new();
+        for (name, exact) in &exact {
+            if name.ends_with(".branch_output_gain") {
+                assert_eq!(ours[name], [0.0], "{name} divides out");
+                continue;
+            }
+            table.push((relative_difference(&ours[name], exact), relative_difference(&bf16[name], exact), name));
+        }
+        table.sort_by(|a, b| b.0.total_cmp(&a.0));
+        for (mine, theirs, name) in table.iter().take(12) {
+            eprintln!("{mine:.2e} (libtorch {theirs:.2e}) {name}");
+        }
+        assert!((own_loss - exact_loss).abs() < 1e-3 * exact_loss);
+        for (mine, theirs, name) in &table {
+            assert!(*mine <= 1.5 * theirs + 0.02, "{name}: {mine} against {theirs}");
+        }
+    }
+}
+
+#[test]
+fn steps_are_bit_identical_with_free_and_forced_routes_and_with_recomputation_and_offload() {
+    let Some(folder) = folder() else { return };
+    let saving = TrainerOptions { recompute: Some(true), offload: true, ..own() };
+    let mut trainers = [open(folder, &own()), open(folder, &own()), open(folder, &saving)];
+    for step in 0..3 {
+        let tokens = rows(step);
+        let [one, two, three] = &mut trainers;
+        let report = one.step(&batch(&tokens), &Hyper::default(), None, true).unwrap();
+        let routes = report.routes.unwrap();
+        let forced = two.step(&batch(&tokens), &Hyper::default(), Some(&routes), true).unwrap();
+        let again = three.step(&batch(&tokens), &Hyper::default(), None, true).unwrap();
+        assert_eq!((report.loss, report.grad_norm), (forced.loss, forced.grad_norm), "forced routes, step {step}");
+        assert_eq!((report.loss, report.grad_norm), (again.loss, again.grad_norm), "recomputation, step {step}");
+        assert_eq!(forced.routes.unwrap(), routes);
+        assert_eq!(again.routes.unwrap(), routes);
+    }
+    let digests = trainers.each_ref().map(|trainer| trainer.state().unwrap().digest());
+    assert!(digests.iter().all(|digest| *digest == digests[0]));
+}
+
+#[test]
+fn groups_of_rows_add_up_to_the_gradient_of_the_whole_batch() {
+    if !has_gpu() {
+        return;
+    }
+    let folder = checkpoint(&config(2, &["quasar"]));
+    let folder = folder.path();
+    let tokens = rows(3);
+    let zero = Hyper { lr: 0.0, ..Hyper::default() };
+    let mut whole = open(folder, &own());
+    let routes = whole.step(&batch(&tokens), &zero, None, true).unwrap().routes.unwrap();
+    let mut groups = open(folder, &TrainerOptions { pass_tokens: Some(ROW_TOKENS), ..own() });
+    let recorded = groups.step(&batch(&tokens), &zero, Some(&routes), true).unwrap().routes.unwrap();
+    assert_eq!(recorded, routes, "recorded in the order of the whole batch");
+    let (one, all) = whole.loss_and_gradients(&batch(&tokens), Some(&routes)).unwrap();
+    let (two, parts) = groups.loss_and_gradients(&batch(&tokens), Some(&routes)).unwrap();
+    assert!((one - two).abs() < 1e-3, "{one} {two}");
+    for (name, gradient) in all.iter().filter(|(name, _)| !name.ends_with(".branch_output_gain")) {
+        let difference = relative_difference(&parts[name], gradient);
+        assert!(difference < 0.05, "{name}: {difference}");
+    }
+}
+
+#[test]
+fn a_restored_state_continues_bit_for_bit_with_both_kinds_of_moments() {
+    let Some(folder) = folder() else { return };
+    for (moments, offload) in [(MomentType::Bytes, false), (MomentType::F32, true)] {
+        let options = TrainerOptions { moments, offload, ..own() };
+        let mut one = open(folder, &options);
+        let before = one.state().unwrap();
+        for step in 0..2 {
+            one.step(&batch(&rows(step)), &Hyper::default(), None, false).unwrap();
+        }
+        let bytes = one.state().unwrap().to_bytes();
+        let mut two = open(folder, &options);
+        assert_eq!(two.state().unwrap().digest(), before.digest(), "weights come from the checkpoint exactly");
+        two.restore(&TrainerState::from_bytes(&bytes, one.plan().total_elements() as usize).unwrap()).unwrap();
+        assert_eq!(one.state().unwrap().digest(), two.state().unwrap().digest(), "{moments:?}");
+        one.step(&batch(&rows(5)), &Hyper::default(), None, false).unwrap();
+        two.step(&batch(&rows(5)), &Hyper::default(), None, false).unwrap();
+        assert_eq!(one.state().unwrap().digest(), two.state().unwrap().digest(), "{moments:?}, a step later");
+    }
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_changes_nothing() {
+    let Some(folder) = folder() else { return };
+    let mut trainer = open(folder, &own());
+    trainer.step(&batch(&rows(0)), &Hyper::default(), None, false).unwrap();
+    let good = trainer.state().unwrap();
+    let mut bad = good.clone();
+    bad.weights.iter_mut().for_each(|weight| *weight = weight.signum() * 1e30);
+    trainer.restore(&bad).unwrap();
+    let damaged = trainer.state().unwrap().digest();
+    let error = trainer.step(&batch(&rows(1)), &Hyper::default(), None, false).unwrap_err();
+    assert!(matches!(error, TrainError::NotFinite { step: 2, .. }), "{error}");
+    assert_eq!(trainer.state().unwrap().digest(), damaged, "a refused step changes nothing");
+    assert_eq!(trainer.steps(), 1);
+    trainer.restore(&good).unwrap();
+    trainer.step(&batch(&rows(1)), &Hyper::default(), None, false).unwrap();
+}
+
+#[test]
+fn training_learns_alike_with_8_bit_moments_f32_moments_and_libtorch() {
+    let Some(folder) = folder() else { return };
+    let hyper = Hyper { lr: 1e-3, ..Hyper::default() };
+    let run = |options: &TrainerOptions| -> Vec<f64> {
+        let mut trainer = open(folder, options);
+        (0..60).map(|step| trainer.step(&batch(&rows(step % 4)), &hyper, None, false).unwrap().loss).collect()
+    };
+    let bytes = run(&own());
+    let floats = run(&TrainerOptions { moments: MomentType::F32, ..own() });
+    let libtorch = run(&options(false, ComputeType::Bf16));
+    for at in [0, 9, 19, 39, 59] {
+        eprintln!("step {at}: {:.4} 8-bit, {:.4} f32 moments, {:.4} libtorch", bytes[at], floats[at], libtorch[at]);
+    }
+    let mean = |losses: &[f64]| losses[40..].iter().sum::<f64>() / 20.0;
+    assert!(mean(&bytes) < 0.7 * bytes[0]);
+    assert!((mean(&bytes) / mean(&floats) - 1.0).abs() < 0.05);
+    assert!((mean(&floats) / mean(&libtorch) - 1.0).abs() < 0.05);
+}
+
+#[test]
+fn models_of_other_shapes_train_on_a_gpu_through_libtorch() {
+    let Some(_) = folder() else { return };
+    let small = common::small();
+    let mut gpu = QuasarTrainer::open(small.path(), plan(small.path()), "cuda:0", 1).unwrap();
+    let mut cpu = QuasarTrainer::open(small.path(), plan(small.path()), "cpu", 1).unwrap();
+    let tokens = tokens(80, 96, 1);
+    for _ in 0..3 {
+        let one = gpu.step(&Batch { tokens: &tokens, rows: 2, row_tokens: 40 }, &Hyper::default(), None, false).unwrap();
+        let two = cpu.step(&Batch { tokens: &tokens, rows: 2, row_tokens: 40 }, &Hyper::default(), None, false).unwrap();
+        assert!((one.loss - two.loss).abs() < 1e-3, "{} {}", one.loss, two.loss);
+    }
+}
