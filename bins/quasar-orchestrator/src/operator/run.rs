@@ -8,7 +8,8 @@ use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use fragments::{CheckpointTree, codec as payload};
 use protocol::documents::{
-    CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, ReleaseRef, RunManifest, RunParameters, RunRoot, RunState,
+    CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, ReleaseRef, RunManifest, RunParameters, RunRoot,
+    RunState,
 };
 use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
 use protocol::paths::prefix;
