@@ -203,7 +203,7 @@ impl WeightsRefusal {
             Self::EmptyRow => "score somebody, or put the weight on yourself",
             Self::StakeTooLow => "more stake must be delegated to the hotkey",
             Self::TooFast | Self::Nonce => "wait some blocks; it is tried again by itself",
-            Self::CommitRevealEnabled => "the row is committed encrypted instead; plain calls cannot do it",
+            Self::CommitRevealEnabled => "it has to be sent timelocked, or the subnet's owner can switch commit-reveal off",
             Self::CommitRevealDisabled => "the row is set in the open instead; it is tried again by itself",
             Self::CommitVersion { .. } => "install a release that speaks this version of commit-reveal",
             Self::TooManyCommits => "wait for the next epoch; another process may use the same hotkey",

@@ -38,9 +38,9 @@ pub enum WalletError {
     Missing { path: PathBuf },
     #[error("cannot read or write {}: {source}\nhint: the key file must belong to the user that runs this process, with mode 600", path.display())]
     Io { path: PathBuf, source: io::Error },
-    #[error("{} is encrypted ({form})\nhint: name a file with its password (systemd: LoadCredentialEncrypted=), enter it at the prompt, or write a plain hotkey with `btcli wallet regen-hotkey --no-use-password`", path.display())]
+    #[error("{} is encrypted ({form})\nhint: daemons need a plain hotkey; `btcli wallet regen-hotkey --no-use-password` writes one", path.display())]
     Encrypted { path: PathBuf, form: &'static str },
-    #[error("the password does not open {}\nhint: check the password file, capital letters and the keyboard layout", path.display())]
+    #[error("the password does not open {}\nhint: check capital letters, the keyboard layout and the end of the password's file", path.display())]
     WrongPassword { path: PathBuf },
     #[error("{} cannot be decrypted or encrypted here: the password's hash needs 512 MiB of memory\nhint: free memory, or raise the service's MemoryMax=", path.display())]
     NoMemory { path: PathBuf },
