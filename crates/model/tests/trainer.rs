@@ -376,3 +376,35 @@ fn experts_drop_tokens_only_if_asked_to_and_only_beyond_their_capacity() {
     let gradient = |result: &(f64, std::collections::BTreeMap<String, Vec<f32>>)| result.1["model.layers.4.mlp.experts_w3"].clone();
     assert!(common::relative_difference(&gradient(&limited), &gradient(&free)) > 0.05);
 }
+
+#[test]
+fn documents_in_a_row_are_trained_as_if_each_had_a_row_of_its_own() {
+    let folder = small();
+    let packed = TrainerOptions { document_start: Some(2), ..TrainerOptions::default() };
+    // One row of three documents of 10, 13 and 17 tokens, each beginning with token 2.
+    let mut row: Vec<u32> = tokens(40, 96, 3).iter().map(|token| if *token == 2 { 5 } else { *token }).collect();
+    let bounds = [0, 10, 23, 40];
+    bounds[..3].iter().for_each(|at| row[*at] = 2);
+    let alone = |from: usize, to: usize| {
+        let batch = Batch { tokens: &row[from..to], rows: 1, row_tokens: to - from };
+        trainer(folder.path()).loss_and_gradients(&batch, None).unwrap()
+    };
+    let batch = Batch { tokens: &row, rows: 1, row_tokens: 40 };
+    let mut learner = common::trainer_with(folder.path(), &packed);
+    let (loss, gradients) = learner.loss_and_gradients(&batch, None).unwrap();
+    let parts: Vec<_> = bounds.windows(2).map(|pair| (f64::from((pair[1] - pair[0] - 1) as u32) / 37.0, alone(pair[0], pair[1]))).collect();
+    let expected: f64 = parts.iter().map(|(weight, part)| weight * part.0).sum();
+    assert!((loss - expected).abs() < 1e-5, "{loss} {expected}");
+    for name in ["lm_head.weight", "model.layers.1.attention.quasar_attention.q_proj.weight", "model.layers.2.mlp.experts_w12"] {
+        let count = gradients[name].len();
+        let sum: Vec<f32> = (0..count).map(|n| parts.iter().map(|(weight, part)| *weight as f32 * part.1[name][n]).sum()).collect();
+        let difference = common::relative_difference(&gradients[name], &sum);
+        assert!(difference < 1e-4, "{name}: {difference}");
+    }
+    assert!((trainer(folder.path()).loss_and_gradients(&batch, None).unwrap().0 - loss).abs() > 1e-4, "one sequence is something else");
+    // Recorded routes are those of the whole row, and force the same step.
+    let zero = Hyper { lr: 0.0, ..Hyper::default() };
+    let routes = learner.step(&batch, &zero, None, true).unwrap().routes.unwrap();
+    let again = learner.step(&batch, &zero, Some(&routes), true).unwrap();
+    assert_eq!((again.loss, again.routes.unwrap()), (learner.step(&batch, &zero, None, true).unwrap().loss, routes));
+}

@@ -25,6 +25,7 @@ pub(crate) struct FlatLearner {
     second: Tensor,
     threads: usize,
     cap_experts: bool,
+    document_start: Option<u32>,
 }
 
 /// Result of a forward and backward pass.
@@ -49,30 +50,39 @@ impl FlatLearner {
         let (weights, first, second) = (zeros()?, zeros()?, zeros()?);
         let leaf = weights.f_narrow(0, 0, layout.trained as i64)?.f_detach()?.f_requires_grad_(true)?;
         let network = Network::new(config, layout, buffers, device, kind)?;
-        Ok(Self { network, weights, leaf, first, second, threads: options.threads, cap_experts: options.cap_experts })
+        let TrainerOptions { threads, cap_experts, document_start, .. } = *options;
+        Ok(Self { network, weights, leaf, first, second, threads, cap_experts, document_start })
     }
 
     fn pass(&mut self, batch: &Batch, forced: Option<&Routes>, record: bool, step: u64) -> Result<Pass, TrainError> {
         use_threads(self.threads);
         let _guard = context::free_choice();
         let network = &self.network;
-        let mut routing = Routing::new(&network.config, batch.tokens.len(), forced, record, network.device)?;
-        if self.cap_experts {
-            routing.cap(network.config.expert_capacity(batch.tokens.len()));
-        }
         let (trained, all) = (network.layout.trained as i64, network.layout.elements as i64);
         let frozen = self.weights.f_narrow(0, trained, all - trained)?;
         let weights = network.weights(&self.leaf, &frozen)?;
-        let tokens = network.tokens(batch)?;
-        let hidden = network.hidden(&weights, &tokens, &mut routing, None)?;
-        let loss = network.losses(&weights, &hidden, &tokens)?.f_mean(None::<Kind>)?;
+        let pieces = batch.pieces(batch.rows, self.document_start);
+        let (mut losses, mut routes) = (Vec::new(), Vec::new());
+        for piece in &pieces {
+            let part = piece.of(batch);
+            let forced = forced.map(|routes| routes.part(&network.config, batch.tokens.len(), &piece.range));
+            let mut routing = Routing::new(&network.config, part.tokens.len(), forced.as_ref(), record, network.device)?;
+            if self.cap_experts {
+                routing.cap(network.config.expert_capacity(part.tokens.len()));
+            }
+            let tokens = network.tokens(&part)?;
+            let hidden = network.hidden(&weights, &tokens, &mut routing, None)?;
+            losses.push(network.losses(&weights, &hidden, &tokens)?.f_reshape([-1])?);
+            routes.extend(routing.into_routes()?);
+        }
+        let loss = if losses.len() == 1 { losses.remove(0) } else { Tensor::f_cat(&losses, 0)? }.f_mean(None::<Kind>)?;
         let value = loss.f_double_value(&[])?;
         if !value.is_finite() {
             return Err(TrainError::NotFinite { what: "the loss", step });
         }
         let mut gradients = Tensor::f_run_backward(&[&loss], &[&self.leaf], false, false)?;
         let gradient = gradients.pop().ok_or_else(|| TrainError::Torch("no gradient came back".into()))?;
-        Ok(Pass { loss: value, gradient, routes: routing.into_routes()? })
+        Ok(Pass { loss: value, gradient, routes: record.then(|| Routes::join(&self.network.config, &routes)) })
     }
 
     /// The same step as [`adamw::update`], as tensor operations for devices whose memory the host cannot see.

@@ -15,6 +15,7 @@ use crate::torch::layout::Layout;
 use crate::torch::learner::{Learner, Taken};
 use crate::torch::ops;
 use crate::torch::trainer::{MomentType, TrainerOptions};
+use crate::train::Piece;
 use crate::{Batch, Hyper, QuasarConfig, TrainError};
 
 /// A model in training on one GPU.
@@ -142,26 +143,27 @@ impl GpuLearner {
             self.constants = (batch.row_tokens, Constants::new(&self.config, &self.buffers, batch.row_tokens, device)?);
         }
         let PassShape { recompute, rows: group } = self.pass_shape(batch)?;
-        let scale = 1.0 / (batch.rows * (batch.row_tokens - 1)) as f64;
+        let pieces = batch.pieces(group, self.options.document_start);
+        let scale = 1.0 / pieces.iter().map(Piece::predicted).sum::<usize>() as f64;
         let mut gradients = self.store.gradients()?;
         let (mut losses, mut routes) = (Vec::new(), Vec::new());
-        for from in (0..batch.rows).step_by(group) {
-            let rows = group.min(batch.rows - from);
-            let tokens = &batch.tokens[from * batch.row_tokens..(from + rows) * batch.row_tokens];
-            let ids: Vec<i64> = tokens.iter().map(|token| i64::from(*token)).collect();
-            let mut targets: Vec<i32> = tokens[1..].iter().map(|token| *token as i32).collect();
+        for piece in &pieces {
+            let part = piece.of(batch);
+            let ids: Vec<i64> = part.tokens.iter().map(|token| i64::from(*token)).collect();
+            let mut targets: Vec<i32> = part.tokens[1..].iter().map(|token| *token as i32).collect();
             targets.push(-1);
-            targets.iter_mut().skip(batch.row_tokens - 1).step_by(batch.row_tokens).for_each(|target| *target = -1);
+            targets.iter_mut().skip(part.row_tokens - 1).step_by(part.row_tokens).for_each(|target| *target = -1);
             let ids = Tensor::f_from_slice(&ids)?.f_to_device(device)?;
             let targets = Tensor::f_from_slice(&targets)?.f_to_device(device)?;
-            let mut chosen = Routes { forced: self.forced(forced, batch, from, rows)?, used: Vec::new() };
+            let forced = forced.map(|routes| self.forced(&routes.part(&self.config, batch.tokens.len(), &piece.range), part.tokens.len()));
+            let mut chosen = Routes { forced: forced.transpose()?, used: Vec::new() };
             let pass = Pass {
                 kernels: &self.kernels,
                 store: &self.store,
                 config: &self.config,
                 constants: &self.constants.1,
-                rows: rows as i64,
-                row_tokens: batch.row_tokens as i64,
+                rows: part.rows as i64,
+                row_tokens: part.row_tokens as i64,
                 cap_experts: self.options.cap_experts,
             };
             losses.push(pass.run(&ids, &targets, scale, recompute, &mut chosen, &mut gradients)?);
@@ -170,29 +172,20 @@ impl GpuLearner {
         Ok(Computed { gradients, losses: Tensor::f_cat(&losses, 0)?, scale, routes })
     }
 
-    /// The forced choices of some rows, layer by layer.
-    fn forced(&self, forced: Option<&crate::Routes>, batch: &Batch, from: usize, rows: usize) -> ops::Result<Option<Vec<Tensor>>> {
-        let Some(forced) = forced else { return Ok(None) };
+    /// Forced choices on the device, layer by layer.
+    fn forced(&self, forced: &crate::Routes, tokens: usize) -> ops::Result<Vec<Tensor>> {
         let choices = self.config.num_experts_per_tok;
-        let per_layer = batch.tokens.len() * choices;
-        let part = from * batch.row_tokens * choices..(from + rows) * batch.row_tokens * choices;
-        let layers = forced.0.chunks(per_layer).map(|layer| {
-            let experts: Vec<i32> = layer[part.clone()].iter().map(|expert| i32::from(*expert)).collect();
+        let layers = forced.0.chunks(tokens * choices).map(|layer| {
+            let experts: Vec<i32> = layer.iter().map(|expert| i32::from(*expert)).collect();
             Tensor::f_from_slice(&experts)?.f_reshape([-1, choices as i64])?.f_to_device(self.kernels.device)
         });
-        Ok(Some(layers.collect::<ops::Result<_>>()?))
+        layers.collect()
     }
 
-    /// Choices of all groups of rows in the order of a record: layer, token, choice.
-    fn record(&self, groups: &[Vec<Tensor>]) -> ops::Result<crate::Routes> {
-        let layers = groups.first().map_or(0, Vec::len);
-        let mut numbers = Vec::new();
-        for layer in 0..layers {
-            for group in groups {
-                numbers.extend(mixture::to_numbers(std::slice::from_ref(&group[layer]))?);
-            }
-        }
-        Ok(crate::Routes(numbers))
+    /// Choices of all pieces in the order of a record: layer, token, choice.
+    fn record(&self, pieces: &[Vec<Tensor>]) -> ops::Result<crate::Routes> {
+        let parts = pieces.iter().map(|used| Ok(crate::Routes(mixture::to_numbers(used)?)));
+        Ok(crate::Routes::join(&self.config, &parts.collect::<ops::Result<Vec<_>>>()?))
     }
 }
 
