@@ -92,7 +92,7 @@ fn failure(error: TrainError) -> Failure {
 }
 
 pub fn main(common: &CommonArgs, miner: &MinerArgs, args: &BenchArgs) -> Result<Exit, Failure> {
-    let tokens = args.batch.checked_mul(args.sequence_length).unwrap_or(usize::MAX);
+    let tokens = args.batch.saturating_mul(args.sequence_length);
     let is_sound =
         (1..=LAYERS_MAX).contains(&args.layers) && args.batch > 0 && args.sequence_length > 1 && args.steps > 0 && tokens <= TOKENS_MAX;
     if !is_sound {
