@@ -27,6 +27,8 @@ const SETTLE: Duration = Duration::from_secs(120);
 const CHAOS_PAUSE: Duration = Duration::from_secs(3);
 /// Blocks that may pass between the last verdict and its being noticed here.
 const NOTICE_BLOCKS: u64 = 2;
+/// Blocks in which a validator notices the last verdict and, after its rate limit, sets its row.
+const CHANCE_BLOCKS: u64 = 25;
 const POLL: Duration = Duration::from_millis(250);
 
 /// Train a small Quasar across real daemons on this machine, release a checkpoint, set weights
@@ -152,6 +154,10 @@ impl Settling {
             }
             return false;
         };
+        // A row that the last verdicts did not change is not sent again: after this long, everybody had the chance.
+        if chain.head().await.is_ok_and(|head| head.number >= audited_at + CHANCE_BLOCKS) {
+            return true;
+        }
         let Ok(metagraph) = chain.metagraph(place.netuid()).await else { return false };
         (0..arguments.validators).all(|index| {
             let neuron = metagraph.by_uid(place.validator_uid(index));
