@@ -236,10 +236,15 @@ pub fn hyper(inner: &InnerOptimizer, lr: f64) -> Hyper {
     }
 }
 
+/// Whether the device or the host ran out of memory.
+pub fn is_out_of_memory(error: &TrainError) -> bool {
+    matches!(error, TrainError::Torch(text) if OUT_OF_MEMORY.iter().any(|mark| text.contains(mark)))
+}
+
 fn train_fault(error: &TrainError) -> Fault {
     match error {
         TrainError::NotFinite { .. } => Fault::NotFinite,
-        TrainError::Torch(text) if OUT_OF_MEMORY.iter().any(|mark| text.contains(mark)) => Fault::OutOfMemory,
+        error if is_out_of_memory(error) => Fault::OutOfMemory,
         error => Fault::Broken(error.to_string()),
     }
 }

@@ -24,9 +24,8 @@ use daemon::sequence::Sequence;
 use daemon::{Executor, Journal, clock};
 use fragments::codec;
 use protocol::audits::Selection;
-use protocol::documents::{AuditOrder, MergeManifest, OPENING_PARTS, PROGRESS_BYTES, Score, Scores, VerdictResult};
-use protocol::envelope::Expect;
-use protocol::log::LogHead;
+use protocol::documents::{AuditOrder, OPENING_PARTS, PROGRESS_BYTES, Score, Scores, VerdictResult};
+use protocol::envelope::{Document, Expect};
 use protocol::{AccountId, Digest};
 use storage::client::GrantAccess;
 use storage::discovery::{RunFacts, RunReader};
@@ -140,12 +139,12 @@ impl Effects {
         }
     }
 
-    async fn merge(&self, t: u64) -> Option<Box<MergeManifest>> {
-        let key = self.facts.run.merge(t);
-        match self.archive.once::<MergeManifest>(&key, Expect::Key(&self.facts.orchestrator)).await {
-            Ok(merge) => merge.map(|merge| Box::new(merge.document)),
+    /// A write-once document of the orchestrator; `None` = absent or unreadable.
+    async fn published<D: Document>(&self, key: &str) -> Option<Box<D>> {
+        match self.archive.once::<D>(key, Expect::Key(&self.facts.orchestrator)).await {
+            Ok(document) => document.map(|document| Box::new(document.document)),
             Err(error) => {
-                tracing::warn!(t, error = Trouble::from(error).line(), "a merge manifest could not be read");
+                tracing::warn!(key, error = Trouble::from(error).line(), "a public document could not be read");
                 None
             }
         }
@@ -243,16 +242,6 @@ impl Effects {
         Ok(Evidence { commitment, payload, opening, leases: order.leases, versions })
     }
 
-    async fn log_head(&self, size: u64) -> Option<Box<LogHead>> {
-        match self.archive.once::<LogHead>(&self.facts.run.log(size), Expect::Key(&self.facts.orchestrator)).await {
-            Ok(head) => head.map(|head| Box::new(head.document)),
-            Err(error) => {
-                tracing::warn!(size, error = Trouble::from(error).line(), "a log head could not be read");
-                None
-            }
-        }
-    }
-
     /// Publishes what the weights on the chain were made from. They count without it, so a store that fails is not waited for.
     async fn publish_scores(&self, epoch: u64, block: u64, weights: Vec<Score>) {
         let key = self.facts.run.scores(&self.own, epoch);
@@ -285,7 +274,7 @@ impl Executor for Effects {
     async fn execute(&self, effect: Effect, inputs: Inputs<Input>) {
         let input = match effect {
             Effect::ReadHead => Input::Head(self.head().await),
-            Effect::ReadMerge { t } => Input::Merge { t, manifest: self.merge(t).await },
+            Effect::ReadMerge { t } => Input::Merge { t, manifest: self.published(&self.facts.run.merge(t)).await },
             Effect::Keep(keyframe) => {
                 if let Err(trouble) = self.keyframes.keep(keyframe).await {
                     tracing::debug!(
@@ -326,7 +315,7 @@ impl Executor for Effects {
                 }
                 Input::Weights(outcome)
             }
-            Effect::ReadLog { size } => Input::LogHead { size, head: self.log_head(size).await },
+            Effect::ReadLog { size } => Input::LogHead { size, head: self.published(&self.facts.run.log(size)).await },
             Effect::CheckMoved => Input::Moved(self.moved().await),
         };
         inputs.send(input).await;

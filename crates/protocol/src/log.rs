@@ -63,6 +63,13 @@ impl Frontier {
         self.size += 1;
     }
 
+    /// This log with some more entries.
+    pub fn extended(&self, entries: &[LogEntry]) -> Self {
+        let mut frontier = self.clone();
+        entries.iter().for_each(|entry| frontier.append(entry));
+        frontier
+    }
+
     /// The Merkle tree hash over all entries.
     pub fn root(&self) -> Digest {
         let mut peaks = self.peaks.iter().rev();
@@ -111,11 +118,7 @@ pub enum LogFault {
 impl LogHead {
     /// Checks that this head extends `before` by exactly its entries.
     pub fn extends(&self, before: &Frontier) -> Result<(), LogFault> {
-        let mut frontier = before.clone();
-        for entry in &self.entries {
-            frontier.append(entry);
-        }
-        let is_extension = self.previous == before.size() && !self.entries.is_empty() && frontier == self.frontier;
+        let is_extension = self.previous == before.size() && !self.entries.is_empty() && before.extended(&self.entries) == self.frontier;
         if is_extension { Ok(()) } else { Err(LogFault::NotAnExtension(self.frontier.size())) }
     }
 }

@@ -101,7 +101,7 @@ fn bench_gpu(arguments: &[String]) -> Result<ExitCode, Error> {
     let (first, rest) = arguments.split_first().ok_or_else(usage)?;
     let root = root()?;
     prepare(&root, None)?;
-    run(cargo(&root, &["build", "--locked", "--package", "quasar-miner"]), "the compiler's message is above")?;
+    build_programs(&root)?;
     let (programs, scripts) = (executables()?, root.join("tests/bench"));
     if first != "--pack" {
         let script = scripts.join(FILES[0]);

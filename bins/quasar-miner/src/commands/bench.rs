@@ -84,11 +84,7 @@ enum Refused {
 
 /// Out of memory is for a person with another machine or other options to change; the rest is a matter of settings.
 fn failure(error: TrainError) -> Failure {
-    if matches!(&error, TrainError::Torch(text) if text.contains("out of memory")) {
-        Failure::unavailable(error)
-    } else {
-        Failure::configuration(error)
-    }
+    if crate::trainer::is_out_of_memory(&error) { Failure::unavailable(error) } else { Failure::configuration(error) }
 }
 
 pub fn main(common: &CommonArgs, miner: &MinerArgs, args: &BenchArgs) -> Result<Exit, Failure> {

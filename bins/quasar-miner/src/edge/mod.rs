@@ -274,20 +274,10 @@ impl Edge {
     }
 
     async fn put_progress(self: &Arc<Self>, progress: Progress) -> Put {
-        let this = self.clone();
-        let sign = move || {
-            let now_ms = clock::now_ms();
-            let sequence = this.shared.sequence.next(now_ms)?;
-            Ok(encode_progress(progress, &this.facts.context, &*this.hotkey, sequence, now_ms))
-        };
-        let signed: Result<Result<Vec<u8>, JournalError>, _> = tokio::task::spawn_blocking(sign).await;
-        let bytes = match signed {
-            Ok(Ok(bytes)) => bytes,
-            Ok(Err(error)) => {
-                tracing::error!(slot = self.slot, error = error.to_string().replace('\n', "; "), "the progress record cannot be signed");
-                return if matches!(error, JournalError::DiskFull { .. }) { Put::DiskFull } else { Put::Unavailable };
-            }
-            Err(_) => return Put::Unavailable,
+        let encode = move |this: &Self, sequence, now_ms| encode_progress(progress, &this.facts.context, &*this.hotkey, sequence, now_ms);
+        let bytes = match self.sign("the progress record", encode).await {
+            Ok(bytes) => bytes,
+            Err(put) => return put,
         };
         let key = self.facts.run.progress(&self.hotkey.account(), self.slot);
         let patience =
@@ -304,24 +294,30 @@ impl Edge {
     }
 
     async fn prepare_receipt(self: &Arc<Self>, receipt: Receipt) -> Option<(u64, Digest)> {
-        let (this, lease) = (self.clone(), receipt.lease);
-        let sign = move || {
+        let lease = receipt.lease;
+        let encode = move |this: &Self, sequence, now_ms| envelope::sign(&receipt, &this.facts.context, &*this.hotkey, sequence, now_ms);
+        let bytes = self.sign("a receipt", encode).await.ok()?;
+        let (length, sha256) = (bytes.len() as u64, Digest::sha256(&bytes));
+        self.receipts.insert(lease, bytes.into());
+        Some((length, sha256))
+    }
+
+    /// Signs with the next sequence number, which waits for the disk: not on the runtime's threads. Gives why nothing can be put
+    /// where that fails.
+    async fn sign(self: &Arc<Self>, what: &str, encode: impl FnOnce(&Self, u64, u64) -> Vec<u8> + Send + 'static) -> Result<Vec<u8>, Put> {
+        let this = self.clone();
+        let signing = move || -> Result<Vec<u8>, JournalError> {
             let now_ms = clock::now_ms();
             let sequence = this.shared.sequence.next(now_ms)?;
-            Ok(envelope::sign(&receipt, &this.facts.context, &*this.hotkey, sequence, now_ms))
+            Ok(encode(&this, sequence, now_ms))
         };
-        let signed: Result<Result<Vec<u8>, JournalError>, _> = tokio::task::spawn_blocking(sign).await;
-        match signed {
-            Ok(Ok(bytes)) => {
-                let (length, sha256) = (bytes.len() as u64, Digest::sha256(&bytes));
-                self.receipts.insert(lease, bytes.into());
-                Some((length, sha256))
-            }
+        match tokio::task::spawn_blocking(signing).await {
+            Ok(Ok(bytes)) => Ok(bytes),
             Ok(Err(error)) => {
-                tracing::error!(slot = self.slot, lease, error = error.to_string().replace('\n', "; "), "a receipt cannot be signed");
-                None
+                tracing::error!(slot = self.slot, error = error.to_string().replace('\n', "; "), "{what} cannot be signed");
+                Err(if matches!(error, JournalError::DiskFull { .. }) { Put::DiskFull } else { Put::Unavailable })
             }
-            Err(_) => None,
+            Err(_) => Err(Put::Unavailable),
         }
     }
 

@@ -21,14 +21,7 @@ impl Service {
             Some((newest, bytes)) if newest == id => bytes,
             _ => {
                 let progress = self.run.progress(&slot.0, slot.1);
-                persist(&progress, || async {
-                    match self.store.get(&progress, Purpose::Progress.limit() as u64).await {
-                        Ok(object) => Ok(Some(object.bytes)),
-                        Err(StoreError::NotFound { .. }) => Ok(None),
-                        Err(error) => Err(error),
-                    }
-                })
-                .await?
+                self.get_present(&progress, Purpose::Progress.limit() as u64).await?
             }
         };
         let record = open_stored::<Progress>(&bytes, &self.context, Expect::Account(&slot.0)).ok()?;
@@ -43,15 +36,8 @@ impl Service {
     /// the steps that it shows.
     pub(super) async fn check_receipt(&self, slot: Slot, lease: &Lease, committed: &[(u64, Digest)]) -> Result<(Digest, Vec<u32>), Reason> {
         let key = self.run.receipt(&slot.0, slot.1, lease.id);
-        let bytes = persist(&key, || async {
-            match self.store.get(&key, Receipt::PURPOSE.limit() as u64 + ENVELOPE_BYTES).await {
-                Ok(object) => Ok(Some(object.bytes)),
-                Err(StoreError::NotFound { .. } | StoreError::TooLarge { .. }) => Ok(None),
-                Err(error) => Err(error),
-            }
-        })
-        .await
-        .ok_or(Reason::NotUploaded)?;
+        let limit = Receipt::PURPOSE.limit() as u64 + ENVELOPE_BYTES;
+        let bytes = self.get_present(&key, limit).await.ok_or(Reason::NotUploaded)?;
         let refuse = |why: &dyn std::fmt::Display| {
             tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, lease = lease.id, "receipt refused: {why}");
             Reason::ReceiptMismatch

@@ -5,13 +5,12 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use fragments::codec::PayloadHeader;
 use fragments::keyframe::{self, KeyframeId};
-use fragments::merge::{Input as MergeInput, robust_merge};
+use fragments::merge::{Input as MergeInput, averaged, robust_merge};
 use fragments::state::{FragmentState, StateHeader};
 use fragments::{outer, t0};
 use protocol::documents::{Commitment, Contribution, FragmentManifest, MergeManifest, PPM, Tape, TapeInput};
 use protocol::envelope::{Expect, open_stored};
-use protocol::{Digest, FileRecord, MergeRule, Reason};
-use storage::StoreError;
+use protocol::{Digest, FileRecord, Reason};
 
 use super::{Service, persist};
 use crate::machine::Slot;
@@ -20,15 +19,7 @@ impl Service {
     /// Static checks of an upload; the payload stays on the local disk for the merge.
     pub(super) async fn check_payload(&self, slot: Slot, t: u64, commitment: &Commitment) -> Reason {
         let key = self.run.payload(&slot.0, slot.1, t);
-        let bytes = persist(&key, || async {
-            match self.store.get(&key, commitment.length).await {
-                Ok(object) => Ok(Some(object.bytes)),
-                Err(StoreError::NotFound { .. } | StoreError::TooLarge { .. }) => Ok(None),
-                Err(error) => Err(error),
-            }
-        })
-        .await;
-        let Some(bytes) = bytes else { return Reason::NotUploaded };
+        let Some(bytes) = self.get_present(&key, commitment.length).await else { return Reason::NotUploaded };
         let committed = t0::Committed { length: commitment.length, sha256: commitment.sha256, blake3: commitment.blake3 };
         let header = self.payload_header(commitment.fragment, commitment.base_version);
         let path = self.payload_path(&commitment.blake3);
@@ -230,10 +221,7 @@ fn compute(
     header: &StateHeader,
     parameters: &protocol::documents::RunParameters,
 ) -> Computed {
-    let mut slices = plan.fragments[usize::from(tape.fragment)].clone();
-    if tape.closing {
-        slices.iter_mut().for_each(|slice| slice.rule = MergeRule::Mean);
-    }
+    let slices = &plan.fragments[usize::from(tape.fragment)];
     let decoded: Vec<Option<Vec<f32>>> =
         payloads.iter().zip(headers).map(|(bytes, header)| fragments::codec::decode(bytes, header).ok()).collect();
     let inputs: Vec<MergeInput<'_>> = decoded
@@ -241,7 +229,7 @@ fn compute(
         .zip(&tape.inputs)
         .filter_map(|(values, input)| Some(MergeInput { values: values.as_deref()?, weight: input.weight_ppm }))
         .collect();
-    let merged = robust_merge(&slices, &inputs);
+    let merged = if tape.closing { robust_merge(&averaged(slices), &inputs) } else { robust_merge(slices, &inputs) };
     let mut contributions: Vec<Contribution> = tape
         .inputs
         .iter()

@@ -28,7 +28,7 @@ use protocol::{Digest, FragmentPlan, ShardManifest, Signer};
 use storage::{ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
-use crate::machine::{Effect, Input, Slot, StandingMark};
+use crate::machine::{Effect, Input, Slot};
 
 pub use pollers::spawn_pollers;
 
@@ -129,6 +129,18 @@ impl Service {
         }
     }
 
+    /// Reads what somebody else wrote, at most `limit` bytes; `None` if it is not there, or longer.
+    pub(crate) async fn get_present(&self, key: &str, limit: u64) -> Option<Bytes> {
+        persist(key, || async {
+            match self.store.get(key, limit).await {
+                Ok(object) => Ok(Some(object.bytes)),
+                Err(StoreError::NotFound { .. } | StoreError::TooLarge { .. }) => Ok(None),
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+
     /// Overwrites a mutable key that only this process writes.
     pub(crate) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Result<Bytes, String>) {
         let Some(_turn) = self.outbox.turn(key, revision).await else { return };
@@ -159,8 +171,7 @@ impl Executor for Hands {
             }
             Effect::PublishCurrent => service.publish_current().await,
             Effect::PublishJob { revision, job } => service.publish_job(revision, &job).await,
-            Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions, cycle } => {
-                let mark = StandingMark { published_ms: 0, live, session_epoch, versions };
+            Effect::PublishStanding { revision, slot, validator, mark, cycle } => {
                 service.publish_standing(revision, slot, validator, &mark, cycle).await;
             }
             Effect::PublishPullGrants { revision, slot, session_epoch, wants } => {

@@ -1,5 +1,7 @@
 //! Learners: sessions, leases of rows, jobs and grants.
 
+use std::collections::BTreeSet;
+
 use protocol::documents::{Job, LearnerState, Lease, Progress, RunState};
 use protocol::lease::LeaseRows;
 use protocol::{AccountId, Digest, Reason};
@@ -221,12 +223,13 @@ impl Orchestrator {
         if !record.ended {
             record.ended = true;
             let batch = u64::from(record.lease.batch_rows);
-            let done = match &record.receipt {
-                ReceiptStage::Settled { trained } => trained.clone(),
-                _ => (0..record.evidence).collect::<Vec<u32>>(),
+            let done: BTreeSet<u32> = match &record.receipt {
+                ReceiptStage::Settled { trained } => trained.iter().copied().collect(),
+                _ => (0..record.evidence).collect(),
             };
-            let lost: Vec<u32> = (0..record.reported).filter(|step| !done.contains(step)).collect();
-            let rest = (0..record.lease.steps).filter(|step| !done.contains(step) && !lost.contains(step));
+            let is_left = |step: &u32| !done.contains(step);
+            let lost: Vec<u32> = (0..record.reported).filter(is_left).collect();
+            let rest = (record.reported..record.lease.steps).filter(is_left);
             let rows = LeaseRows::of(&record.lease);
             let steps = done.iter().chain(&lost).copied().chain(rest);
             let taken: Vec<(String, u64)> = steps.flat_map(|step| rows.step(step)).map(|row| (row.shard.to_owned(), row.row)).collect();
@@ -281,9 +284,10 @@ impl Orchestrator {
             return;
         }
         *mark = StandingMark { published_ms: now_ms.max(1), live, session_epoch, versions: versions.to_vec() };
+        let mark = mark.clone();
         let revision = self.next_revision();
         let cycle = protocol::schedule::cycle_of(self.closed_below, self.parameters().fragments);
-        self.emit(Effect::PublishStanding { revision, slot, session_epoch, validator, live, versions: versions.to_vec(), cycle });
+        self.emit(Effect::PublishStanding { revision, slot, validator, mark, cycle });
     }
 
     fn refresh_job(&mut self, slot: Slot) {
@@ -337,7 +341,7 @@ fn leftover_rows(lease: &Lease, taken: &[(String, u64)]) -> Vec<(String, u64)> {
     if taken.len() as u64 == total {
         return Vec::new();
     }
-    let taken: std::collections::BTreeSet<&(String, u64)> = taken.iter().collect();
+    let taken: BTreeSet<&(String, u64)> = taken.iter().collect();
     lease
         .rows
         .iter()

@@ -37,11 +37,7 @@ impl Orchestrator {
         }
         self.volatile.log_ms = now_ms;
         let entries: Vec<LogEntry> = log.waiting.drain(..log.waiting.len().min(LOG_ENTRIES_MAX)).collect();
-        let mut frontier = log.frontier.clone();
-        for entry in &entries {
-            frontier.append(entry);
-        }
-        log.publishing = Some(LogHead { previous: log.frontier.size(), entries, frontier });
+        log.publishing = Some(LogHead { previous: log.frontier.size(), frontier: log.frontier.extended(&entries), entries });
         self.resume_log();
     }
 

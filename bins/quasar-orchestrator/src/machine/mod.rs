@@ -194,10 +194,8 @@ pub enum Effect {
     PublishStanding {
         revision: u64,
         slot: Slot,
-        session_epoch: u64,
         validator: bool,
-        live: bool,
-        versions: Vec<u64>,
+        mark: StandingMark,
         /// Cycles that are merged: a validator publishes scores for this one and those that follow.
         cycle: u64,
     },

@@ -22,7 +22,7 @@ mod sketch;
 
 use std::io;
 
-use protocol::{Reason, Slice};
+use protocol::{MergeRule, Reason, Slice};
 
 use crate::codec::{CodecError, Encoding, HEADER_BYTES, Layout, PayloadHeader, Source};
 use crate::gates::{self, NormVerdict};
@@ -159,6 +159,12 @@ pub fn merge_payloads(slices: &[Slice], offers: &[Offer]) -> Result<Merged, Merg
         voices.push(Voice { source: offer.payload, body: HEADER_BYTES as u64, weight, unit_weights });
     }
     Prepared::new(Engine { layout, voices })?.robust()
+}
+
+/// The same slices with every unit merged by weighted mean: the closing merges of a run, whose result is the average of the
+/// learners' weights.
+pub fn averaged(slices: &[Slice]) -> Vec<Slice> {
+    slices.iter().map(|slice| Slice { rule: MergeRule::Mean, ..slice.clone() }).collect()
 }
 
 /// The merge that would have been without the contributions `revoked` (numbers in `offers`), from the payloads that were kept:

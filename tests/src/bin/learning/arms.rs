@@ -6,13 +6,13 @@ use std::time::Instant;
 use anyhow::anyhow;
 use fragments::codec::{self, PayloadHeader};
 use fragments::keyframe::{self, KeyframeId};
-use fragments::merge::{Input, robust_merge};
+use fragments::merge::{Input, averaged, robust_merge};
 use fragments::outer;
 use fragments::state::FragmentState;
 use model::{Batch, Evaluator, QuasarEvaluator, QuasarTrainer, Trainer};
 use protocol::documents::{PPM, RunParameters};
 use protocol::schedule::{self, Work};
-use protocol::{Digest, FragmentPlan, MergeRule, Slice};
+use protocol::{Digest, FragmentPlan, Slice};
 
 use crate::setting::{Base, LEARNERS, Order, Setting};
 
@@ -157,7 +157,7 @@ impl<'a> Merger<'a> {
 
     /// From here on merges give the average of the learners' weights.
     fn close(&mut self) {
-        self.slices.iter_mut().flatten().for_each(|slice| slice.rule = MergeRule::Mean);
+        self.slices = self.plan.fragments.iter().map(|slices| averaged(slices)).collect();
         self.outer = (1.0, 0.0);
     }
 
