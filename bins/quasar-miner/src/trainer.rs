@@ -20,9 +20,6 @@ use crate::machine::{Boundary, Export, Exported, Fault, Input, Step, StepDone};
 /// Opens the trainer on a base tree; runs on the trainer's own thread, because libtorch keeps settings per thread.
 pub type OpenTrainer = Box<dyn FnOnce(&Path) -> Result<Box<dyn Trainer>, TrainError> + Send>;
 
-/// Texts in libtorch's errors that mean that memory ran out, on the CPU and on a GPU.
-const OUT_OF_MEMORY: [&str; 2] = ["out of memory", "can't allocate memory"];
-
 enum Order {
     Open(PathBuf),
     Pass(Box<Boundary>),
@@ -236,15 +233,10 @@ pub fn hyper(inner: &InnerOptimizer, lr: f64) -> Hyper {
     }
 }
 
-/// Whether the device or the host ran out of memory.
-pub fn is_out_of_memory(error: &TrainError) -> bool {
-    matches!(error, TrainError::Torch(text) if OUT_OF_MEMORY.iter().any(|mark| text.contains(mark)))
-}
-
 fn train_fault(error: &TrainError) -> Fault {
     match error {
         TrainError::NotFinite { .. } => Fault::NotFinite,
-        error if is_out_of_memory(error) => Fault::OutOfMemory,
+        TrainError::OutOfMemory { .. } => Fault::OutOfMemory(error.to_string()),
         error => Fault::Broken(error.to_string()),
     }
 }

@@ -33,6 +33,6 @@ pub use train::{Batch, Evaluator, Hyper, Routes, StepReport, Trainer};
 
 #[cfg(feature = "libtorch")]
 pub use torch::{
-    ComputeType, EvaluatorOptions, Loss, MomentType, QuasarEvaluator, QuasarTrainer, TrainerOptions, checkpoint_loss, cuda_is_available,
-    load_cuda, tune_allocator,
+    ComputeType, EvaluatorOptions, GpuInfo, Loss, MomentType, QuasarEvaluator, QuasarTrainer, TORCH_VERSION, TrainerOptions,
+    checkpoint_loss, cuda_is_available, gpus, load_cuda, tune_allocator,
 };

@@ -92,10 +92,11 @@ fn a_device_without_memory_ends_the_learner_with_its_reason_in_the_record() {
     let (_folder, mut world) = world();
     train(&mut world, 2);
     let number = world.boundaries.last().unwrap().number;
-    world.handle(Input::Faulted { number, fault: Fault::OutOfMemory });
+    let what = "the GPU has too little memory: 4096 bytes are missing";
+    world.handle(Input::Faulted { number, fault: Fault::OutOfMemory(what.into()) });
     world.run_for(200);
     assert_eq!((world.record().state, world.record().reason), (LearnerState::Faulted, Reason::OutOfMemory));
-    assert_eq!((world.end(), world.machine.exit()), (Some(&End::OutOfMemory), Some(Exit::Unavailable)));
+    assert_eq!((world.end(), world.machine.exit()), (Some(&End::OutOfMemory(what.into())), Some(Exit::Unavailable)));
 }
 
 #[test]

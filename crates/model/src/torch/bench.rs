@@ -47,6 +47,8 @@ pub struct BenchReport {
     pub sequence_length: usize,
     /// From the start to the end of the first step: kernels compiled and loaded, memory taken.
     pub start_s: f64,
+    /// Of a step, how long the host takes to launch its work; the device waits for the host if that is not far below `step_s`.
+    pub launch_s: f64,
     pub step_s_all: Vec<f64>,
 }
 
@@ -95,7 +97,7 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
     let hyper = Hyper { lr: 1e-5, beta2: 0.999, ..Hyper::default() };
     let tokens_per_step = options.batch * options.sequence_length;
     let mut word = SEED;
-    let (mut times, mut loss, mut start_s) = (Vec::new(), 0.0, 0.0);
+    let (mut times, mut launches, mut loss, mut start_s) = (Vec::new(), Vec::new(), 0.0, 0.0);
     for step in 0..WARM_UP + options.steps {
         let mut next = || {
             word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -104,6 +106,10 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
         let tokens: Vec<u32> = (0..tokens_per_step).map(|_| next()).collect();
         let batch = Batch { tokens: &tokens, rows: options.batch, row_tokens: options.sequence_length };
         batch.check(vocabulary)?;
+        let is_last = step + 1 == WARM_UP + options.steps;
+        if is_last {
+            learner.profile(true)?;
+        }
         learner.synchronize()?;
         let start = Instant::now();
         loss = learner.take_step(&batch, &hyper, None, false, step as u64 + 1)?.loss;
@@ -113,11 +119,18 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
         }
         if step >= WARM_UP {
             times.push(start.elapsed().as_secs_f64());
+            launches.push(learner.launching().as_secs_f64());
+        }
+        if is_last {
+            learner.profile(false)?;
         }
     }
     let step_s_all = times.clone();
-    times.sort_by(f64::total_cmp);
-    let step_s = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+    };
+    let (step_s, launch_s) = (median(times), median(launches));
     let (free, total) = learner.memory()?;
     let tokens_per_s = tokens_per_step as f64 / step_s;
     Ok(BenchReport {
@@ -132,6 +145,7 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
         batch: options.batch,
         sequence_length: options.sequence_length,
         start_s,
+        launch_s,
         step_s_all,
     })
 }

@@ -24,6 +24,9 @@ pub(crate) trait Learner: Send {
     /// Loss and gradient of the trained part, in the layout's order.
     fn loss_and_gradient(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<(f64, Vec<f32>), TrainError>;
 
+    /// The input of each layer and the output of the final norm, `[tokens * hidden_size]` each.
+    fn hidden(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<Vec<Vec<f32>>, TrainError>;
+
     /// Master weights of a range.
     fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, TrainError>;
 

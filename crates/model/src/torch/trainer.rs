@@ -1,6 +1,6 @@
 //! The trainer: a learner on some device behind a fragment plan.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use protocol::FragmentPlan;
@@ -12,7 +12,7 @@ use super::flat::FlatLearner;
 use super::gpu::{self, GpuLearner};
 use super::layout::Layout;
 use super::learner::Learner;
-use crate::{Batch, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TrainError, Trainer, TrainerState};
+use crate::{Batch, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer, TrainerState};
 
 /// How optimizer moments are kept on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,10 +44,19 @@ pub struct TrainerOptions {
     pub own_kernels: bool,
     /// Folder in which compiled kernels are kept from start to start.
     pub kernel_cache: Option<PathBuf>,
+    /// Further options for the kernels' compiler (NVRTC).
+    pub compiler_options: Vec<String>,
     /// With own kernels; through libtorch's operations moments are f32.
     pub moments: MomentType,
-    /// Keep the lower halves of the weights and the moments in pinned memory of the host (own kernels).
-    pub offload: bool,
+    /// Keep the lower halves of the weights and the moments in pinned memory of the host (own kernels). `None`: if the GPU cannot hold
+    /// them.
+    pub offload: Option<bool>,
+    /// Bytes of the host's memory that may be pinned for that.
+    pub host_bytes: u64,
+    /// Bytes of the GPU to plan for. `None`: what is free.
+    pub device_bytes: Option<u64>,
+    /// Rows of a batch and tokens of a row that memory is planned for until a batch is seen.
+    pub batch: (usize, usize),
     /// Keep only the input of each layer for the backward pass and compute the layer again (own kernels). `None`: if memory demands it.
     pub recompute: Option<bool>,
     /// Most tokens in one forward and backward pass (own kernels); larger batches are cut into groups of rows whose gradients are added.
@@ -66,8 +75,12 @@ impl Default for TrainerOptions {
             document_start: None,
             own_kernels: true,
             kernel_cache: None,
+            compiler_options: Vec::new(),
             moments: MomentType::default(),
-            offload: false,
+            offload: None,
+            host_bytes: 0,
+            device_bytes: None,
+            batch: (1, 2048),
             recompute: None,
             pass_tokens: None,
         }
@@ -81,6 +94,7 @@ pub struct QuasarTrainer {
     ranges: PlanRanges,
     step: u64,
     threads: usize,
+    fallback: Option<String>,
 }
 
 impl QuasarTrainer {
@@ -97,12 +111,18 @@ impl QuasarTrainer {
         let layout = Layout::new(&config, options.train_step_sizes);
         let ranges = PlanRanges::new(&plan, layout.elements, |name| layout.places.get(name).copied())?;
         let source = checkpoint::Source::open(&config, folder)?;
-        let mut learner = learner(config, layout, source.buffers()?, device, options)?;
+        let (mut learner, fallback) = learner(config, layout, source.buffers()?, device, options)?;
         source.parameters(|name, values| match learner.layout().range(name) {
             Some(range) => learner.write(&range, &values),
             None => Ok(()),
         })?;
-        Ok(Self { learner, plan, ranges, step: 0, threads: options.threads })
+        Ok(Self { learner, plan, ranges, step: 0, threads: options.threads, fallback })
+    }
+
+    /// Why a GPU computes through libtorch's operations although own kernels were wanted and fit the model: they could not be compiled or
+    /// loaded.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
     }
 
     /// The model's configuration.
@@ -120,34 +140,62 @@ impl QuasarTrainer {
         Ok((loss, trained.filter_map(part).collect()))
     }
 
+    /// The input of each layer and the output of the final norm, `[tokens * hidden_size]` each, for comparison with other forms. A row is one
+    /// sequence here, whatever the options say.
+    pub fn hidden_states(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<Vec<Vec<f32>>, TrainError> {
+        self.check(batch, forced)?;
+        self.learner.hidden(batch, forced)
+    }
+
     fn check(&self, batch: &Batch, forced: Option<&Routes>) -> Result<(), TrainError> {
         batch.check(self.config().vocab_size)?;
         forced.map_or(Ok(()), |routes| routes.check(self.config(), batch.tokens.len()))
     }
 }
 
-/// The learner for a device: own kernels on a GPU where they can be had, libtorch's operations otherwise.
+/// The learner for a device: own kernels on a GPU where they can be had, libtorch's operations otherwise; and why not, if they should be
+/// had.
 fn learner(
     config: QuasarConfig,
     layout: Layout,
-    buffers: std::collections::HashMap<String, Vec<f32>>,
+    buffers: HashMap<String, Vec<f32>>,
     device: Device,
     options: &TrainerOptions,
-) -> Result<Box<dyn Learner>, TrainError> {
+) -> Result<(Box<dyn Learner>, Option<String>), TrainError> {
     let wants_kernels = device.is_cuda() && options.own_kernels && options.compute != Some(ComputeType::F32);
+    let mut fallback = None;
     if wants_kernels {
         let reason = if options.train_step_sizes { Some("step sizes are trained".to_owned()) } else { gpu::unsupported(&config) };
         match reason {
             Some(reason) => tracing::info!(%reason, "this model trains through libtorch's operations"),
             None => match GpuLearner::new(config.clone(), layout.clone(), buffers.clone(), device, options) {
-                Ok(learner) => return Ok(Box::new(learner)),
-                Err(error @ TrainError::Torch(_)) => return Err(error),
-                Err(error) => tracing::warn!(%error, "own kernels cannot be used; training through libtorch's operations, which is slower"),
+                Ok(learner) => return Ok((Box::new(learner), None)),
+                Err(TrainError::Kernels(reason)) => {
+                    tracing::warn!(%reason, "own kernels cannot be used; training through libtorch's operations, which is slower");
+                    fallback = Some(reason);
+                }
+                Err(error) => return Err(error),
             },
         }
     }
     let kind = options.compute.unwrap_or_default().kind();
-    Ok(Box::new(FlatLearner::new(config, layout, buffers, device, kind, options)?))
+    Ok((Box::new(FlatLearner::new(config, layout, buffers, device, kind, options)?), fallback))
+}
+
+/// A learner of a fresh model that is on no disk.
+pub(crate) fn fresh(config: QuasarConfig, options: &TrainerOptions, seed: u64) -> Result<(Box<dyn Learner>, Option<String>), TrainError> {
+    let device = parse_device(&options.device)?;
+    let layout = Layout::new(&config, options.train_step_sizes);
+    let tensors = config.tensors();
+    let values = |tensor: &TensorEntry| crate::init::values(&config, seed, tensor);
+    let buffers = tensors.iter().filter(|tensor| tensor.is_buffer).map(|tensor| (tensor.name.clone(), values(tensor))).collect();
+    let (mut learner, fallback) = learner(config.clone(), layout, buffers, device, options)?;
+    for tensor in tensors.iter().filter(|tensor| !tensor.is_buffer) {
+        if let Some(range) = learner.layout().range(&tensor.name) {
+            learner.write(&range, &values(tensor))?;
+        }
+    }
+    Ok((learner, fallback))
 }
 
 impl Trainer for QuasarTrainer {

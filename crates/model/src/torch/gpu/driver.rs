@@ -11,6 +11,8 @@ use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
+use crate::torch::device::GpuInfo;
+
 /// Names under which NVRTC is installed, newest first, beside the CUDA part of libtorch or in the loader's path.
 const NVRTC_NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
 /// Folders of NVIDIA's wheels that hold it, relative to the folder that holds `torch`.
@@ -24,6 +26,12 @@ const MULTIPROCESSORS: c_int = 16;
 const MAX_DYNAMIC_SHARED: c_int = 8;
 /// `CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP`
 const HOST_FLAGS: c_uint = 1 | 2;
+/// `CU_STREAM_NON_BLOCKING`: runs beside the null stream instead of in turn with it.
+const NON_BLOCKING: c_uint = 1;
+/// `CU_EVENT_DISABLE_TIMING`
+const NO_TIMING: c_uint = 2;
+/// Longest name of a GPU.
+const NAME_BYTES: usize = 256;
 /// Dynamic shared memory that a kernel gets without asking.
 const SHARED_UNASKED: usize = 48 << 10;
 
@@ -50,7 +58,11 @@ macro_rules! functions {
 }
 
 functions!(Cuda {
+    init = "cuInit"(c_uint);
+    driver_version = "cuDriverGetVersion"(*mut c_int);
+    device_count = "cuDeviceGetCount"(*mut c_int);
     device_get = "cuDeviceGet"(*mut c_int, c_int);
+    device_name = "cuDeviceGetName"(*mut c_char, c_int, c_int);
     attribute = "cuDeviceGetAttribute"(*mut c_int, c_int, c_int);
     retain = "cuDevicePrimaryCtxRetain"(*mut *mut c_void, c_int);
     set_current = "cuCtxSetCurrent"(*mut c_void);
@@ -62,6 +74,14 @@ functions!(Cuda {
     set_attribute = "cuFuncSetAttribute"(*mut c_void, c_int, c_int);
     launch = "cuLaunchKernel"(*mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void, *mut *mut c_void, *mut *mut c_void);
     synchronize = "cuCtxSynchronize"();
+    profiler_start = "cuProfilerStart"();
+    profiler_stop = "cuProfilerStop"();
+    stream_create = "cuStreamCreate"(*mut *mut c_void, c_uint);
+    stream_wait = "cuStreamWaitEvent"(*mut c_void, *mut c_void, c_uint);
+    event_create = "cuEventCreate"(*mut *mut c_void, c_uint);
+    event_record = "cuEventRecord"(*mut c_void, *mut c_void);
+    event_synchronize = "cuEventSynchronize"(*mut c_void);
+    event_destroy = "cuEventDestroy_v2"(*mut c_void);
     error_name = "cuGetErrorName"(Status, *mut *const c_char);
 });
 
@@ -129,10 +149,34 @@ fn check(status: Status, what: &str) -> Result<(), String> {
     Err(format!("{what}: {name}"))
 }
 
+/// The GPUs that the driver shows.
+pub(crate) fn gpus() -> Result<Vec<GpuInfo>, String> {
+    let cuda = cuda()?;
+    let (mut version, mut count) = (0, 0);
+    // SAFETY: plain calls with valid places for the answers.
+    unsafe {
+        check((cuda.init)(0), "cuInit")?;
+        check((cuda.driver_version)(&raw mut version), "cuDriverGetVersion")?;
+        check((cuda.device_count)(&raw mut count), "cuDeviceGetCount")?;
+    }
+    let describe = |index: usize| {
+        let gpu = Gpu::open(index)?;
+        let (free, total) = gpu.memory()?;
+        let mut name = [0u8; NAME_BYTES];
+        // SAFETY: the buffer has the size that is named.
+        check(unsafe { (cuda.device_name)(name.as_mut_ptr().cast(), NAME_BYTES as c_int, gpu.device) }, "cuDeviceGetName")?;
+        let name = CStr::from_bytes_until_nul(&name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let driver = format!("{}.{}", version / 1000, version % 1000 / 10);
+        Ok(GpuInfo { name, capability: gpu.capability, free_bytes: free as u64, total_bytes: total as u64, driver })
+    };
+    (0..usize::try_from(count).unwrap_or_default()).map(describe).collect()
+}
+
 /// One GPU: its primary context, which it shares with libtorch.
 #[derive(Clone, Copy)]
 pub(crate) struct Gpu {
     context: *mut c_void,
+    device: c_int,
     /// For example 90 for an H100.
     pub capability: u32,
     pub multiprocessors: u32,
@@ -157,11 +201,12 @@ impl Gpu {
         };
         // SAFETY: plain calls with valid places for the answers; the context is kept until the process ends.
         unsafe {
+            check((cuda.init)(0), "cuInit")?;
             check((cuda.device_get)(&raw mut device, index), "cuDeviceGet")?;
             check((cuda.retain)(&raw mut context, device), "cuDevicePrimaryCtxRetain")?;
         }
         let capability = 10 * attribute(device, CAPABILITY_MAJOR)? + attribute(device, CAPABILITY_MINOR)?;
-        Ok(Self { context, capability, multiprocessors: attribute(device, MULTIPROCESSORS)? })
+        Ok(Self { context, device, capability, multiprocessors: attribute(device, MULTIPROCESSORS)? })
     }
 
     /// Makes the GPU current on this thread.
@@ -177,6 +222,14 @@ impl Gpu {
         // SAFETY: plain call with valid places for the answers.
         check(unsafe { (cuda()?.memory)(&raw mut free, &raw mut total) }, "cuMemGetInfo")?;
         Ok((free, total))
+    }
+
+    /// Begins or ends what a profiler looks at; nothing happens without one.
+    pub fn profile(&self, is_on: bool) -> Result<(), String> {
+        self.synchronize()?;
+        let cuda = cuda()?;
+        // SAFETY: plain calls.
+        check(unsafe { if is_on { (cuda.profiler_start)() } else { (cuda.profiler_stop)() } }, "cuProfilerStart or cuProfilerStop")
     }
 
     /// Waits for everything under way.
@@ -202,7 +255,7 @@ impl HostMemory {
         let mut pointer = ptr::null_mut();
         // SAFETY: plain call with a valid place for the answer.
         let status = unsafe { (cuda()?.host_alloc)(&raw mut pointer, bytes.max(1), HOST_FLAGS) };
-        check(status, &format!("out of memory: {bytes} bytes of pinned host memory"))?;
+        check(status, &format!("out of memory: pinned memory: {bytes} bytes"))?;
         let memory = Self { pointer, context: *gpu };
         // SAFETY: just allocated, used by nobody else; the parts do not overlap.
         let all = unsafe { std::slice::from_raw_parts_mut(pointer.cast::<std::mem::MaybeUninit<u8>>(), bytes) };

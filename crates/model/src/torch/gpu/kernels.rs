@@ -146,6 +146,8 @@ pub(crate) struct StepSettings {
     pub step: u32,
 }
 
+/// The kernels use bf16 products and asynchronous copies of this compute capability.
+const CAPABILITY_MIN: u32 = 80;
 /// Sizes that the kernels are built for.
 const HEAD_DIM: usize = 128;
 const ROTARY_WIDTH: usize = 64;
@@ -185,10 +187,14 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    /// Compiles the kernels for `config`, or takes them from `cache`, a folder for machine code.
-    pub fn new(config: &QuasarConfig, device: Device, cache: Option<&Path>) -> std::result::Result<Self, String> {
+    /// Compiles the kernels for `config` with `further` options for the compiler, or takes them from `cache`, a folder for machine code.
+    pub fn new(config: &QuasarConfig, device: Device, cache: Option<&Path>, further: &[String]) -> std::result::Result<Self, String> {
         let Device::Cuda(index) = device else { return Err("not a CUDA device".into()) };
         let gpu = Gpu::open(index)?;
+        if gpu.capability < CAPABILITY_MIN {
+            let (major, minor) = (gpu.capability / 10, gpu.capability % 10);
+            return Err(format!("the GPU has compute capability {major}.{minor}; they need {}.{}", CAPABILITY_MIN / 10, CAPABILITY_MIN % 10));
+        }
         let sizes = [
             ("HIDDEN", config.hidden_size),
             ("HEADS", config.num_attention_heads),
@@ -203,6 +209,7 @@ impl Kernels {
         ];
         let mut options: Vec<String> = ["--std=c++17", "-default-device", "-diag-suppress=177"].map(str::to_owned).into();
         options.extend(sizes.iter().map(|(name, value)| format!("-D{name}={value}")));
+        options.extend_from_slice(further);
         let codes: Vec<_> = std::thread::scope(|scope| {
             let threads = SOURCES.each_ref().map(|source| scope.spawn(|| code_of(source, gpu.capability, &options, cache)));
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("the compiler's thread panicked".into()))).collect()

@@ -13,6 +13,6 @@ mod learner;
 mod mixture;
 mod store;
 
-pub(crate) use driver::remember_torch;
+pub(crate) use driver::{gpus, remember_torch};
 pub(crate) use kernels::unsupported;
 pub(crate) use learner::GpuLearner;

@@ -80,6 +80,34 @@ struct Moments {
     scales: Option<(Tensor, Tensor)>,
 }
 
+impl Moments {
+    /// The element `start`, which begins a block of 8-bit moments, as arguments of a kernel: both moments, then their scales, null for f32.
+    fn at(&self, start: i64) -> [Argument; 4] {
+        let [first_scales, second_scales] = match &self.scales {
+            None => [Argument::NULL; 2],
+            Some((first, second)) => [first, second].map(|scales| Argument::at(scales, start / MOMENT_BLOCK)),
+        };
+        [self.first.at(start), self.second.at(start), first_scales, second_scales]
+    }
+
+    /// Moments of `elements` elements from `start` on as f32 (`is_out`), or from f32: between here and two tensors on the device. 8-bit ones
+    /// in whole blocks.
+    fn exchange(&self, kernels: &Kernels, start: i64, values: [&Tensor; 2], elements: i64, is_out: bool) -> Result<()> {
+        let here = self.at(start);
+        if self.scales.is_none() {
+            for (here, there) in here.into_iter().zip(values) {
+                let (from, to) = if is_out { (here, there.into()) } else { (there.into(), here) };
+                kernels.launch("copy_values", (elements + 255) / 256, 256u32, &[from, to, elements.into()])?;
+            }
+            return Ok(());
+        }
+        debug_assert!(start % MOMENT_BLOCK == 0 && elements % MOMENT_BLOCK == 0);
+        let blocks = elements / MOMENT_BLOCK;
+        let arguments: Vec<Argument> = here.into_iter().chain(values.map(Argument::from)).chain([blocks.into()]).collect();
+        kernels.launch(if is_out { "moments_out" } else { "moments_in" }, warps(blocks), 256u32, &arguments)
+    }
+}
+
 /// The buffers of one model.
 pub(crate) struct Store {
     weights: Tensor,
@@ -110,6 +138,16 @@ impl Gradients {
             let _ = sum.f_add_(&gradient)?;
         } else {
             self.matrices.insert(key, gradient);
+        }
+        Ok(())
+    }
+
+    /// Adds the gradient `dy^T x` of a matrix by which `x` was multiplied ([`super::engine::Pass::linear`]).
+    pub fn linear(&mut self, key: String, dy: &Tensor, x: &Tensor) -> Result<()> {
+        if let Some(sum) = self.matrices.get_mut(&key) {
+            let _ = sum.f_addmm_(&dy.f_tr()?, x)?;
+        } else {
+            self.matrices.insert(key, dy.f_tr()?.f_mm(x)?);
         }
         Ok(())
     }
@@ -268,20 +306,16 @@ impl Store {
             step: step as u32,
         };
         let decayed = StepSettings { keep: (1.0 - hyper.lr * hyper.weight_decay) as f32, ..settings };
-        let element = if moments.scales.is_some() { 1 } else { 4 };
         for (range, gradient, is_wide) in parts {
             let elements = range.end - range.start;
-            let scale = |which: fn(&(Tensor, Tensor)) -> &Tensor| {
-                moments.scales.as_ref().map_or(Argument::NULL, |scales| Argument::at(which(scales), range.start / MOMENT_BLOCK))
-            };
+            let [first, second, first_scales, second_scales] = moments.at(range.start);
             let arguments = [
                 Argument::at(&self.weights, range.start),
                 self.rests.at(range.start),
-                moments.first.at(range.start),
-                moments.second.at(range.start),
-                scale(|scales| &scales.0),
-                scale(|scales| &scales.1),
-                i32::from(element == 1).into(),
+                first,
+                second,
+                first_scales,
+                second_scales,
                 gradient.into(),
                 i32::from(is_wide).into(),
                 elements.into(),
@@ -345,49 +379,25 @@ impl Store {
         let (mut first, mut second) = (vec![0f32; elements], vec![0f32; elements]);
         let Some(moments) = &self.moments else { return Ok((first, second)) };
         for (at, piece) in self.pieces(&(0..elements)).into_iter().filter(|(_, piece)| piece.start < self.trained()) {
-            let count = (piece.end - piece.start) as usize;
-            let (one, two) = match &moments.scales {
-                None => {
-                    let (one, two) = (kernels.empty(&[count as i64], Kind::Float)?, kernels.empty(&[count as i64], Kind::Float)?);
-                    copy(kernels, moments.first.at(piece.start), (&one).into(), count as i64)?;
-                    copy(kernels, moments.second.at(piece.start), (&two).into(), count as i64)?;
-                    (one, two)
-                }
-                Some((first_scales, second_scales)) => {
-                    // Whole blocks around the piece.
-                    let begin = piece.start / MOMENT_BLOCK * MOMENT_BLOCK;
-                    let blocks = (aligned(piece.end, MOMENT_BLOCK) - begin) / MOMENT_BLOCK;
-                    let out = || kernels.empty(&[blocks * MOMENT_BLOCK], Kind::Float);
-                    let (one, two) = (out()?, out()?);
-                    let arguments = [
-                        moments.first.at(begin),
-                        moments.second.at(begin),
-                        Argument::at(first_scales, begin / MOMENT_BLOCK),
-                        Argument::at(second_scales, begin / MOMENT_BLOCK),
-                        (&one).into(),
-                        (&two).into(),
-                        blocks.into(),
-                    ];
-                    kernels.launch("moments_out", warps(blocks), 256u32, &arguments)?;
-                    let skip = piece.start - begin;
-                    (one.f_narrow(0, skip, count as i64)?, two.f_narrow(0, skip, count as i64)?)
-                }
-            };
-            to_slice(&one, &mut first[at..at + count])?;
-            to_slice(&two, &mut second[at..at + count])?;
+            // Whole blocks around the piece.
+            let begin = piece.start / MOMENT_BLOCK * MOMENT_BLOCK;
+            let (around, count) = (aligned(piece.end, MOMENT_BLOCK) - begin, piece.end - piece.start);
+            let sides = [kernels.empty(&[around], Kind::Float)?, kernels.empty(&[around], Kind::Float)?];
+            moments.exchange(kernels, begin, sides.each_ref(), around, true)?;
+            for (side, values) in sides.iter().zip([&mut first, &mut second]) {
+                to_slice(&side.f_narrow(0, piece.start - begin, count)?, &mut values[at..at + count as usize])?;
+            }
         }
         Ok((first, second))
     }
 
     /// Overwrites all moments. What [`Store::read_moments`] gave comes back bit for bit.
     pub fn write_moments(&mut self, kernels: &Kernels, first: &[f32], second: &[f32]) -> Result<()> {
-        let pieces = self.pieces(&(0..first.len()));
-        let trained = self.trained();
         let Some(moments) = &self.moments else { return Ok(()) };
+        let pieces = self.pieces(&(0..first.len()));
         // Whole blocks at once: vectors share blocks, so everything is laid out on the host first.
-        let chunk = PIECE as i64;
-        for begin in (0..trained).step_by(PIECE) {
-            let end = (begin + chunk).min(trained);
+        for begin in (0..self.trained()).step_by(PIECE) {
+            let end = (begin + PIECE as i64).min(self.trained());
             let mut sides = [vec![0f32; (end - begin) as usize], vec![0f32; (end - begin) as usize]];
             for (at, piece) in &pieces {
                 let (from, to) = (piece.start.max(begin), piece.end.min(end));
@@ -399,35 +409,11 @@ impl Store {
                 sides[0][target.clone()].copy_from_slice(&first[source.clone()]);
                 sides[1][target].copy_from_slice(&second[source]);
             }
-            let [one, two] = sides.map(|values| Tensor::f_from_slice(&values)?.f_to_device(kernels.device));
-            let (one, two) = (one?, two?);
-            match &moments.scales {
-                None => {
-                    copy(kernels, (&one).into(), moments.first.at(begin), end - begin)?;
-                    copy(kernels, (&two).into(), moments.second.at(begin), end - begin)?;
-                }
-                Some((first_scales, second_scales)) => {
-                    let blocks = (end - begin) / MOMENT_BLOCK;
-                    let arguments = [
-                        moments.first.at(begin),
-                        moments.second.at(begin),
-                        Argument::at(first_scales, begin / MOMENT_BLOCK),
-                        Argument::at(second_scales, begin / MOMENT_BLOCK),
-                        (&one).into(),
-                        (&two).into(),
-                        blocks.into(),
-                    ];
-                    kernels.launch("moments_in", warps(blocks), 256u32, &arguments)?;
-                }
-            }
+            let [first, second] = sides.map(|values| Tensor::f_from_slice(&values)?.f_to_device(kernels.device));
+            moments.exchange(kernels, begin, [&first?, &second?], end - begin, false)?;
         }
         Ok(())
     }
-}
-
-/// Copies f32 values between two places that kernels reach.
-fn copy(kernels: &Kernels, from: Argument, to: Argument, elements: i64) -> Result<()> {
-    kernels.launch("copy_values", (elements + 255) / 256, 256u32, &[from, to, elements.into()])
 }
 
 /// Copies a flat f32 tensor to the host.
