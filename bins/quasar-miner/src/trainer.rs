@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use fragments::codec::{self, CodecError, PayloadHeader};
 use fragments::t0::Committed;
-use model::{Batch, Hyper, TrainError, Trainer, TrainerState};
+use model::{Batch, Contribution, Hyper, TrainError, Trainer, TrainerState};
 use protocol::Digest;
 use protocol::documents::{InnerOptimizer, OpenedStep, PPM, micro_nats};
 use tokio::sync::mpsc;
@@ -72,7 +72,7 @@ impl TrainerThread {
     }
 }
 
-fn serve(open: OpenTrainer, queue: &Receiver<Order>, plane: &Arc<Plane>, inner: &InnerOptimizer, tell: &dyn Fn(Input) -> bool) {
+fn serve(open: OpenTrainer, queue: &Receiver<Order>, plane: &Arc<Plane>, inner: &InnerOptimizer, tell: &(dyn Fn(Input) -> bool + Sync)) {
     let mut open = Some(open);
     let mut worker: Option<Worker> = None;
     while let Ok(order) = queue.recv() {
@@ -141,9 +141,9 @@ impl Worker {
         Self { trainer, plane, inner }
     }
 
-    /// Passes one boundary, in the order of its fields; [`Input::Prepared`] is told before the step begins, so that
-    /// commitments do not wait for it.
-    pub fn pass(&mut self, boundary: &Boundary, tell: &dyn Fn(Input) -> bool) -> Result<Option<StepDone>, Fault> {
+    /// Passes one boundary, in the order of its fields. What is exported is encoded while the step is taken, and [`Input::Prepared`] is
+    /// told as soon as that is done, so that commitments do not wait for the step, nor the step for them.
+    pub fn pass(&mut self, boundary: &Boundary, tell: &(dyn Fn(Input) -> bool + Sync)) -> Result<Option<StepDone>, Fault> {
         if let Some(local_step) = boundary.restore {
             self.plane.spool.flush().map_err(|error| spool_fault(&error))?;
             let elements = self.trainer.plan().total_elements() as usize;
@@ -159,23 +159,38 @@ impl Worker {
             Some(order) => Some(self.snapshot(order.local_step, order.versions.clone())?),
             None => None,
         };
-        let mut exported = Vec::new();
-        let mut fault = None;
+        let mut contributions = Vec::new();
         for order in &boundary.export {
-            match self.export(order) {
-                Ok(done) => exported.push(done),
-                Err(error) => {
-                    fault = Some(error);
-                    break;
+            let weights = self.trainer.contribute(usize::from(order.fragment)).map_err(|error| train_fault(&error))?;
+            contributions.push((order, weights));
+        }
+        let (plane, number) = (self.plane.clone(), boundary.number);
+        let prepare = move || {
+            let mut exported = Vec::new();
+            let mut result = Ok(());
+            for (order, weights) in contributions {
+                match export(&plane, order, &weights) {
+                    Ok(done) => exported.push(done),
+                    Err(fault) => {
+                        result = Err(fault);
+                        break;
+                    }
                 }
             }
+            tell(Input::Prepared { number, snapshot, exported });
+            result
+        };
+        let mut step = || boundary.step.as_ref().map(|step| self.step(step)).transpose();
+        if boundary.export.is_empty() {
+            prepare()?;
+            return step();
         }
-        tell(Input::Prepared { number: boundary.number, snapshot, exported });
-        match (fault, &boundary.step) {
-            (Some(fault), _) => Err(fault),
-            (None, Some(step)) => self.step(step).map(Some),
-            (None, None) => Ok(None),
-        }
+        std::thread::scope(|scope| {
+            let prepared = scope.spawn(prepare);
+            let done = step();
+            prepared.join().unwrap_or_else(|_| Err(panicked()))?;
+            done
+        })
     }
 
     fn snapshot(&mut self, local_step: u64, versions: Vec<u64>) -> Result<Digest, Fault> {
@@ -184,26 +199,6 @@ impl Worker {
         let digest = bytes.last_chunk::<32>().map_or(Digest::ZERO, |digest| Digest(*digest));
         self.plane.spool.put_state(local_step, versions, bytes).map_err(|error| spool_fault(&error))?;
         Ok(digest)
-    }
-
-    /// Θ̂ of the base version minus the learner's weights, encoded.
-    fn export(&mut self, order: &Export) -> Result<Exported, Fault> {
-        let plane = &self.plane;
-        let base = plane.keyframes.load(order.fragment, order.base_version).map_err(|error| Fault::Broken(error.to_string()))?;
-        let mut change = self.trainer.contribute(usize::from(order.fragment)).map_err(|error| train_fault(&error))?;
-        for (value, base) in change.iter_mut().zip(&base) {
-            *value = base - *value;
-        }
-        let header =
-            PayloadHeader::bf16(plane.keyframes.plan(), plane.keyframes.plan_digest(), usize::from(order.fragment), order.base_version);
-        let payload = codec::encode(&header, &change).map_err(|error| match error {
-            CodecError::NotFinite { .. } => Fault::NotFinite,
-            error => Fault::Broken(error.to_string()),
-        })?;
-        let Committed { length, sha256, blake3 } = Committed::of(&payload);
-        plane.payloads.insert(order.t, payload.into());
-        plane.spool.put_export(order.t, order.start_step, order.local_step).map_err(|error| spool_fault(&error))?;
-        Ok(Exported { t: order.t, length, sha256, blake3 })
     }
 
     fn step(&mut self, order: &Step) -> Result<StepDone, Fault> {
@@ -224,6 +219,24 @@ impl Worker {
         let step_ms = u32::try_from(begun.elapsed().as_millis()).unwrap_or(u32::MAX);
         Ok(StepDone { loss, tokens: report.tokens, step_ms })
     }
+}
+
+/// Θ̂ of the base version minus the learner's weights, encoded.
+fn export(plane: &Plane, order: &Export, weights: &Contribution) -> Result<Exported, Fault> {
+    let mut change = plane.keyframes.load(order.fragment, order.base_version).map_err(|error| Fault::Broken(error.to_string()))?;
+    for (base, weight) in change.iter_mut().zip(weights.values().map_err(|error| train_fault(&error))?) {
+        *base -= weight;
+    }
+    let header =
+        PayloadHeader::bf16(plane.keyframes.plan(), plane.keyframes.plan_digest(), usize::from(order.fragment), order.base_version);
+    let payload = codec::encode(&header, &change).map_err(|error| match error {
+        CodecError::NotFinite { .. } => Fault::NotFinite,
+        error => Fault::Broken(error.to_string()),
+    })?;
+    let Committed { length, sha256, blake3 } = Committed::of(&payload);
+    plane.payloads.insert(order.t, payload.into());
+    plane.spool.put_export(order.t, order.start_step, order.local_step).map_err(|error| spool_fault(&error))?;
+    Ok(Exported { t: order.t, length, sha256, blake3 })
 }
 
 /// Optimizer settings of a step with learning rate `lr`: the same arithmetic as a validator's replay, to the last bit.

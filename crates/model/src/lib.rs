@@ -25,6 +25,7 @@ pub mod torch;
 
 pub use config::{Branch, ConfigError, QuasarConfig};
 pub use error::TrainError;
+pub use exported::Contribution;
 pub use init::InitError;
 pub use ranges::PlanRanges;
 pub use state::{StateError, TrainerState};

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use protocol::FragmentPlan;
 
-use crate::{QuasarConfig, TrainError, TrainerState};
+use crate::{Contribution, QuasarConfig, TrainError, TrainerState};
 
 /// Token rows of equal length, one after the other. Rows are independent sequences that begin at position 0.
 #[derive(Clone, Copy, Debug)]
@@ -177,8 +177,9 @@ pub trait Trainer: Send {
     /// The weights of a fragment, in slice order.
     fn export(&self, fragment: usize) -> Result<Vec<f32>, TrainError>;
 
-    /// As [`Trainer::export`], and remembers them as exported until a version is applied.
-    fn contribute(&mut self, fragment: usize) -> Result<Vec<f32>, TrainError>;
+    /// As [`Trainer::export`], and remembers them as exported until a version is applied. A device may copy them to the host while it takes
+    /// the next step.
+    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError>;
 
     /// A new version of a fragment: its weights become `values`, plus what was trained since they were last exported by
     /// [`Trainer::contribute`], if that is after the version before. Optimizer moments stay.

@@ -218,6 +218,41 @@ fn out_of_memory_says_what_is_missing_and_what_would_fit_and_changes_nothing() {
 }
 
 #[test]
+fn fragments_go_out_and_come_in_beside_the_steps_to_the_last_bit() {
+    let Some(folder) = folder() else { return };
+    for offload in [false, true] {
+        let options = TrainerOptions { offload: Some(offload), ..own() };
+        let (mut one, mut two) = (open(folder, &options), open(folder, &options));
+        for (number, step) in (0..4).enumerate() {
+            let fragment = number % 2;
+            let before = one.export(fragment).unwrap();
+            let out = one.contribute(fragment).unwrap();
+            let there = two.contribute(fragment).unwrap();
+            // Read at once by one, after the step that changes the weights by the other.
+            assert_eq!(there.values().unwrap(), before, "step {step}");
+            one.step(&batch(&rows(step)), &Hyper::default(), None, false).unwrap();
+            two.step(&batch(&rows(step)), &Hyper::default(), None, false).unwrap();
+            assert_eq!(out.values().unwrap(), before, "step {step}");
+            assert_eq!(one.state().unwrap().digest(), two.state().unwrap().digest(), "step {step}");
+            if number > 0 {
+                let other = 1 - fragment;
+                let exported = one.state().unwrap().exported.into_iter().find(|(number, _)| usize::from(*number) == other).unwrap().1;
+                let now = one.export(other).unwrap();
+                let version: Vec<f32> = exported.iter().map(|value| value * 0.5).collect();
+                one.apply(other, &version).unwrap();
+                let expected: Vec<f32> = version.iter().zip(&now).zip(&exported).map(|((new, now), then)| new + (now - then)).collect();
+                assert_eq!(one.export(other).unwrap(), expected, "what was trained since the export stays");
+                // A restored learner holds the exported weights in ordinary memory.
+                let state = two.state().unwrap();
+                two.restore(&state).unwrap();
+                two.apply(other, &version).unwrap();
+            }
+        }
+        assert_eq!(one.state().unwrap().digest(), two.state().unwrap().digest());
+    }
+}
+
+#[test]
 fn kernels_that_cannot_be_compiled_are_replaced_by_libtorch_and_the_trainer_says_why() {
     let Some(folder) = folder() else { return };
     let options = TrainerOptions { compiler_options: vec!["--no-such-option".into()], kernel_cache: None, ..own() };

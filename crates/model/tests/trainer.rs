@@ -119,7 +119,7 @@ fn a_restored_state_continues_bit_for_bit() {
 #[test]
 fn a_learner_keeps_what_it_trained_since_it_contributed() {
     let mut one = trainer(fresh(9).path());
-    let exported = one.contribute(0).unwrap();
+    let exported = one.contribute(0).unwrap().values().unwrap().to_vec();
     one.step(&batch(&rows(1)), &Hyper::default(), None, false).unwrap();
     let state = one.state().unwrap();
     assert_eq!(state.exported, [(0, exported.clone())]);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use daemon::Machine;
-use model::{Batch, Hyper, Routes, StepReport, ToyTrainer, TrainError, Trainer, TrainerState, toy_plan};
+use model::{Batch, Contribution, Hyper, Routes, StepReport, ToyTrainer, TrainError, Trainer, TrainerState, toy_plan};
 use protocol::documents::{
     AuditParameters, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress, Pull, Receipt,
     ReleaseRef, RowRange, RunParameters, RunState,
@@ -107,7 +107,7 @@ impl Trainer for Moody {
         self.toy.export(fragment)
     }
 
-    fn contribute(&mut self, fragment: usize) -> Result<Vec<f32>, TrainError> {
+    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError> {
         self.toy.contribute(fragment)
     }
 

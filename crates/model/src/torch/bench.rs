@@ -17,6 +17,9 @@ const SPECIAL_TOKENS: usize = 1000;
 /// Steps before the clock starts.
 const WARM_UP: usize = 3;
 const SEED: u64 = 1;
+/// Parts that a run cuts the model into, and steps with an exchange that are timed.
+const FRAGMENTS: usize = 24;
+const EXCHANGES: usize = 5;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -47,6 +50,8 @@ pub struct BenchReport {
     pub sequence_length: usize,
     /// From the start to the end of the first step: kernels compiled and loaded, memory taken.
     pub start_s: f64,
+    /// A step before which a new version of a 24th of the model comes in and during which another 24th goes out, seconds.
+    pub exchange_step_s: f64,
     /// Of a step, how long the host takes to launch its work; the device waits for the host if that is not far below `step_s`.
     pub launch_s: f64,
     pub step_s_all: Vec<f64>,
@@ -125,12 +130,30 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
             learner.profile(false)?;
         }
     }
+    let mut exchanges = Vec::new();
+    let part = learner.layout().elements / FRAGMENTS;
+    let (mut one, mut other) = (0..part, part..2 * part);
+    let version = learner.read(&one)?;
+    for step in 0..EXCHANGES {
+        let tokens: Vec<u32> = (0..tokens_per_step).map(|n| (n % vocabulary) as u32).collect();
+        let batch = Batch { tokens: &tokens, rows: options.batch, row_tokens: options.sequence_length };
+        learner.synchronize()?;
+        let start = Instant::now();
+        learner.carry(std::slice::from_ref(&one), &version, None)?;
+        let out = learner.contribute(std::slice::from_ref(&other))?;
+        learner.take_step(&batch, &hyper, None, false, (WARM_UP + options.steps + step) as u64 + 1)?;
+        learner.synchronize()?;
+        exchanges.push(start.elapsed().as_secs_f64());
+        drop(out);
+        std::mem::swap(&mut one, &mut other);
+    }
     let step_s_all = times.clone();
     let median = |mut times: Vec<f64>| {
         times.sort_by(f64::total_cmp);
         times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
     };
     let (step_s, launch_s) = (median(times), median(launches));
+    let exchange_step_s = median(exchanges);
     let (free, total) = learner.memory()?;
     let tokens_per_s = tokens_per_step as f64 / step_s;
     Ok(BenchReport {
@@ -145,6 +168,7 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
         batch: options.batch,
         sequence_length: options.sequence_length,
         start_s,
+        exchange_step_s,
         launch_s,
         step_s_all,
     })

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::layout::Layout;
-use crate::{Batch, Hyper, QuasarConfig, Routes, TrainError};
+use crate::{Batch, Contribution, Hyper, QuasarConfig, Routes, TrainError, exported};
 
 /// A step that was taken.
 pub(crate) struct Taken {
@@ -32,6 +32,34 @@ pub(crate) trait Learner: Send {
 
     /// Overwrites master weights.
     fn write(&mut self, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError>;
+
+    /// Master weights of ranges, one after the other, as they are now. They may be on their way still when this returns.
+    fn contribute(&mut self, ranges: &[Range<usize>]) -> Result<Contribution, TrainError> {
+        let mut values = Vec::with_capacity(ranges.iter().map(Range::len).sum());
+        for range in ranges {
+            values.extend(self.read(range)?);
+        }
+        Ok(values.into())
+    }
+
+    /// Overwrites master weights of ranges with `version`, plus what they changed since they were exported, if they were.
+    fn carry(&mut self, ranges: &[Range<usize>], version: &[f32], exported: Option<&Contribution>) -> Result<(), TrainError> {
+        let exported = exported.map(Contribution::values).transpose()?;
+        let mut at = 0;
+        for range in ranges {
+            let part = at..at + range.len();
+            match exported {
+                None => self.write(range, &version[part.clone()])?,
+                Some(exported) => {
+                    let mut now = self.read(range)?;
+                    exported::carry(&mut now, &version[part.clone()], &exported[part.clone()]);
+                    self.write(range, &now)?;
+                }
+            }
+            at = part.end;
+        }
+        Ok(())
+    }
 
     /// First and second moments of the whole layout, zero for frozen parameters.
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError>;

@@ -13,7 +13,7 @@ use super::gpu::{self, GpuLearner};
 use super::layout::Layout;
 use super::learner::Learner;
 use crate::exported::Exported;
-use crate::{Batch, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer, TrainerState};
+use crate::{Batch, Contribution, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer, TrainerState};
 
 /// How optimizer moments are kept on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -222,21 +222,14 @@ impl Trainer for QuasarTrainer {
         Ok(values)
     }
 
-    fn contribute(&mut self, fragment: usize) -> Result<Vec<f32>, TrainError> {
-        let values = self.export(fragment)?;
+    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError> {
+        let values = self.learner.contribute(self.ranges.of(fragment)?)?;
         self.exported.put(fragment, values.clone());
         Ok(values)
     }
 
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError> {
-        let ranges = self.ranges.check(fragment, values)?;
-        let values = self.exported.carried(fragment, values, || self.export(fragment))?;
-        let mut rest = &*values;
-        for range in ranges {
-            let (head, tail) = rest.split_at(range.len());
-            self.learner.write(range, head)?;
-            rest = tail;
-        }
+        self.learner.carry(self.ranges.check(fragment, values)?, values, self.exported.get(fragment))?;
         self.exported.forget(fragment);
         Ok(())
     }
@@ -250,7 +243,7 @@ impl Trainer for QuasarTrainer {
         let weights = self.learner.read(&(0..self.ranges.elements()))?;
         let ordered = |values: Vec<f32>| self.ranges.to_plan_order(&values);
         let (weights, first, second) = (ordered(weights), ordered(first), ordered(second));
-        Ok(TrainerState { step: self.step, weights, first, second, exported: self.exported.to_state() })
+        Ok(TrainerState { step: self.step, weights, first, second, exported: self.exported.to_state()? })
     }
 
     fn restore(&mut self, state: &TrainerState) -> Result<(), TrainError> {

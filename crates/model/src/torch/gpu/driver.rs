@@ -240,14 +240,91 @@ impl Gpu {
     }
 }
 
+/// A queue of work. Streams are kept until the process ends.
+#[derive(Clone, Copy)]
+pub(crate) struct Stream(*mut c_void);
+
+// SAFETY: a stream may be used from any thread whose current context is its own.
+unsafe impl Send for Stream {}
+// SAFETY: as above; the handle itself never changes.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// The stream of the computation, libtorch's and ours.
+    pub const NULL: Self = Self(ptr::null_mut());
+
+    /// One that runs beside the null stream.
+    pub fn beside(gpu: &Gpu) -> Result<Self, String> {
+        gpu.activate()?;
+        let mut handle = ptr::null_mut();
+        // SAFETY: plain call with a valid place for the answer.
+        check(unsafe { (cuda()?.stream_create)(&raw mut handle, NON_BLOCKING) }, "cuStreamCreate")?;
+        Ok(Self(handle))
+    }
+}
+
+/// The moment when a stream has done all that was in it.
+pub(crate) struct Event {
+    handle: *mut c_void,
+    gpu: Gpu,
+}
+
+// SAFETY: events may be waited for from any thread whose current context is theirs.
+unsafe impl Send for Event {}
+// SAFETY: as above; the handle itself never changes.
+unsafe impl Sync for Event {}
+
+impl Event {
+    pub fn record(gpu: &Gpu, stream: Stream) -> Result<Self, String> {
+        gpu.activate()?;
+        let cuda = cuda()?;
+        let mut handle = ptr::null_mut();
+        // SAFETY: plain calls with valid handles.
+        unsafe {
+            check((cuda.event_create)(&raw mut handle, NO_TIMING), "cuEventCreate")?;
+            let event = Self { handle, gpu: *gpu };
+            check((cuda.event_record)(handle, stream.0), "cuEventRecord")?;
+            Ok(event)
+        }
+    }
+
+    /// Holds back what is put into `stream` from now on until the event.
+    pub fn hold(&self, stream: Stream) -> Result<(), String> {
+        self.gpu.activate()?;
+        // SAFETY: plain call with valid handles.
+        check(unsafe { (cuda()?.stream_wait)(stream.0, self.handle, 0) }, "cuStreamWaitEvent")
+    }
+
+    /// Waits for the event.
+    pub fn wait(&self) -> Result<(), String> {
+        self.gpu.activate()?;
+        // SAFETY: plain call with a valid handle.
+        check(unsafe { (cuda()?.event_synchronize)(self.handle) }, "cuEventSynchronize")
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.gpu.activate().is_ok()
+            && let Ok(cuda) = cuda()
+        {
+            // SAFETY: used by nobody any more; the driver keeps what streams still wait for.
+            unsafe { (cuda.event_destroy)(self.handle) };
+        }
+    }
+}
+
 /// Pinned memory of the host that kernels read and write over the bus, all zero at first. Its address is the same on both sides.
 pub(crate) struct HostMemory {
     pointer: *mut c_void,
+    bytes: usize,
     context: Gpu,
 }
 
-// SAFETY: the memory belongs to this value alone, and is touched by kernels only.
+// SAFETY: the memory belongs to this value alone.
 unsafe impl Send for HostMemory {}
+// SAFETY: shared, it can only be read; kernels that write it are known to the owner, who waits for them first.
+unsafe impl Sync for HostMemory {}
 
 impl HostMemory {
     pub fn new(gpu: &Gpu, bytes: usize) -> Result<Self, String> {
@@ -256,7 +333,7 @@ impl HostMemory {
         // SAFETY: plain call with a valid place for the answer.
         let status = unsafe { (cuda()?.host_alloc)(&raw mut pointer, bytes.max(1), HOST_FLAGS) };
         check(status, &format!("out of memory: pinned memory: {bytes} bytes"))?;
-        let memory = Self { pointer, context: *gpu };
+        let memory = Self { pointer, bytes, context: *gpu };
         // SAFETY: just allocated, used by nobody else; the parts do not overlap.
         let all = unsafe { std::slice::from_raw_parts_mut(pointer.cast::<std::mem::MaybeUninit<u8>>(), bytes) };
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -266,6 +343,24 @@ impl HostMemory {
             }
         });
         Ok(memory)
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The first `count` f32 values. No kernel may be writing them.
+    pub fn floats(&self, count: usize) -> &[f32] {
+        assert!(4 * count <= self.bytes, "the memory is large enough");
+        // SAFETY: allocated and initialised, aligned to a page, and large enough.
+        unsafe { std::slice::from_raw_parts(self.pointer.cast(), count) }
+    }
+
+    /// The same for writing. No kernel may be reading them.
+    pub fn floats_mut(&mut self, count: usize) -> &mut [f32] {
+        assert!(4 * count <= self.bytes, "the memory is large enough");
+        // SAFETY: as above, and borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), count) }
     }
 
     /// The address `bytes` behind the beginning.
@@ -418,6 +513,7 @@ plain!(i32, i64, u32, f32, f64, super::kernels::StepSettings);
 /// takes it to be.
 pub(crate) unsafe fn launch(
     gpu: &Gpu,
+    stream: Stream,
     function: Function,
     blocks: (u32, u32),
     threads: (u32, u32),
@@ -440,7 +536,7 @@ pub(crate) unsafe fn launch(
             threads.1,
             1,
             function.shared,
-            ptr::null_mut(),
+            stream.0,
             pointers.as_mut_ptr(),
             ptr::null_mut(),
         )

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use super::driver::{self, Argument, Function, Gpu};
+use super::driver::{self, Argument, Function, Gpu, Stream};
+use super::pinned::Pool;
 use crate::QuasarConfig;
 use crate::torch::ops::Result;
 
@@ -182,6 +183,9 @@ pub(crate) fn unsupported(config: &QuasarConfig) -> Option<String> {
 pub(crate) struct Kernels {
     pub gpu: Gpu,
     pub device: Device,
+    /// For copies beside the computation.
+    pub side: Stream,
+    pub pool: Pool,
     hidden: u32,
     functions: HashMap<&'static str, Function>,
 }
@@ -223,16 +227,29 @@ impl Kernels {
             })?;
             functions.extend(source.kernels.iter().map(|(name, _)| *name).zip(loaded));
         }
-        Ok(Self { gpu, device, hidden: config.hidden_size as u32, functions })
+        let side = Stream::beside(&gpu)?;
+        Ok(Self { gpu, device, side, pool: Pool::default(), hidden: config.hidden_size as u32, functions })
     }
 
     /// Launches a kernel of this set. The call sites in this module's siblings pair each kernel with its arguments; they are checked
     /// against libtorch by the tests on a GPU.
     pub fn launch(&self, name: &str, blocks: impl Into<Blocks>, threads: impl Into<Blocks>, arguments: &[Argument]) -> Result<()> {
+        self.launch_in(Stream::NULL, name, blocks, threads, arguments)
+    }
+
+    /// As [`Kernels::launch`], in a stream.
+    pub fn launch_in(
+        &self,
+        stream: Stream,
+        name: &str,
+        blocks: impl Into<Blocks>,
+        threads: impl Into<Blocks>,
+        arguments: &[Argument],
+    ) -> Result<()> {
         let function = *self.functions.get(name).ok_or_else(|| tch::TchError::Kind(format!("there is no kernel {name}")))?;
         let (blocks, threads) = (blocks.into(), threads.into());
         // SAFETY: see above.
-        unsafe { driver::launch(&self.gpu, function, (blocks.0, blocks.1), (threads.0, threads.1), arguments) }
+        unsafe { driver::launch(&self.gpu, stream, function, (blocks.0, blocks.1), (threads.0, threads.1), arguments) }
             .map_err(|reason| tch::TchError::Torch(format!("kernel {name}: {reason}")))
     }
 

@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use super::engine::{Constants, Pass};
 use super::kernels::Kernels;
 use super::mixture::{self, Routes};
+use super::pinned::Pinned;
 use super::store::{Gradients, Store, to_slice};
 use crate::memory::{self, MemoryPlan, Strategy, plan_pass};
 use crate::torch::context;
@@ -17,7 +18,7 @@ use crate::torch::learner::{Learner, Taken};
 use crate::torch::ops;
 use crate::torch::trainer::{MomentType, TrainerOptions};
 use crate::train::Piece;
-use crate::{Batch, Hyper, QuasarConfig, TrainError};
+use crate::{Batch, Contribution, Hyper, QuasarConfig, TrainError};
 
 /// A model in training on one GPU.
 pub(crate) struct GpuLearner {
@@ -320,6 +321,24 @@ impl Learner for GpuLearner {
 
     fn write(&mut self, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError> {
         Ok(self.store.write(&self.kernels, range, values)?)
+    }
+
+    fn contribute(&mut self, ranges: &[Range<usize>]) -> Result<Contribution, TrainError> {
+        self.store.contribute(&self.kernels, ranges).map(Contribution::new).map_err(|reason| TrainError::from(tch::TchError::Torch(reason)))
+    }
+
+    fn carry(&mut self, ranges: &[Range<usize>], version: &[f32], exported: Option<&Contribution>) -> Result<(), TrainError> {
+        let failed = |reason| TrainError::from(tch::TchError::Torch(reason));
+        let staged = |values: &[f32]| -> Result<Pinned, TrainError> {
+            let mut pinned = self.kernels.pool.take(&self.kernels.gpu, values.len()).map_err(failed)?;
+            pinned.fill(values);
+            Ok(pinned)
+        };
+        let version = staged(version)?;
+        // What a restored state holds is not pinned.
+        let copied = exported.filter(|exported| exported.held::<Pinned>().is_none()).map(|exported| staged(exported.values()?)).transpose()?;
+        let exported = copied.as_ref().or_else(|| exported.and_then(Contribution::held));
+        self.store.carry(&self.kernels, ranges, &version, exported).map_err(failed)
     }
 
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError> {

@@ -11,6 +11,7 @@ mod engine;
 mod kernels;
 mod learner;
 mod mixture;
+mod pinned;
 mod store;
 
 pub(crate) use driver::{gpus, remember_torch};

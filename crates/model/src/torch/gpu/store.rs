@@ -9,11 +9,13 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use tch::{Kind, Tensor};
 
-use super::driver::{Argument, HostMemory};
+use super::driver::{Argument, Event, HostMemory, Stream};
 use super::kernels::{Kernels, StepSettings, warps};
+use super::pinned::Pinned;
 use crate::Hyper;
 use crate::adamw::bias_corrections;
 use crate::torch::layout::{Block, Layout};
@@ -27,6 +29,10 @@ const VECTOR_ALIGNMENT: i64 = 8;
 /// Blocks of the kernels that walk over a buffer, for each multiprocessor.
 const WALKERS: u32 = 8;
 const NORM_BLOCKS: i64 = 264;
+/// Elements that a block of the copying kernels takes at a time, and the most blocks of a copy beside the computation: enough to fill the
+/// bus, few enough to leave the multiprocessors to the computation.
+const COPY_ELEMENTS: i64 = 1024;
+const SIDE_BLOCKS: i64 = 32;
 /// Elements that go between host and device at a time.
 const PIECE: usize = 1 << 26;
 
@@ -122,6 +128,8 @@ pub(crate) struct Store {
     vector_places: HashMap<String, Range<i64>>,
     /// Each block as a tensor that shares memory with `weights`.
     views: HashMap<String, Tensor>,
+    /// Copies of weights under way beside the computation: nothing may be overwritten before they are done.
+    readers: Vec<Arc<Event>>,
 }
 
 /// Gradients of one step: a tensor for each trained matrix, one f32 buffer for all trained vectors.
@@ -165,6 +173,10 @@ impl Gradients {
         let _ = self.vectors.f_narrow(0, place.start, place.end - place.start)?.f_add_(&gradient)?;
         Ok(())
     }
+}
+
+fn copy_blocks(elements: i64) -> i64 {
+    (elements + COPY_ELEMENTS - 1) / COPY_ELEMENTS
 }
 
 fn aligned(at: i64, to: i64) -> i64 {
@@ -237,7 +249,7 @@ impl Store {
             Ok((key, weights.f_narrow(0, start, elements)?.f_reshape(&shape)?))
         };
         let views = views_at.into_iter().map(view).collect::<Result<_>>()?;
-        Ok(Self { rests: buffer(total, Kind::Int16)?, weights, moments, spots, matrices, vectors, vector_places, views })
+        Ok(Self { rests: buffer(total, Kind::Int16)?, weights, moments, spots, matrices, vectors, vector_places, views, readers: Vec::new() })
     }
 
     /// A block of the layout in bf16.
@@ -268,7 +280,9 @@ impl Store {
         hyper: &Hyper,
         step: u64,
     ) -> Result<Tensor> {
-        let Some(moments) = &self.moments else { return Err(tch::TchError::Kind("these weights have no optimizer".into())) };
+        if self.moments.is_none() {
+            return Err(tch::TchError::Kind("these weights have no optimizer".into()));
+        }
         let mut parts: Vec<(&Range<i64>, &Tensor, bool)> = Vec::new();
         for (key, range) in &self.matrices {
             let gradient = gradients.matrices.get(key).ok_or_else(|| tch::TchError::Kind(format!("{key} has no gradient")))?;
@@ -295,6 +309,7 @@ impl Store {
         ];
         kernels.launch("judge", 1u32, 256u32, &arguments)?;
 
+        self.hold_for_readers()?;
         let (correction1, correction2) = bias_corrections(hyper, step);
         let settings = StepSettings {
             keep: 1.0,
@@ -306,6 +321,7 @@ impl Store {
             step: step as u32,
         };
         let decayed = StepSettings { keep: (1.0 - hyper.lr * hyper.weight_decay) as f32, ..settings };
+        let Some(moments) = &self.moments else { return Ok(verdict) };
         for (range, gradient, is_wide) in parts {
             let elements = range.end - range.start;
             let [first, second, first_scales, second_scales] = moments.at(range.start);
@@ -345,6 +361,11 @@ impl Store {
         pieces
     }
 
+    /// Lets what is put in the null stream from now on wait for copies that are under way beside it.
+    fn hold_for_readers(&mut self) -> Result<()> {
+        self.readers.drain(..).try_for_each(|event| event.hold(Stream::NULL)).map_err(tch::TchError::Torch)
+    }
+
     /// Master weights of a range of the layout.
     pub fn read(&self, kernels: &Kernels, range: &Range<usize>) -> Result<Vec<f32>> {
         let mut values = vec![0f32; range.len()];
@@ -352,19 +373,68 @@ impl Store {
             let elements = piece.end - piece.start;
             let part = kernels.empty(&[elements], Kind::Float)?;
             let arguments = [Argument::at(&self.weights, piece.start), self.rests.at(piece.start), (&part).into(), elements.into()];
-            kernels.launch("join_values", (elements + 255) / 256, 256u32, &arguments)?;
+            kernels.launch("join_values", copy_blocks(elements), 256u32, &arguments)?;
             to_slice(&part, &mut values[at..at + elements as usize])?;
         }
         Ok(values)
     }
 
+    /// Begins to copy master weights of ranges to the host, beside whatever the device computes next; the optimizer waits for it.
+    pub fn contribute(&mut self, kernels: &Kernels, ranges: &[Range<usize>]) -> std::result::Result<Pinned, String> {
+        let pinned = kernels.pool.take(&kernels.gpu, ranges.iter().map(Range::len).sum())?;
+        // The weights are those of the last step, which may not be over.
+        Event::record(&kernels.gpu, Stream::NULL)?.hold(kernels.side)?;
+        let mut begin = 0;
+        for range in ranges {
+            for (at, piece) in self.pieces(range) {
+                let (elements, to) = (piece.end - piece.start, Argument::address(pinned.address(begin + at)));
+                let arguments = [Argument::at(&self.weights, piece.start), self.rests.at(piece.start), to, elements.into()];
+                let blocks = copy_blocks(elements).min(SIDE_BLOCKS);
+                kernels.launch_in(kernels.side, "join_values", blocks, 256u32, &arguments).map_err(|error| error.to_string())?;
+            }
+            begin += range.len();
+        }
+        self.readers.push(pinned.used_by(&kernels.gpu, kernels.side)?);
+        Ok(pinned)
+    }
+
+    /// Overwrites master weights of ranges with `version`, plus what they changed since they were `exported`, if they were.
+    pub fn carry(
+        &mut self,
+        kernels: &Kernels,
+        ranges: &[Range<usize>],
+        version: &Pinned,
+        exported: Option<&Pinned>,
+    ) -> std::result::Result<(), String> {
+        self.hold_for_readers().map_err(|error| error.to_string())?;
+        let mut begin = 0;
+        for range in ranges {
+            for (at, piece) in self.pieces(range) {
+                let elements = piece.end - piece.start;
+                let of = |values: &Pinned| Argument::address(values.address(begin + at));
+                let exported = exported.map_or(Argument::NULL, of);
+                self.write_values(kernels, of(version), exported, piece.start, elements).map_err(|error| error.to_string())?;
+            }
+            begin += range.len();
+        }
+        for pinned in [Some(version), exported].into_iter().flatten() {
+            pinned.used_by(&kernels.gpu, Stream::NULL)?;
+        }
+        Ok(())
+    }
+
+    fn write_values(&self, kernels: &Kernels, values: Argument, exported: Argument, start: i64, elements: i64) -> Result<()> {
+        let arguments = [values, exported, Argument::at(&self.weights, start), self.rests.at(start), elements.into()];
+        kernels.launch("split_values", copy_blocks(elements), 256u32, &arguments)
+    }
+
     /// Overwrites master weights.
     pub fn write(&mut self, kernels: &Kernels, range: &Range<usize>, values: &[f32]) -> Result<()> {
+        self.hold_for_readers()?;
         for (at, piece) in self.pieces(range) {
             let elements = piece.end - piece.start;
             let part = Tensor::f_from_slice(&values[at..at + elements as usize])?.f_to_device(kernels.device)?;
-            let arguments = [(&part).into(), Argument::at(&self.weights, piece.start), self.rests.at(piece.start), elements.into()];
-            kernels.launch("split_values", (elements + 255) / 256, 256u32, &arguments)?;
+            self.write_values(kernels, (&part).into(), Argument::NULL, piece.start, elements)?;
         }
         Ok(())
     }

@@ -276,14 +276,37 @@ extern "C" __global__ void adamw(bf16* weights, u16* rests, void* first, void* s
   else update<false>(weights, rests, first, second, 0, 0, gradient, is_wide, elements, scale, settings);
 }
 
-// f32 values [elements] into weights and rests, and back.
-extern "C" __global__ void split_values(const float* values, bf16* weights, u16* rests, i64 elements) {
-  i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (at < elements) split(values[at], weights[at], rests[at]);
+// f32 values [elements] into weights and rests, and back; values may lie in the host's memory. Blocks of 256 threads take 1,024 elements
+// at a time, all loads of a thread under way at once.
+#define COPIED 4
+// With `exported`, the weights as they were once, what they changed since then is added.
+extern "C" __global__ void split_values(const float* values, const float* exported, bf16* weights, u16* rests, i64 elements) {
+  for (i64 at = (i64)blockIdx.x * COPIED * 256 + threadIdx.x; at < elements; at += (i64)gridDim.x * COPIED * 256) {
+    float x[COPIED], was[COPIED];
+#pragma unroll
+    for (int i = 0; i < COPIED; i++) {
+      bool is_there = at + i * 256 < elements;
+      x[i] = is_there ? values[at + i * 256] : 0.f;
+      was[i] = is_there && exported ? exported[at + i * 256] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < COPIED; i++) {
+      i64 to = at + i * 256;
+      if (to >= elements) continue;
+      if (exported) x[i] += join(weights[to], rests[to]) - was[i];
+      split(x[i], weights[to], rests[to]);
+    }
+  }
 }
 extern "C" __global__ void join_values(const bf16* weights, const u16* rests, float* values, i64 elements) {
-  i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (at < elements) values[at] = join(weights[at], rests[at]);
+  for (i64 at = (i64)blockIdx.x * COPIED * 256 + threadIdx.x; at < elements; at += (i64)gridDim.x * COPIED * 256) {
+    float x[COPIED];
+#pragma unroll
+    for (int i = 0; i < COPIED; i++) x[i] = at + i * 256 < elements ? join(weights[at + i * 256], rests[at + i * 256]) : 0.f;
+#pragma unroll
+    for (int i = 0; i < COPIED; i++)
+      if (at + i * 256 < elements) values[at + i * 256] = x[i];
+  }
 }
 
 // f32 values between the GPU's and the host's memory, in whichever direction.
