@@ -1,5 +1,7 @@
 //! The trainer's thread: everything that touches weights happens here, in the order that the machine decided.
 
+use std::fs::File;
+use std::io::BufReader;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -9,16 +11,19 @@ use std::time::{Duration, Instant};
 
 use fragments::codec::{self, CodecError, PayloadHeader};
 use fragments::t0::Committed;
-use model::{Batch, Contribution, Hyper, TrainError, Trainer, TrainerState};
+use model::{Batch, Contribution, Hyper, StateError, TrainError, Trainer};
 use protocol::Digest;
 use protocol::documents::{InnerOptimizer, OpenedStep, PPM, micro_nats};
 use tokio::sync::mpsc;
 
-use crate::edge::{Plane, SpoolError};
+use crate::edge::{Plane, SpoolError, files};
 use crate::machine::{Boundary, Export, Exported, Fault, Input, Step, StepDone};
 
 /// Opens the trainer on a base tree; runs on the trainer's own thread, because libtorch keeps settings per thread.
 pub type OpenTrainer = Box<dyn FnOnce(&Path) -> Result<Box<dyn Trainer>, TrainError> + Send>;
+
+/// Read from a snapshot at a time.
+const READ_BYTES: usize = 1 << 20;
 
 enum Order {
     Open(PathBuf),
@@ -109,9 +114,9 @@ fn panicked() -> Fault {
 }
 
 /// Goes back to a snapshot. What was exported before it counts as answered: versions that arrive from here on are taken as they are.
-fn restore(trainer: &mut dyn Trainer, mut state: TrainerState) -> Result<(), TrainError> {
-    state.exported.clear();
-    trainer.restore(&state)
+fn load(trainer: &mut dyn Trainer, path: &Path) -> Result<(), TrainError> {
+    let file = File::open(path).map_err(StateError::Io)?;
+    trainer.load(&mut BufReader::with_capacity(READ_BYTES, file))
 }
 
 /// A trainer with what it works on.
@@ -127,8 +132,8 @@ impl Worker {
         let mut trainer = open(tree)?;
         let elements = trainer.plan().total_elements() as usize;
         let restored = match plane.spool.newest_state(elements) {
-            Some(state) => {
-                restore(&mut *trainer, state)?;
+            Some(path) => {
+                load(&mut *trainer, &path)?;
                 true
             }
             None => false,
@@ -147,8 +152,8 @@ impl Worker {
         if let Some(local_step) = boundary.restore {
             self.plane.spool.flush().map_err(|error| spool_fault(&error))?;
             let elements = self.trainer.plan().total_elements() as usize;
-            let state = self.plane.spool.state(local_step, elements).map_err(|error| spool_fault(&error))?;
-            restore(&mut *self.trainer, state).map_err(|error| train_fault(&error))?;
+            let path = self.plane.spool.state(local_step, elements).map_err(|error| spool_fault(&error))?;
+            load(&mut *self.trainer, &path).map_err(|error| train_fault(&error))?;
         }
         for (fragment, version) in &boundary.apply {
             let values = self.plane.keyframes.load(*fragment, *version).map_err(|error| Fault::Broken(error.to_string()))?;
@@ -194,10 +199,8 @@ impl Worker {
     }
 
     fn snapshot(&mut self, local_step: u64, versions: Vec<u64>) -> Result<Digest, Fault> {
-        let bytes = self.trainer.state().map_err(|error| train_fault(&error))?.to_bytes();
-        // The bytes end with their own digest, which is that of the state.
-        let digest = bytes.last_chunk::<32>().map_or(Digest::ZERO, |digest| Digest(*digest));
-        self.plane.spool.put_state(local_step, versions, bytes).map_err(|error| spool_fault(&error))?;
+        let digest = self.plane.spool.save_state(local_step, |to| self.trainer.save(to)).map_err(|error| train_fault(&error))?;
+        self.plane.spool.put_segment(local_step, versions).map_err(|error| spool_fault(&error))?;
         Ok(digest)
     }
 
@@ -255,6 +258,7 @@ pub fn hyper(inner: &InnerOptimizer, lr: f64) -> Hyper {
 fn train_fault(error: &TrainError) -> Fault {
     match error {
         TrainError::NotFinite { .. } => Fault::NotFinite,
+        TrainError::State(StateError::Io(error)) if files::is_disk_full(error) => Fault::DiskFull,
         TrainError::OutOfMemory { .. } => Fault::OutOfMemory(error.to_string()),
         error => Fault::Broken(error.to_string()),
     }

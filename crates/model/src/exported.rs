@@ -93,6 +93,12 @@ impl Exported {
         Ok(values.into())
     }
 
+    /// By fragment, ascending.
+    #[cfg(feature = "libtorch")]
+    pub fn values(&self) -> Result<Vec<(u16, &[f32])>, TrainError> {
+        self.0.iter().map(|(fragment, values)| Ok((*fragment as u16, values.values()?))).collect()
+    }
+
     /// As part of a state: by fragment, ascending.
     pub fn to_state(&self) -> Result<Vec<(u16, Vec<f32>)>, TrainError> {
         self.0.iter().map(|(fragment, values)| Ok((*fragment as u16, values.values()?.to_vec()))).collect()

@@ -28,7 +28,7 @@ pub use error::TrainError;
 pub use exported::Contribution;
 pub use init::InitError;
 pub use ranges::PlanRanges;
-pub use state::{StateError, TrainerState};
+pub use state::{StateError, TrainerState, check_state};
 pub use tensors::TensorEntry;
 pub use toy::{ToyTrainer, toy_contract, toy_plan};
 pub use train::{Batch, Evaluator, Hyper, Routes, StepReport, Trainer};

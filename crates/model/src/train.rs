@@ -3,9 +3,10 @@
 //! Both exchange parameters with the rest of the system as *fragments*: flat `f32` buffers in the order of the run's
 //! [`FragmentPlan`] (fragment, then slice, then element).
 
+use std::io::{Read, Write};
 use std::ops::Range;
 
-use protocol::FragmentPlan;
+use protocol::{Digest, FragmentPlan};
 
 use crate::{Contribution, QuasarConfig, TrainError, TrainerState};
 
@@ -193,6 +194,19 @@ pub trait Trainer: Send {
 
     /// Goes back to a state that [`Trainer::state`] gave.
     fn restore(&mut self, state: &TrainerState) -> Result<(), TrainError>;
+
+    /// Writes the state piece by piece, moments as they are kept; gives the digest that ends it.
+    fn save(&self, to: &mut dyn Write) -> Result<Digest, TrainError> {
+        Ok(self.state()?.write(to)?)
+    }
+
+    /// Goes back to what [`Trainer::save`] wrote and [`crate::check_state`] found whole, except that nothing counts as exported. After an
+    /// error the trainer's state is undefined.
+    fn load(&mut self, from: &mut dyn Read) -> Result<(), TrainError> {
+        let mut state = TrainerState::read(from, self.plan().total_elements() as usize)?;
+        state.exported.clear();
+        self.restore(&state)
+    }
 }
 
 /// A judge: weights without an optimizer.

@@ -331,6 +331,41 @@ fn a_restored_state_continues_bit_for_bit_with_both_kinds_of_moments() {
 }
 
 #[test]
+fn a_saved_state_takes_6_bytes_a_parameter_and_continues_bit_for_bit() {
+    let Some(folder) = folder() else { return };
+    for (moments, offload) in [(MomentType::Bytes, false), (MomentType::Bytes, true), (MomentType::F32, true)] {
+        let options = TrainerOptions { moments, offload: Some(offload), ..own() };
+        let mut one = open(folder, &options);
+        for step in 0..2 {
+            one.step(&batch(&rows(step)), &Hyper::default(), None, false).unwrap();
+        }
+        let mut file = Vec::new();
+        let digest = one.save(&mut file).unwrap();
+        let elements = one.plan().total_elements() as usize;
+        assert_eq!(file[file.len() - 32..], digest.0);
+        let per_parameter = file.len() as f64 / elements as f64;
+        eprintln!("{moments:?}: {per_parameter:.3} bytes a parameter");
+        assert!(per_parameter < if moments == MomentType::Bytes { 6.05 } else { 12.01 });
+        // What is read as numbers is what the device says.
+        assert_eq!(TrainerState::from_bytes(&file, elements).unwrap().digest(), one.state().unwrap().digest());
+        let mut two = open(folder, &options);
+        two.load(&mut file.as_slice()).unwrap();
+        let mut again = Vec::new();
+        assert_eq!(two.save(&mut again).unwrap(), digest);
+        one.step(&batch(&rows(5)), &Hyper::default(), None, false).unwrap();
+        two.step(&batch(&rows(5)), &Hyper::default(), None, false).unwrap();
+        assert_eq!(one.state().unwrap().digest(), two.state().unwrap().digest(), "{moments:?}, a step later");
+        // Into a learner that keeps moments otherwise.
+        let other = if moments == MomentType::Bytes { MomentType::F32 } else { MomentType::Bytes };
+        let mut three = open(folder, &TrainerOptions { moments: other, ..own() });
+        three.load(&mut file.as_slice()).unwrap();
+        assert_eq!(three.steps(), 2);
+        let loss = three.step(&batch(&rows(5)), &Hyper::default(), None, false).unwrap().loss;
+        assert!((loss - two.step(&batch(&rows(5)), &Hyper { lr: 0.0, ..Hyper::default() }, None, false).unwrap().loss).abs() < 1.0);
+    }
+}
+
+#[test]
 fn a_gradient_that_is_not_finite_changes_nothing() {
     let Some(folder) = folder() else { return };
     let mut trainer = open(folder, &own());

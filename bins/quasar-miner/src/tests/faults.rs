@@ -134,7 +134,8 @@ fn a_restart_goes_on_from_the_snapshot_in_a_new_session() {
     world.plane.spool.flush().unwrap();
     let mut again = World::new(folder.path(), START_MS + 60_000);
     let elements = model::toy_plan(super::world::FRAGMENTS).total_elements() as usize;
-    assert!(again.plane.spool.newest_state(elements).unwrap().step >= 8, "moments and step count are kept");
+    let state = std::fs::read(again.plane.spool.newest_state(elements).unwrap()).unwrap();
+    assert!(model::TrainerState::from_bytes(&state, elements).unwrap().step >= 8, "moments and step count are kept");
     again.job.leases = vec![lease(2, 40)];
     train(&mut again, 3);
     let first = &again.boundaries[0];

@@ -216,8 +216,8 @@ impl World {
             spool: Spool::open(folder.join("spool"), now_ms, 24).unwrap(),
         });
         let mut trainer = Moody { toy: toy(), failures: failures.clone() };
-        if let Some(state) = plane.spool.newest_state(trainer.plan().total_elements() as usize) {
-            trainer.restore(&state).unwrap();
+        if let Some(path) = plane.spool.newest_state(trainer.plan().total_elements() as usize) {
+            trainer.load(&mut std::fs::File::open(path).unwrap()).unwrap();
         }
         let machine = Learner::new(settings(now_ms, &keys, &run));
         let head = Head {

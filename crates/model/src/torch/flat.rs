@@ -14,6 +14,7 @@ use super::network::Network;
 use super::ops;
 use super::trainer::TrainerOptions;
 use crate::adamw::{self, Buffers};
+use crate::state::Run;
 use crate::{Batch, Hyper, QuasarConfig, Routes, TrainError};
 
 /// All parameters, f32, in the order of the layout; `leaf` is the trained part, sharing memory.
@@ -197,6 +198,18 @@ impl Learner for FlatLearner {
 
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError> {
         Ok((ops::to_host(&self.first)?, ops::to_host(&self.second)?))
+    }
+
+    fn moments_of(&self, range: &Range<usize>) -> Result<Vec<Run>, TrainError> {
+        let part = |x: &Tensor| ops::to_host(&x.f_narrow(0, range.start as i64, range.len() as i64)?);
+        Ok(vec![Run::Floats { first: part(&self.first)?, second: part(&self.second)? }])
+    }
+
+    fn put_moments(&mut self, range: &Range<usize>, run: &Run) -> Result<bool, TrainError> {
+        let (first, second) = run.decode();
+        overwrite(&self.first, range, &first)?;
+        overwrite(&self.second, range, &second)?;
+        Ok(true)
     }
 
     fn set_moments(&mut self, first: &[f32], second: &[f32]) -> Result<(), TrainError> {

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::layout::Layout;
+use crate::state::Run;
 use crate::{Batch, Contribution, Hyper, QuasarConfig, Routes, TrainError, exported};
 
 /// A step that was taken.
@@ -63,6 +64,12 @@ pub(crate) trait Learner: Send {
 
     /// First and second moments of the whole layout, zero for frozen parameters.
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError>;
+
+    /// Moments of a range, as they are kept.
+    fn moments_of(&self, range: &Range<usize>) -> Result<Vec<Run>, TrainError>;
+
+    /// Overwrites moments of a range if they are kept as `run` has them; says whether.
+    fn put_moments(&mut self, range: &Range<usize>, run: &Run) -> Result<bool, TrainError>;
 
     /// Overwrites the moments.
     fn set_moments(&mut self, first: &[f32], second: &[f32]) -> Result<(), TrainError>;

@@ -1,9 +1,11 @@
 //! The trainer: a learner on some device behind a fragment plan.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::{Read, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use protocol::FragmentPlan;
+use protocol::{Digest, FragmentPlan};
 use tch::Device;
 
 use super::checkpoint;
@@ -13,6 +15,7 @@ use super::gpu::{self, GpuLearner};
 use super::layout::Layout;
 use super::learner::Learner;
 use crate::exported::Exported;
+use crate::state::{RUN_MAX, Run, StateReader, StateWriter};
 use crate::{Batch, Contribution, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer, TrainerState};
 
 /// How optimizer moments are kept on a GPU.
@@ -149,6 +152,15 @@ impl QuasarTrainer {
         self.learner.hidden(batch, forced)
     }
 
+    /// All parameters in (fragment, slice) order, as ranges of the layout of at most [`RUN_MAX`] elements.
+    fn pieces(&self) -> Vec<Range<usize>> {
+        let cut = |range: &Range<usize>| {
+            let range = range.clone();
+            range.clone().step_by(RUN_MAX).map(move |start| start..range.end.min(start + RUN_MAX))
+        };
+        (0..self.ranges.fragments()).filter_map(|fragment| self.ranges.of(fragment).ok()).flatten().flat_map(cut).collect()
+    }
+
     fn check(&self, batch: &Batch, forced: Option<&Routes>) -> Result<(), TrainError> {
         batch.check(self.config().vocab_size)?;
         forced.map_or(Ok(()), |routes| routes.check(self.config(), batch.tokens.len()))
@@ -252,6 +264,57 @@ impl Trainer for QuasarTrainer {
         self.learner.write(&(0..self.ranges.elements()), &self.ranges.from_plan_order(&state.weights))?;
         self.learner.set_moments(&self.ranges.from_plan_order(&state.first), &self.ranges.from_plan_order(&state.second))?;
         (self.step, self.exported) = (state.step, Exported::from_state(&state.exported));
+        Ok(())
+    }
+
+    fn save(&self, to: &mut dyn Write) -> Result<Digest, TrainError> {
+        let mut writer = StateWriter::new(to, self.step, self.ranges.elements())?;
+        let pieces = self.pieces();
+        for piece in &pieces {
+            writer.weights(&self.learner.read(piece)?)?;
+        }
+        for piece in &pieces {
+            for run in self.learner.moments_of(piece)? {
+                writer.run(&run)?;
+            }
+        }
+        let exported = self.exported.values()?;
+        Ok(writer.finish(&exported)?)
+    }
+
+    fn load(&mut self, from: &mut dyn Read) -> Result<(), TrainError> {
+        let mut reader = StateReader::new(from, self.ranges.elements())?;
+        let pieces = self.pieces();
+        for piece in &pieces {
+            self.learner.write(piece, &reader.weights(piece.len())?)?;
+        }
+        // Moments that are kept otherwise here go through f32, all at once.
+        let mut dense: Option<(Vec<f32>, Vec<f32>)> = None;
+        let mut left: Option<Run> = None;
+        for piece in &pieces {
+            let mut at = piece.start;
+            while at < piece.end {
+                let Some(run) = left.take().map_or_else(|| reader.run(), |run| Ok(Some(run)))? else { break };
+                let (run, rest) = if run.len() > piece.end - at { run.split(piece.end - at) } else { (run, Run::Zero(0)) };
+                left = (rest.len() > 0).then_some(rest);
+                let part = at..at + run.len();
+                if dense.is_none() && !self.learner.put_moments(&part, &run)? {
+                    dense = Some(self.learner.moments()?);
+                }
+                if let Some((first, second)) = &mut dense {
+                    let (one, two) = run.decode();
+                    first[part.clone()].copy_from_slice(&one);
+                    second[part.clone()].copy_from_slice(&two);
+                }
+                at = part.end;
+            }
+        }
+        if let Some((first, second)) = dense {
+            self.learner.set_moments(&first, &second)?;
+        }
+        self.step = reader.step;
+        self.exported = Exported::default();
+        reader.finish()?;
         Ok(())
     }
 }

@@ -5,6 +5,7 @@
 //! otherwise, so that both see each other's results in order.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::OnceLock;
@@ -349,18 +350,25 @@ impl HostMemory {
         self.bytes
     }
 
-    /// The first `count` f32 values. No kernel may be writing them.
-    pub fn floats(&self, count: usize) -> &[f32] {
-        assert!(4 * count <= self.bytes, "the memory is large enough");
-        // SAFETY: allocated and initialised, aligned to a page, and large enough.
-        unsafe { std::slice::from_raw_parts(self.pointer.cast(), count) }
+    /// Some of its bytes. No kernel may be writing them.
+    pub fn slice(&self, range: Range<usize>) -> &[u8] {
+        // SAFETY: allocated and initialised, of that length.
+        &unsafe { std::slice::from_raw_parts(self.pointer.cast::<u8>(), self.bytes) }[range]
     }
 
-    /// The same for writing. No kernel may be reading them.
-    pub fn floats_mut(&mut self, count: usize) -> &mut [f32] {
-        assert!(4 * count <= self.bytes, "the memory is large enough");
+    /// The same for writing. No kernel may be using them.
+    pub fn slice_mut(&mut self, range: Range<usize>) -> &mut [u8] {
         // SAFETY: as above, and borrowed alone.
-        unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), count) }
+        &mut unsafe { std::slice::from_raw_parts_mut(self.pointer.cast::<u8>(), self.bytes) }[range]
+    }
+
+    /// The first `count` f32 values; a page begins with them.
+    pub fn floats(&self, count: usize) -> &[f32] {
+        bytemuck::cast_slice(self.slice(0..4 * count))
+    }
+
+    pub fn floats_mut(&mut self, count: usize) -> &mut [f32] {
+        bytemuck::cast_slice_mut(self.slice_mut(0..4 * count))
     }
 
     /// The address `bytes` behind the beginning.

@@ -16,6 +16,7 @@ use crate::torch::context;
 use crate::torch::layout::Layout;
 use crate::torch::learner::{Learner, Taken};
 use crate::torch::ops;
+use crate::state::Run;
 use crate::torch::trainer::{MomentType, TrainerOptions};
 use crate::train::Piece;
 use crate::{Batch, Contribution, Hyper, QuasarConfig, TrainError};
@@ -343,6 +344,14 @@ impl Learner for GpuLearner {
 
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError> {
         Ok(self.store.read_moments(&self.kernels, self.layout.elements)?)
+    }
+
+    fn moments_of(&self, range: &Range<usize>) -> Result<Vec<Run>, TrainError> {
+        Ok(self.store.moments_of(&self.kernels, range)?)
+    }
+
+    fn put_moments(&mut self, range: &Range<usize>, run: &Run) -> Result<bool, TrainError> {
+        Ok(self.store.put_moments(&self.kernels, range, run)?)
     }
 
     fn set_moments(&mut self, first: &[f32], second: &[f32]) -> Result<(), TrainError> {

@@ -19,7 +19,8 @@ use super::pinned::Pinned;
 use crate::Hyper;
 use crate::adamw::bias_corrections;
 use crate::torch::layout::{Block, Layout};
-use crate::torch::ops::Result;
+use crate::state::Run;
+use crate::torch::ops::{self, Result};
 use crate::torch::trainer::MomentType;
 
 /// Elements that share the scales of their 8-bit moments.
@@ -66,6 +67,41 @@ impl Buffer {
         match self {
             Self::Device(tensor) => tensor.numel() as i64,
             Self::Host { elements, .. } => *elements,
+        }
+    }
+
+    /// The bytes of a range of elements.
+    fn read(&self, kernels: &Kernels, range: &Range<i64>) -> Result<Vec<u8>> {
+        let (start, count) = (range.start, range.end - range.start);
+        match self {
+            Self::Device(tensor) => {
+                let part = tensor.f_narrow(0, start, count)?.f_to_device(tch::Device::Cpu)?;
+                let mut bytes = vec![0u8; count as usize * tensor.kind().elt_size_in_bytes()];
+                match tensor.kind() {
+                    Kind::Uint8 => part.f_copy_data(&mut bytes, count as usize)?,
+                    _ => part.f_copy_data(bytemuck::cast_slice_mut::<u8, f32>(&mut bytes), count as usize)?,
+                }
+                Ok(bytes)
+            }
+            Self::Host { memory, element_bytes, .. } => {
+                kernels.gpu.synchronize().map_err(tch::TchError::Torch)?;
+                Ok(memory.slice((start * element_bytes) as usize..(range.end * element_bytes) as usize).to_vec())
+            }
+        }
+    }
+
+    /// Overwrites bytes from element `start` on.
+    fn write(&mut self, kernels: &Kernels, start: i64, bytes: &[u8]) -> Result<()> {
+        match self {
+            Self::Device(tensor) => {
+                tensor.f_narrow(0, start, bytes.len() as i64)?.f_copy_(&Tensor::f_from_slice(bytes)?)
+            }
+            Self::Host { memory, element_bytes, .. } => {
+                kernels.gpu.synchronize().map_err(tch::TchError::Torch)?;
+                let start = (start * *element_bytes) as usize;
+                memory.slice_mut(start..start + bytes.len()).copy_from_slice(bytes);
+                Ok(())
+            }
         }
     }
 
@@ -459,6 +495,57 @@ impl Store {
             }
         }
         Ok((first, second))
+    }
+
+    /// Moments of a range of the layout, as they are kept.
+    pub fn moments_of(&self, kernels: &Kernels, range: &Range<usize>) -> Result<Vec<Run>> {
+        let mut runs = Vec::new();
+        for (_, piece) in self.pieces(range) {
+            let count = (piece.end - piece.start) as usize;
+            runs.push(match self.moments.as_ref().filter(|moments| piece.start < moments.first.elements()) {
+                None => Run::Zero(count),
+                Some(Moments { first, second, scales: None }) => {
+                    let values = |buffer: &Buffer| Ok::<_, tch::TchError>(bytemuck::cast_slice(&buffer.read(kernels, &piece)?).to_vec());
+                    Run::Floats { first: values(first)?, second: values(second)? }
+                }
+                Some(Moments { first, second, scales: Some((first_scales, second_scales)) }) => {
+                    let blocks = piece.start / MOMENT_BLOCK..aligned(piece.end, MOMENT_BLOCK) / MOMENT_BLOCK;
+                    let scales = |x: &Tensor| ops::to_host(&x.f_narrow(0, blocks.start, blocks.end - blocks.start)?);
+                    Run::Bytes {
+                        phase: (piece.start % MOMENT_BLOCK) as usize,
+                        scales: [scales(first_scales)?, scales(second_scales)?],
+                        codes: [first.read(kernels, &piece)?, second.read(kernels, &piece)?],
+                    }
+                }
+            });
+        }
+        Ok(runs)
+    }
+
+    /// Overwrites moments of a range of the layout, if they are kept in 8 bits here as there and blocks begin at the same elements; frozen
+    /// parameters have none.
+    pub fn put_moments(&mut self, kernels: &Kernels, range: &Range<usize>, run: &Run) -> Result<bool> {
+        let pieces = self.pieces(range);
+        let trained = self.trained();
+        let Some(Moments { first, second, scales: Some((first_scales, second_scales)) }) = &mut self.moments else { return Ok(false) };
+        let mut rest = run.clone();
+        for (_, piece) in pieces {
+            let (part, left) = rest.split((piece.end - piece.start) as usize);
+            rest = left;
+            match part {
+                Run::Zero(_) if piece.start >= trained => {}
+                Run::Bytes { phase, scales, codes } if piece.start < trained && phase as i64 == piece.start % MOMENT_BLOCK => {
+                    let [first_codes, second_codes] = codes;
+                    first.write(kernels, piece.start, &first_codes)?;
+                    second.write(kernels, piece.start, &second_codes)?;
+                    for (to, from) in [&*first_scales, &*second_scales].into_iter().zip(&scales) {
+                        to.f_narrow(0, piece.start / MOMENT_BLOCK, from.len() as i64)?.f_copy_(&Tensor::f_from_slice(from)?)?;
+                    }
+                }
+                _ => return Ok(false),
+            }
+        }
+        Ok(true)
     }
 
     /// Overwrites all moments. What [`Store::read_moments`] gave comes back bit for bit.
