@@ -47,6 +47,12 @@ impl Contribution {
     }
 }
 
+impl std::fmt::Debug for Contribution {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Contribution")
+    }
+}
+
 impl From<Vec<f32>> for Contribution {
     fn from(values: Vec<f32>) -> Self {
         Self::new(values)
@@ -61,7 +67,7 @@ pub(crate) fn carry(now: &mut [f32], version: &[f32], exported: &[f32]) {
 }
 
 /// Exported weights of the fragments that got no newer version since, in slice order.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Exported(BTreeMap<usize, Contribution>);
 
 impl Exported {

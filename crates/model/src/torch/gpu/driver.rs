@@ -353,13 +353,15 @@ impl HostMemory {
     /// Some of its bytes. No kernel may be writing them.
     pub fn slice(&self, range: Range<usize>) -> &[u8] {
         // SAFETY: allocated and initialised, of that length.
-        &unsafe { std::slice::from_raw_parts(self.pointer.cast::<u8>(), self.bytes) }[range]
+        let all = unsafe { std::slice::from_raw_parts(self.pointer.cast::<u8>(), self.bytes) };
+        &all[range]
     }
 
     /// The same for writing. No kernel may be using them.
     pub fn slice_mut(&mut self, range: Range<usize>) -> &mut [u8] {
         // SAFETY: as above, and borrowed alone.
-        &mut unsafe { std::slice::from_raw_parts_mut(self.pointer.cast::<u8>(), self.bytes) }[range]
+        let all = unsafe { std::slice::from_raw_parts_mut(self.pointer.cast::<u8>(), self.bytes) };
+        &mut all[range]
     }
 
     /// The first `count` f32 values; a page begins with them.

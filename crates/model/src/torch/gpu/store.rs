@@ -319,6 +319,7 @@ impl Store {
         if self.moments.is_none() {
             return Err(tch::TchError::Kind("these weights have no optimizer".into()));
         }
+        self.hold_for_readers()?;
         let mut parts: Vec<(&Range<i64>, &Tensor, bool)> = Vec::new();
         for (key, range) in &self.matrices {
             let gradient = gradients.matrices.get(key).ok_or_else(|| tch::TchError::Kind(format!("{key} has no gradient")))?;
@@ -345,7 +346,6 @@ impl Store {
         ];
         kernels.launch("judge", 1u32, 256u32, &arguments)?;
 
-        self.hold_for_readers()?;
         let (correction1, correction2) = bias_corrections(hyper, step);
         let settings = StepSettings {
             keep: 1.0,
