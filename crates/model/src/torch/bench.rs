@@ -50,7 +50,8 @@ pub struct BenchReport {
     pub sequence_length: usize,
     /// From the start to the end of the first step: kernels compiled and loaded, memory taken.
     pub start_s: f64,
-    /// A step before which a new version of a 24th of the model comes in and during which another 24th goes out, seconds.
+    /// A step during which a 24th of the model goes out, seconds; and one before which a new version of another 24th comes in as well.
+    pub send_step_s: f64,
     pub exchange_step_s: f64,
     /// Of a step, how long the host takes to launch its work; the device waits for the host if that is not far below `step_s`.
     pub launch_s: f64,
@@ -130,20 +131,25 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
             learner.profile(false)?;
         }
     }
-    let mut exchanges = Vec::new();
+    let (free, total) = learner.memory()?;
+    let (mut sends, mut exchanges) = (Vec::new(), Vec::new());
     let part = learner.layout().elements / FRAGMENTS;
     let (mut one, mut other) = (0..part, part..2 * part);
     let version = learner.read(&one)?;
-    for step in 0..EXCHANGES {
+    for step in 0..2 * EXCHANGES {
         let tokens: Vec<u32> = (0..tokens_per_step).map(|n| (n % vocabulary) as u32).collect();
         let batch = Batch { tokens: &tokens, rows: options.batch, row_tokens: options.sequence_length };
         learner.synchronize()?;
         let start = Instant::now();
-        learner.carry(std::slice::from_ref(&one), &version, None)?;
+        // The first steps only send, the others receive as well.
+        if step >= EXCHANGES {
+            learner.carry(std::slice::from_ref(&one), &version, None)?;
+        }
         let out = learner.contribute(std::slice::from_ref(&other))?;
         learner.take_step(&batch, &hyper, None, false, (WARM_UP + options.steps + step) as u64 + 1)?;
         learner.synchronize()?;
-        exchanges.push(start.elapsed().as_secs_f64());
+        let side = if step < EXCHANGES { &mut sends } else { &mut exchanges };
+        side.push(start.elapsed().as_secs_f64());
         drop(out);
         std::mem::swap(&mut one, &mut other);
     }
@@ -153,8 +159,7 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
         times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
     };
     let (step_s, launch_s) = (median(times), median(launches));
-    let exchange_step_s = median(exchanges);
-    let (free, total) = learner.memory()?;
+    let (send_step_s, exchange_step_s) = (median(sends), median(exchanges));
     let tokens_per_s = tokens_per_step as f64 / step_s;
     Ok(BenchReport {
         tokens_per_s,
@@ -168,6 +173,7 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
         batch: options.batch,
         sequence_length: options.sequence_length,
         start_s,
+        send_step_s,
         exchange_step_s,
         launch_s,
         step_s_all,

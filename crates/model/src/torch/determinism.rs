@@ -47,8 +47,10 @@ fn config(on_gpu: bool) -> Result<QuasarConfig, TrainError> {
         ("moe_intermediate_size", 64),
         ("moe_shared_expert_intermediate_size", 64),
     ];
-    let narrow = [("hidden_size", 256), ("num_attention_heads", 2), ("num_key_value_heads", 1)];
-    for (key, value) in sizes.into_iter().chain(narrow.into_iter().filter(|_| !on_gpu)) {
+    // Own kernels want a width that is a multiple of 1,024.
+    let heads = if on_gpu { [8, 2] } else { [2, 1] };
+    let widths = [("hidden_size", 128 * heads[0]), ("num_attention_heads", heads[0]), ("num_key_value_heads", heads[1])];
+    for (key, value) in sizes.into_iter().chain(widths) {
         keys.insert(key.into(), value.into());
     }
     keys.insert("hybrid_layerwise_cycle".into(), ["quasar", "raven", "gla"].as_slice().into());

@@ -34,6 +34,8 @@ struct Source {
 }
 
 const SLOT_CHUNK: usize = shared(4 * 32 * WIDE + 2 * 128 * HALF + 32 * HALF + 32 * QUARTER, 4 * 32 * SLOT_ROW + 2 * 32 * 33);
+/// Logits that a block keeps: 12 vectors of 16 bytes for each of 1,024 threads.
+const LOSS_ROW: usize = 12 * 1024 * 16;
 const STATES: usize = shared(128 * HALF + 64 * HALF + 2 * (2 * 64 * WIDE + 64 * HALF), 0);
 const OUTPUT: usize = shared(3 * 64 * WIDE + 128 * WIDE + 64 * HALF, 0);
 
@@ -82,7 +84,7 @@ const SOURCES: [Source; 7] = [
             ("swiglu_backward", 0),
         ],
     },
-    Source { name: "loss.cu", text: include_str!("kernels/loss.cu"), has_tiles: false, kernels: &[("cross_entropy", 0)] },
+    Source { name: "loss.cu", text: include_str!("kernels/loss.cu"), has_tiles: false, kernels: &[("cross_entropy", LOSS_ROW)] },
     Source {
         name: "adamw.cu",
         text: include_str!("kernels/adamw.cu"),

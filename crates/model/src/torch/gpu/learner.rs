@@ -330,16 +330,18 @@ impl Learner for GpuLearner {
 
     fn carry(&mut self, ranges: &[Range<usize>], version: &[f32], exported: Option<&Contribution>) -> Result<(), TrainError> {
         let failed = |reason| TrainError::from(tch::TchError::Torch(reason));
-        let staged = |values: &[f32]| -> Result<Pinned, TrainError> {
-            let mut pinned = self.kernels.pool.take(&self.kernels.gpu, values.len()).map_err(failed)?;
-            pinned.fill(values);
-            Ok(pinned)
-        };
-        let version = staged(version)?;
         // What a restored state holds is not pinned.
-        let copied = exported.filter(|exported| exported.held::<Pinned>().is_none()).map(|exported| staged(exported.values()?)).transpose()?;
+        let copied = match exported.filter(|exported| exported.held::<Pinned>().is_none()) {
+            None => None,
+            Some(exported) => {
+                let values = exported.values()?;
+                let mut pinned = self.kernels.pool.take(&self.kernels.gpu, values.len()).map_err(failed)?;
+                pinned.fill(0, values);
+                Some(pinned)
+            }
+        };
         let exported = copied.as_ref().or_else(|| exported.and_then(Contribution::held));
-        self.store.carry(&self.kernels, ranges, &version, exported).map_err(failed)
+        self.store.carry(&self.kernels, ranges, version, exported).map_err(failed)
     }
 
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError> {

@@ -65,9 +65,10 @@ impl Pinned {
         Ok(event)
     }
 
-    /// Overwrites the values. Only before the device knows of them.
-    pub fn fill(&mut self, values: &[f32]) {
-        let to = self.memory.as_mut().expect("it is there until the end").floats_mut(self.elements);
+    /// Overwrites values from number `at` on. Only before the device knows of them.
+    pub fn fill(&mut self, at: usize, values: &[f32]) {
+        let all = self.memory.as_mut().expect("it is there until the end").floats_mut(self.elements);
+        let to = &mut all[at..at + values.len()];
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let part = values.len().div_ceil(threads).max(1);
         std::thread::scope(|scope| {
