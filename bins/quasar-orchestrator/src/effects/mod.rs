@@ -291,3 +291,6 @@ impl Executor for Hands {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
