@@ -221,6 +221,7 @@ impl World {
         }
         let machine = Learner::new(settings(now_ms, &keys, &run));
         let head = Head {
+            epoch: 1,
             state: RunState::Open,
             outer_step: 0,
             closed_below: 0,
