@@ -185,7 +185,8 @@ fn hidden_states_stay_within_the_tolerance_of_each_kind_of_layer() {
         states(options).iter().zip(&exact).map(|(state, exact)| relative_difference(state, exact)).collect()
     };
     let (errors, libtorch) = (errors(&own()), errors(&options(false, ComputeType::Bf16)));
-    let kinds = ["embedding", "softmax attention, dense", "delta rule, experts", "slot memory, experts", "constant decay, experts, final norm"];
+    let kinds =
+        ["embedding", "softmax attention, dense", "delta rule, experts", "slot memory, experts", "constant decay, experts, final norm"];
     assert_eq!(errors.len(), LAYER_TOLERANCE.len());
     for (n, kind) in kinds.iter().enumerate() {
         eprintln!("after {kind}: {:.2e}, libtorch's bf16 {:.2e} (tolerance {:.1e})", errors[n], libtorch[n], LAYER_TOLERANCE[n]);
