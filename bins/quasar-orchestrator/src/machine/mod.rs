@@ -110,6 +110,12 @@ pub enum Input {
         t: u64,
         id: Digest,
     },
+    /// In the bucket lies the commitment that an earlier session of the learner made for the same outer step: no other one can
+    /// be evidence.
+    CommitmentRefused {
+        slot: Slot,
+        t: u64,
+    },
     /// Static checks of an upload ended; [`Reason::None`] = passed.
     PayloadChecked {
         slot: Slot,
@@ -339,13 +345,14 @@ pub struct Orchestrator {
     tokens: u64,
     revision: u64,
     head_dirty: bool,
-    #[serde(skip)]
     volatile: Volatile,
 }
 
-/// What a new process starts without: effects that wait, and when things were last done.
-#[derive(Debug, Default)]
+/// What a new process starts without: effects that wait, and when things were last done. It is part of a snapshot all the same,
+/// so that the inputs after it are replayed by the very machine that saw them first; [`Input::Started`] begins it anew.
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Volatile {
+    #[serde(skip)]
     effects: VecDeque<Effect>,
     head_in_flight: bool,
     head_ms: u64,
@@ -434,6 +441,15 @@ impl Orchestrator {
         self.fragments.iter().map(|fragment| fragment.version).collect()
     }
 
+    /// Pulls that are not merged yet, by outer step.
+    pub fn pulls(&self) -> &BTreeMap<u64, OpenPull> {
+        &self.pulls
+    }
+
+    pub fn ledger(&self) -> &TokenLedger {
+        &self.ledger
+    }
+
     fn head(&self) -> Head {
         let pulls = self
             .pulls
@@ -517,9 +533,11 @@ impl Orchestrator {
 
     /// Asks again for everything that was open when the last process ended.
     fn resume(&mut self) {
+        let now_ms = self.volatile.now_ms;
+        // A replay has left what the last process was told, asked for and waited for: nothing of that reached this one.
+        self.volatile = Volatile { now_ms, ..Volatile::default() };
         self.head_dirty = true;
         self.standing.clear();
-        let now_ms = self.volatile.now_ms;
         for learner in self.learners.values_mut() {
             // The store was not read while no process ran: nobody is stale because of that.
             learner.seen_ms = learner.seen_ms.max(now_ms);
@@ -607,6 +625,8 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
+    const LAYOUT: u32 = 2;
+
     fn handle(&mut self, now_ms: u64, input: Input) {
         self.volatile.now_ms = now_ms;
         match input {
@@ -616,6 +636,7 @@ impl Machine for Orchestrator {
             Input::Metagraph { guests } => self.guests = guests,
             Input::Progress { slot, id, record } => self.on_progress(slot, id, *record),
             Input::CommitmentStored { slot, t, id } => self.on_commitment_stored(slot, t, id),
+            Input::CommitmentRefused { slot, t } => self.on_commitment_refused(slot, t),
             Input::PayloadChecked { slot, t, outcome } => self.on_payload_checked(slot, t, outcome),
             Input::TapeWritten { tape } => self.on_tape_written(*tape),
             Input::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),

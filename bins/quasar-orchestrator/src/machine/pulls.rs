@@ -219,6 +219,14 @@ impl Orchestrator {
         }
     }
 
+    pub(super) fn on_commitment_refused(&mut self, slot: Slot, t: u64) {
+        let Some(offer) = self.pulls.get_mut(&t).and_then(|pull| pull.offers.get_mut(&slot)) else { return };
+        if offer.stage == OfferStage::Committed {
+            offer.stage = OfferStage::Rejected(Reason::RepeatedCommitment);
+            self.note(slot, Reason::RepeatedCommitment);
+        }
+    }
+
     pub(super) fn on_payload_checked(&mut self, slot: Slot, t: u64, outcome: Reason) {
         let Some(offer) = self.pulls.get_mut(&t).and_then(|pull| pull.offers.get_mut(&slot)) else { return };
         if offer.stage != OfferStage::Checking {
