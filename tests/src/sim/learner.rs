@@ -10,7 +10,7 @@ use protocol::documents::{
     Commitment, Head, Job, Lease, OPENING_PARTS, OpenedStep, OpeningManifest, Progress, PullGrants, Receipt, StandingGrants,
     encode_progress,
 };
-use protocol::envelope::{self, Document, Expect, Header, SequenceGuard, next_sequence};
+use protocol::envelope::{self, Document, Expect, Header, next_sequence};
 use protocol::{AccountId, Digest, GrantBundle, GrantRequest, Method, SealedBytes, codec};
 use quasar_miner::machine::{
     Boundary, Effect, End, Exported, Fault, Found, GrantInfo, Input, Learner, LearnerSettings, Look, PreparedPart, Put, StepDone, Trouble,
@@ -65,7 +65,8 @@ struct Memory {
     receipts: BTreeMap<u64, Bytes>,
     openings: BTreeMap<(Digest, u8), Bytes>,
     etags: HashMap<String, String>,
-    guard: SequenceGuard,
+    /// Highest sequence seen of each mutable object of the orchestrator.
+    sequences: HashMap<String, u64>,
 }
 
 pub struct Node {
@@ -371,10 +372,11 @@ impl World {
 
     async fn look(&self, index: usize, id: NodeId, keys: &SlotKeys, account: AccountId, at: Look) -> Found {
         match at {
-            Look::Head => self.poll::<Head>(index, id, self.head_key()).await.map_or_else(
-                |_| Found::Failed,
-                |head| head.map_or(Found::Nothing, |(_, head)| Found::Head(Box::new(head))),
-            ),
+            Look::Head => match self.poll_head(index, id).await {
+                Ok(Some(head)) => Found::Head(Box::new(head)),
+                Ok(None) => Found::Nothing,
+                Err(()) => Found::Failed,
+            },
             Look::Job => match self.poll::<Job>(index, id, &keys.job).await {
                 Ok(Some((_, job))) if (job.hotkey, job.slot) == (account, 0) => Found::Job(Box::new(job)),
                 Ok(None) => Found::Nothing,
@@ -421,11 +423,37 @@ impl World {
         let opened = self.plan.scheme.open::<D>(&object.bytes, &self.context, Expect::Account(&self.office.account), Some(now_ms));
         let verified = opened.map_err(|_| ())?;
         let mut node = self.learners[index].borrow_mut();
-        node.memory.guard.accept(key, &verified.header).map_err(|_| ())?;
+        let seen = node.memory.sequences.entry(key.to_owned()).or_default();
+        if verified.header.sequence < *seen {
+            return Err(());
+        }
+        *seen = verified.header.sequence;
         if let Some(etag) = object.etag {
             node.memory.etags.insert(key.to_owned(), etag);
         }
         Ok(Some((verified.header, verified.document)))
+    }
+
+    /// The head, as [`World::poll`] gives other objects.
+    async fn poll_head(&self, index: usize, id: NodeId) -> Result<Option<Head>, ()> {
+        let key = self.head_key();
+        let etag = self.learners[index].borrow().memory.etags.get(key).cloned();
+        let object = match self.get(id, key, etag.as_deref()).await {
+            Ok(Some(object)) => object,
+            Ok(None) | Err(StoreError::NotFound { .. }) => return Ok(None),
+            Err(_) => return Err(()),
+        };
+        let (header, head) = self.open_head(&object, self.clock_ms(id)).ok_or(())?;
+        let mut node = self.learners[index].borrow_mut();
+        let seen = node.memory.sequences.entry(key.to_owned()).or_default();
+        if header.sequence < *seen {
+            return Err(());
+        }
+        *seen = header.sequence;
+        if let Some(etag) = object.etag {
+            node.memory.etags.insert(key.to_owned(), etag);
+        }
+        Ok(Some(head))
     }
 
     fn unseal(&self, index: usize, header: &Header, sealed: &SealedBytes) -> Option<GrantBundle> {

@@ -10,7 +10,7 @@ use daemon::Machine as _;
 use futures::FutureExt;
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditOrder, Head, Measurements, MergeManifest, OpeningManifest, Progress, Verdict, VerdictCommit, VerdictResult,
+    AuditOrder, Measurements, MergeManifest, OpeningManifest, Progress, Verdict, VerdictCommit, VerdictResult,
     VerdictReveal,
 };
 use protocol::envelope::{self, Document, Expect, Header, SequenceGuard, next_sequence};
@@ -266,12 +266,11 @@ impl World {
     async fn read_head(&self, index: usize, id: NodeId) -> Option<Box<HeadFacts>> {
         let etag = self.validators[index].borrow().memory.head_etag.clone();
         let object = self.get(id, self.head_key(), etag.as_deref()).await.ok().flatten()?;
-        let now_ms = self.clock_ms(id);
-        let opened = self.plan.scheme.open::<Head>(&object.bytes, &self.context, Expect::Account(&self.office.account), Some(now_ms)).ok()?;
+        let (header, head) = self.open_head(&object, self.clock_ms(id))?;
         let mut node = self.validators[index].borrow_mut();
-        node.memory.guard.accept(self.head_key(), &opened.header).ok()?;
+        node.memory.guard.accept(self.head_key(), &header).ok()?;
         node.memory.head_etag = object.etag;
-        Some(Box::new(HeadFacts::from(opened.document)))
+        Some(Box::new(HeadFacts::from(head)))
     }
 
     async fn published<D: Document>(&self, id: NodeId, key: &str) -> Option<Box<D>> {

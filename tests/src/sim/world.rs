@@ -9,11 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use chain::memory::{MemoryChain, MemorySettings};
 use chain::{Chain, Hotkey, Hyperparameters, Neuron};
-use protocol::documents::{CurrentRun, ReleaseRef};
-use protocol::envelope::{Context, RunId};
+use protocol::documents::{CurrentRun, Head, ReleaseRef};
+use protocol::envelope::{Context, Expect, Header, RunId, SKEW_MS};
 use protocol::paths::{Keys, RunKeys};
 use protocol::{AccountId, Digest, KeyKind};
 use quasar_orchestrator::machine::{FragmentSetup, RunSetup, Slot};
+use storage::Object;
 use storage::memory::{MemoryGrants, MemoryStore};
 
 use super::executor::{Executor, WORLD};
@@ -84,6 +85,7 @@ pub struct World {
     slot_keys: RefCell<HashMap<Slot, Rc<SlotKeys>>>,
     /// By node.
     skews_ms: Vec<i64>,
+    newest_head: RefCell<Option<(Option<String>, Header, Head)>>,
     trace: Cell<u64>,
     events: Cell<u64>,
     pub stepping: Cell<Stepping>,
@@ -251,6 +253,7 @@ impl World {
             watch: RefCell::default(),
             slot_keys: RefCell::default(),
             skews_ms,
+            newest_head: RefCell::default(),
             trace: Cell::new(0xcbf2_9ce4_8422_2325),
             events: Cell::new(0),
             stepping: Cell::default(),
@@ -284,6 +287,19 @@ impl World {
 
     pub fn head_key(&self) -> &str {
         &self.head_key
+    }
+
+    /// Opens the head, which everybody reads: what is the same for all of them is done once.
+    pub fn open_head(&self, object: &Object, now_ms: u64) -> Option<(Header, Head)> {
+        let mut newest = self.newest_head.borrow_mut();
+        if newest.as_ref().is_none_or(|(etag, _, _)| *etag != object.etag) {
+            let expect = Expect::Account(&self.office.account);
+            let opened = self.plan.scheme.open::<Head>(&object.bytes, &self.context, expect, None).ok()?;
+            *newest = Some((object.etag.clone(), opened.header, opened.document));
+        }
+        let (_, header, head) = newest.as_ref()?;
+        let is_fresh = header.issued_ms <= now_ms + SKEW_MS && now_ms <= header.expires_ms + SKEW_MS;
+        is_fresh.then(|| (header.clone(), head.clone()))
     }
 
     pub fn slot_keys(&self, slot: Slot) -> Rc<SlotKeys> {
