@@ -443,17 +443,17 @@ impl World {
             Ok(None) | Err(StoreError::NotFound { .. }) => return Ok(None),
             Err(_) => return Err(()),
         };
-        let (header, head) = self.open_head(&object, self.clock_ms(id)).ok_or(())?;
+        let head = self.open_head(&object, self.clock_ms(id)).ok_or(())?;
         let mut node = self.learners[index].borrow_mut();
         let seen = node.memory.sequences.entry(key.to_owned()).or_default();
-        if header.sequence < *seen {
+        if head.header.sequence < *seen {
             return Err(());
         }
-        *seen = header.sequence;
+        *seen = head.header.sequence;
         if let Some(etag) = object.etag {
             node.memory.etags.insert(key.to_owned(), etag);
         }
-        Ok(Some(head))
+        Ok(Some(head.document))
     }
 
     fn unseal(&self, index: usize, header: &Header, sealed: &SealedBytes) -> Option<GrantBundle> {

@@ -190,6 +190,19 @@ impl World {
         if fate == Fate::ReplyLost { Err(unavailable(key)) } else { written }
     }
 
+    /// Deletes an object; one that is gone already is no failure.
+    pub async fn delete(&self, node: Node, key: &str) {
+        loop {
+            let (delay_ms, fate) = self.net.borrow_mut().draw(node, self.executor.now_ms(), true);
+            self.executor.sleep(delay_ms).await;
+            if fate != Fate::Lost && fate != Fate::Partial {
+                let _ = now(self.store.delete(key));
+                return;
+            }
+            self.executor.sleep(1_000).await;
+        }
+    }
+
     fn write(&self, node: Node, key: &str, bytes: &Bytes, condition: PutCondition) -> Result<String, StoreError> {
         let is_once = condition == PutCondition::IfAbsent;
         if !is_once && self.plan.faults.stale_ppm > 0 {

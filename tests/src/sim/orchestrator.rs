@@ -1,7 +1,7 @@
 //! The orchestrator's node: its real machine behind a journal, and hands that do to the simulated bucket what
 //! `quasar-orchestrator`'s effects do to a real one: the same objects, conditions, order, retries and limits.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -14,8 +14,9 @@ use protocol::documents::{
     VerdictReveal,
 };
 use protocol::envelope::{self, Context, Document, Expect, next_sequence};
+use protocol::log::LogHead;
 use protocol::{AccountId, Digest, FileRecord, GrantBundle, Reason, SealedBytes, codec};
-use quasar_orchestrator::machine::{Effect, Guest, Input, Key, Orchestrator, Slot, StandingMark, VERDICT_MS, VERSIONS_AHEAD, Want};
+use quasar_orchestrator::machine::{Effect, Guest, Input, Key, Orchestrator, Retired, Slot, StandingMark, VERDICT_MS, VERSIONS_AHEAD, Want};
 use storage::{ObjectStore, Presign, PutCondition, StoreError, bundle};
 
 use super::executor::{Life, WORLD};
@@ -71,12 +72,15 @@ struct Hands {
     records: std::cell::RefCell<HashMap<Slot, (Digest, Bytes)>>,
     head_etag: std::cell::RefCell<Option<String>>,
     outbox: std::cell::RefCell<HashMap<String, Turnstile>>,
+    /// Leases whose record lies in the bucket.
+    recorded: std::cell::RefCell<HashSet<u64>>,
 }
 
 #[derive(Clone, Default)]
 struct Turnstile {
     newest: u64,
-    lock: Rc<tokio::sync::Mutex<()>>,
+    /// Held by the writer whose turn it is; the tag of what was written last.
+    lock: Rc<tokio::sync::Mutex<Option<String>>>,
 }
 
 fn encode(machine: &Orchestrator) -> Vec<u8> {
@@ -121,7 +125,7 @@ impl World {
             node.since_snapshot = node.disk.entries.len();
             node.hands = Rc::default();
         }
-        self.tell_orchestrator(life, Input::Started);
+        self.tell_orchestrator(life, Input::Claimed { epoch: life });
         let world = self.me();
         self.executor.spawn(life, async move { world.poll_progress(life).await });
         let world = self.me();
@@ -372,11 +376,12 @@ impl World {
             entry.newest = entry.newest.max(revision);
             entry.lock.clone()
         };
-        let _turn = lock.lock().await;
+        let mut tag = lock.lock().await;
         if hands.outbox.borrow().get(key).is_some_and(|entry| entry.newest != revision) {
             return;
         }
-        self.persist(|| async { self.put(NODE, key, make(), PutCondition::Always).await.ok() }).await;
+        let known = tag.take();
+        *tag = Some(self.persist(|| self.swap(key, known.clone(), make())).await);
     }
 
     async fn get_present(&self, key: &str) -> Option<Bytes> {
@@ -407,6 +412,9 @@ impl World {
                 return None;
             }
             Effect::PublishJob { revision, job } => {
+                for lease in &job.leases {
+                    self.record_lease(hands, &job, lease).await;
+                }
                 let key = self.slot_keys((job.hotkey, job.slot)).job.clone();
                 self.put_latest(hands, &key, revision, || self.sign_ours::<Job>(&job, &self.context)).await;
                 return None;
@@ -471,8 +479,20 @@ impl World {
                 Input::Verdict { audit, verdict }
             }
             Effect::PublishLog { head } => {
-                self.put_once(&self.run.log(head.frontier.size()), &*head).await;
-                Input::LogPublished
+                let bytes = self.put_once(&self.run.log(head.frontier.size()), &*head).await;
+                match self.plan.scheme.open::<LogHead>(&bytes, &self.context, Expect::Account(&self.office.account), None) {
+                    Ok(stored) if stored.document != *head => Input::LogTaken { head: Box::new(stored.document) },
+                    _ => Input::LogPublished,
+                }
+            }
+            Effect::StoreSnapshot { revision, bytes } => {
+                let bytes = Bytes::from(bytes);
+                self.put_latest(hands, &self.run.snapshot(), revision, || bytes.clone()).await;
+                return None;
+            }
+            Effect::Retire { retired } => {
+                self.retire(&retired).await;
+                return None;
             }
             Effect::Release { versions, tokens } => Input::Released { release: self.release(versions, tokens).await },
             Effect::PublishStatus { status } => {
@@ -486,46 +506,55 @@ impl World {
 
     async fn publish_head(&self, hands: &Hands, head: &Head) {
         let key = self.run.head();
-        let mut tried: Vec<Bytes> = Vec::new();
+        let known = hands.head_etag.borrow().clone();
+        let tag = self.persist(|| self.swap(&key, known.clone(), self.sign_ours(head, &self.context))).await;
+        *hands.head_etag.borrow_mut() = Some(tag);
+    }
+
+    /// One attempt of a write by compare-and-swap; `known` is what was last seen there. The only writer finds at most an answer of
+    /// its own that was lost.
+    async fn swap(&self, key: &str, known: Option<String>, bytes: Bytes) -> Option<String> {
+        let mut known = known;
         loop {
-            let known = hands.head_etag.borrow().clone();
-            let condition = match known {
-                Some(etag) => PutCondition::IfMatch(etag),
-                None => match self.get(NODE, &key, None).await {
-                    Ok(object) => {
-                        *hands.head_etag.borrow_mut() = object.and_then(|object| object.etag);
-                        continue;
-                    }
+            let condition = match known.take() {
+                Some(tag) => PutCondition::IfMatch(tag),
+                None => match self.get(NODE, key, None).await {
+                    Ok(object) => PutCondition::IfMatch(object.and_then(|object| object.etag).unwrap_or_default()),
                     Err(StoreError::NotFound { .. }) => PutCondition::IfAbsent,
-                    Err(_) => {
-                        self.executor.sleep(RETRY_FIRST_MS).await;
-                        continue;
-                    }
+                    Err(_) => return None,
                 },
             };
-            let bytes = self.sign_ours(head, &self.context);
-            match self.put(NODE, &key, bytes.clone(), condition).await {
-                Ok(fresh) => {
-                    *hands.head_etag.borrow_mut() = Some(fresh);
-                    return;
-                }
-                Err(StoreError::PreconditionFailed { .. }) if !tried.is_empty() => match self.get(NODE, &key, None).await {
-                    Ok(Some(object)) if tried.contains(&object.bytes) => {
-                        *hands.head_etag.borrow_mut() = object.etag;
-                        return;
-                    }
-                    Ok(_) => tried.clear(),
-                    Err(_) => self.executor.sleep(RETRY_FIRST_MS).await,
-                },
-                Err(StoreError::PreconditionFailed { .. }) => {
-                    self.watch.borrow_mut().fenced(self);
-                    std::future::pending::<()>().await;
-                }
-                Err(_) => {
-                    tried.push(bytes);
-                    self.executor.sleep(RETRY_FIRST_MS).await;
-                }
+            match self.put(NODE, key, bytes.clone(), condition).await {
+                Ok(tag) => return Some(tag),
+                Err(StoreError::PreconditionFailed { .. }) => {}
+                Err(_) => return None,
             }
+        }
+    }
+
+    /// Writes down who got which rows, before anybody is told.
+    async fn record_lease(&self, hands: &Hands, job: &Job, lease: &Lease) {
+        if hands.recorded.borrow().contains(&lease.id) {
+            return;
+        }
+        let record = Job { leases: vec![lease.clone()], ..job.clone() };
+        let bytes = self.put_once(&self.run.lease(lease.id), &record).await;
+        let stored = self.plan.scheme.open::<Job>(&bytes, &self.context, Expect::Account(&self.office.account), None);
+        if stored.is_ok_and(|stored| stored.document.leases == record.leases) {
+            hands.recorded.borrow_mut().insert(lease.id);
+        } else {
+            self.watch.borrow_mut().fenced(self);
+        }
+    }
+
+    async fn retire(&self, retired: &Retired) {
+        let versions = retired.versions.iter().flat_map(|(fragment, version)| {
+            [self.run.keyframe(*fragment, *version), self.run.state(*fragment, *version)]
+        });
+        let payloads = retired.payloads.iter().map(|(slot, t)| self.slot_keys(*slot).payload(*t));
+        let releases = retired.releases.iter().map(|release| self.keys.release_manifest(release));
+        for key in versions.chain(payloads).chain(releases) {
+            self.delete(NODE, &key).await;
         }
     }
 
@@ -780,6 +809,10 @@ fn kind_of(input: &Input) -> u64 {
         Input::LogPublished => 15,
         Input::Released { .. } => 16,
         Input::Drain => 17,
+        Input::Claimed { epoch } => 19 + (epoch << 8),
+        Input::Recovered { .. } => 20,
+        Input::LogTaken { .. } => 21,
+        Input::Order { .. } => 22,
     }
 }
 

@@ -92,11 +92,12 @@ impl Scheme {
         if header.run != context.run {
             return Err(EnvelopeError::Run { got: header.run, expected: context.run });
         }
-        let expected = match expect {
-            Expect::Key(key) => key.account(),
-            Expect::Account(account) => *account,
+        let (is_expected, expected) = match expect {
+            Expect::Key(key) => (header.signer == *key, key.account()),
+            Expect::Account(account) => (header.signer.account() == *account, *account),
+            Expect::Any(keys) => (keys.contains(&header.signer), keys.first().map_or(AccountId([0; 32]), KeyRef::account)),
         };
-        if header.signer.account() != expected {
+        if !is_expected {
             return Err(EnvelopeError::Signer { got: header.signer.account(), expected });
         }
         if let Some(now_ms) = now_ms {

@@ -266,11 +266,11 @@ impl World {
     async fn read_head(&self, index: usize, id: NodeId) -> Option<Box<HeadFacts>> {
         let etag = self.validators[index].borrow().memory.head_etag.clone();
         let object = self.get(id, self.head_key(), etag.as_deref()).await.ok().flatten()?;
-        let (header, head) = self.open_head(&object, self.clock_ms(id))?;
+        let head = self.open_head(&object, self.clock_ms(id))?;
         let mut node = self.validators[index].borrow_mut();
-        node.memory.guard.accept(self.head_key(), &header).ok()?;
+        node.memory.guard.accept(self.head_key(), &head.header, &head.id).ok()?;
         node.memory.head_etag = object.etag;
-        Some(Box::new(HeadFacts::from(head)))
+        Some(Box::new(HeadFacts::from(head.document)))
     }
 
     async fn published<D: Document>(&self, id: NodeId, key: &str) -> Option<Box<D>> {

@@ -108,9 +108,8 @@ impl Watch {
     /// An object was written into the bucket.
     pub fn wrote(&mut self, world: &World, node: Node, key: &str, bytes: &Bytes, is_once: bool) {
         let name = key.rsplit('/').next().unwrap_or_default();
-        let is_mutable = matches!(name, "head.qsr" | "current.qsr" | "progress.qsr" | "standing.qsr" | "pull.qsr" | "status.json")
-            || key.contains("/jobs/")
-            || key.contains("/lease");
+        let names = ["head.qsr", "current.qsr", "progress.qsr", "standing.qsr", "pull.qsr", "status.json", "snapshot.bin"];
+        let is_mutable = names.contains(&name) || key.contains("/jobs/");
         self.hold(world, "write_once", is_once || is_mutable, || format!("node {node} wrote {key} without a condition"));
         match name {
             "head.qsr" => {

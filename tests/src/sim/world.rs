@@ -10,7 +10,7 @@ use bytes::Bytes;
 use chain::memory::{MemoryChain, MemorySettings};
 use chain::{Chain, Hotkey, Hyperparameters, Neuron};
 use protocol::documents::{CurrentRun, Head, ReleaseRef};
-use protocol::envelope::{Context, Expect, Header, RunId, SKEW_MS};
+use protocol::envelope::{Context, Expect, RunId, SKEW_MS, Verified};
 use protocol::paths::{Keys, RunKeys};
 use protocol::{AccountId, Digest, KeyKind};
 use quasar_orchestrator::machine::{FragmentSetup, RunSetup, Slot};
@@ -85,7 +85,7 @@ pub struct World {
     slot_keys: RefCell<HashMap<Slot, Rc<SlotKeys>>>,
     /// By node.
     skews_ms: Vec<i64>,
-    newest_head: RefCell<Option<(Option<String>, Header, Head)>>,
+    newest_head: RefCell<Option<(Option<String>, Verified<Head>)>>,
     trace: Cell<u64>,
     events: Cell<u64>,
     pub stepping: Cell<Stepping>,
@@ -290,16 +290,16 @@ impl World {
     }
 
     /// Opens the head, which everybody reads: what is the same for all of them is done once.
-    pub fn open_head(&self, object: &Object, now_ms: u64) -> Option<(Header, Head)> {
+    pub fn open_head(&self, object: &Object, now_ms: u64) -> Option<Verified<Head>> {
         let mut newest = self.newest_head.borrow_mut();
-        if newest.as_ref().is_none_or(|(etag, _, _)| *etag != object.etag) {
+        if newest.as_ref().is_none_or(|(etag, _)| *etag != object.etag) {
             let expect = Expect::Account(&self.office.account);
             let opened = self.plan.scheme.open::<Head>(&object.bytes, &self.context, expect, None).ok()?;
-            *newest = Some((object.etag.clone(), opened.header, opened.document));
+            *newest = Some((object.etag.clone(), opened));
         }
-        let (_, header, head) = newest.as_ref()?;
-        let is_fresh = header.issued_ms <= now_ms + SKEW_MS && now_ms <= header.expires_ms + SKEW_MS;
-        is_fresh.then(|| (header.clone(), head.clone()))
+        let (_, head) = newest.as_ref()?;
+        let is_fresh = head.header.issued_ms <= now_ms + SKEW_MS && now_ms <= head.header.expires_ms + SKEW_MS;
+        is_fresh.then(|| head.clone())
     }
 
     pub fn slot_keys(&self, slot: Slot) -> Rc<SlotKeys> {
