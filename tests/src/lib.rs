@@ -1,4 +1,7 @@
-//! Helpers of the tests over the whole system: the binaries under test, and the documents that a devnet leaves in its bucket.
+//! Helpers of the tests over the whole system: the binaries under test, and the documents that a devnet leaves in its bucket; and
+//! what the measurements of learning have in common ([`training`]).
+
+pub mod training;
 
 use std::path::{Path, PathBuf};
 

@@ -73,21 +73,21 @@ pub fn check(steps: &[String]) -> Result<ExitCode, Error> {
 /// `cargo xtask bench NAME`: becomes the measurement, built in the profile that the tests use.
 pub fn bench(arguments: &[String]) -> Result<ExitCode, Error> {
     match arguments.split_first() {
-        Some((name, rest)) if name == "learning" => bench_learning(rest),
+        Some((name, rest)) if name == "learning" || name == "experiments" => bench_training(name, rest),
         Some((name, rest)) if name == "gpu" => bench_gpu(rest),
         _ => {
             let message = format!("there is no bench `{}`", arguments.join(" "));
-            Err(Error::usage(message, "there are two: `cargo xtask bench learning` and `cargo xtask bench gpu`"))
+            Err(Error::usage(message, "there are `cargo xtask bench learning`, `… experiments` and `… gpu`"))
         }
     }
 }
 
-fn bench_learning(arguments: &[String]) -> Result<ExitCode, Error> {
+fn bench_training(name: &str, arguments: &[String]) -> Result<ExitCode, Error> {
     let root = root()?;
     prepare(&root, None)?;
     build_programs(&root)?;
     // Exit code 1 says that a claim does not hold: it is handed through, and is no failure of ours to explain.
-    let program = executables()?.join("learning");
+    let program = executables()?.join(name);
     let cause = Command::new(&program).args(arguments).exec();
     Err(Error::io("cannot start", &program, cause))
 }

@@ -30,6 +30,7 @@ usage: cargo xtask COMMAND [arguments]
   test [FILTER…]           setup, build the daemons, run the whole test suite (or the tests that match)
   check [STEP…]            setup, then the steps fmt, arrows, clippy (all when none is named)
   bench learning [ARGS…]   setup, then three learners against one and against data-parallel training (docs/benchmarks.md)
+  bench experiments [PART…]   setup, then codecs, outer optimizers, merge rules under attack compared (docs/experiments.md)
   bench gpu TORCH_FOLDER [LAYERS] [BATCHES]   setup, then the miner's training steps beside PyTorch's on this GPU (docs/performance.md)
   bench gpu --pack DIR     the same, put into a folder for another machine
   help                     this text
