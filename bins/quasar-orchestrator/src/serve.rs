@@ -7,6 +7,7 @@ use daemon::driver::{self, Driver, DriverOptions};
 use daemon::health::{self, Health};
 use daemon::sequence::Sequence;
 use daemon::{Exit, Failure, Journal, Shutdown, clock};
+use fragments::codec::PayloadHeader;
 use protocol::documents::{CurrentRun, FragmentManifest, ReleaseRef, RunManifest};
 use protocol::envelope::{Context, Expect, Purpose, open_stored};
 use protocol::{Digest, FragmentPlan, ShardManifest};
@@ -164,7 +165,8 @@ async fn setup(
             keyframe: first.keyframe.blake3,
             keyframe_length: first.keyframe.length,
             state: first.state,
-            payload_length: fragments::codec::payload_bytes(plan, fragment),
+            elements: plan.elements(fragment),
+            payload_length: PayloadHeader::new(manifest.parameters.codec_up, plan, manifest.plan, fragment, 0).payload_bytes(),
         });
     }
     Ok(RunSetup {

@@ -83,8 +83,8 @@ pub struct Server<'a> {
     /// Θ̂ of each fragment, as everybody has it.
     replicas: Model,
     versions: Vec<u64>,
-    /// Running means of the step norms.
-    means: Vec<Option<u64>>,
+    /// Means of the step norms.
+    means: Vec<u64>,
 }
 
 impl<'a> Server<'a> {
@@ -94,7 +94,7 @@ impl<'a> Server<'a> {
         let states = (0..count).map(|fragment| Ok(FragmentState::new(base.tree.read_fragment(plan, fragment)?)));
         let states = states.collect::<anyhow::Result<Vec<_>>>()?;
         let slices = plan.fragments.clone();
-        let (versions, means) = (vec![0; count], vec![None; count]);
+        let (versions, means) = (vec![0; count], vec![0; count]);
         let mut server = Self { plan, digest, scheme, slices, closing: false, states, replicas: Vec::new(), versions, means };
         server.replicas = (0..count).map(|fragment| server.keyframe(fragment)).collect::<Result<_, _>>()?;
         Ok(server)
@@ -130,9 +130,9 @@ impl<'a> Server<'a> {
         let mut merged = merged.map_err(|error| anyhow!("fragment {fragment}: {error}"))?;
         let (lr, mu) = if self.closing { (1.0, 0.0) } else { (self.scheme.outer_lr, self.scheme.momentum) };
         if self.scheme.rule == Rule::Robust && !self.closing {
-            let mean = &mut self.means[fragment];
-            outer::limit(&mut merged.delta, merged.norm_micro, *mean);
-            *mean = Some(outer::mean_norm(*mean, merged.norm_micro));
+            let (mean, steps) = (&mut self.means[fragment], self.versions[fragment]);
+            outer::limit(&mut merged.delta, merged.norm_micro, *mean, steps);
+            *mean = outer::mean_norm(*mean, steps, merged.norm_micro);
         }
         let state = &mut self.states[fragment];
         outer::step(&mut state.theta, &mut state.momentum, &merged.delta, lr, mu);

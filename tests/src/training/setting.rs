@@ -28,8 +28,9 @@ pub struct Setting {
 
 impl Setting {
     /// Reads the repository's configuration and cuts its text into rows. The learning rate follows its schedule over exactly
-    /// `cycles` cycles, as on a devnet of that length. `model` is a configuration, as a path in the repository.
-    pub fn prepare(cycles: u64, model: &str) -> anyhow::Result<Self> {
+    /// `cycles` cycles, as on a devnet of that length. `model` is a configuration, as a path in the repository; `batch` the rows and the
+    /// tokens in each of a learner's step, where they are not the devnet's.
+    pub fn prepare(cycles: u64, model: &str, batch: Option<(u32, u32)>) -> anyhow::Result<Self> {
         // Asked at run time: clones may share one target folder.
         let started = std::env::var_os("CARGO_MANIFEST_DIR").context("the repository is unknown\nhint: use `cargo xtask bench …`")?;
         let root = Path::new(&started).ancestors().find(|folder| folder.join("Cargo.lock").is_file());
@@ -44,6 +45,7 @@ impl Setting {
         anyhow::ensure!(u16::from(parameters.overlap) < parameters.fragments, "a fragment would be merged again before it is applied");
         let steps = cycles * u64::from(parameters.inner_steps);
         parameters.cycles = cycles;
+        (parameters.batch_rows, parameters.sequence_length) = batch.unwrap_or((parameters.batch_rows, parameters.sequence_length));
         parameters.inner.schedule.total_steps = steps;
 
         let folder = tempfile::tempdir()?;

@@ -1,10 +1,12 @@
 //! Effects at the edge: bucket, chain, disk. None of them fails in the eyes of the machine: what the store or the chain cannot do
 //! now is tried again until it can, and everything is idempotent by key.
 
+mod arithmetic;
 mod audits;
 mod evidence;
 mod grants;
 mod merge;
+mod payloads;
 mod pollers;
 mod publish;
 mod release;

@@ -71,6 +71,7 @@ pub struct FragmentSetup {
     pub keyframe: Digest,
     pub keyframe_length: u64,
     pub state: Digest,
+    pub elements: u64,
     /// Bytes of an encoded payload.
     pub payload_length: u64,
 }
@@ -84,6 +85,8 @@ pub struct Fragment {
     pub payload_length: u64,
     /// When this version came into being.
     pub published_ms: u64,
+    /// Mean norm of its outer steps, in units of 1e-6.
+    pub step_mean: u64,
 }
 
 /// A fact.
@@ -375,6 +378,7 @@ impl Orchestrator {
                 state: fragment.state,
                 payload_length: fragment.payload_length,
                 published_ms: 0,
+                step_mean: 0,
             })
             .collect();
         Self {

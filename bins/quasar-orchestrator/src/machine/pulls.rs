@@ -8,7 +8,7 @@ use protocol::schedule::{self, Work};
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
-use super::{Effect, Key, Orchestrator, Slot, Want};
+use super::{Effect, Fragment, Key, Orchestrator, Slot, Want};
 
 /// A learner's step is believed to take at least this share of the average, as one part in so many.
 const STEP_MS_SHARE_MIN: u64 = 4;
@@ -122,9 +122,9 @@ impl Orchestrator {
     /// answer for: every outer step has its manifest.
     fn pass_over(&mut self, fragment: u16, version: u64) {
         let t = self.next_t;
-        let state = self.fragments[usize::from(fragment)].state;
-        let closing = self.is_closing(t);
-        let tape = Tape { t, fragment, base_version: version, base_state: state, block: self.block, closing, inputs: Vec::new() };
+        let Fragment { state: base_state, step_mean, .. } = self.fragments[usize::from(fragment)];
+        let (block, closing) = (self.block, self.is_closing(t));
+        let tape = Tape { t, fragment, base_version: version, base_state, block, closing, step_mean, inputs: Vec::new() };
         let pull = OpenPull {
             fragment,
             version,
@@ -312,7 +312,8 @@ impl Orchestrator {
         for (input, weight_ppm) in inputs.iter_mut().zip(schedule::merge_weights(&work)) {
             input.weight_ppm = weight_ppm;
         }
-        let tape = Tape { t, fragment: pull.fragment, base_version: pull.version, base_state: fragment.state, block, closing, inputs };
+        let (base_version, base_state, step_mean) = (pull.version, fragment.state, fragment.step_mean);
+        let tape = Tape { t, fragment: pull.fragment, base_version, base_state, block, closing, step_mean, inputs };
         pull.closed_ms = now_ms;
         pull.stage = PullStage::Taping(tape.clone());
         self.head_dirty = true;
@@ -351,6 +352,8 @@ impl Orchestrator {
                 norm: 0,
                 clip_ppm: 0,
                 cosine_ppm: 0,
+                neighbour_ppm: 0,
+                rest_ppm: 0,
                 outcome: match offer.stage {
                     OfferStage::Rejected(reason) => reason,
                     OfferStage::Committed | OfferStage::Granted => Reason::NotUploaded,
@@ -372,6 +375,9 @@ impl Orchestrator {
         debug_assert_eq!(fragment.version, manifest.base_version, "versions move one by one");
         if manifest.version > manifest.base_version {
             fragment.version = manifest.version;
+            if !manifest.closing {
+                fragment.step_mean = fragments::outer::mean_norm(fragment.step_mean, manifest.base_version, manifest.step_norm);
+            }
             fragment.keyframe = manifest.keyframe;
             fragment.keyframe_length = keyframe_length;
             fragment.state = manifest.state;

@@ -65,7 +65,7 @@ pub fn all(parameters: &RunParameters, learners: usize, groups: &[Group]) -> Vec
     merging(Group::Codecs, "int4 up, int4 down", Scheme { up: Codec::Int4, closing: Codec::Int4, down: Codec::Int4, ..dense });
     merging(Group::Codecs, "top-k up with error feedback, int4 down, closing round in bf16", Scheme { down: Codec::Int4, ..top_k });
 
-    for (outer_lr, momentum) in [(1.0, 0.0), (0.7, 0.0), (1.0, 0.5), (0.7, 0.5), (0.7, 0.9), (0.4, 0.9)] {
+    for (outer_lr, momentum) in [(1.0, 0.0), (0.7, 0.0), (0.7, 0.5), (0.7, 0.9), (0.4, 0.9)] {
         merging(Group::Outer, &format!("learning rate {outer_lr}, momentum {momentum}"), Scheme { outer_lr, momentum, ..dense });
     }
 

@@ -27,7 +27,7 @@ struct Arguments {
     #[arg(long, value_name = "M", default_value_t = 8, value_parser = clap::value_parser!(u16).range(8..=256))]
     learners: u16,
     /// Length of a run: every fragment is merged this often
-    #[arg(long, value_name = "C", default_value_t = 4, value_parser = clap::value_parser!(u64).range(2..=1000))]
+    #[arg(long, value_name = "C", default_value_t = 3, value_parser = clap::value_parser!(u64).range(2..=1000))]
     cycles: u64,
     /// Runs of each kind, with other initial weights and another order of the text each
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000))]
@@ -35,6 +35,12 @@ struct Arguments {
     /// Runs at the same time, each on one thread
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     jobs: u16,
+    /// Rows in a learner's step
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    rows: u32,
+    /// Tokens in a row
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..=4096))]
+    row_tokens: u32,
     /// Model configuration, as a path in the repository
     #[arg(long, value_name = "FILE", default_value = "tests/bench/small-model.json")]
     model: String,
@@ -68,7 +74,7 @@ fn experiments(arguments: &Arguments) -> anyhow::Result<()> {
     model::tune_allocator();
     let start = Instant::now();
     let wanted = |part: Part| arguments.parts.is_empty() || arguments.parts.contains(&part);
-    let setting = Setting::prepare(arguments.cycles, &arguments.model)?;
+    let setting = Setting::prepare(arguments.cycles, &arguments.model, Some((arguments.rows, arguments.row_tokens)))?;
     let learners = usize::from(arguments.learners);
     let groups = [(Part::Codecs, Group::Codecs), (Part::Outer, Group::Outer), (Part::Apply, Group::Apply), (Part::Attacks, Group::Attacks)];
     let groups: Vec<Group> = groups.into_iter().filter(|(part, _)| wanted(*part)).map(|(_, group)| group).collect();

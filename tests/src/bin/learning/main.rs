@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 fn bench(arguments: &Arguments) -> anyhow::Result<Report> {
     let start = Instant::now();
     model::tune_allocator();
-    let setting = Setting::prepare(arguments.cycles, "configs/devnet-model.json")?;
+    let setting = Setting::prepare(arguments.cycles, "configs/devnet-model.json", None)?;
     // First, while nothing else of ours computes.
     let speed = speed::measure(&setting)?;
     let mut runs = Vec::new();
