@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use fragments::codec::{self, CodecError};
 use fragments::t0::Committed;
-use model::{Batch, Hyper, TrainError, Trainer};
+use model::{Batch, Hyper, TrainError, Trainer, TrainerState};
 use protocol::Digest;
 use protocol::documents::{InnerOptimizer, OpenedStep, PPM, micro_nats};
 use tokio::sync::mpsc;
@@ -111,6 +111,12 @@ fn panicked() -> Fault {
     Fault::Broken("the trainer panicked\nhint: this is a bug; the local snapshots are intact and a restart goes on from them".into())
 }
 
+/// Goes back to a snapshot. What was exported before it counts as answered: versions that arrive from here on are taken as they are.
+fn restore(trainer: &mut dyn Trainer, mut state: TrainerState) -> Result<(), TrainError> {
+    state.exported.clear();
+    trainer.restore(&state)
+}
+
 /// A trainer with what it works on.
 pub struct Worker {
     trainer: Box<dyn Trainer>,
@@ -125,7 +131,7 @@ impl Worker {
         let elements = trainer.plan().total_elements() as usize;
         let restored = match plane.spool.newest_state(elements) {
             Some(state) => {
-                trainer.restore(&state)?;
+                restore(&mut *trainer, state)?;
                 true
             }
             None => false,
@@ -145,7 +151,7 @@ impl Worker {
             self.plane.spool.flush().map_err(|error| spool_fault(&error))?;
             let elements = self.trainer.plan().total_elements() as usize;
             let state = self.plane.spool.state(local_step, elements).map_err(|error| spool_fault(&error))?;
-            self.trainer.restore(&state).map_err(|error| train_fault(&error))?;
+            restore(&mut *self.trainer, state).map_err(|error| train_fault(&error))?;
         }
         for (fragment, version) in &boundary.apply {
             let values = self.plane.keyframes.load(*fragment, *version).map_err(|error| Fault::Broken(error.to_string()))?;
@@ -187,7 +193,7 @@ impl Worker {
     fn export(&mut self, order: &Export) -> Result<Exported, Fault> {
         let plane = &self.plane;
         let base = plane.keyframes.load(order.fragment, order.base_version).map_err(|error| Fault::Broken(error.to_string()))?;
-        let mut change = self.trainer.export(usize::from(order.fragment)).map_err(|error| train_fault(&error))?;
+        let mut change = self.trainer.contribute(usize::from(order.fragment)).map_err(|error| train_fault(&error))?;
         for (value, base) in change.iter_mut().zip(&base) {
             *value = base - *value;
         }
@@ -213,7 +219,7 @@ impl Worker {
             local_step: order.local_step,
             lease: order.lease,
             lease_step: order.lease_step,
-            applied: order.applied.clone(),
+            exchanged: order.exchanged.clone(),
             loss,
         };
         self.plane.spool.put_step(opened, report.routes.unwrap_or_default()).map_err(|error| spool_fault(&error))?;

@@ -10,6 +10,7 @@
 mod adamw;
 mod config;
 mod error;
+mod exported;
 pub mod init;
 mod json;
 pub mod memory;

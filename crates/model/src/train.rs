@@ -177,7 +177,11 @@ pub trait Trainer: Send {
     /// The weights of a fragment, in slice order.
     fn export(&self, fragment: usize) -> Result<Vec<f32>, TrainError>;
 
-    /// Overwrites the weights of a fragment; optimizer moments stay.
+    /// As [`Trainer::export`], and remembers them as exported until a version is applied.
+    fn contribute(&mut self, fragment: usize) -> Result<Vec<f32>, TrainError>;
+
+    /// A new version of a fragment: its weights become `values`, plus what was trained since they were last exported by
+    /// [`Trainer::contribute`], if that is after the version before. Optimizer moments stay.
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError>;
 
     /// Optimizer steps taken.

@@ -117,6 +117,30 @@ fn a_restored_state_continues_bit_for_bit() {
 }
 
 #[test]
+fn a_learner_keeps_what_it_trained_since_it_contributed() {
+    let mut one = trainer(fresh(9).path());
+    let exported = one.contribute(0).unwrap();
+    one.step(&batch(&rows(1)), &Hyper::default(), None, false).unwrap();
+    let state = one.state().unwrap();
+    assert_eq!(state.exported, [(0, exported.clone())]);
+    let mut two = trainer(fresh(10).path());
+    two.restore(&TrainerState::from_bytes(&state.to_bytes(), one.plan().total_elements() as usize).unwrap()).unwrap();
+    let version: Vec<f32> = exported.iter().map(|value| value * 0.5).collect();
+    let trained = one.export(0).unwrap();
+    for learner in [&mut one, &mut two] {
+        Trainer::apply(learner, 0, &version).unwrap();
+        let expected: Vec<f32> = version.iter().zip(&trained).zip(&exported).map(|((new, now), then)| new + (now - then)).collect();
+        assert_eq!(learner.export(0).unwrap(), expected);
+        Trainer::apply(learner, 0, &version).unwrap();
+        assert_eq!(learner.export(0).unwrap(), version, "the next version without a contribution is taken as it is");
+    }
+    for exported in [vec![(0, vec![0.0; 3])], vec![(99, vec![0.0; 3])]] {
+        assert!(two.restore(&TrainerState { exported, ..state.clone() }).is_err());
+    }
+    assert_eq!(one.state().unwrap(), two.state().unwrap());
+}
+
+#[test]
 fn fragments_carry_weights_but_not_moments_and_equal_the_checkpoint() {
     let folder = fresh(7);
     let tree = fragments::CheckpointTree::open(folder.path()).unwrap();

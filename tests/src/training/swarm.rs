@@ -134,8 +134,6 @@ fn round(learners: &mut [Learner], server: &mut Server, step: u64, fragment: usi
 struct Learner {
     trainer: QuasarTrainer,
     apply: Apply,
-    /// What it answered the last pull of each fragment with.
-    exported: Model,
     /// Error feedback of each fragment, where the scheme has it.
     feedback: Vec<ErrorFeedback>,
 }
@@ -146,14 +144,14 @@ impl Learner {
         let count = base.plan.fragments.len();
         let feedback = |beta: f32| (0..count).map(|fragment| ErrorFeedback::new(base.plan.elements(fragment) as usize, beta)).collect();
         let feedback = scheme.feedback.map(feedback).unwrap_or_default();
-        Ok(Self { trainer, apply: scheme.apply, exported: vec![Vec::new(); count], feedback })
+        Ok(Self { trainer, apply: scheme.apply, feedback })
     }
 
     /// The payload: base minus what it has now. Its base is the newest version, which it applied long ago.
     fn answer(&mut self, header: &PayloadHeader, fragment: usize, base: &[f32]) -> anyhow::Result<Vec<u8>> {
-        let own = self.trainer.export(fragment)?;
+        // The trainer itself keeps the steps since a contribution.
+        let own = if self.apply == Apply::Keep { self.trainer.contribute(fragment) } else { self.trainer.export(fragment) }?;
         let delta: Vec<f32> = base.iter().zip(&own).map(|(base, own)| base - own).collect();
-        self.exported[fragment] = own;
         Ok(match self.feedback.get_mut(fragment) {
             Some(feedback) => feedback.encode(header, &delta)?,
             None => codec::encode(header, &delta)?,
@@ -168,15 +166,9 @@ impl Learner {
     }
 
     fn apply(&mut self, fragment: usize, new: &[f32]) -> anyhow::Result<()> {
+        let Apply::Mix(part) = self.apply else { return Ok(self.trainer.apply(fragment, new)?) };
         let own = self.trainer.export(fragment)?;
-        let values: Vec<f32> = match self.apply {
-            Apply::Overwrite => new.to_vec(),
-            Apply::Keep => {
-                let steps = own.iter().zip(&self.exported[fragment]).map(|(own, exported)| own - exported);
-                new.iter().zip(steps).map(|(new, step)| new + step).collect()
-            }
-            Apply::Mix(part) => new.iter().zip(&own).map(|(new, own)| part * own + (1.0 - part) * new).collect(),
-        };
+        let values: Vec<f32> = new.iter().zip(&own).map(|(new, own)| part * own + (1.0 - part) * new).collect();
         Ok(self.trainer.apply(fragment, &values)?)
     }
 }

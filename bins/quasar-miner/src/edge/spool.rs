@@ -304,14 +304,17 @@ fn remove(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use protocol::steps::Exchange;
+
     use super::*;
 
     fn step(local_step: u64) -> OpenedStep {
-        OpenedStep { local_step, lease: 1, lease_step: local_step as u32, applied: vec![(2, 3)], loss: 7 }
+        let exchanged = vec![Exchange::Applied { fragment: 2, version: 3 }];
+        OpenedStep { local_step, lease: 1, lease_step: local_step as u32, exchanged, loss: 7 }
     }
 
     fn state(step: u64) -> TrainerState {
-        TrainerState { step, weights: vec![1.0, 2.0], first: vec![0.0; 2], second: vec![0.0; 2] }
+        TrainerState { step, weights: vec![1.0, 2.0], first: vec![0.0; 2], second: vec![0.0; 2], exported: vec![] }
     }
 
     /// Eight steps in segments of four; payloads of outer steps 100 and 101.

@@ -2,6 +2,7 @@
 //! keys, versions, digests and lengths.
 
 use protocol::documents::{Head, Job, Lease, Progress, Receipt};
+use protocol::steps::Exchange;
 use protocol::{Digest, Method};
 use serde::{Deserialize, Serialize};
 
@@ -274,6 +275,6 @@ pub struct Step {
     pub lease_step: u32,
     /// Learning rate of this step.
     pub lr: f64,
-    /// Fragments overwritten since the step before.
-    pub applied: Vec<(u16, u64)>,
+    /// Since the step before, this boundary's own included.
+    pub exchanged: Vec<Exchange>,
 }

@@ -27,6 +27,7 @@ use std::collections::VecDeque;
 use daemon::{Exit, Machine};
 use protocol::documents::{Codec, Head, RunParameters};
 use protocol::paths::{Keys, RunKeys};
+use protocol::steps::Exchange;
 use protocol::{AccountId, Method, Reason};
 
 use fragments::Fragments;
@@ -153,8 +154,8 @@ pub struct Learner {
     /// Under way in the trainer.
     boundary: Option<Boundary>,
     boundaries: u64,
-    /// Fragments overwritten since the last step.
-    applied: Vec<(u16, u64)>,
+    /// Since the last step.
+    exchanged: Vec<Exchange>,
     /// The snapshot to go back to at the next boundary.
     restore: Option<u64>,
     faults_in_row: u32,
@@ -194,7 +195,7 @@ impl Learner {
             record: Record::new(parameters.poll_ms, parameters.learner_ttl_ms),
             boundary: None,
             boundaries: 0,
-            applied: Vec::new(),
+            exchanged: Vec::new(),
             restore: None,
             faults_in_row: 0,
             fault: Reason::None,

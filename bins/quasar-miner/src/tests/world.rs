@@ -107,6 +107,10 @@ impl Trainer for Moody {
         self.toy.export(fragment)
     }
 
+    fn contribute(&mut self, fragment: usize) -> Result<Vec<f32>, TrainError> {
+        self.toy.contribute(fragment)
+    }
+
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError> {
         Trainer::apply(&mut self.toy, fragment, values)
     }

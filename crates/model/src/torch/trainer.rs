@@ -12,6 +12,7 @@ use super::flat::FlatLearner;
 use super::gpu::{self, GpuLearner};
 use super::layout::Layout;
 use super::learner::Learner;
+use crate::exported::Exported;
 use crate::{Batch, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TrainError, Trainer, TrainerState};
 
 /// How optimizer moments are kept on a GPU.
@@ -79,6 +80,7 @@ pub struct QuasarTrainer {
     learner: Box<dyn Learner>,
     plan: FragmentPlan,
     ranges: PlanRanges,
+    exported: Exported,
     step: u64,
     threads: usize,
 }
@@ -102,7 +104,7 @@ impl QuasarTrainer {
             Some(range) => learner.write(&range, &values),
             None => Ok(()),
         })?;
-        Ok(Self { learner, plan, ranges, step: 0, threads: options.threads })
+        Ok(Self { learner, plan, ranges, exported: Exported::default(), step: 0, threads: options.threads })
     }
 
     /// The model's configuration.
@@ -172,13 +174,22 @@ impl Trainer for QuasarTrainer {
         Ok(values)
     }
 
+    fn contribute(&mut self, fragment: usize) -> Result<Vec<f32>, TrainError> {
+        let values = self.export(fragment)?;
+        self.exported.put(fragment, values.clone());
+        Ok(values)
+    }
+
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError> {
-        let mut rest = values;
-        for range in self.ranges.check(fragment, values)? {
+        let ranges = self.ranges.check(fragment, values)?;
+        let values = self.exported.carried(fragment, values, || self.export(fragment))?;
+        let mut rest = &*values;
+        for range in ranges {
             let (head, tail) = rest.split_at(range.len());
             self.learner.write(range, head)?;
             rest = tail;
         }
+        self.exported.forget(fragment);
         Ok(())
     }
 
@@ -190,14 +201,16 @@ impl Trainer for QuasarTrainer {
         let (first, second) = self.learner.moments()?;
         let weights = self.learner.read(&(0..self.ranges.elements()))?;
         let ordered = |values: Vec<f32>| self.ranges.to_plan_order(&values);
-        Ok(TrainerState { step: self.step, weights: ordered(weights), first: ordered(first), second: ordered(second) })
+        let (weights, first, second) = (ordered(weights), ordered(first), ordered(second));
+        Ok(TrainerState { step: self.step, weights, first, second, exported: self.exported.to_state() })
     }
 
     fn restore(&mut self, state: &TrainerState) -> Result<(), TrainError> {
         state.check(self.ranges.elements())?;
+        self.ranges.check_exported(state)?;
         self.learner.write(&(0..self.ranges.elements()), &self.ranges.from_plan_order(&state.weights))?;
         self.learner.set_moments(&self.ranges.from_plan_order(&state.first), &self.ranges.from_plan_order(&state.second))?;
-        self.step = state.step;
+        (self.step, self.exported) = (state.step, Exported::from_state(&state.exported));
         Ok(())
     }
 }

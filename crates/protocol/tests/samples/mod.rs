@@ -3,6 +3,7 @@
 use protocol::documents::*;
 use protocol::envelope::{Context, Document, RunId, sign};
 use protocol::log::{Frontier, LogEntry, LogHead, LogKind};
+use protocol::steps::Exchange;
 use protocol::{
     AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, Reason, SealedBytes, ShardManifest, Signer, Slice,
 };
@@ -23,6 +24,10 @@ fn digest(name: &str) -> Digest {
 
 fn hotkey() -> AccountId {
     Ed25519Signer::from_seed([4; 32]).key().account()
+}
+
+fn exchanged() -> Vec<Exchange> {
+    vec![Exchange::Applied { fragment: 5, version: 3 }, Exchange::Exported { fragment: 7 }]
 }
 
 fn sealed() -> SealedBytes {
@@ -223,7 +228,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             steps: vec![ReceiptStep {
                 local_step: 28,
                 lease_step: 23,
-                applied: vec![(5, 3)],
+                exchanged: exchanged(),
                 loss: 6_100_000,
                 state: Some(digest("state")),
             }],
@@ -233,7 +238,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             t: 75,
             start_step: 28,
             versions: vec![3; 24],
-            steps: vec![OpenedStep { local_step: 28, lease: 7, lease_step: 4, applied: vec![(5, 3)], loss: 6_100_000 }],
+            steps: vec![OpenedStep { local_step: 28, lease: 7, lease_step: 4, exchanged: exchanged(), loss: 6_100_000 }],
         }),
         file_of(&FragmentManifest { fragment: 3, version: 4, t: 75, keyframe: file(), delta: Some(file()), state: digest("state") }),
         file_of(&MergeManifest {
