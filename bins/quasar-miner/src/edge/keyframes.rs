@@ -293,7 +293,7 @@ mod tests {
         let values = vec![0.5; plan.elements(1) as usize];
         let bytes = keyframe::write(&plan, &store.id(1, 7), &values).unwrap();
         let keys = keys();
-        let (bucket, grants) = bucket(&[(keys.keyframe(1, 7), &bytes)]).await;
+        let (bucket, grants) = bucket(&[(keys.keyframe(1, 7), bytes.as_slice())]).await;
         let access = MemoryGrants::new(bucket, || 1_000);
         let find = |_: Method, key: &str| (key == keys.keyframe(1, 7)).then(|| grants[0].clone());
         let route = Route { keys: &keys, grant: &find, access: &access };
