@@ -150,7 +150,10 @@ impl Learner {
     /// The payload: base minus what it has now. Its base is the newest version, which it applied long ago.
     fn answer(&mut self, header: &PayloadHeader, fragment: usize, base: &[f32]) -> anyhow::Result<Vec<u8>> {
         // The trainer itself keeps the steps since a contribution.
-        let own = if self.apply == Apply::Keep { self.trainer.contribute(fragment) } else { self.trainer.export(fragment) }?;
+        let own = match self.apply {
+            Apply::Keep => self.trainer.contribute(fragment)?.values()?.to_vec(),
+            Apply::Overwrite | Apply::Mix(_) => self.trainer.export(fragment)?,
+        };
         let delta: Vec<f32> = base.iter().zip(&own).map(|(base, own)| base - own).collect();
         Ok(match self.feedback.get_mut(fragment) {
             Some(feedback) => feedback.encode(header, &delta)?,

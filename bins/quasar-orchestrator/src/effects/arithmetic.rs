@@ -34,6 +34,7 @@ pub struct Version {
 }
 
 /// The outcome of an outer step.
+#[derive(Default)]
 pub struct Completed {
     /// One for each input of the tape.
     pub contributions: Vec<Contribution>,
@@ -43,7 +44,7 @@ pub struct Completed {
 
 /// Why the result of a merge cannot be published.
 #[derive(Debug, thiserror::Error)]
-enum Unpublishable {
+pub enum Unpublishable {
     #[error(transparent)]
     Keyframe(#[from] KeyframeError),
     #[error(transparent)]
@@ -141,11 +142,23 @@ fn step(
         (ppm(parameters.outer_lr_ppm), ppm(parameters.outer_momentum_ppm), limit)
     };
     outer::step(&mut state.theta, &mut state.momentum, &merged.delta, lr, mu);
+    let version = encode(plan, plan_digest, tape, &Base { state, replica })?;
+    Ok(Version { step_norm: merged.norm_micro, step_limit_ppm, ..version })
+}
+
+/// The state in `base` as the version after the tape's base version: a rollback.
+pub fn restore(plan: &FragmentPlan, plan_digest: Digest, tape: &Tape, base: &Base) -> Result<Version, Unpublishable> {
+    encode(plan, plan_digest, tape, base)
+}
+
+/// The files of the version after the tape's base version, from its state and the public form of the version before.
+fn encode(plan: &FragmentPlan, plan_digest: Digest, tape: &Tape, base: &Base) -> Result<Version, Unpublishable> {
+    let Base { state, replica } = base;
     let from = KeyframeId { plan: plan_digest, fragment: u32::from(tape.fragment), version: tape.base_version };
     let version = tape.base_version + 1;
     let (keyframe, delta) = match replica {
         Some(replica) => {
-            let frame = delta::write(plan, &from, &replica, &state.theta)?;
+            let frame = delta::write(plan, &from, replica, &state.theta)?;
             (frame.keyframe, Some(Bytes::from(frame.bytes)))
         }
         None => (keyframe::write(plan, &KeyframeId { version, ..from }, &state.theta)?, None),
@@ -153,7 +166,7 @@ fn step(
     let elements = state.theta.len() as u64;
     let header = StateHeader { plan: plan_digest, fragment: u64::from(tape.fragment), version, elements };
     let state = Bytes::from(state.to_bytes(&header)?);
-    Ok(Version { state, keyframe: Bytes::from(keyframe), delta, step_norm: merged.norm_micro, step_limit_ppm })
+    Ok(Version { state, keyframe: Bytes::from(keyframe), delta, step_norm: 0, step_limit_ppm: PPM as u32 })
 }
 
 #[cfg(test)]
@@ -239,8 +252,18 @@ mod tests {
             });
             contributed.push(Contributed { header, payload: FileSource::open(&path).unwrap() });
         }
-        let tape =
-            Tape { t: 9, fragment: 0, base_version: version, base_state: Digest::ZERO, block: 0, closing: false, step_mean: 0, inputs };
+        let tape = Tape {
+            t: 9,
+            fragment: 0,
+            epoch: 0,
+            base_version: version,
+            base_state: Digest::ZERO,
+            block: 0,
+            closing: false,
+            restores: None,
+            step_mean: 0,
+            inputs,
+        };
         (tape, contributed)
     }
 

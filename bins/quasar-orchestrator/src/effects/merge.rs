@@ -9,11 +9,10 @@ use fragments::delta;
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{Codec, Contribution, FragmentManifest, MergeManifest, PPM, Tape};
-use protocol::envelope::{Expect, open_stored};
 use protocol::schedule::keyframe_version;
 use protocol::{Digest, FileRecord};
 
-use super::arithmetic::{Base, Completed, Contributed, Version, complete};
+use super::arithmetic::{Base, Completed, Contributed, Version, complete, restore};
 use super::{Service, persist};
 
 impl Service {
@@ -34,7 +33,7 @@ impl Service {
     }
 
     /// The f32 state of a version: from the local disk, else from the bucket.
-    async fn state(&self, fragment: u16, version: u64) -> FragmentState {
+    pub(super) async fn state(&self, fragment: u16, version: u64) -> FragmentState {
         let header = self.state_header(fragment, version);
         if let Ok(bytes) = tokio::fs::read(self.state_path(fragment, version)).await
             && let Ok(state) = FragmentState::from_bytes(&bytes, &header)
@@ -79,7 +78,7 @@ impl Service {
     /// Writes the tape once; if one is there already, that one stands.
     pub(super) async fn write_tape(&self, tape: &Tape) -> Tape {
         let bytes = self.put_once(&self.run.tape(tape.t), tape).await;
-        match open_stored::<Tape>(&bytes, &self.context, Expect::Key(&self.signer.key())) {
+        match self.open_own::<Tape>(&bytes) {
             Ok(stored) => stored.document,
             Err(error) => {
                 tracing::error!(t = tape.t, "the tape in the bucket is not ours: {error}");
@@ -107,23 +106,25 @@ impl Service {
             step_limit_ppm: PPM as u32,
         };
         let mut keyframe_length = previous.1;
-        if !tape.inputs.is_empty() {
-            let completed = self.complete(&tape, &previous.0).await;
-            manifest.contributions.extend(completed.contributions);
-            if let Some(result) = completed.version {
-                manifest.version = version;
-                manifest.keyframe = Digest::blake3(&result.keyframe);
-                manifest.state = Digest::blake3(&result.state);
-                (manifest.step_norm, manifest.step_limit_ppm) = (result.step_norm, result.step_limit_ppm);
-                keyframe_length = result.keyframe.len() as u64;
-                self.store_version(&tape, version, result).await;
-            }
+        let completed = match tape.restores {
+            Some(earlier) => self.restore(&tape, earlier, &previous.0).await,
+            None if tape.inputs.is_empty() => Completed::default(),
+            None => self.complete(&tape, &previous.0).await,
+        };
+        manifest.contributions.extend(completed.contributions);
+        if let Some(result) = completed.version {
+            manifest.version = version;
+            manifest.keyframe = Digest::blake3(&result.keyframe);
+            manifest.state = Digest::blake3(&result.state);
+            (manifest.step_norm, manifest.step_limit_ppm) = (result.step_norm, result.step_limit_ppm);
+            keyframe_length = result.keyframe.len() as u64;
+            self.store_version(&tape, version, result).await;
         }
         manifest.contributions.sort_by_key(|contribution| (contribution.hotkey, contribution.slot));
         let bytes = self.put_once(&self.run.merge(tape.t), &manifest).await;
         let mut id = Digest::blake3(&bytes);
         // A manifest that an earlier process wrote stands, with the refusals that it knew.
-        if let Ok(stored) = open_stored::<MergeManifest>(&bytes, &self.context, Expect::Key(&self.signer.key())) {
+        if let Ok(stored) = self.open_own::<MergeManifest>(&bytes) {
             (manifest, id) = (stored.document, stored.id);
         }
         let accepted = manifest.accepted().count();
@@ -172,13 +173,27 @@ impl Service {
         }
     }
 
-    /// The arithmetic, on a thread of its own.
-    async fn complete(&self, tape: &Tape, keyframe: &Digest) -> Completed {
-        let state = self.state(tape.fragment, tape.base_version).await;
+    /// What the next version follows: the f32 state of `version`, and the public form of the tape's base version where that is needed,
+    /// whose keyframe has this digest.
+    async fn base(&self, tape: &Tape, version: u64, keyframe: &Digest) -> Base {
         let replica = match self.manifest.parameters.codec_down {
             Codec::Bf16 => None,
             Codec::Int4 | Codec::TopK => Some(self.replica(tape.fragment, tape.base_version, keyframe).await),
         };
+        Base { state: self.state(tape.fragment, version).await, replica }
+    }
+
+    /// An earlier version once more, as the next one.
+    async fn restore(&self, tape: &Tape, earlier: u64, keyframe: &Digest) -> Completed {
+        let base = self.base(tape, earlier, keyframe).await;
+        let version = restore(&self.plan, self.plan_digest, tape, &base);
+        let refuse = |error: &_| tracing::error!(t = tape.t, "version {earlier} cannot be published again: {error}");
+        Completed { contributions: Vec::new(), version: version.inspect_err(refuse).ok() }
+    }
+
+    /// The arithmetic, on a thread of its own.
+    async fn complete(&self, tape: &Tape, keyframe: &Digest) -> Completed {
+        let base = self.base(tape, tape.base_version, keyframe).await;
         let mut inputs = Vec::with_capacity(tape.inputs.len());
         for input in &tape.inputs {
             let header = self.payload_header(tape.fragment, input.base_version);
@@ -186,7 +201,7 @@ impl Service {
         }
         let (plan, plan_digest, tape) = (self.plan.clone(), self.plan_digest, tape.clone());
         let parameters = self.manifest.parameters.clone();
-        let work = move || complete(&plan, plan_digest, &parameters, &tape, Base { state, replica }, &inputs);
+        let work = move || complete(&plan, plan_digest, &parameters, &tape, base, &inputs);
         match tokio::task::spawn_blocking(work).await {
             Ok(completed) => completed,
             Err(error) => std::panic::resume_unwind(error.into_panic()),

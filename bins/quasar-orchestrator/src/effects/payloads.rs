@@ -91,6 +91,7 @@ impl Service {
             }
             let partial = path.with_extension("part");
             let spell = |error: io::Error| format!("{}: {error}", partial.display());
+            std::fs::create_dir_all(path.parent().unwrap_or(Path::new("."))).map_err(spell)?;
             let mut file = File::create(&partial).map_err(spell)?;
             for start in (0..length).step_by(PIECE_BYTES as usize) {
                 let piece = self.store.get_range(key, start, (start + PIECE_BYTES).min(length)).await;

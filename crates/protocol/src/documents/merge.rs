@@ -11,6 +11,8 @@ use crate::{AccountId, Digest, FileRecord, Reason};
 pub struct Tape {
     pub t: u64,
     pub fragment: u16,
+    /// Fencing epoch of the writer that decided.
+    pub epoch: u64,
     /// Version that the merge starts from; the result is the next one (the same one if nothing was merged).
     pub base_version: u64,
     /// BLAKE3 of the f32 state of the base version.
@@ -22,6 +24,8 @@ pub struct Tape {
     pub closing: bool,
     /// Mean norm of the fragment's outer steps so far in units of 1e-6, which limits this one.
     pub step_mean: u64,
+    /// The result is the state of this earlier version again: a rollback. Nothing is merged then.
+    pub restores: Option<u64>,
     pub inputs: Vec<TapeInput>,
 }
 

@@ -184,6 +184,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             parameters: parameters(),
         }),
         file_of(&Head {
+            epoch: 3,
             state: RunState::Open,
             outer_step: 76,
             closed_below: 74,
@@ -276,11 +277,13 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
         file_of(&Tape {
             t: 75,
             fragment: 3,
+            epoch: 3,
             base_version: 3,
             base_state: digest("state"),
             block: 5_000_000,
             closing: true,
             step_mean: 800_000,
+            restores: None,
             inputs: vec![TapeInput {
                 hotkey: hotkey(),
                 slot: 1,
@@ -293,7 +296,18 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
                 weight_ppm: 1_000_000,
             }],
         }),
+        file_of(&WriterLease { epoch: 3, instance: [5; 16], host: "control-1".into(), renewal: 9, released: false }),
+        file_of(&Order { number: 2, action: Action::Rollback { version: 3 }, reason: "diverged after a bad shard".into() }),
+        file_of(&Equivocation {
+            key: "quasar/netuid=24/public/head.qsr".into(),
+            first: sign(&current(1), &context(), &signer(), NOW_MS, NOW_MS),
+            second: sign(&current(2), &context(), &signer(), NOW_MS, NOW_MS),
+        }),
     ]
+}
+
+fn current(root_version: u32) -> CurrentRun {
+    CurrentRun { root_version, root_digest: digest("root"), run: RunId([3; 16]), manifest_digest: digest("manifest") }
 }
 
 fn log_head() -> LogHead {
