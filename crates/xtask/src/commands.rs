@@ -100,11 +100,11 @@ pub fn setup_s3() -> Result<ExitCode, Error> {
 /// `cargo xtask bench NAME`: becomes the measurement, built in the profile that the tests use.
 pub fn bench(arguments: &[String]) -> Result<ExitCode, Error> {
     match arguments.split_first() {
-        Some((name, rest)) if name == "learning" => become_program("learning", rest),
+        Some((name, rest)) if name == "learning" || name == "experiments" => become_program(name, rest),
         Some((name, rest)) if name == "gpu" => bench_gpu(rest),
         _ => {
             let message = format!("there is no bench `{}`", arguments.join(" "));
-            Err(Error::usage(message, "there are two: `cargo xtask bench learning` and `cargo xtask bench gpu`"))
+            Err(Error::usage(message, "there are `cargo xtask bench learning`, `… experiments` and `… gpu`"))
         }
     }
 }

@@ -35,6 +35,7 @@ usage: cargo xtask COMMAND [arguments]
   check [STEP…]            setup, then the steps fmt, arrows, clippy (all when none is named)
   sim [ARGS…]              setup, then simulated worlds: `--seeds N --first-seed S --miners M --json`, `goodput`, `requests`, `crash-points`
   bench learning [ARGS…]   setup, then three learners against one and against data-parallel training (docs/benchmarks.md)
+  bench experiments [PART…]   setup, then codecs, outer optimizers, merge rules under attack compared (docs/experiments.md)
   bench gpu TORCH_FOLDER [LAYERS] [BATCHES]   setup, then the miner's training steps beside PyTorch's on this GPU (docs/performance.md)
   bench gpu --pack DIR     the same, put into a folder for another machine
   help                     this text

@@ -25,7 +25,7 @@ mod transfers;
 use std::collections::VecDeque;
 
 use daemon::{Exit, Machine};
-use protocol::documents::{Head, RunParameters};
+use protocol::documents::{Codec, Head, RunParameters};
 use protocol::paths::{Keys, RunKeys};
 use protocol::steps::Exchange;
 use protocol::{AccountId, Method, Reason};
@@ -71,6 +71,16 @@ pub struct LearnerSettings {
     pub shards: Vec<String>,
     /// Stop after so many leases.
     pub leases_max: Option<u64>,
+}
+
+impl LearnerSettings {
+    /// The object that a version of a fragment is fetched by: its keyframe, or the last frame on the way to it.
+    fn fragment_key(&self, fragment: u16, version: u64) -> String {
+        match self.parameters.codec_down {
+            Codec::Int4 if version > 0 => self.run.delta(fragment, version),
+            _ => self.run.keyframe(fragment, version),
+        }
+    }
 }
 
 /// Why a learner is over.
@@ -245,7 +255,7 @@ impl Learner {
             Input::TrainerOpened(Err(fault)) => self.give_up(fault, now_ms),
             Input::KeyframeFetched { fragment, version, result } => {
                 if result == Err(Trouble::Grant) {
-                    self.grants.refused(Method::Get, &self.settings.run.keyframe(fragment, version));
+                    self.grants.refused(Method::Get, &self.settings.fragment_key(fragment, version));
                 }
                 self.disk(&result, now_ms);
                 self.fragments.fetched(fragment, version, result, now_ms);

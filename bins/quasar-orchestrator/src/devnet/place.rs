@@ -68,6 +68,8 @@ pub struct Place {
     miners: Vec<AccountId>,
     run: RunId,
     fragments: u16,
+    /// Tokens in a row.
+    sequence_length: u32,
 }
 
 impl Place {
@@ -127,7 +129,7 @@ impl Place {
         write(&root.join("corpus/sotu.jsonl.xz"), CORPUS)?;
         write(&root.join("corpus/held_out.txt"), HELD_OUT.as_bytes())?;
         write(&root.join("corpus/tokenizer.json"), TOKENIZER)?;
-        let (run_file, fragments, sequence_length) = run_file(arguments.cycles)?;
+        let (run_file, fragments, sequence_length) = run_file(arguments)?;
         write(&root.join("run.toml"), run_file.as_bytes())?;
         for name in ["logs", "state"] {
             std::fs::create_dir_all(root.join(name)).map_err(Failure::unavailable)?;
@@ -145,18 +147,19 @@ impl Place {
             miners,
             run: RunId::NONE,
             fragments,
+            sequence_length,
         };
-        place.open_run(arguments, sequence_length, shutdown).await?;
+        place.open_run(arguments, shutdown).await?;
         Ok(place)
     }
 
     /// The operator's path to a run.
-    async fn open_run(&mut self, arguments: &DevnetArgs, sequence_length: u32, shutdown: &Shutdown) -> Result<(), Failure> {
+    async fn open_run(&mut self, arguments: &DevnetArgs, shutdown: &Shutdown) -> Result<(), Failure> {
         let text = |path: PathBuf| path.to_string_lossy().into_owned();
         let at = |name: &str| text(self.root.join(name));
         let base = at("base");
         let seed = arguments.seed.to_string();
-        let length = sequence_length.to_string();
+        let length = self.sequence_length.to_string();
         let orchestrator = self.orchestrator.to_string();
         let (corpus, tokenizer, held_out, shards, model, run_file) = (
             at("corpus/sotu.jsonl.xz"),
@@ -281,7 +284,7 @@ impl Place {
 
     /// Loss of a tree on the held-out shard, by `quasar-validator eval`.
     pub async fn eval(&self, tree: &Path, tokens: &Path) -> Result<f64, Failure> {
-        let length = self.sequence_length().to_string();
+        let length = self.sequence_length.to_string();
         let (tree, tokens) = (tree.to_string_lossy().into_owned(), tokens.to_string_lossy().into_owned());
         let arguments = ["eval", "--checkpoint", &tree, "--tokens", &tokens, "--sequence-length", &length, "--threads", "1", "--json"];
         let recipe = self.recipe(Child::Validator(0), "quasar-validator", &arguments, Vec::new());
@@ -402,10 +405,6 @@ impl Place {
     pub fn shards(&self) -> PathBuf {
         self.root.join("shards")
     }
-
-    fn sequence_length(&self) -> u32 {
-        run_file(1).map_or(0, |(_, _, length)| length)
-    }
 }
 
 /// The bucket that was named, or that of an embedded server.
@@ -435,18 +434,24 @@ async fn bucket(
     Ok((Some(server), Bucket { endpoint, name: BUCKET.to_owned(), access_key: ACCESS_KEY.to_owned(), secret_key }))
 }
 
-/// The run file with the wanted number of cycles; fragments and sequence length of it.
-fn run_file(cycles: u64) -> Result<(String, u16, u32), Failure> {
+/// The run file with the wanted number of cycles and codecs; fragments and sequence length of it.
+fn run_file(arguments: &DevnetArgs) -> Result<(String, u16, u32), Failure> {
     let broken = |what: &str| Failure::configuration(anyhow::anyhow!("the built-in run file is broken: {what}"));
     let mut table: toml::Table = RUN_FILE.parse().map_err(|_| broken("it does not parse"))?;
     let parameters = table.get_mut("parameters").and_then(toml::Value::as_table_mut).ok_or_else(|| broken("no [parameters]"))?;
-    parameters.insert("cycles".to_owned(), toml::Value::Integer(cycles as i64));
+    let cycles = arguments.cycles as i64;
+    parameters.insert("cycles".to_owned(), toml::Value::Integer(cycles));
+    for (key, codec) in [("codec_up", &arguments.codec_up), ("codec_down", &arguments.codec_down)] {
+        if let Some(codec) = codec {
+            parameters.insert(key.to_owned(), toml::Value::String(codec.clone()));
+        }
+    }
     let number = |key: &str| parameters.get(key).and_then(toml::Value::as_integer).ok_or_else(|| broken(key));
     let (fragments, length, inner_steps) = (number("fragments")?, number("sequence_length")?, number("inner_steps")?);
     // The learning rate falls over exactly this run.
     let schedule = parameters.get_mut("inner").and_then(|inner| inner.get_mut("schedule")).and_then(toml::Value::as_table_mut);
     let schedule = schedule.ok_or_else(|| broken("no [parameters.inner.schedule]"))?;
-    schedule.insert("total_steps".to_owned(), toml::Value::Integer(cycles as i64 * inner_steps));
+    schedule.insert("total_steps".to_owned(), toml::Value::Integer(cycles * inner_steps));
     Ok((table.to_string(), fragments as u16, length as u32))
 }
 

@@ -2,11 +2,13 @@
 //! now is tried again until it can, and everything is idempotent by key. Nothing is written without the writer lease
 //! ([`fence`]).
 
+mod arithmetic;
 mod audits;
 mod evidence;
 pub mod fence;
 mod grants;
 mod merge;
+mod payloads;
 mod pollers;
 mod publish;
 mod release;

@@ -33,6 +33,7 @@ pub struct FragmentSetup {
     pub keyframe: Digest,
     pub keyframe_length: u64,
     pub state: Digest,
+    pub elements: u64,
     /// Bytes of an encoded payload.
     pub payload_length: u64,
 }
@@ -46,6 +47,8 @@ pub struct Fragment {
     pub payload_length: u64,
     /// When this version came into being.
     pub published_ms: u64,
+    /// Mean norm of its outer steps, in units of 1e-6.
+    pub step_mean: u64,
     /// Payloads against older versions do not count: a rollback took those back.
     pub base_min: u64,
     /// Objects of older versions are deleted.

@@ -148,6 +148,7 @@ impl Orchestrator {
                 state: fragment.state,
                 payload_length: fragment.payload_length,
                 published_ms: 0,
+                step_mean: 0,
                 base_min: 0,
                 kept_from: 0,
             })

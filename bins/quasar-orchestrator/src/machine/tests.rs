@@ -67,6 +67,7 @@ fn setup(cycles: u64) -> RunSetup {
                 keyframe: Digest::blake3(&[fragment as u8]),
                 keyframe_length: 100,
                 state: Digest::blake3(&[fragment as u8, 1]),
+                elements: 468,
                 payload_length: 1_000,
             })
             .collect(),
@@ -453,6 +454,8 @@ fn merge(tape: &Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> M
         norm: 1,
         clip_ppm: 1_000_000,
         cosine_ppm: 1,
+        neighbour_ppm: 0,
+        rest_ppm: 0,
         outcome: Reason::None,
     });
     let merged = !tape.inputs.is_empty() || tape.restores.is_some();
@@ -467,6 +470,7 @@ fn merge(tape: &Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> M
         keyframe: if merged { Digest::blake3(&codec::encode(tape)) } else { previous.0 },
         state: Digest::blake3(&codec::encode(tape)),
         step_norm: 1,
+        step_limit_ppm: 1_000_000,
     }
 }
 
