@@ -682,6 +682,7 @@ impl World {
             keyframe: previous.0,
             state: tape.base_state,
             step_norm: 0,
+            step_limit_ppm: 1_000_000,
         };
         let mut keyframe_length = previous.1;
         if !tape.inputs.is_empty() {
@@ -714,6 +715,8 @@ impl World {
                 norm: 1,
                 clip_ppm: 1_000_000,
                 cosine_ppm: 0,
+                neighbour_ppm: 0,
+                rest_ppm: 0,
                 outcome: Reason::None,
             }));
             manifest.version = version;
@@ -728,7 +731,7 @@ impl World {
                 self.watch.borrow_mut().violated(self, "bit_identical", format!("fragment {fragment}, version {version}"));
             }
             let record = FileRecord::of_bytes(key, &keyframe);
-            let file = FragmentManifest { fragment, version, t: tape.t, keyframe: record, state: manifest.state };
+            let file = FragmentManifest { fragment, version, t: tape.t, keyframe: record, delta: None, state: manifest.state };
             self.put_once(&self.run.fragment_manifest(fragment, version), &file).await;
         }
         manifest.contributions.sort_by_key(|contribution| (contribution.hotkey, contribution.slot));

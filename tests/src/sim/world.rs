@@ -196,6 +196,7 @@ impl World {
                 keyframe: Digest::blake3(&keyframe),
                 keyframe_length: keyframe.len() as u64,
                 state: Digest::blake3(&state.0),
+                elements: tensors::PAYLOAD_BYTES as u64 / 2,
                 payload_length: tensors::PAYLOAD_BYTES as u64,
             }
         });
