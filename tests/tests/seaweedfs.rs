@@ -2,9 +2,9 @@
 
 use std::process::Command;
 
+use protocol::codec;
 use protocol::documents::MergeManifest;
 use protocol::envelope::{Document, Purpose, verify_as_stated};
-use protocol::codec;
 use quasar_tests::seaweed::{ACCESS_KEY, SECRET_KEY, Seaweed, VARIABLE};
 use quasar_tests::{bin_dir, binary};
 use storage::{ObjectStore, S3Settings, S3Store};

@@ -95,6 +95,9 @@ fn libtorch_argument(arguments: &[String]) -> Result<Option<PathBuf>, Error> {
             let folder = std::path::absolute(folder).map_err(|cause| Error::io("cannot resolve", folder, cause))?;
             Ok(Some(folder))
         }
-        _ => Err(Error::usage(format!("`setup` does not understand `{}`", arguments.join(" ")), "its options are `--libtorch DIR` and `--s3`")),
+        _ => Err(Error::usage(
+            format!("`setup` does not understand `{}`", arguments.join(" ")),
+            "its options are `--libtorch DIR` and `--s3`",
+        )),
     }
 }

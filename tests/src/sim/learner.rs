@@ -623,7 +623,8 @@ impl World {
             let ((_, session), Export { start_step, local_step, .. }) = answers.find(|(_, export)| export.is_uploaded).or(first)?;
             let (session, start_step, local_step) = (*session, *start_step, *local_step);
             let (weights, versions) = node.disk.states.get(&(session, start_step))?.clone();
-            let steps: Vec<OpenedStep> = (start_step..local_step).map(|step| node.disk.steps.get(&(session, step)).cloned()).collect::<Option<_>>()?;
+            let steps: Vec<OpenedStep> =
+                (start_step..local_step).map(|step| node.disk.steps.get(&(session, step)).cloned()).collect::<Option<_>>()?;
             (OpeningManifest { audit, t, start_step, versions, steps }, weights.to_bytes())
         };
         let manifest = self.signed::<OpeningManifest>(index, &manifest);

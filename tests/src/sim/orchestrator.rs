@@ -16,7 +16,9 @@ use protocol::documents::{
 use protocol::envelope::{self, Context, Document, Expect, next_sequence};
 use protocol::log::LogHead;
 use protocol::{AccountId, Digest, FileRecord, GrantBundle, Reason, SealedBytes, codec};
-use quasar_orchestrator::machine::{Effect, Guest, Input, Key, Orchestrator, Retired, Slot, StandingMark, VERDICT_MS, VERSIONS_AHEAD, Want};
+use quasar_orchestrator::machine::{
+    Effect, Guest, Input, Key, Orchestrator, Retired, Slot, StandingMark, VERDICT_MS, VERSIONS_AHEAD, Want,
+};
 use storage::{ObjectStore, Presign, PutCondition, StoreError, bundle};
 
 use super::executor::{Life, WORLD};
@@ -434,12 +436,10 @@ impl World {
                 self.put_latest(hands, &key, revision, make).await;
                 return None;
             }
-            Effect::StoreCommitment { slot, t, id } => {
-                match self.store_commitment(hands, slot, t, id).await? {
-                    Ok(id) => Input::CommitmentStored { slot, t, id },
-                    Err(_) => Input::CommitmentRefused { slot, t },
-                }
-            }
+            Effect::StoreCommitment { slot, t, id } => match self.store_commitment(hands, slot, t, id).await? {
+                Ok(id) => Input::CommitmentStored { slot, t, id },
+                Err(_) => Input::CommitmentRefused { slot, t },
+            },
             Effect::CheckPayload { slot, t, commitment } => {
                 Input::PayloadChecked { slot, t, outcome: self.check_payload(slot, t, &commitment).await }
             }
@@ -548,9 +548,10 @@ impl World {
     }
 
     async fn retire(&self, retired: &Retired) {
-        let versions = retired.versions.iter().flat_map(|(fragment, version)| {
-            [self.run.keyframe(*fragment, *version), self.run.state(*fragment, *version)]
-        });
+        let versions = retired
+            .versions
+            .iter()
+            .flat_map(|(fragment, version)| [self.run.keyframe(*fragment, *version), self.run.state(*fragment, *version)]);
         let payloads = retired.payloads.iter().map(|(slot, t)| self.slot_keys(*slot).payload(*t));
         let releases = retired.releases.iter().map(|release| self.keys.release_manifest(release));
         for key in versions.chain(payloads).chain(releases) {
@@ -660,11 +661,8 @@ impl World {
 
     async fn check_receipt(&self, slot: Slot, lease: &Lease, committed: &[(u64, Digest)]) -> Result<(Digest, Vec<u32>), Reason> {
         let bytes = self.get_present(&self.run.receipt(&slot.0, slot.1, lease.id)).await.ok_or(Reason::NotUploaded)?;
-        let receipt = self
-            .plan
-            .scheme
-            .open::<Receipt>(&bytes, &self.context, Expect::Account(&slot.0), None)
-            .map_err(|_| Reason::ReceiptMismatch)?;
+        let receipt =
+            self.plan.scheme.open::<Receipt>(&bytes, &self.context, Expect::Account(&slot.0), None).map_err(|_| Reason::ReceiptMismatch)?;
         receipt.document.check(&slot.0, slot.1, lease, committed).map_err(|_| Reason::ReceiptMismatch)?;
         Ok((receipt.id, receipt.document.steps.iter().map(|step| step.lease_step).collect()))
     }
@@ -818,4 +816,3 @@ fn kind_of(input: &Input) -> u64 {
         Input::Order { .. } => 22,
     }
 }
-

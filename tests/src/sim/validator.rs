@@ -10,8 +10,7 @@ use daemon::Machine as _;
 use futures::FutureExt;
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditOrder, Measurements, MergeManifest, OpeningManifest, Progress, Verdict, VerdictCommit, VerdictResult,
-    VerdictReveal,
+    AuditOrder, Measurements, MergeManifest, OpeningManifest, Progress, Verdict, VerdictCommit, VerdictResult, VerdictReveal,
 };
 use protocol::envelope::{self, Document, Expect, Header, SequenceGuard, next_sequence};
 use protocol::log::LogHead;
@@ -176,9 +175,7 @@ impl World {
                 self.executor.sleep(self.plan.latency_ms).await;
                 Input::Beacon { cycle, hash: self.chain.block_hash(block).now_or_never().and_then(Result::ok).flatten() }
             }
-            Effect::ReadOrder(selection) => {
-                Input::Order { audit: selection.audit, read: self.read_order(index, id, &selection).await }
-            }
+            Effect::ReadOrder(selection) => Input::Order { audit: selection.audit, read: self.read_order(index, id, &selection).await },
             Effect::Judge { subject, .. } => {
                 let audit = subject.selection.audit;
                 let decided = self.validators[index].borrow().disk.verdicts.get(&audit).copied();
@@ -324,11 +321,8 @@ impl World {
         let order = self.validators[index].borrow().memory.orders.get(audit).map(|(order, _)| order.clone()).ok_or("no order")?;
         let keys = self.slot_keys((*hotkey, *slot));
         let bytes = self.granted(index, id, audit, &keys.commitment(*t)).await?;
-        let record = self
-            .plan
-            .scheme
-            .open::<Progress>(&bytes, &self.context, Expect::Account(hotkey), None)
-            .map_err(|error| error.to_string())?;
+        let record =
+            self.plan.scheme.open::<Progress>(&bytes, &self.context, Expect::Account(hotkey), None).map_err(|error| error.to_string())?;
         if record.id != subject.contribution.commitment {
             return Err("the stored commitment is not the one that the merge manifest lists".into());
         }

@@ -153,7 +153,9 @@ impl Watch {
         let accepted = self.accepted.remove(&tape.t).unwrap_or_default();
         for slot in accepted {
             let is_in = tape.inputs.iter().any(|input| (input.hotkey, input.slot) == slot);
-            self.hold(world, "accepted_is_merged", is_in, || format!("step {}: {} was accepted and is not in the tape", tape.t, slot.0.short()));
+            self.hold(world, "accepted_is_merged", is_in, || {
+                format!("step {}: {} was accepted and is not in the tape", tape.t, slot.0.short())
+            });
         }
         let previous = self.manifests.values().map(|(_, merge)| merge).filter(|merge| merge.fragment == tape.fragment);
         let newest = previous.max_by_key(|merge| merge.version).map(|merge| (merge.version, merge.state));
@@ -245,13 +247,16 @@ impl Watch {
             self.hold(world, "head_names_what_exists", there == Some(digest), || format!("fragment {fragment} version {version}"));
         }
         let published = self.log.size();
-        let is_published = head.log.size < published || (head.log.size == published && (published == 0 || head.log.root == self.log.root()));
+        let is_published =
+            head.log.size < published || (head.log.size == published && (published == 0 || head.log.root == self.log.root()));
         self.hold(world, "head_names_what_exists", is_published, || {
             format!("log of size {} is not the published one of {published}", head.log.size)
         });
         let most = usize::from(world.plan.parameters.overlap) + 1;
         let fragments: BTreeSet<u16> = head.pulls.iter().map(|pull| pull.fragment).collect();
-        self.hold(world, "one_pull_per_fragment", fragments.len() == head.pulls.len() && head.pulls.len() <= most, || format!("{:?}", head.pulls));
+        self.hold(world, "one_pull_per_fragment", fragments.len() == head.pulls.len() && head.pulls.len() <= most, || {
+            format!("{:?}", head.pulls)
+        });
         if head.state == RunState::Complete && self.completed_ms.is_none() {
             self.completed_ms = Some(world.executor.now_ms());
         }
@@ -267,7 +272,9 @@ impl Watch {
         for entry in &head.entries {
             let is_new = self.log_entries.insert(entry.document);
             // One progress record may hold several commitments, each of which is an entry of its own.
-            self.hold(world, "log_append_only", is_new || entry.kind == LogKind::Commitment, || format!("{:?} {} is there twice", entry.kind, entry.document.short()));
+            self.hold(world, "log_append_only", is_new || entry.kind == LogKind::Commitment, || {
+                format!("{:?} {} is there twice", entry.kind, entry.document.short())
+            });
             let at = self.log_order.len() as u64;
             self.log_order.entry(entry.document).or_insert(at);
         }
@@ -397,8 +404,8 @@ impl Watch {
             let (version, state) = (*version, *state);
             let stored = world.peek(&world.run.state(tape.fragment, version));
             let keyframe = world.peek(&world.run.keyframe(tape.fragment, version));
-            let agrees = stored == Some(tensors::state_bytes(&state))
-                && keyframe == Some(tensors::keyframe_bytes(tape.fragment, version, &state));
+            let agrees =
+                stored == Some(tensors::state_bytes(&state)) && keyframe == Some(tensors::keyframe_bytes(tape.fragment, version, &state));
             self.hold(world, "bit_identical", agrees, || format!("fragment {} version {version}", tape.fragment));
         }
     }

@@ -29,7 +29,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum What {
     /// Goodput and uptime under the failure model of Decoupled DiLoCo, and the stall when a quarter of the miners is killed
-    Goodput(Print),
+    Goodput(goodput::Goodput),
     /// Requests and bytes for each miner-hour at the default polling
     Requests(Print),
     /// A small run, crashed at every boundary of an effect in turn
@@ -62,7 +62,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.what {
         None => seeds::run(&arguments.seeds),
-        Some(What::Goodput(print)) => goodput::run(print.json),
+        Some(What::Goodput(arguments)) => goodput::run(&arguments),
         Some(What::Requests(print)) => requests::run(print.json),
         Some(What::CrashPoints(crash_points)) => seeds::crash_points(&crash_points),
     }

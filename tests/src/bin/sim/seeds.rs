@@ -65,10 +65,8 @@ pub fn run(seeds: &Seeds) -> ExitCode {
                     let seed = seeds.first_seed + index;
                     let outcome = sim::run(seeds.plan(seed));
                     if !outcome.violations.is_empty() {
-                        let replay = format!(
-                            "cargo xtask sim --seeds 1 --first-seed {seed} --miners {} --cycles {}",
-                            seeds.miners, seeds.cycles
-                        );
+                        let replay =
+                            format!("cargo xtask sim --seeds 1 --first-seed {seed} --miners {} --cycles {}", seeds.miners, seeds.cycles);
                         tell(seed, &outcome.violations, &replay);
                     }
                     if let Ok(mut outcomes) = outcomes.lock() {
@@ -96,7 +94,12 @@ pub fn run(seeds: &Seeds) -> ExitCode {
     );
     println!("{seconds:.1} s on {threads} threads, {:.2} worlds a second; {violations} violations", seeds.seeds as f64 / seconds);
     if let [(seed, outcome)] = outcomes.as_slice() {
-        println!("seed {seed}: trace {:016x}, model {}, {} s of virtual time", outcome.trace, outcome.model.short(), outcome.virtual_ms / 1_000);
+        println!(
+            "seed {seed}: trace {:016x}, model {}, {} s of virtual time",
+            outcome.trace,
+            outcome.model.short(),
+            outcome.virtual_ms / 1_000
+        );
         if !outcome.violations.is_empty() {
             println!("{:#}", outcome.status);
             outcome.miners.iter().for_each(|miner| println!("{miner}"));
@@ -104,8 +107,7 @@ pub fn run(seeds: &Seeds) -> ExitCode {
         println!("verdicts: {:?}; longest time between two merges {} ms", outcome.verdicts, outcome.longest_stall_ms);
     }
     if seeds.json {
-        let summary =
-            serde_json::json!({ "seeds": seeds.seeds, "violations": violations, "seconds": seconds, "failed_seeds": failed });
+        let summary = serde_json::json!({ "seeds": seeds.seeds, "violations": violations, "seconds": seconds, "failed_seeds": failed });
         println!("{summary}");
     }
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
@@ -138,7 +140,10 @@ pub fn crash_points(arguments: &CrashPoints) -> ExitCode {
         tell_if_any(arguments.seed, point, &outcome);
     }
     let seconds = begun.elapsed().as_secs_f64();
-    println!("{points} crash points of a run of {} effects and {} merges: {violations} violations, {seconds:.1} s", whole.effects, whole.merges);
+    println!(
+        "{points} crash points of a run of {} effects and {} merges: {violations} violations, {seconds:.1} s",
+        whole.effects, whole.merges
+    );
     if arguments.json {
         println!("{}", serde_json::json!({ "points": points, "effects": whole.effects, "violations": violations, "seconds": seconds }));
     }
