@@ -12,7 +12,7 @@ use protocol::{DType, FragmentPlan, MergeRule, Slice};
 use crate::adamw::{self, Buffers};
 use crate::exported::Exported;
 use crate::ranges::Place;
-use crate::{Batch, Evaluator, Hyper, PlanRanges, Routes, StepReport, TrainError, Trainer, TrainerState};
+use crate::{Batch, Contribution, Evaluator, Hyper, PlanRanges, Routes, StepReport, TrainError, Trainer, TrainerState};
 
 /// Token classes of the toy model.
 pub const CLASSES: usize = 32;
@@ -129,8 +129,8 @@ impl Trainer for ToyTrainer {
         self.ranges.export(fragment, &self.weights)
     }
 
-    fn contribute(&mut self, fragment: usize) -> Result<Vec<f32>, TrainError> {
-        let values = self.export(fragment)?;
+    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError> {
+        let values = Contribution::from(self.export(fragment)?);
         self.exported.put(fragment, values.clone());
         Ok(values)
     }
@@ -149,7 +149,7 @@ impl Trainer for ToyTrainer {
 
     fn state(&self) -> Result<TrainerState, TrainError> {
         let [weights, first, second] = [&self.weights, &self.first, &self.second].map(|buffer| self.ranges.to_plan_order(buffer));
-        Ok(TrainerState { step: self.step, weights, first, second, exported: self.exported.to_state() })
+        Ok(TrainerState { step: self.step, weights, first, second, exported: self.exported.to_state()? })
     }
 
     fn restore(&mut self, state: &TrainerState) -> Result<(), TrainError> {
@@ -219,7 +219,7 @@ mod tests {
         let tokens = tokens();
         let batch = Batch { tokens: &tokens, rows: 4, row_tokens: 16 };
         let mut toy = ToyTrainer::new(toy_plan(3), 1).unwrap();
-        let exported = toy.contribute(1).unwrap();
+        let exported = toy.contribute(1).unwrap().values().unwrap().to_vec();
         toy.step(&batch, &Hyper::default(), None, false).unwrap();
         let mut again = ToyTrainer::new(toy_plan(3), 2).unwrap();
         again.restore(&toy.state().unwrap()).unwrap();

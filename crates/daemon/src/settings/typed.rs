@@ -75,6 +75,8 @@ pub struct MinerSettings {
     pub max_jobs: Option<u64>,
     pub timeout_ms: Option<u64>,
     pub torch_cuda_dir: Option<PathBuf>,
+    pub device_memory_gib: Option<u64>,
+    pub host_memory_gib: Option<u64>,
 }
 
 impl MinerSettings {
@@ -257,6 +259,8 @@ impl Settings {
             max_jobs: self.integer("miner.max_jobs"),
             timeout_ms: self.milliseconds("miner.timeout_sec"),
             torch_cuda_dir: self.path("torch.cuda_dir"),
+            device_memory_gib: self.integer("miner.device_memory_gib"),
+            host_memory_gib: self.integer("miner.host_memory_gib"),
         }
     }
 

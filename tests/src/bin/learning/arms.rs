@@ -174,7 +174,7 @@ impl<'a> Merger<'a> {
 
     /// A learner's payload: base minus what it has now. Its base is the newest version, which it applied long ago.
     fn answer(&self, fragment: usize, learner: &mut QuasarTrainer) -> anyhow::Result<Vec<u8>> {
-        let mut change = learner.contribute(fragment)?;
+        let mut change = learner.contribute(fragment)?.values()?.to_vec();
         for (value, base) in change.iter_mut().zip(&self.keyframes[fragment]) {
             *value = base - *value;
         }
