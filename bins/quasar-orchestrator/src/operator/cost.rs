@@ -152,3 +152,42 @@ fn of_a_day(parameters: &RunParameters, arguments: &CostArgs) -> Cost {
         storage_price: bytes_kept / 1e9 * arguments.storage_price / 30.0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        arguments: CostArgs,
+    }
+
+    fn of(miners: u64, more: &[&str]) -> Cost {
+        let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/run-mainnet.toml");
+        let miners = miners.to_string();
+        let line = ["cost", "--config", config, "--miners", &miners].into_iter().chain(more.iter().copied());
+        let arguments = Cli::parse_from(line).arguments;
+        of_a_day(&RunFile::read(&arguments.config).unwrap().parameters, &arguments)
+    }
+
+    #[test]
+    fn a_learner_at_the_default_polling_sends_half_a_request_a_second_and_its_transfers() {
+        let cost = of(100, &[]);
+        println!("a learner: {:.0} requests an hour; a day of 100 miners: {cost:?}", cost.learner_requests_per_hour);
+        // The head each two seconds is 1,800; a step and a merge each twenty seconds come on top.
+        assert!(cost.learner_requests_per_hour > 1_800.0, "{cost:?}");
+        assert_eq!(cost.merges, DAY_S / 20.0);
+    }
+
+    #[test]
+    fn twice_the_miners_are_twice_the_uploads_and_a_price_of_nothing_costs_nothing() {
+        let (one, two) = (of(50, &[]), of(100, &[]));
+        let uploads = |cost: &Cost| cost.puts - cost.merges * 7.0;
+        assert!((uploads(&two) / uploads(&one) - 2.0).abs() < 0.2, "{one:?} {two:?}");
+        let free = of(50, &["--put-price", "0", "--get-price", "0", "--egress-price", "0", "--storage-price", "0"]);
+        assert_eq!(free.price(), 0.0);
+    }
+}
