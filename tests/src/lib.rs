@@ -1,5 +1,8 @@
 //! Helpers of the tests over the whole system: the binaries under test, and the documents that a devnet leaves in its bucket.
 
+pub mod seaweed;
+pub mod sim;
+
 use std::path::{Path, PathBuf};
 
 use protocol::envelope::{Document, Purpose, verify_as_stated};

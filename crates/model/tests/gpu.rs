@@ -13,9 +13,9 @@ use quasar_model::{
     Batch, ComputeType, Hyper, MomentType, QuasarConfig, QuasarTrainer, Routes, TrainError, Trainer, TrainerOptions, TrainerState,
 };
 
-/// Relative L2 difference of hidden states from f32: of the embedding, after each layer of [`folder`], and of the final norm's output, with
-/// the same experts. A bf16 number is off by up to 4e-3.
-const LAYER_TOLERANCE: [f64; 5] = [3e-3, 1e-2, 1.5e-2, 2e-2, 2.5e-2];
+/// Relative L2 difference of hidden states from f32: of the embedding, after each layer of [`folder`], the last with the final norm, with the
+/// same experts. A bf16 number is off by up to 4e-3; the slots that a slot memory chooses jump when scores are rounded.
+const LAYER_TOLERANCE: [f64; 5] = [3e-3, 1.5e-2, 3e-2, 1.5e-1, 2e-1];
 
 /// Two rows across the position from which rotary embedding is the identity, the last chunk short.
 const ROWS: usize = 2;
@@ -173,22 +173,26 @@ fn experts_with_a_cap_and_documents_in_a_row_train_as_through_libtorch() {
     }
 }
 
-/// The tolerance of bf16 by kind of layer: how much a layer may add to the relative error (L2) of what flows into it.
+/// The tolerance of bf16 by layer, and that own kernels are no worse than libtorch's bf16 form.
 #[test]
 fn hidden_states_stay_within_the_tolerance_of_each_kind_of_layer() {
     let Some(folder) = folder() else { return };
     let tokens = rows(2);
     let routes = routes(folder, &tokens);
     let states = |options: &TrainerOptions| open(folder, options).hidden_states(&batch(&tokens), Some(&routes)).unwrap();
-    let (exact, ours) = (states(&options(false, ComputeType::F32)), states(&own()));
-    let errors: Vec<f64> = ours.iter().zip(&exact).map(|(ours, exact)| relative_difference(ours, exact)).collect();
-    let kinds = ["embedding", "softmax attention, dense", "delta rule, experts", "slot memory, experts", "constant decay, experts, final norm"];
-    for ((kind, error), tolerance) in kinds.iter().zip(&errors).zip(LAYER_TOLERANCE) {
-        eprintln!("after {kind}: {error:.2e} (tolerance {tolerance:.0e})");
-    }
+    let exact = states(&options(false, ComputeType::F32));
+    let errors = |options: &TrainerOptions| -> Vec<f64> {
+        states(options).iter().zip(&exact).map(|(state, exact)| relative_difference(state, exact)).collect()
+    };
+    let (errors, libtorch) = (errors(&own()), errors(&options(false, ComputeType::Bf16)));
+    let kinds =
+        ["embedding", "softmax attention, dense", "delta rule, experts", "slot memory, experts", "constant decay, experts, final norm"];
     assert_eq!(errors.len(), LAYER_TOLERANCE.len());
-    for ((kind, error), tolerance) in kinds.iter().zip(&errors).zip(LAYER_TOLERANCE) {
-        assert!(*error <= tolerance, "after {kind}: {error}");
+    for (n, kind) in kinds.iter().enumerate() {
+        eprintln!("after {kind}: {:.2e}, libtorch's bf16 {:.2e} (tolerance {:.1e})", errors[n], libtorch[n], LAYER_TOLERANCE[n]);
+    }
+    for (n, kind) in kinds.iter().enumerate() {
+        assert!(errors[n] <= LAYER_TOLERANCE[n] && errors[n] <= 1.3 * libtorch[n] + 1e-3, "after {kind}: {}", errors[n]);
     }
 }
 
@@ -361,7 +365,7 @@ fn a_saved_state_takes_6_bytes_a_parameter_and_continues_bit_for_bit() {
         two.load(&mut file.as_slice()).unwrap();
         let mut again = Vec::new();
         assert_eq!(two.save(&mut again).unwrap(), digest);
-        one.step(&batch(&rows(5)), &Hyper::default(), None, false).unwrap();
+        let loss = one.step(&batch(&rows(5)), &Hyper::default(), None, false).unwrap().loss;
         two.step(&batch(&rows(5)), &Hyper::default(), None, false).unwrap();
         assert_eq!(one.state().unwrap().digest(), two.state().unwrap().digest(), "{moments:?}, a step later");
         // Into a learner that keeps moments otherwise.
@@ -369,8 +373,7 @@ fn a_saved_state_takes_6_bytes_a_parameter_and_continues_bit_for_bit() {
         let mut three = open(folder, &TrainerOptions { moments: other, ..own() });
         three.load(&mut file.as_slice()).unwrap();
         assert_eq!(three.steps(), 2);
-        let loss = three.step(&batch(&rows(5)), &Hyper::default(), None, false).unwrap().loss;
-        assert!((loss - two.step(&batch(&rows(5)), &Hyper { lr: 0.0, ..Hyper::default() }, None, false).unwrap().loss).abs() < 1.0);
+        assert_eq!(three.step(&batch(&rows(5)), &Hyper::default(), None, false).unwrap().loss, loss, "the weights are the same");
     }
 }
 
@@ -394,7 +397,11 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
 
 #[test]
 fn training_learns_alike_with_8_bit_moments_f32_moments_and_libtorch() {
-    let Some(folder) = folder() else { return };
+    if !has_gpu() {
+        return;
+    }
+    let folder = checkpoint(&config(4, &["quasar", "raven", "gla"]));
+    let folder = folder.path();
     let hyper = Hyper { lr: 1e-3, ..Hyper::default() };
     let run = |options: &TrainerOptions| -> Vec<f64> {
         let mut trainer = open(folder, options);

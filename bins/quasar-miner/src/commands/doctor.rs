@@ -150,10 +150,8 @@ fn devices(settings: &Settings, checks: &mut Vec<Check>) -> Vec<String> {
     for gpu in model::gpus().unwrap_or_default() {
         let (major, minor) = (gpu.capability / 10, gpu.capability % 10);
         let (free, total) = (gpu.free_bytes as f64 / GIB as f64, gpu.total_bytes as f64 / GIB as f64);
-        let text = format!(
-            "{}, compute capability {major}.{minor}, {free:.1} of {total:.1} GiB free, driver for CUDA {}",
-            gpu.name, gpu.driver
-        );
+        let text =
+            format!("{}, compute capability {major}.{minor}, {free:.1} of {total:.1} GiB free, driver for CUDA {}", gpu.name, gpu.driver);
         checks.push(Check::ok("gpu", text));
     }
     names
@@ -194,9 +192,11 @@ fn disk(folder: &Path) -> Check {
     });
     match free.map(|kib| kib << 10) {
         None => Check::warning("disk", "the free space cannot be determined", "look for it by hand"),
-        Some(bytes) if bytes < DISK_BYTES_MIN => {
-            Check::warning("disk", format!("{:.1} GiB are free", bytes as f64 / GIB as f64), "free some space, or choose another --state-dir")
-        }
+        Some(bytes) if bytes < DISK_BYTES_MIN => Check::warning(
+            "disk",
+            format!("{:.1} GiB are free", bytes as f64 / GIB as f64),
+            "free some space, or choose another --state-dir",
+        ),
         Some(bytes) => Check::ok("disk", format!("{:.1} GiB are free", bytes as f64 / GIB as f64)),
     }
 }

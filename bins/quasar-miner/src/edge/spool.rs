@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bincode::{Decode, Encode};
 use model::{Routes, StateError, TrainError};
-use protocol::{Digest, codec};
 use protocol::documents::OpenedStep;
+use protocol::{Digest, codec};
 
 use super::files;
 
@@ -160,7 +160,8 @@ impl Spool {
 
     fn checked(&self, at: Moment, elements: usize) -> Result<PathBuf, SpoolError> {
         let path = self.folder.join(name(at, ".state"));
-        let checked = fs::File::open(&path).map_err(StateError::Io).and_then(|file| model::check_state(&mut BufReader::new(file), elements));
+        let checked =
+            fs::File::open(&path).map_err(StateError::Io).and_then(|file| model::check_state(&mut BufReader::new(file), elements));
         match checked {
             Ok(()) => Ok(path),
             Err(StateError::Io(source)) => Err(SpoolError::Io { path, source }),

@@ -129,7 +129,7 @@ impl Learner {
         let standing = !self.grants.is_live(self.settings.session_epoch)
             || self.grants.is_renewing()
             || misses_keyframe
-            || !self.grants.can_put(&self.progress_key(), now_ms);
+            || !self.grants.can_put(&self.progress_key, now_ms);
         let pull = self.pulls.awaits_upload()
             || self.receipts.awaits_upload()
             || self.openings.awaits_upload(now_ms)

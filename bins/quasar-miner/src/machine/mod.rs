@@ -127,6 +127,8 @@ struct Registration {
 /// The machine of one learner.
 pub struct Learner {
     settings: LearnerSettings,
+    /// Where the record lies; asked for at every input.
+    progress_key: String,
     /// Time of the newest input.
     now_ms: u64,
     effects: VecDeque<Effect>,
@@ -170,6 +172,7 @@ impl Learner {
     pub fn new(settings: LearnerSettings) -> Self {
         let parameters = &settings.parameters;
         Self {
+            progress_key: settings.run.progress(&settings.hotkey, settings.slot),
             now_ms: 0,
             effects: VecDeque::new(),
             polls: Polls::new(parameters.poll_ms),
@@ -292,10 +295,6 @@ impl Learner {
 
     fn opening_key(&self, audit: &protocol::Digest, part: u8) -> String {
         self.settings.run.opening(&self.settings.hotkey, self.settings.slot, audit, part)
-    }
-
-    fn progress_key(&self) -> String {
-        self.settings.run.progress(&self.settings.hotkey, self.settings.slot)
     }
 
     fn decide(&mut self, now_ms: u64) {

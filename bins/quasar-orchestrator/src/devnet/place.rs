@@ -8,7 +8,7 @@ use chain::Wallet;
 use chain::devnode::{DevChain, DevNeuron, DevNode};
 use daemon::{Failure, Shutdown};
 use protocol::documents::{CurrentRun, VerdictReveal};
-use protocol::envelope::{Context, Expect, RunId, open_stored};
+use protocol::envelope::{Context, Expect, Purpose, RunId, open_stored};
 use protocol::paths::{Keys, RunKeys, public_prefix};
 use protocol::{AccountId, KeyKind};
 use storage::server::{Backend, S3Server, ServerSettings};
@@ -32,14 +32,36 @@ const VALIDATOR_STAKE: u64 = 1_000_000_000_000;
 /// The credentials of the embedded store: it listens on loopback and lives as long as this process.
 const ACCESS_KEY: &str = "devnet";
 
+/// Where the bucket is, and the credentials of its owner.
+struct Bucket {
+    endpoint: String,
+    name: String,
+    access_key: String,
+    secret_key: String,
+}
+
+impl Bucket {
+    fn store(&self) -> Result<S3Store, Failure> {
+        S3Store::new(S3Settings {
+            endpoint: Some(self.endpoint.clone()),
+            region: REGION.to_owned(),
+            bucket: self.name.clone(),
+            access_key: Some(self.access_key.clone()),
+            secret_key: Some(self.secret_key.clone()),
+            path_style: true,
+        })
+        .map_err(Failure::configuration)
+    }
+}
+
 pub struct Place {
     root: PathBuf,
     bins: PathBuf,
-    _server: S3Server,
+    /// The embedded server, where no other was named.
+    _server: Option<S3Server>,
     chain: DevNode,
     store: Arc<S3Store>,
-    endpoint: String,
-    secret: String,
+    bucket: Bucket,
     owner: AccountId,
     orchestrator: AccountId,
     validators: Vec<AccountId>,
@@ -94,27 +116,11 @@ impl Place {
         })
         .await
         .map_err(Failure::unavailable)?;
-        let secret = protocol::Digest::derive("quasar devnet secret", &[&orchestrator.0, &chain.genesis()]).to_string();
-        let server = S3Server::start(ServerSettings {
-            backend: Backend::Disk(root.join("bucket")),
-            bucket: BUCKET.to_owned(),
-            access_key: ACCESS_KEY.to_owned(),
-            secret_key: secret.clone(),
-            public_prefixes: vec![public_prefix(NETUID)],
-            listen,
-        })
-        .await
-        .map_err(Failure::unavailable)?;
-        let endpoint = server.endpoint();
-        let store = S3Store::new(S3Settings {
-            endpoint: Some(endpoint.clone()),
-            region: REGION.to_owned(),
-            bucket: BUCKET.to_owned(),
-            access_key: Some(ACCESS_KEY.to_owned()),
-            secret_key: Some(secret.clone()),
-            path_style: true,
-        })
-        .map_err(Failure::unavailable)?;
+        let (server, bucket) = bucket(arguments, &root, &orchestrator, &chain).await?;
+        let store = bucket.store()?;
+        if server.is_none() {
+            store.make_public_bucket(&public_prefix(NETUID)).await.map_err(Failure::unavailable)?;
+        }
         let local = serde_json::json!({ "genesis": format!("0x{}", hex::encode(chain.genesis())), "endpoint": chain.endpoint() });
         write(&root.join("chain.json"), local.to_string().as_bytes())?;
         write(&root.join("model.json"), MODEL_FILE.as_bytes())?;
@@ -132,8 +138,7 @@ impl Place {
             _server: server,
             chain,
             store: Arc::new(store),
-            endpoint,
-            secret,
+            bucket,
             owner,
             orchestrator,
             validators,
@@ -228,9 +233,9 @@ impl Place {
             ("QUASAR_WALLET_NAME", wallet.to_owned()),
             ("QUASAR_HOTKEY_NAME", HOTKEY.to_owned()),
             ("QUASAR_OWNER_IDENTITY", self.owner.to_string()),
-            ("QUASAR_S3_BUCKET", BUCKET.to_owned()),
+            ("QUASAR_S3_BUCKET", self.bucket.name.clone()),
             ("QUASAR_S3_REGION", REGION.to_owned()),
-            ("QUASAR_S3_ENDPOINT_URL", self.endpoint.clone()),
+            ("QUASAR_S3_ENDPOINT_URL", self.bucket.endpoint.clone()),
             ("QUASAR_STATE_DIR", self.root.join("state").join(wallet).to_string_lossy().into_owned()),
         ]
         .into_iter()
@@ -240,8 +245,8 @@ impl Place {
 
     fn operator_environment(&self, wallet: &str) -> Vec<(String, String)> {
         let mut environment = self.environment(wallet);
-        environment.push(("QUASAR_S3_ACCESS_KEY".to_owned(), ACCESS_KEY.to_owned()));
-        environment.push(("QUASAR_S3_SECRET_KEY".to_owned(), self.secret.clone()));
+        environment.push(("QUASAR_S3_ACCESS_KEY".to_owned(), self.bucket.access_key.clone()));
+        environment.push(("QUASAR_S3_SECRET_KEY".to_owned(), self.bucket.secret_key.clone()));
         environment
     }
 
@@ -304,6 +309,12 @@ impl Place {
         } else {
             Err(Failure::unavailable(anyhow::anyhow!("the release cannot be fetched: {}", String::from_utf8_lossy(&output.stderr).trim())))
         }
+    }
+
+    /// Sequence number of the head's envelope: it grows with every head that is published.
+    pub async fn head_sequence(&self) -> Option<u64> {
+        let object = self.store.get(&self.run_keys().head(), Purpose::Head.limit() as u64).await.ok()?;
+        protocol::envelope::peek(&object.bytes).ok().map(|(envelope, _, _)| envelope.header.sequence)
     }
 
     pub async fn status(&self) -> Option<Status> {
@@ -395,6 +406,33 @@ impl Place {
     fn sequence_length(&self) -> u32 {
         run_file(1).map_or(0, |(_, _, length)| length)
     }
+}
+
+/// The bucket that was named, or that of an embedded server.
+async fn bucket(
+    arguments: &DevnetArgs,
+    root: &Path,
+    orchestrator: &AccountId,
+    chain: &DevNode,
+) -> Result<(Option<S3Server>, Bucket), Failure> {
+    let s3 = &arguments.s3;
+    if let (Some(endpoint), Some(access_key), Some(secret_key)) = (&s3.s3_endpoint, &s3.s3_access_key, &s3.s3_secret_key) {
+        let (endpoint, name) = (endpoint.clone(), s3.s3_bucket.clone());
+        return Ok((None, Bucket { endpoint, name, access_key: access_key.clone(), secret_key: secret_key.clone() }));
+    }
+    let secret_key = protocol::Digest::derive("quasar devnet secret", &[&orchestrator.0, &chain.genesis()]).to_string();
+    let server = S3Server::start(ServerSettings {
+        backend: Backend::Disk(root.join("bucket")),
+        bucket: BUCKET.to_owned(),
+        access_key: ACCESS_KEY.to_owned(),
+        secret_key: secret_key.clone(),
+        public_prefixes: vec![public_prefix(NETUID)],
+        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+    })
+    .await
+    .map_err(Failure::unavailable)?;
+    let endpoint = server.endpoint();
+    Ok((Some(server), Bucket { endpoint, name: BUCKET.to_owned(), access_key: ACCESS_KEY.to_owned(), secret_key }))
 }
 
 /// The run file with the wanted number of cycles; fragments and sequence length of it.

@@ -85,6 +85,12 @@ pub enum Input {
         t: u64,
         id: Digest,
     },
+    /// In the bucket lies the commitment that an earlier session of the learner made for the same outer step: no other one can
+    /// be evidence.
+    CommitmentRefused {
+        slot: Slot,
+        t: u64,
+    },
     /// Static checks of an upload ended; [`Reason::None`] = passed.
     PayloadChecked {
         slot: Slot,

@@ -261,6 +261,14 @@ impl Orchestrator {
         self.grants_changed(slot);
     }
 
+    pub(super) fn on_commitment_refused(&mut self, slot: Slot, t: u64) {
+        let Some(pull) = self.pulls.get_mut(&t) else { return };
+        let refused = OfferStage::Rejected(Reason::RepeatedCommitment);
+        if pull.advance(&slot, OfferStage::Committed, refused).is_some() {
+            self.note(slot, Reason::RepeatedCommitment);
+        }
+    }
+
     pub(super) fn on_payload_checked(&mut self, slot: Slot, t: u64, outcome: Reason) {
         let Some(pull) = self.pulls.get_mut(&t) else { return };
         let stage = if outcome == Reason::None { OfferStage::Accepted } else { OfferStage::Rejected(outcome) };

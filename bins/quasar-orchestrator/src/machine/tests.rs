@@ -111,6 +111,52 @@ fn a_refused_upload_is_named_in_the_manifest_and_does_not_move_the_merge() {
 }
 
 #[test]
+fn a_second_answer_to_a_pull_is_refused_where_the_first_is_in_evidence() {
+    let mut world = World::new(1, 3);
+    let slot = world.learners[0].slot;
+    world.answered_before.insert(slot);
+    world.until_complete(60_000);
+    let of_slot =
+        |manifest: &MergeManifest| manifest.contributions.iter().find(|one| (one.hotkey, one.slot) == slot).map(|one| one.outcome);
+    let outcomes: Vec<Reason> = world.merges.values().filter_map(of_slot).collect();
+    assert!(!outcomes.is_empty() && outcomes.iter().all(|outcome| *outcome == Reason::RepeatedCommitment), "{outcomes:?}");
+}
+
+#[test]
+fn a_machine_that_a_replay_has_left_asks_again_for_all_that_its_last_process_had_asked_for() {
+    let mut world = World::new(0, 2);
+    world.run(3_000);
+    // The last process died while it published a head.
+    world.machine.head_dirty = true;
+    world.machine.handle(world.now_ms, Input::Tick);
+    while world.machine.poll_effect().is_some() {}
+    world.machine.handle(world.now_ms, Input::Started);
+    let effects: Vec<Effect> = std::iter::from_fn(|| world.machine.poll_effect()).collect();
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Watch { live, .. } if live.len() == 2)), "{effects:?}");
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::PublishHead { .. })), "{effects:?}");
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::PublishCurrent)), "{effects:?}");
+}
+
+#[test]
+fn inputs_after_a_snapshot_give_the_machine_that_saw_all_of_them() {
+    let encode = |machine: &Orchestrator| bincode::serde::encode_to_vec(machine, bincode::config::standard()).unwrap();
+    let mut world = World::new(0, 2);
+    world.run(2_900);
+    let snapshot = encode(&world.machine);
+    let mut replayed: Orchestrator = bincode::serde::decode_from_slice(&snapshot, bincode::config::standard()).unwrap().0;
+    // Entries of the log wait for their turn, which depends on when the last ones were published.
+    for step in 0..30 {
+        let now_ms = world.now_ms + step * 100;
+        for machine in [&mut world.machine, &mut replayed] {
+            machine.log.add(LogKind::Receipt, Digest::blake3(&now_ms.to_le_bytes()));
+            machine.handle(now_ms, if step % 7 == 6 { Input::LogPublished } else { Input::Tick });
+            while machine.poll_effect().is_some() {}
+        }
+        assert!(encode(&world.machine) == encode(&replayed), "different after {step} inputs");
+    }
+}
+
+#[test]
 fn each_merged_learner_cycle_is_audited_once_and_opened() {
     let mut world = World::new(3, 3);
     world.until_complete(120_000);

@@ -75,8 +75,8 @@ pub fn load_cuda(torch: &Path) -> Result<(), TrainError> {
         use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
         // SAFETY: loading runs the library's initialisers, which register CUDA kernels with the linked libtorch.
         let library = unsafe { Library::open(Some(&file), RTLD_NOW | RTLD_GLOBAL) };
-        let library = library
-            .map_err(|error| fail(format!("cannot load {} (torch {found}, needed is {TORCH_VERSION}): {error}", file.display())))?;
+        let library =
+            library.map_err(|error| fail(format!("cannot load {} (torch {found}, needed is {TORCH_VERSION}): {error}", file.display())))?;
         // Kernels registered from it must stay valid: never close it.
         std::mem::forget(library);
     }

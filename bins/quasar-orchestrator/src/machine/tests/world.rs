@@ -188,6 +188,8 @@ pub(super) struct World {
     /// What checks of receipts give for some slots.
     pub(super) receipts: BTreeMap<Slot, Result<(Digest, Vec<u32>), Reason>>,
     pub(super) rejects: BTreeMap<Slot, Reason>,
+    /// Learners whose commitments of an earlier session lie in the bucket.
+    pub(super) answered_before: BTreeSet<Slot>,
     /// Crash and recover after so many inputs, once.
     pub(super) crash_after: Option<u64>,
     pub(super) inputs: u64,
@@ -222,6 +224,7 @@ impl World {
             log: BTreeMap::new(),
             receipts: BTreeMap::new(),
             rejects: BTreeMap::new(),
+            answered_before: BTreeSet::new(),
             crash_after: None,
             inputs: 0,
             trace: Vec::new(),
@@ -321,6 +324,7 @@ impl World {
                 }
                 None
             }
+            Effect::StoreCommitment { slot, t, .. } if self.answered_before.contains(&slot) => Some(Input::CommitmentRefused { slot, t }),
             Effect::StoreCommitment { slot, t, id } => Some(Input::CommitmentStored { slot, t, id }),
             Effect::CheckPayload { slot, t, .. } => {
                 let outcome = self.rejects.get(&slot).copied().unwrap_or(Reason::None);

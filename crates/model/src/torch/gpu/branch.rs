@@ -84,12 +84,14 @@ pub(crate) fn forward(
     prefix: &str,
 ) -> Result<(Tensor, BranchSaved)> {
     let inner_name = inner_prefix(prefix, kind);
+    // Taken before the temporary tensors of the branch: what is kept must not lie in the middle of what they leave to the allocator.
+    let y = pass.empty(&[pass.tokens(), pass.config.hidden_size as i64])?;
     let (gated, core, inner) = match kind {
         Branch::Quasar => delta_forward(pass, h, &inner_name)?,
         Branch::Raven => slots_forward(pass, projected, &inner_name)?,
         Branch::Gla => decay_forward(pass, projected, &inner_name)?,
     };
-    let y = pass.linear(&gated, &output_key(&inner_name, kind))?;
+    let _ = gated.f_mm_out(&y, &pass.weight(&output_key(&inner_name, kind))?.f_tr()?)?;
     drop(gated);
     let mix = Mix::new(pass, prefix)?;
     let scaled = scale(pass, &y, &mix.gains)?;
@@ -162,15 +164,8 @@ pub(crate) fn backward(
     let into = match &inner {
         Inner::Delta { gate, .. } => {
             let dgate = pass.empty(&gate.size())?;
-            let (dcore, gated) = head_gate_backward(
-                pass,
-                &dgated,
-                &core,
-                (gate, 0),
-                (&dgate, 0),
-                &format!("{inner_name}o_norm.weight"),
-                gradients,
-            )?;
+            let (dcore, gated) =
+                head_gate_backward(pass, &dgated, &core, (gate, 0), (&dgate, 0), &format!("{inner_name}o_norm.weight"), gradients)?;
             (dcore, gated, Some(dgate))
         }
         Inner::Slots { scale } => {

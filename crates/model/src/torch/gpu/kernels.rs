@@ -199,7 +199,11 @@ impl Kernels {
         let gpu = Gpu::open(index)?;
         if gpu.capability < CAPABILITY_MIN {
             let (major, minor) = (gpu.capability / 10, gpu.capability % 10);
-            return Err(format!("the GPU has compute capability {major}.{minor}; they need {}.{}", CAPABILITY_MIN / 10, CAPABILITY_MIN % 10));
+            return Err(format!(
+                "the GPU has compute capability {major}.{minor}; they need {}.{}",
+                CAPABILITY_MIN / 10,
+                CAPABILITY_MIN % 10
+            ));
         }
         let sizes = [
             ("HIDDEN", config.hidden_size),

@@ -12,11 +12,11 @@ use super::mixture::{self, Routes};
 use super::pinned::Pinned;
 use super::store::{Gradients, Store, to_slice};
 use crate::memory::{self, MemoryPlan, Strategy, plan_pass};
+use crate::state::Run;
 use crate::torch::context;
 use crate::torch::layout::Layout;
 use crate::torch::learner::{Learner, Taken};
 use crate::torch::ops;
-use crate::state::Run;
 use crate::torch::trainer::{MomentType, TrainerOptions};
 use crate::train::Piece;
 use crate::{Batch, Contribution, Hyper, QuasarConfig, TrainError};
@@ -110,7 +110,19 @@ impl GpuLearner {
         let store = Store::new(&kernels, &layout, Some(options.moments), offload)
             .map_err(|error| advised(error.into(), &config, options, options.batch, plan.strategy))?;
         let constants = (1, Constants::new(&config, &buffers, 1, device)?);
-        Ok(Self { kernels, store, config, layout, buffers, constants, options: options.clone(), shape: None, offload, device_bytes, launching: Duration::ZERO })
+        Ok(Self {
+            kernels,
+            store,
+            config,
+            layout,
+            buffers,
+            constants,
+            options: options.clone(),
+            shape: None,
+            offload,
+            device_bytes,
+            launching: Duration::ZERO,
+        })
     }
 
     /// Overwrites all weights with random ones (normal, standard deviation 0.02; vectors as a fresh model has them), for measurements.

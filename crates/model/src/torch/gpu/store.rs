@@ -18,8 +18,8 @@ use super::kernels::{Kernels, StepSettings, warps};
 use super::pinned::Pinned;
 use crate::Hyper;
 use crate::adamw::bias_corrections;
-use crate::torch::layout::{Block, Layout};
 use crate::state::Run;
+use crate::torch::layout::{Block, Layout};
 use crate::torch::ops::{self, Result};
 use crate::torch::trainer::MomentType;
 
@@ -93,9 +93,7 @@ impl Buffer {
     /// Overwrites bytes from element `start` on.
     fn write(&mut self, kernels: &Kernels, start: i64, bytes: &[u8]) -> Result<()> {
         match self {
-            Self::Device(tensor) => {
-                tensor.f_narrow(0, start, bytes.len() as i64)?.f_copy_(&Tensor::f_from_slice(bytes)?)
-            }
+            Self::Device(tensor) => tensor.f_narrow(0, start, bytes.len() as i64)?.f_copy_(&Tensor::f_from_slice(bytes)?),
             Self::Host { memory, element_bytes, .. } => {
                 kernels.gpu.synchronize().map_err(tch::TchError::Torch)?;
                 let start = (start * *element_bytes) as usize;
@@ -285,7 +283,17 @@ impl Store {
             Ok((key, weights.f_narrow(0, start, elements)?.f_reshape(&shape)?))
         };
         let views = views_at.into_iter().map(view).collect::<Result<_>>()?;
-        Ok(Self { rests: buffer(total, Kind::Int16)?, weights, moments, spots, matrices, vectors, vector_places, views, readers: Vec::new() })
+        Ok(Self {
+            rests: buffer(total, Kind::Int16)?,
+            weights,
+            moments,
+            spots,
+            matrices,
+            vectors,
+            vector_places,
+            views,
+            readers: Vec::new(),
+        })
     }
 
     /// A block of the layout in bf16.
