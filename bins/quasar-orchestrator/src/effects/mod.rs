@@ -235,16 +235,14 @@ impl Executor for Hands {
             Effect::PublishPullGrants { revision, slot, session_epoch, wants } => {
                 service.publish_pull_grants(revision, slot, session_epoch, &wants).await;
             }
-            Effect::StoreCommitment { slot, t, id } => {
-                match service.store_commitment(slot, t, id).await {
-                    Some(Ok(id)) => inputs.send(Input::CommitmentStored { slot, t, id }).await,
-                    Some(Err(reason)) => {
-                        tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, t, "commitment refused: {reason}");
-                        inputs.send(Input::CommitmentRefused { slot, t }).await;
-                    }
-                    None => {}
+            Effect::StoreCommitment { slot, t, id } => match service.store_commitment(slot, t, id).await {
+                Some(Ok(id)) => inputs.send(Input::CommitmentStored { slot, t, id }).await,
+                Some(Err(reason)) => {
+                    tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, t, "commitment refused: {reason}");
+                    inputs.send(Input::CommitmentRefused { slot, t }).await;
                 }
-            }
+                None => {}
+            },
             Effect::CheckPayload { slot, t, commitment } => {
                 let outcome = service.check_payload(slot, t, &commitment).await;
                 inputs.send(Input::PayloadChecked { slot, t, outcome }).await;

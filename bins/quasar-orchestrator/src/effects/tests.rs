@@ -25,7 +25,7 @@ use zeroize::Zeroizing;
 
 use super::Service;
 use super::fence::{Fence, FenceSettings, Wait};
-use crate::machine::{FragmentSetup, Input, Orchestrator, RunSetup};
+use crate::machine::{FragmentSetup, Input, LEASE_EPOCH_SHIFT, Orchestrator, RunSetup};
 use crate::takeover;
 
 const NETUID: u16 = 24;
@@ -360,10 +360,12 @@ async fn a_successor_without_the_disk_goes_on_from_the_bucket_alone() {
     let merged = first.write_tape(&bucket.tape(0, 0, 1, &[11, 12]).await).await;
     let (manifest, ..) = first.merge(merged, Vec::new(), (Digest::ZERO, 0)).await;
     first.write_tape(&bucket.tape(1, 0, 1, &[11]).await).await;
-    for (id, start) in [(1u64, 0u64), (2, 96)] {
+    for (index, start) in [(0u8, 0u64), (1, 96)] {
+        // Ids of a writer's first life begin at its epoch.
+        let id = (1 << LEASE_EPOCH_SHIFT) + u64::from(index);
         let rows = vec![RowRange { shard: "a".into(), start, end: start + 96 }];
         let lease = Lease { id, rows, seed: Digest::ZERO, batch_rows: 4, steps: 24, schedule_start: 0, deadline_ms: 0 };
-        first.publish_job(id, &Job { hotkey: miner(id as u8), slot: 0, session_epoch: 7, leases: vec![lease] }).await;
+        first.publish_job(id, &Job { hotkey: miner(11 + index), slot: 0, session_epoch: 7, leases: vec![lease] }).await;
     }
     first.publish_head(&Head { outer_step: 3, ..head }).await;
     first.fence.release().await;

@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use daemon::Failure;
 use protocol::documents::{Codec, RunParameters};
+use protocol::files::CHUNK_BYTES;
 use serde::Serialize;
 
 use super::run::RunFile;
 
 const DAY_S: f64 = 86_400.0;
-/// A ranged read of a large object takes so much at once (as transfers do).
-const CHUNK_BYTES: f64 = 8.0 * 1024.0 * 1024.0;
+/// A ranged read of a large object takes a chunk of its file record at once.
+const CHUNK: f64 = CHUNK_BYTES as f64;
 /// Bytes of small documents: head, progress record, sealed grants, manifests.
 const HEAD_BYTES: f64 = 4_096.0;
 const PROGRESS_BYTES: f64 = 4_096.0;
@@ -123,7 +124,7 @@ fn of_a_day(parameters: &RunParameters, arguments: &CostArgs) -> Cost {
     let state = elements * 8.0;
     let leases = steps / f64::from(parameters.lease_steps);
     let lease_bytes = f64::from(parameters.lease_steps) * f64::from(parameters.batch_rows) * f64::from(parameters.sequence_length) * 4.0;
-    let chunks = |bytes: f64| (bytes / CHUNK_BYTES).ceil().max(1.0);
+    let chunks = |bytes: f64| (bytes / CHUNK).ceil().max(1.0);
 
     // One learner: progress each step, a payload each pull, a receipt each lease; the head, its grants, jobs, fragments, rows.
     let learner_puts = steps + merges + leases;
@@ -150,5 +151,45 @@ fn of_a_day(parameters: &RunParameters, arguments: &CostArgs) -> Cost {
         request_price: puts / 1e3 * arguments.put_price + gets / 1e3 * arguments.get_price,
         egress_price: bytes_out / 1e9 * arguments.egress_price,
         storage_price: bytes_kept / 1e9 * arguments.storage_price / 30.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        arguments: CostArgs,
+    }
+
+    fn of(miners: u64, more: &[&str]) -> Cost {
+        let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/run-mainnet.toml");
+        let miners = miners.to_string();
+        let line = ["cost", "--config", config, "--miners", &miners].into_iter().chain(more.iter().copied());
+        let arguments = Cli::parse_from(line).arguments;
+        of_a_day(&RunFile::read(&arguments.config).unwrap().parameters, &arguments)
+    }
+
+    #[test]
+    fn the_requests_of_a_learner_are_its_polls_and_the_chunks_of_its_transfers() {
+        let cost = of(100, &[]);
+        println!("a learner: {:.0} requests an hour; a day of 100 miners: {cost:?}", cost.learner_requests_per_hour);
+        // The head each two seconds is 1,800; 180 merges bring a fragment of 1.5 GB in chunks of 4 MiB each.
+        let chunks = 180.0 * (18e9 / 24.0 * 2.0 / CHUNK).ceil();
+        assert!(cost.learner_requests_per_hour > 1_800.0 + chunks && cost.learner_requests_per_hour < 5_000.0 + chunks, "{cost:?}");
+        assert_eq!(cost.merges, DAY_S / 20.0);
+    }
+
+    #[test]
+    fn twice_the_miners_are_twice_the_uploads_and_a_price_of_nothing_costs_nothing() {
+        let (one, two) = (of(50, &[]), of(100, &[]));
+        let uploads = |cost: &Cost| cost.puts - cost.merges * 7.0;
+        assert!((uploads(&two) / uploads(&one) - 2.0).abs() < 0.2, "{one:?} {two:?}");
+        let free = of(50, &["--put-price", "0", "--get-price", "0", "--egress-price", "0", "--storage-price", "0"]);
+        assert_eq!(free.price(), 0.0);
     }
 }

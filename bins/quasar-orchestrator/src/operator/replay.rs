@@ -76,3 +76,40 @@ fn line(now_ms: u64, input: &Input, json: bool) -> String {
     let text = format!("{now_ms} {input:?}");
     if text.chars().count() <= LINE_CHARS { text } else { text.chars().take(LINE_CHARS).chain("…".chars()).collect() }
 }
+
+#[cfg(test)]
+mod tests {
+    use daemon::{Exit, driver};
+
+    use super::*;
+    use crate::machine::RunSetup;
+    use protocol::Digest;
+    use protocol::documents::ReleaseRef;
+
+    fn arguments(file: PathBuf) -> ReplayArgs {
+        ReplayArgs { file, json: true, state: true }
+    }
+
+    #[test]
+    fn a_journal_is_replayed_from_a_copy_and_what_is_none_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("journal.redb");
+        let journal = Journal::open(folder.path()).unwrap();
+        let refused = replay(&arguments(file.clone())).unwrap_err();
+        assert_eq!(refused.exit, Exit::Configuration, "{refused}");
+        let parameters =
+            crate::operator::run::RunFile::read(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/run-devnet.toml")));
+        let setup = RunSetup {
+            run: protocol::envelope::RunId([1; 16]),
+            parameters: parameters.unwrap().parameters,
+            release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
+            fragments: Vec::new(),
+            shards: Vec::new(),
+        };
+        driver::seed(&journal, &Orchestrator::new(setup), 5).unwrap();
+        // The journal is open, as that of a running orchestrator is: only a copy is touched.
+        replay(&arguments(file)).unwrap();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "journal and lock, no copy is left");
+        assert!(replay(&arguments(folder.path().join("nothing"))).is_err());
+    }
+}

@@ -22,6 +22,8 @@ use storage::{PutCondition, StoreError};
 use super::checkpoint;
 use crate::office::Office;
 
+/// Largest object that S3 stores take in a single PUT.
+const PUT_BYTES_MAX: u64 = 5 << 30;
 /// Shard manifests of one catalog page.
 const PAGE_SHARDS: usize = 256;
 
@@ -86,6 +88,18 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     let context = Context { run, ..office.context };
     let run_keys = office.keys.run(run);
 
+    for fragment in 0..plan.fragments.len() {
+        let state = StateHeader { plan: digest, fragment: fragment as u64, version: 0, elements: plan.elements(fragment) }.state_bytes();
+        if state > PUT_BYTES_MAX {
+            tracing::warn!(
+                fragment,
+                state,
+                limit = PUT_BYTES_MAX,
+                "the state of a fragment is larger than AWS S3 takes in one PUT; more fragments make it smaller"
+            );
+            break;
+        }
+    }
     let mut heads = Vec::new();
     for fragment in 0..plan.fragments.len() {
         let theta = tree.read_fragment(&plan, fragment).map_err(Failure::configuration)?;
