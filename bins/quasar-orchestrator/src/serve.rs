@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use chain::{ConnectSettings, SubtensorClient};
+use chain::{Chain, ConnectSettings, SubtensorClient};
 use daemon::driver::{self, Driver, DriverOptions};
 use daemon::health::{self, Health};
 use daemon::sequence::Sequence;
-use daemon::{Exit, Failure, Journal, Shutdown, clock};
+use daemon::{Exit, Failure, Journal, Shutdown, clock, supervisor};
 use protocol::documents::{CurrentRun, FragmentManifest, ReleaseRef, RunManifest};
 use protocol::envelope::{Context, Expect, Purpose, open_stored};
 use protocol::{Digest, FragmentPlan, ShardManifest};
@@ -70,14 +70,15 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
     let network = office.settings.network()?;
     let chain = SubtensorClient::connect(ConnectSettings { endpoints: network.endpoints, genesis: Some(office.context.genesis) })
         .await
-        .map_err(Failure::unavailable)?;
+        .map_err(|error| if error.needs_a_person() { Failure::configuration(error) } else { Failure::unavailable(error) })?;
+    let chain: Arc<dyn Chain> = Arc::new(chain);
     let journal = Arc::new(Journal::open(&folder).map_err(|error| Failure::new(error.exit(), error))?);
     let recovered = driver::recover(&journal, || Orchestrator::new(setup))?;
     tracing::info!(run = %current.run, name = %manifest.name, replayed = recovered.replayed, "orchestrating");
     let opening_secret = opening_secret(&office, &run_keys).await?;
     let service = Arc::new(Service {
         store: office.store.clone(),
-        chain: Arc::new(chain),
+        chain: chain.clone(),
         signer: office.signer.clone(),
         sequence: Sequence::open(journal.clone(), "orchestrator").map_err(|error| Failure::new(error.exit(), error))?,
         plan_digest: manifest.plan,
@@ -95,11 +96,14 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
         fenced: Default::default(),
         shutdown: shutdown.clone(),
         watched: Default::default(),
+        certificates: Default::default(),
         records: Default::default(),
         head_etag: Default::default(),
         outbox: Default::default(),
     });
     let health = Health::new();
+    health.probe("chain", move || Some(chain.health()).filter(|health| !health.is_healthy()).map(|health| health.to_string()));
+    supervisor::report(&health, &shutdown);
     if let Some(address) = office.settings.health_listen() {
         health::serve(address, health.clone(), shutdown.clone()).await.map_err(Failure::configuration)?;
     }

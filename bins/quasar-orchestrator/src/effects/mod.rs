@@ -17,14 +17,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use chain::Chain;
+use chain::{Chain, KeyCertificate};
 use daemon::driver::{Executor, Inputs};
 use daemon::sequence::Sequence;
 use daemon::{Shutdown, clock};
 use protocol::documents::{CurrentRun, RunManifest};
 use protocol::envelope::{self, Context, Document};
 use protocol::paths::{Keys, RunKeys};
-use protocol::{Digest, FragmentPlan, ShardManifest, Signer};
+use protocol::{AccountId, Digest, FragmentPlan, ShardManifest, Signer};
 use storage::{ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
@@ -60,6 +60,8 @@ pub struct Service {
     pub fenced: AtomicBool,
     pub shutdown: Shutdown,
     pub(crate) watched: Mutex<(Vec<Slot>, Vec<Slot>)>,
+    /// Key certificates of the subnet; `None` before the chain was asked, when nobody can know what to seal to.
+    pub(crate) certificates: Mutex<Option<HashMap<AccountId, KeyCertificate>>>,
     /// Newest progress envelope of each slot.
     pub(crate) records: Mutex<HashMap<Slot, (Digest, Bytes)>>,
     pub(crate) head_etag: tokio::sync::Mutex<Option<String>>,

@@ -52,6 +52,8 @@ pub type Slot = (AccountId, u8);
 pub struct Guest {
     pub hotkey: AccountId,
     pub validator: bool,
+    /// The X25519 key that its grants are sealed to; `None` where it needs a key certificate first.
+    pub recipient: Option<[u8; 32]>,
 }
 
 /// What the machine has to know about its run.
@@ -271,6 +273,8 @@ pub struct Status {
     pub step_ms: u64,
     pub rows: protocol::ledger::LedgerTotals,
     pub learners: Vec<LearnerStatus>,
+    /// Registered hotkeys that nothing can be sealed to before they publish a key certificate.
+    pub needs_certificate: Vec<AccountId>,
     /// Cycle whose audits are selected next.
     pub audit_cycle: u64,
     pub audits_open: u64,
@@ -506,6 +510,7 @@ impl Orchestrator {
             step_ms: self.timing.step_ms(),
             rows: self.ledger.totals(),
             learners,
+            needs_certificate: self.guests.iter().filter(|guest| guest.recipient.is_none()).map(|guest| guest.hotkey).collect(),
             audit_cycle: self.audit_cycle,
             audits_open: self.audits.len() as u64,
             audits_ordered: self.audits_ordered,

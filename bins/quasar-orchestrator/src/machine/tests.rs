@@ -206,8 +206,9 @@ impl World {
             inputs: 0,
             trace: Vec::new(),
         };
-        let mut guests: Vec<Guest> = (1..=miners).map(|index| Guest { hotkey: miner(index), validator: false }).collect();
-        guests.push(Guest { hotkey: miner(200), validator: true });
+        let guest = |index| Guest { hotkey: miner(index), validator: false, recipient: Some([index; 32]) };
+        let mut guests: Vec<Guest> = (1..=miners).map(guest).collect();
+        guests.push(Guest { hotkey: miner(200), validator: true, recipient: Some([200; 32]) });
         world.input(Input::Started);
         world.input(Input::Metagraph { guests });
         world
@@ -592,4 +593,27 @@ fn draining_stops_leases_and_pulls_and_releases() {
     let opened = world.machine.next_t;
     world.run(5_000);
     assert_eq!(world.machine.next_t, opened);
+}
+
+#[test]
+fn a_hotkey_that_publishes_its_certificate_gets_its_grants_sealed_anew_at_once() {
+    let mut machine = Orchestrator::new(setup(1));
+    let mut sealed = |now_ms: u64, input: Input| {
+        machine.handle(now_ms, input);
+        let mut slots = Vec::new();
+        while let Some(effect) = machine.poll_effect() {
+            if let Effect::PublishStanding { slot, mark, .. } = effect {
+                slots.push((slot, mark.recipient));
+            }
+        }
+        (slots, machine.status().needs_certificate)
+    };
+    let guests = |recipient| vec![Guest { hotkey: miner(1), validator: false, recipient }];
+    sealed(1_000, Input::Started);
+    let (first, waiting) = sealed(1_000, Input::Metagraph { guests: guests(None) });
+    assert_eq!((first.len(), waiting), (2, vec![miner(1)]), "an empty bundle for each slot says what is missing");
+    assert_eq!(sealed(2_000, Input::Tick).0, []);
+    let (again, waiting) = sealed(3_000, Input::Metagraph { guests: guests(Some([7; 32])) });
+    assert_eq!(again, [((miner(1), 0), Some([7; 32])), ((miner(1), 1), Some([7; 32]))]);
+    assert_eq!(waiting, []);
 }
