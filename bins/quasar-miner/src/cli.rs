@@ -16,6 +16,7 @@ Examples:
   quasar-miner identity new --wallet-name miner --hotkey-name default
   quasar-miner identity show --network finney --netuid 24 --wallet-name miner --hotkey-name default
   quasar-miner doctor --network finney --netuid 24 --wallet-name miner --hotkey-name default --s3-bucket BUCKET
+  quasar-miner doctor --determinism --devices 0 --torch-cuda-dir /opt/torch/lib/python3.12/site-packages/torch
   quasar-miner run --worker-id home --owner-identity 5F… --wallet-name miner --hotkey-name default
   QUASAR_MINER_DEVICES=0,1 quasar-miner run --worker-id rig --owner-identity 5F…
   quasar-miner checkpoint init --config config.json --seed 1 --out fresh/
@@ -44,6 +45,10 @@ enum Command {
     },
     /// Check what a miner needs, and say what is missing
     Doctor {
+        /// Check the devices alone, and prove that they compute the same bits each time: the same training steps twice, and once more with
+        /// the recorded expert choices forced
+        #[arg(long)]
+        determinism: bool,
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -188,7 +193,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
     };
     match cli.command {
         Command::Run { miner, common } => crate::run::main(&common, &miner),
-        Command::Doctor { json, miner, common } => commands::doctor::main(&common, &miner, json),
+        Command::Doctor { determinism, json, miner, common } => commands::doctor::main(&common, &miner, determinism, json),
         Command::Bench { bench, miner, common } => commands::bench::main(&common, &miner, &bench),
         Command::PlanMemory { plan } => commands::bench::plan(&plan),
         Command::Checkpoint(CheckpointCommand::Init { config, seed, dtype, out }) => {
@@ -232,6 +237,7 @@ mod tests {
             "quasar-miner inspect head.qsr",
             "quasar-miner config show --json",
             "quasar-miner doctor --json",
+            "quasar-miner doctor --determinism --devices 0 --torch-cuda-dir torch",
             "quasar-miner bench --layers 6 --batch 8 --sequence-length 2048 --device cuda:0 --steps 10 --json",
             "quasar-miner plan-memory --config config.json --device-memory 78 --host-memory 100",
         ] {

@@ -1,40 +1,97 @@
-//! Devices: one learner for each.
+//! Devices: one learner for each, and how it is opened.
 
 use std::path::Path;
 
 use daemon::settings::{Devices, MinerSettings};
-use model::{QuasarTrainer, TrainError, Trainer};
+use model::{QuasarTrainer, TORCH_VERSION, TrainError, Trainer, TrainerOptions};
 use protocol::FragmentPlan;
+use protocol::documents::RunParameters;
 
 use crate::trainer::OpenTrainer;
 
 /// GPUs whose device files are counted.
 const GPUS_MAX: u32 = 64;
+/// The part of the host's free memory that may be pinned if the settings do not say.
+const PINNED_PER_CENT: u64 = 75;
 
 /// Names of the devices to train on, as the trainer knows them: `cpu` or `cuda:N`. Loads the CUDA part of libtorch if the
 /// settings name a folder with it.
 ///
 /// # Errors
-/// GPUs are asked for that cannot be used.
+/// GPUs are asked for, or are there, and cannot be used: the CPU takes over only if the settings say so.
 pub fn names(settings: &MinerSettings) -> Result<Vec<String>, TrainError> {
     if let (Some(folder), false) = (&settings.torch_cuda_dir, settings.devices == Devices::Cpu) {
         model::load_cuda(folder)?;
     }
+    let present = (0..GPUS_MAX).take_while(|number| Path::new(&format!("/dev/nvidia{number}")).exists()).count() as u32;
+    chosen(&settings.devices, present, model::cuda_is_available())
+}
+
+/// The devices for what is asked for, with so many GPUs in the machine, of which libtorch can use all or none.
+fn chosen(devices: &Devices, present: u32, usable: bool) -> Result<Vec<String>, TrainError> {
     let cuda = |numbers: &mut dyn Iterator<Item = u32>| numbers.map(|number| format!("cuda:{number}")).collect();
-    Ok(match &settings.devices {
+    Ok(match devices {
         Devices::Cpu => vec!["cpu".to_owned()],
         Devices::Cuda(numbers) => cuda(&mut numbers.iter().copied()),
-        Devices::Auto if model::cuda_is_available() => {
-            cuda(&mut (0..GPUS_MAX).take_while(|number| Path::new(&format!("/dev/nvidia{number}")).exists()))
+        Devices::Auto if usable => cuda(&mut (0..present)),
+        Devices::Auto if present > 0 => {
+            let reason = format!(
+                "{present} GPUs are here, but this program is linked with libtorch {TORCH_VERSION} without its CUDA part, and no folder with that is named; it trains on the CPU only if QUASAR_MINER_DEVICES=cpu says so"
+            );
+            return Err(TrainError::Device { device: "cuda".into(), reason });
         }
         Devices::Auto => vec!["cpu".to_owned()],
     })
 }
 
+/// How a device computes in a run.
+pub fn options(device: &str, settings: &MinerSettings, parameters: &RunParameters, state_dir: &Path) -> TrainerOptions {
+    let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| available(&text)).unwrap_or_default();
+    TrainerOptions {
+        device: device.to_owned(),
+        threads: settings.threads,
+        kernel_cache: Some(state_dir.join("cache").join("kernels")),
+        host_bytes: settings.host_memory_gib.map_or(memory / 100 * PINNED_PER_CENT, |gib| gib << 30),
+        device_bytes: settings.device_memory_gib.map(|gib| gib << 30),
+        batch: (parameters.batch_rows as usize, parameters.sequence_length as usize),
+        ..TrainerOptions::default()
+    }
+}
+
+/// Bytes of memory that can be taken, from the text of `/proc/meminfo`.
+fn available(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
+}
+
 /// How the trainer of a device is opened, once the base tree is on disk.
-pub fn opener(device: String, plan: FragmentPlan, threads: usize) -> OpenTrainer {
+pub fn opener(options: TrainerOptions, plan: FragmentPlan) -> OpenTrainer {
     Box::new(move |tree| {
-        let trainer: Box<dyn Trainer> = Box::new(QuasarTrainer::open(tree, plan, &device, threads)?);
+        let trainer = QuasarTrainer::open_with(tree, plan, &options)?;
+        let fell_back = if trainer.fallback().is_some() { 1.0 } else { 0.0 };
+        metrics::gauge!("quasar_miner_kernel_fallback", "device" => options.device.clone()).set(fell_back);
+        let trainer: Box<dyn Trainer> = Box::new(trainer);
         Ok(trainer)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_that_cannot_be_used_is_an_error_and_no_silent_fall_to_the_cpu() {
+        let error = chosen(&Devices::Auto, 2, false).unwrap_err().to_string();
+        assert!(error.contains("2 GPUs") && error.contains(TORCH_VERSION) && error.contains("QUASAR_MINER_DEVICES=cpu"), "{error}");
+        assert_eq!(chosen(&Devices::Cpu, 2, false).unwrap(), ["cpu"]);
+        assert_eq!(chosen(&Devices::Auto, 0, false).unwrap(), ["cpu"]);
+        assert_eq!(chosen(&Devices::Auto, 2, true).unwrap(), ["cuda:0", "cuda:1"]);
+        assert_eq!(chosen(&Devices::Cuda(vec![3]), 0, false).unwrap(), ["cuda:3"], "the trainer says what is wrong with it");
+    }
+
+    #[test]
+    fn free_memory_is_read_in_bytes() {
+        assert_eq!(available("MemTotal: 10 kB\nMemAvailable:   2048 kB\n"), Some(2 << 20));
+        assert_eq!(available("MemTotal: 10 kB\n"), None);
+    }
 }

@@ -48,8 +48,10 @@ enum RunError {
     Fenced,
     #[error("the disk is full\nhint: {remedy}", remedy = protocol::Reason::DiskFull.remedy())]
     DiskFull,
-    #[error("the device ran out of memory\nhint: {remedy}", remedy = protocol::Reason::OutOfMemory.remedy())]
-    OutOfMemory,
+    #[error(
+        "{0}\nhint: QUASAR_MINER_DEVICE_MEMORY_GIB makes the learner plan for less, QUASAR_MINER_HOST_MEMORY_GIB lends it pinned memory; `plan-memory` shows both"
+    )]
+    OutOfMemory(String),
 }
 
 /// Everything that stays while runs come and go.
@@ -192,7 +194,7 @@ impl Miner {
             End::Fenced { .. } => RunError::Fenced,
             End::Unregistered => RunError::Unregistered(self.hotkey.account()),
             End::DiskFull => RunError::DiskFull,
-            End::OutOfMemory => RunError::OutOfMemory,
+            End::OutOfMemory(what) => RunError::OutOfMemory(what),
             End::Broken(what) => RunError::Ended(what),
             End::Stopped | End::LeasesDone | End::NextRun => RunError::Ended("the miner has ended".to_owned()),
         };
@@ -321,7 +323,7 @@ impl Miner {
         let folder = self.state_dir.join("runs").join(facts.manifest.run.to_string()).join(format!("slot-{slot}"));
         let plane = Arc::new(Plane::open(&folder, session_epoch, &facts).map_err(Failure::unavailable)?);
         let (inputs, queue) = mpsc::channel(session::INPUTS);
-        let open = device::opener(device.to_owned(), facts.plan.clone(), miner.threads);
+        let open = device::opener(device::options(device, &miner, &facts.manifest.parameters, &self.state_dir), facts.plan.clone());
         let inner = facts.manifest.parameters.inner.clone();
         let trainer =
             TrainerThread::start(format!("learner-{slot}"), open, plane.clone(), inner, inputs.clone()).map_err(Failure::unavailable)?;

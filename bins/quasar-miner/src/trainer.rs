@@ -1,5 +1,7 @@
 //! The trainer's thread: everything that touches weights happens here, in the order that the machine decided.
 
+use std::fs::File;
+use std::io::BufReader;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -9,19 +11,19 @@ use std::time::{Duration, Instant};
 
 use fragments::codec::{self, CodecError, PayloadHeader};
 use fragments::t0::Committed;
-use model::{Batch, Hyper, TrainError, Trainer};
+use model::{Batch, Contribution, Hyper, StateError, TrainError, Trainer};
 use protocol::Digest;
 use protocol::documents::{InnerOptimizer, OpenedStep, PPM, micro_nats};
 use tokio::sync::mpsc;
 
-use crate::edge::{Plane, SpoolError};
+use crate::edge::{Plane, SpoolError, files};
 use crate::machine::{Boundary, Export, Exported, Fault, Input, Step, StepDone};
 
 /// Opens the trainer on a base tree; runs on the trainer's own thread, because libtorch keeps settings per thread.
 pub type OpenTrainer = Box<dyn FnOnce(&Path) -> Result<Box<dyn Trainer>, TrainError> + Send>;
 
-/// Texts in libtorch's errors that mean that memory ran out, on the CPU and on a GPU.
-const OUT_OF_MEMORY: [&str; 2] = ["out of memory", "can't allocate memory"];
+/// Read from a snapshot at a time.
+const READ_BYTES: usize = 1 << 20;
 
 enum Order {
     Open(PathBuf),
@@ -75,7 +77,7 @@ impl TrainerThread {
     }
 }
 
-fn serve(open: OpenTrainer, queue: &Receiver<Order>, plane: &Arc<Plane>, inner: &InnerOptimizer, tell: &dyn Fn(Input) -> bool) {
+fn serve(open: OpenTrainer, queue: &Receiver<Order>, plane: &Arc<Plane>, inner: &InnerOptimizer, tell: &(dyn Fn(Input) -> bool + Sync)) {
     let mut open = Some(open);
     let mut worker: Option<Worker> = None;
     while let Ok(order) = queue.recv() {
@@ -111,6 +113,12 @@ fn panicked() -> Fault {
     Fault::Broken("the trainer panicked\nhint: this is a bug; the local snapshots are intact and a restart goes on from them".into())
 }
 
+/// Goes back to a snapshot. What was exported before it counts as answered: versions that arrive from here on are taken as they are.
+fn load(trainer: &mut dyn Trainer, path: &Path) -> Result<(), TrainError> {
+    let file = File::open(path).map_err(StateError::Io)?;
+    trainer.load(&mut BufReader::with_capacity(READ_BYTES, file))
+}
+
 /// A trainer with what it works on.
 pub struct Worker {
     trainer: Box<dyn Trainer>,
@@ -124,8 +132,8 @@ impl Worker {
         let mut trainer = open(tree)?;
         let elements = trainer.plan().total_elements() as usize;
         let restored = match plane.spool.newest_state(elements) {
-            Some(state) => {
-                trainer.restore(&state)?;
+            Some(path) => {
+                load(&mut *trainer, &path)?;
                 true
             }
             None => false,
@@ -138,14 +146,14 @@ impl Worker {
         Self { trainer, plane, inner }
     }
 
-    /// Passes one boundary, in the order of its fields; [`Input::Prepared`] is told before the step begins, so that
-    /// commitments do not wait for it.
-    pub fn pass(&mut self, boundary: &Boundary, tell: &dyn Fn(Input) -> bool) -> Result<Option<StepDone>, Fault> {
+    /// Passes one boundary, in the order of its fields. What is exported is encoded while the step is taken, and [`Input::Prepared`] is
+    /// told as soon as that is done, so that commitments do not wait for the step, nor the step for them.
+    pub fn pass(&mut self, boundary: &Boundary, tell: &(dyn Fn(Input) -> bool + Sync)) -> Result<Option<StepDone>, Fault> {
         if let Some(local_step) = boundary.restore {
             self.plane.spool.flush().map_err(|error| spool_fault(&error))?;
             let elements = self.trainer.plan().total_elements() as usize;
-            let state = self.plane.spool.state(local_step, elements).map_err(|error| spool_fault(&error))?;
-            self.trainer.restore(&state).map_err(|error| train_fault(&error))?;
+            let path = self.plane.spool.state(local_step, elements).map_err(|error| spool_fault(&error))?;
+            load(&mut *self.trainer, &path).map_err(|error| train_fault(&error))?;
         }
         for (fragment, version) in &boundary.apply {
             let values = self.plane.keyframes.load(*fragment, *version).map_err(|error| Fault::Broken(error.to_string()))?;
@@ -156,51 +164,44 @@ impl Worker {
             Some(order) => Some(self.snapshot(order.local_step, order.versions.clone())?),
             None => None,
         };
-        let mut exported = Vec::new();
-        let mut fault = None;
+        let mut contributions = Vec::new();
         for order in &boundary.export {
-            match self.export(order) {
-                Ok(done) => exported.push(done),
-                Err(error) => {
-                    fault = Some(error);
-                    break;
+            let weights = self.trainer.contribute(usize::from(order.fragment)).map_err(|error| train_fault(&error))?;
+            contributions.push((order, weights));
+        }
+        let (plane, number) = (self.plane.clone(), boundary.number);
+        let prepare = move || {
+            let mut exported = Vec::new();
+            let mut result = Ok(());
+            for (order, weights) in contributions {
+                match export(&plane, order, &weights) {
+                    Ok(done) => exported.push(done),
+                    Err(fault) => {
+                        result = Err(fault);
+                        break;
+                    }
                 }
             }
+            tell(Input::Prepared { number, snapshot, exported });
+            result
+        };
+        let mut step = || boundary.step.as_ref().map(|step| self.step(step)).transpose();
+        if boundary.export.is_empty() {
+            prepare()?;
+            return step();
         }
-        tell(Input::Prepared { number: boundary.number, snapshot, exported });
-        match (fault, &boundary.step) {
-            (Some(fault), _) => Err(fault),
-            (None, Some(step)) => self.step(step).map(Some),
-            (None, None) => Ok(None),
-        }
+        std::thread::scope(|scope| {
+            let prepared = scope.spawn(prepare);
+            let done = step();
+            prepared.join().unwrap_or_else(|_| Err(panicked()))?;
+            done
+        })
     }
 
     fn snapshot(&mut self, local_step: u64, versions: Vec<u64>) -> Result<Digest, Fault> {
-        let bytes = self.trainer.state().map_err(|error| train_fault(&error))?.to_bytes();
-        // The bytes end with their own digest, which is that of the state.
-        let digest = bytes.last_chunk::<32>().map_or(Digest::ZERO, |digest| Digest(*digest));
-        self.plane.spool.put_state(local_step, versions, bytes).map_err(|error| spool_fault(&error))?;
+        let digest = self.plane.spool.save_state(local_step, |to| self.trainer.save(to)).map_err(|error| train_fault(&error))?;
+        self.plane.spool.put_segment(local_step, versions).map_err(|error| spool_fault(&error))?;
         Ok(digest)
-    }
-
-    /// Θ̂ of the base version minus the learner's weights, encoded.
-    fn export(&mut self, order: &Export) -> Result<Exported, Fault> {
-        let plane = &self.plane;
-        let base = plane.keyframes.load(order.fragment, order.base_version).map_err(|error| Fault::Broken(error.to_string()))?;
-        let mut change = self.trainer.export(usize::from(order.fragment)).map_err(|error| train_fault(&error))?;
-        for (value, base) in change.iter_mut().zip(&base) {
-            *value = base - *value;
-        }
-        let header =
-            PayloadHeader::bf16(plane.keyframes.plan(), plane.keyframes.plan_digest(), usize::from(order.fragment), order.base_version);
-        let payload = codec::encode(&header, &change).map_err(|error| match error {
-            CodecError::NotFinite { .. } => Fault::NotFinite,
-            error => Fault::Broken(error.to_string()),
-        })?;
-        let Committed { length, sha256, blake3 } = Committed::of(&payload);
-        plane.payloads.insert(order.t, payload.into());
-        plane.spool.put_export(order.t, order.start_step, order.local_step).map_err(|error| spool_fault(&error))?;
-        Ok(Exported { t: order.t, length, sha256, blake3 })
     }
 
     fn step(&mut self, order: &Step) -> Result<StepDone, Fault> {
@@ -214,13 +215,31 @@ impl Worker {
             local_step: order.local_step,
             lease: order.lease,
             lease_step: order.lease_step,
-            applied: order.applied.clone(),
+            exchanged: order.exchanged.clone(),
             loss,
         };
         self.plane.spool.put_step(opened, report.routes.unwrap_or_default()).map_err(|error| spool_fault(&error))?;
         let step_ms = u32::try_from(begun.elapsed().as_millis()).unwrap_or(u32::MAX);
         Ok(StepDone { loss, tokens: report.tokens, step_ms })
     }
+}
+
+/// Θ̂ of the base version minus the learner's weights, encoded.
+fn export(plane: &Plane, order: &Export, weights: &Contribution) -> Result<Exported, Fault> {
+    let mut change = plane.keyframes.load(order.fragment, order.base_version).map_err(|error| Fault::Broken(error.to_string()))?;
+    for (base, weight) in change.iter_mut().zip(weights.values().map_err(|error| train_fault(&error))?) {
+        *base -= weight;
+    }
+    let header =
+        PayloadHeader::bf16(plane.keyframes.plan(), plane.keyframes.plan_digest(), usize::from(order.fragment), order.base_version);
+    let payload = codec::encode(&header, &change).map_err(|error| match error {
+        CodecError::NotFinite { .. } => Fault::NotFinite,
+        error => Fault::Broken(error.to_string()),
+    })?;
+    let Committed { length, sha256, blake3 } = Committed::of(&payload);
+    plane.payloads.insert(order.t, payload.into());
+    plane.spool.put_export(order.t, order.start_step, order.local_step).map_err(|error| spool_fault(&error))?;
+    Ok(Exported { t: order.t, length, sha256, blake3 })
 }
 
 /// Optimizer settings of a step with learning rate `lr`: the same arithmetic as a validator's replay, to the last bit.
@@ -236,15 +255,11 @@ pub fn hyper(inner: &InnerOptimizer, lr: f64) -> Hyper {
     }
 }
 
-/// Whether the device or the host ran out of memory.
-pub fn is_out_of_memory(error: &TrainError) -> bool {
-    matches!(error, TrainError::Torch(text) if OUT_OF_MEMORY.iter().any(|mark| text.contains(mark)))
-}
-
 fn train_fault(error: &TrainError) -> Fault {
     match error {
         TrainError::NotFinite { .. } => Fault::NotFinite,
-        error if is_out_of_memory(error) => Fault::OutOfMemory,
+        TrainError::State(StateError::Io(error)) if files::is_disk_full(error) => Fault::DiskFull,
+        TrainError::OutOfMemory { .. } => Fault::OutOfMemory(error.to_string()),
         error => Fault::Broken(error.to_string()),
     }
 }

@@ -153,3 +153,24 @@ fn inspect_says_of_rubbish_that_it_is_no_document() {
     assert_eq!(shown.status.code(), Some(78));
     assert!(text(&shown.stderr).starts_with("error: "), "{}", text(&shown.stderr));
 }
+
+#[test]
+fn the_doctor_proves_without_wallet_or_network_that_steps_are_reproducible() {
+    let shown = output(&["doctor", "--determinism", "--devices", "cpu", "--json"]);
+    assert_eq!(shown.status.code(), Some(0), "{}", text(&shown.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+    let checks = report["checks"].as_array().unwrap();
+    let proof = checks.iter().find(|check| check["name"] == "determinism").unwrap();
+    assert_eq!(proof["status"], "ok", "{proof}");
+    assert!(proof["detail"].as_str().unwrap().starts_with("cpu: 4 steps"), "{proof}");
+}
+
+#[test]
+fn the_doctor_names_the_versions_where_the_cuda_part_does_not_fit() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("version.py"), "__version__ = '2.4.1+cu121'\n").unwrap();
+    let torch = folder.path().display().to_string();
+    let shown = output(&["doctor", "--determinism", "--devices", "0", "--torch-cuda-dir", &torch]);
+    assert_eq!(shown.status.code(), Some(78));
+    assert!(text(&shown.stdout).contains("2.4.1+cu121") && text(&shown.stdout).contains("2.11.0"), "{}", text(&shown.stdout));
+}

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
-use daemon::settings::{CommonArgs, ConfigArgs, OrchestratorArgs, show};
+use daemon::settings::{CommonArgs, ConfigArgs, show};
 use daemon::{Exit, Failure, Role};
+use protocol::documents::Action;
 
 use crate::office::Office;
-use crate::operator::{checkpoint, data, root, run};
+use crate::operator::{checkpoint, cost, data, orders, replay, root, run, status, store};
 use crate::{devnet, serve};
 
 /// Orchestrator of a Quasar training run
@@ -28,17 +29,41 @@ Examples:
   quasar-orchestrator data publish --dir ./shards
   quasar-orchestrator run create --config configs/run-mainnet.toml --release base-1a2b3c4d
   quasar-orchestrator run
+  quasar-orchestrator status
+  quasar-orchestrator rollback --to-version 41 --reason \"diverged after shard web-0042\"
   quasar-orchestrator inspect head.qsr";
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the orchestrator, or create a run
     Run {
-        #[command(flatten)]
-        of_run: OrchestratorArgs,
+        /// Wait until the orchestrator that runs now is gone, then take over
+        #[arg(long)]
+        standby: bool,
         #[command(subcommand)]
         command: Option<RunCommand>,
     },
+    /// Show where the run stands
+    Status(status::StatusArgs),
+    /// End the run: no more leases, a closing round, the last release
+    Drain(orders::OrderArgs),
+    /// Make a release of what is merged now; training goes on
+    Release(orders::OrderArgs),
+    /// Go back to an earlier version, as a new version
+    Rollback(orders::RollbackArgs),
+    /// Exclude a hotkey from the run
+    Ban(orders::BanArgs),
+    /// Take a ban back
+    Unban(orders::BanArgs),
+    RotateKey(root::RotateArgs),
+    /// Print what a journal remembers, and where the run stands after it
+    Replay(replay::ReplayArgs),
+    /// The bucket
+    Store {
+        #[command(subcommand)]
+        command: StoreCommand,
+    },
+    Cost(cost::CostArgs),
     /// The trust anchor that the owner signs
     Root {
         #[command(subcommand)]
@@ -57,7 +82,9 @@ enum Command {
     /// Train a small model across real daemons on this machine
     Devnet(devnet::DevnetArgs),
     /// Print a signed document as JSON, with the result of its verification
-    Inspect { file: PathBuf },
+    Inspect {
+        file: PathBuf,
+    },
     /// Show or check the configuration
     Config(ConfigArgs),
 }
@@ -65,6 +92,12 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum RunCommand {
     Create(run::CreateArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// Check that the bucket keeps the promises that a run relies on
+    Check(store::CheckArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -93,17 +126,24 @@ pub fn main() -> Result<Exit, Failure> {
     let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::unavailable)?;
     let common = cli.common;
-    let office = |of_run: &OrchestratorArgs| Office::open(&common, of_run);
-    let plain = OrchestratorArgs::default();
+    let office = || Office::open(&common);
     match cli.command {
-        Command::Run { of_run, command: None } => return runtime.block_on(serve::serve(office(&of_run)?)),
-        Command::Run { of_run, command: Some(RunCommand::Create(arguments)) } => {
-            runtime.block_on(run::create(&office(&of_run)?, arguments))?
-        }
-        Command::Root { command: RootCommand::Sign(arguments) } => runtime.block_on(root::sign(&office(&plain)?, arguments))?,
+        Command::Run { standby, command: None } => return runtime.block_on(serve::serve(office()?, standby)),
+        Command::Run { command: Some(RunCommand::Create(arguments)), .. } => runtime.block_on(run::create(&office()?, arguments))?,
+        Command::Status(arguments) => return runtime.block_on(status::show(&office()?, &arguments)),
+        Command::Drain(arguments) => return runtime.block_on(orders::give(&office()?, (Action::Drain, arguments))),
+        Command::Release(arguments) => return runtime.block_on(orders::give(&office()?, (Action::Release, arguments))),
+        Command::Rollback(arguments) => return runtime.block_on(orders::give(&office()?, arguments.into_order())),
+        Command::Ban(arguments) => return runtime.block_on(orders::give(&office()?, arguments.into_ban())),
+        Command::Unban(arguments) => return runtime.block_on(orders::give(&office()?, arguments.into_unban())),
+        Command::RotateKey(arguments) => runtime.block_on(root::rotate(&office()?, arguments))?,
+        Command::Replay(arguments) => replay::replay(&arguments)?,
+        Command::Store { command: StoreCommand::Check(arguments) } => runtime.block_on(store::check(&office()?, &arguments))?,
+        Command::Cost(arguments) => cost::cost(&arguments)?,
+        Command::Root { command: RootCommand::Sign(arguments) } => runtime.block_on(root::sign(&office()?, arguments))?,
         Command::Checkpoint { command } => match command {
-            CheckpointCommand::Publish(arguments) => runtime.block_on(checkpoint::publish(&office(&plain)?, arguments))?,
-            CheckpointCommand::Fetch(arguments) => runtime.block_on(checkpoint::fetch(&office(&plain)?, arguments))?,
+            CheckpointCommand::Publish(arguments) => runtime.block_on(checkpoint::publish(&office()?, arguments))?,
+            CheckpointCommand::Fetch(arguments) => runtime.block_on(checkpoint::fetch(&office()?, arguments))?,
             CheckpointCommand::Plan(arguments) => checkpoint::plan(&arguments)?,
             CheckpointCommand::Split(arguments) => checkpoint::split(&arguments)?,
             CheckpointCommand::Assemble(arguments) => checkpoint::assemble(&arguments)?,
@@ -111,7 +151,7 @@ pub fn main() -> Result<Exit, Failure> {
         Command::Data { command } => match command {
             DataCommand::Prepare(arguments) => data::prepare(arguments)?,
             DataCommand::TrainTokenizer(arguments) => data::train_tokenizer(&arguments)?,
-            DataCommand::Publish(arguments) => runtime.block_on(data::publish(&office(&plain)?, arguments))?,
+            DataCommand::Publish(arguments) => runtime.block_on(data::publish(&office()?, arguments))?,
         },
         Command::Devnet(arguments) => return runtime.block_on(devnet::run(arguments)),
         Command::Inspect { file } => return inspect(&file),
@@ -121,7 +161,7 @@ pub fn main() -> Result<Exit, Failure> {
 }
 
 fn config(common: &CommonArgs, arguments: &ConfigArgs) -> Result<Exit, Failure> {
-    let (text, exit) = show::answer(Role::Orchestrator, &common.sources(&OrchestratorArgs::default())?, &arguments.command)?;
+    let (text, exit) = show::answer(Role::Orchestrator, &common.sources(())?, &arguments.command)?;
     print!("{text}");
     Ok(exit)
 }

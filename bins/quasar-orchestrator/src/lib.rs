@@ -10,3 +10,4 @@ pub mod machine;
 pub mod office;
 pub mod operator;
 pub mod serve;
+pub mod takeover;

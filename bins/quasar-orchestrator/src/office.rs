@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chain::{Hotkey, Wallet};
-use daemon::settings::{CommonArgs, OrchestratorArgs, Settings};
+use daemon::settings::{CommonArgs, Settings};
 use daemon::{Failure, Role, clock};
 use protocol::documents::CurrentRun;
 use protocol::envelope::{self, Context, Document, Expect, RunId, Verified, open_stored};
@@ -28,8 +28,8 @@ pub struct Office {
 impl Office {
     /// Loads everything and connects to nothing yet. The genesis comes from the network's settings; a network without a known
     /// one needs [`Office::with_genesis`].
-    pub fn open(common: &CommonArgs, of_run: &OrchestratorArgs) -> Result<Self, Failure> {
-        let settings = common.settings(Role::Orchestrator, of_run)?;
+    pub fn open(common: &CommonArgs) -> Result<Self, Failure> {
+        let settings = common.settings(Role::Orchestrator, ())?;
         daemon::telemetry::init(settings.log_format(), settings.log_filter()).map_err(Failure::configuration)?;
         for notice in &settings.notices {
             tracing::warn!("{notice}");
@@ -95,10 +95,10 @@ impl Office {
         }
     }
 
-    /// Reads a document that `signer` stored.
-    pub async fn read<D: Document>(&self, key: &str, context: &Context, signer: &KeyRef) -> Result<Verified<D>, Failure> {
+    /// Reads a document that one of `signers` stored.
+    pub async fn read<D: Document>(&self, key: &str, context: &Context, signers: &[KeyRef]) -> Result<Verified<D>, Failure> {
         let object = self.store.get(key, D::PURPOSE.limit() as u64 + 512).await.map_err(Failure::unavailable)?;
-        open_stored(&object.bytes, context, Expect::Key(signer)).map_err(|error| Failure::configuration(error).context(key.to_owned()))
+        open_stored(&object.bytes, context, Expect::Any(signers)).map_err(|error| Failure::configuration(error).context(key.to_owned()))
     }
 
     /// Writes `current.qsr` anew: it expires after ten minutes, and is renewed by the running orchestrator.

@@ -1,57 +1,42 @@
 //! `run`: the daemon.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError};
 
 use chain::{Chain, ConnectSettings, SubtensorClient};
-use daemon::driver::{self, Driver, DriverOptions};
+use daemon::driver::{Driver, DriverOptions};
 use daemon::health::{self, Health};
 use daemon::sequence::Sequence;
-use daemon::{Exit, Failure, Journal, Shutdown, clock, supervisor};
-use protocol::documents::{CurrentRun, FragmentManifest, ReleaseRef, RunManifest};
+use daemon::{Exit, Failure, Shutdown, clock, supervisor};
+use protocol::documents::{CatalogPage, CurrentRun, FragmentManifest, ReleaseRef, RunManifest};
 use protocol::envelope::{Context, Expect, Purpose, open_stored};
-use protocol::{Digest, FragmentPlan, ShardManifest};
+use protocol::{Digest, FragmentPlan, KeyRef, ShardManifest};
 use storage::{PutCondition, StoreError, check};
 use zeroize::Zeroizing;
 
+use crate::effects::fence::{self, Fence, FenceSettings, Wait};
 use crate::effects::{Hands, Service, spawn_pollers};
-use crate::machine::{FragmentSetup, Input, Orchestrator, RunSetup};
+use crate::machine::{FragmentSetup, Orchestrator, RunSetup};
 use crate::office::Office;
+use crate::operator::run::Roots;
 use crate::operator::{checkpoint, run};
+use crate::takeover;
 
 /// Journaled inputs between snapshots.
 const SNAPSHOT_EVERY: usize = 2_000;
 
-/// Runs the orchestrator of the current run until it is told to stop.
-pub async fn serve(office: Office) -> Result<Exit, Failure> {
+/// Runs the orchestrator of the current run until it is told to stop. A standby waits until the one before it is gone.
+pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     let shutdown = Shutdown::on_signals().map_err(Failure::unavailable)?;
     let state_dir = office.state_dir()?;
     let now_ms = clock::now_ms();
     check::conformance(&*office.store, &format!("{}/private/check", protocol::paths::prefix(office.context.netuid)), now_ms)
         .await
         .map_err(Failure::configuration)?;
-    let (root, root_bytes) = run::newest_root(&office).await?;
-    if root.orchestrator != office.key() {
-        return Err(Failure::configuration(anyhow::anyhow!(
-            "the root names orchestrator {}, this wallet is {}",
-            root.orchestrator.account(),
-            office.key().account()
-        ))
-        .hint("use the wallet that the root names, or sign a new root"));
-    }
-    let current = current_run(&office).await?;
-    if current.root_digest != Digest::blake3(&root_bytes) {
-        return Err(Failure::configuration(anyhow::anyhow!("the current run was created under another root")).hint("create a new run"));
-    }
-    let context = Context { run: current.run, ..office.context };
+    let roots = run::roots_that_name_us(&office).await?;
+    let published = Published::read(&office, &roots).await?;
+    let Published { context, current, manifest, plan, shards } = published;
     let run_keys = office.keys.run(current.run);
-    let manifest = office.read::<RunManifest>(&run_keys.manifest(), &context, &office.key()).await?.document;
-    let plan = office.read::<FragmentPlan>(&run_keys.plan(&manifest.plan), &context, &office.key()).await?.document;
-    let mut shards: Vec<ShardManifest> = Vec::new();
-    for page in &manifest.catalog {
-        shards.extend(
-            office.read::<protocol::documents::CatalogPage>(&run_keys.catalog(page.page), &context, &office.key()).await?.document.shards,
-        );
-    }
     let folder = state_dir.join("runs").join(current.run.to_string());
     for name in ["payloads", "states", "releases"] {
         std::fs::create_dir_all(folder.join(name))
@@ -65,22 +50,56 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
             manifest.base_release
         )));
     }
-    let setup = setup(&office, &context, &manifest, &plan, &shards).await?;
+    let setup = setup(&office, &context, &manifest, &plan, &shards, &roots.orchestrators).await?;
+    let sources: HashMap<&str, &str> = shards.iter().map(|shard| (shard.id.as_str(), shard.source.as_str())).collect();
+    let fresh = Orchestrator::with_sources(setup, |id| sources.get(id).copied().unwrap_or_default());
+    drop(sources);
 
     let network = office.settings.network()?;
     let chain = SubtensorClient::connect(ConnectSettings { endpoints: network.endpoints, genesis: Some(office.context.genesis) })
         .await
         .map_err(|error| if error.needs_a_person() { Failure::configuration(error) } else { Failure::unavailable(error) })?;
     let chain: Arc<dyn Chain> = Arc::new(chain);
-    let journal = Arc::new(Journal::open(&folder).map_err(|error| Failure::new(error.exit(), error))?);
-    let recovered = driver::recover(&journal, || Orchestrator::new(setup))?;
-    tracing::info!(run = %current.run, name = %manifest.name, replayed = recovered.replayed, "orchestrating");
+    let lease_key = run_keys.writer_lease();
+    let last = fence::read_lease(&*office.store, &lease_key, &context, &roots.orchestrators).await?;
+    let (journal, instance) = takeover::open_journal(&folder, last.as_ref().map(|(lease, _)| &lease.document))?;
+    let journal = Arc::new(journal);
+    let sequence = Arc::new(Sequence::open(journal.clone(), "orchestrator").map_err(|error| Failure::new(error.exit(), error))?);
+    let health = Health::new();
+    health.probe("chain", {
+        let chain = chain.clone();
+        move || Some(chain.health()).filter(|health| !health.is_healthy()).map(|health| health.to_string())
+    });
+    supervisor::report(&health, &shutdown);
+    if let Some(address) = office.settings.health_listen() {
+        health::serve(address, health.clone(), shutdown.clone()).await.map_err(Failure::configuration)?;
+    }
+    let component = health.component("orchestrator");
+    component.not_ready("waiting for the writer lease");
+    let settings = FenceSettings {
+        store: office.store.clone(),
+        key: lease_key,
+        context,
+        signer: office.signer.clone(),
+        signers: roots.orchestrators.clone(),
+        sequence: sequence.clone(),
+        instance,
+        host: host(),
+        lease: FenceSettings::LEASE,
+    };
+    let wait = if standby { Wait::Standby } else { Wait::ForItsEnd };
+    let Some(fence) = Fence::acquire(settings, wait, &shutdown).await? else { return Ok(Exit::Done) };
+    let fence = Arc::new(fence);
+    tokio::spawn(fence.clone().keep(shutdown.clone()));
+
     let opening_secret = opening_secret(&office, &run_keys).await?;
     let service = Arc::new(Service {
         store: office.store.clone(),
         chain: chain.clone(),
         signer: office.signer.clone(),
-        sequence: Sequence::open(journal.clone(), "orchestrator").map_err(|error| Failure::new(error.exit(), error))?,
+        signers: roots.orchestrators,
+        sequence,
+        fence: fence.clone(),
         plan_digest: manifest.plan,
         plan: Arc::new(plan),
         context,
@@ -93,33 +112,88 @@ pub async fn serve(office: Office) -> Result<Exit, Failure> {
         opening_secret,
         base_tree,
         state_dir: folder,
-        fenced: Default::default(),
+        stopped: Default::default(),
         shutdown: shutdown.clone(),
         watched: Default::default(),
         certificates: Default::default(),
         records: Default::default(),
         head_etag: Default::default(),
         outbox: Default::default(),
+        recorded: Default::default(),
     });
-    let health = Health::new();
-    health.probe("chain", move || Some(chain.health()).filter(|health| !health.is_healthy()).map(|health| health.to_string()));
-    supervisor::report(&health, &shutdown);
-    if let Some(address) = office.settings.health_listen() {
-        health::serve(address, health.clone(), shutdown.clone()).await.map_err(Failure::configuration)?;
-    }
+    let head = service.claim_head(fence.epoch().await).await?;
+    let (recovered, first) = takeover::recover(&service, &journal, head, fresh).await?;
+    tracing::info!(run = %service.context.run, name = %service.manifest.name, replayed = recovered.replayed, "orchestrating");
     let options = DriverOptions { snapshot_every: SNAPSHOT_EVERY, ..DriverOptions::default() };
-    let component = health.component("orchestrator");
     component.ready();
-    let driver =
-        Driver::with_options(recovered, journal, Arc::new(Hands(service.clone())), options).first(Input::Started).component(component);
-    spawn_pollers(&service, &driver.inputs(), &shutdown);
+    let orders_taken = recovered.machine.orders_taken();
+    let driver = Driver::with_options(recovered, journal, Arc::new(Hands(service.clone())), options).first(first).component(component);
+    spawn_pollers(&service, orders_taken, &driver.inputs(), &shutdown);
     let (_, exit) = driver.run(&shutdown).await?;
-    if service.fenced.load(std::sync::atomic::Ordering::Relaxed) {
-        return Err(Failure::configuration(anyhow::anyhow!("another orchestrator moved the head of this run"))
-            .hint("run one orchestrator for a run; find the other one before starting this again"));
+    if fence.is_lost() {
+        service.stop("another orchestrator writes to this run");
     }
+    if let Some(why) = *service.stopped.lock().unwrap_or_else(PoisonError::into_inner) {
+        return Err(Failure::configuration(anyhow::anyhow!("{why}"))
+            .hint("a second orchestrator runs as `run --standby`; after a rotation the wallet that the new root names has to run"));
+    }
+    fence.release().await;
     tracing::info!("stopped");
     Ok(exit)
+}
+
+/// This machine, for people.
+fn host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name: String = name.trim().chars().take(64).collect();
+    if name.is_empty() { "unknown".to_owned() } else { name }
+}
+
+/// What was published when the run was created, checked against itself and against the roots.
+struct Published {
+    context: Context,
+    current: CurrentRun,
+    manifest: RunManifest,
+    plan: FragmentPlan,
+    shards: Vec<ShardManifest>,
+}
+
+impl Published {
+    async fn read(office: &Office, roots: &Roots) -> Result<Self, Failure> {
+        let mut current = current_run(office, &roots.orchestrators).await?;
+        if !roots.digests.contains(&current.root_digest) {
+            return Err(Failure::configuration(anyhow::anyhow!("the current run was created under another root")).hint("create a new run"));
+        }
+        // After a rotation, the run goes on under the new root.
+        (current.root_version, current.root_digest) = (roots.newest.version, Digest::blake3(&roots.bytes));
+        let context = Context { run: current.run, ..office.context };
+        let (keys, signers) = (office.keys.run(current.run), &roots.orchestrators);
+        let contradiction = |what: String| {
+            Failure::configuration(anyhow::anyhow!(what)).hint("the bucket holds objects that do not belong together; nothing was changed")
+        };
+        let object = office.store.get(&keys.manifest(), Purpose::RunManifest.limit() as u64 + 512).await.map_err(Failure::unavailable)?;
+        let manifest = office.read::<RunManifest>(&keys.manifest(), &context, signers).await?.document;
+        if Digest::blake3(&object.bytes) != current.manifest_digest {
+            return Err(contradiction(format!("{} is not the manifest that the current run names", keys.manifest())));
+        }
+        let plan = office.read::<FragmentPlan>(&keys.plan(&manifest.plan), &context, signers).await?.document;
+        if plan.digest() != manifest.plan || plan.fragments.len() != usize::from(manifest.parameters.fragments) {
+            return Err(contradiction(format!(
+                "the run manifest asks for {} fragments, its plan has {}",
+                manifest.parameters.fragments,
+                plan.fragments.len()
+            )));
+        }
+        let bounds = &roots.newest.bounds;
+        if manifest.parameters.fragments > bounds.fragments_max || manifest.parameters.slots > bounds.slots_max {
+            return Err(contradiction("the run manifest exceeds the bounds of the root".to_owned()));
+        }
+        let mut shards: Vec<ShardManifest> = Vec::new();
+        for page in &manifest.catalog {
+            shards.extend(office.read::<CatalogPage>(&keys.catalog(page.page), &context, signers).await?.document.shards);
+        }
+        Ok(Self { context, current, manifest, plan, shards })
+    }
 }
 
 /// The run's secret for the keys of openings. It lies in the private part of the bucket, so that a lost disk loses no audit.
@@ -139,7 +213,7 @@ async fn opening_secret(office: &Office, run_keys: &protocol::paths::RunKeys) ->
 }
 
 /// The run that this orchestrator made current, also where the pointer has expired while nobody renewed it.
-async fn current_run(office: &Office) -> Result<CurrentRun, Failure> {
+pub(crate) async fn current_run(office: &Office, signers: &[KeyRef]) -> Result<CurrentRun, Failure> {
     let object = match office.store.get(&office.keys.current(), Purpose::CurrentRun.limit() as u64).await {
         Ok(object) => object,
         Err(StoreError::NotFound { .. }) => {
@@ -147,7 +221,7 @@ async fn current_run(office: &Office) -> Result<CurrentRun, Failure> {
         }
         Err(error) => return Err(Failure::unavailable(error)),
     };
-    open_stored::<CurrentRun>(&object.bytes, &office.context, Expect::Key(&office.key()))
+    open_stored::<CurrentRun>(&object.bytes, &office.context, Expect::Any(signers))
         .map(|verified| verified.document)
         .map_err(Failure::configuration)
 }
@@ -158,12 +232,13 @@ async fn setup(
     manifest: &RunManifest,
     plan: &FragmentPlan,
     shards: &[ShardManifest],
+    signers: &[KeyRef],
 ) -> Result<RunSetup, Failure> {
     let run_keys = office.keys.run(context.run);
     let mut fragments = Vec::new();
     for fragment in 0..plan.fragments.len() {
         let key = run_keys.fragment_manifest(fragment as u16, 0);
-        let first = office.read::<FragmentManifest>(&key, context, &office.key()).await?.document;
+        let first = office.read::<FragmentManifest>(&key, context, signers).await?.document;
         fragments.push(FragmentSetup {
             keyframe: first.keyframe.blake3,
             keyframe_length: first.keyframe.length,

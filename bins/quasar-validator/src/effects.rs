@@ -13,7 +13,7 @@ pub mod tokens;
 mod trouble;
 pub mod verdicts;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use ::chain::Hotkey;
@@ -28,7 +28,7 @@ use protocol::documents::{AuditOrder, OPENING_PARTS, PROGRESS_BYTES, Score, Scor
 use protocol::envelope::{Document, Expect};
 use protocol::{AccountId, Digest};
 use storage::client::GrantAccess;
-use storage::discovery::{RunFacts, RunReader};
+use storage::discovery::{DiscoveryError, RunFacts, RunReader};
 use storage::seal_stream;
 use zeroize::Zeroizing;
 
@@ -72,6 +72,9 @@ pub struct EffectSettings<'a> {
 /// Executes the effects of one run's machine.
 pub struct Effects {
     own: AccountId,
+    hotkey: Arc<Hotkey>,
+    /// Where proofs against others are kept.
+    evidence: PathBuf,
     facts: Arc<RunFacts>,
     reader: Arc<tokio::sync::Mutex<RunReader>>,
     archive: Arc<RunReader>,
@@ -121,9 +124,10 @@ impl Effects {
             journal: journal.clone(),
             sequence,
         };
+        let evidence = state_dir.to_owned();
         let chain = ChainDesk {
             link,
-            hotkey,
+            hotkey: hotkey.clone(),
             netuid: facts.context.netuid,
             mechanism,
             run: facts.context.run,
@@ -132,7 +136,7 @@ impl Effects {
             file: state_dir.join(chain::WEIGHTS_FILE),
             shown: Mutex::default(),
         };
-        Ok(Self { own, facts, reader, archive, grants, base, keyframes, bench, verdicts, chain, store_health })
+        Ok(Self { own, hotkey, evidence, facts, reader, archive, grants, base, keyframes, bench, verdicts, chain, store_health })
     }
 
     async fn head(&self) -> Option<Box<HeadFacts>> {
@@ -142,6 +146,11 @@ impl Effects {
                 head.map(|head| Box::new(HeadFacts::from(head)))
             }
             Err(error) => {
+                if let DiscoveryError::Equivocation { proof, .. } = &error
+                    && let Err(error) = daemon::evidence::keep(&self.evidence, proof, &self.facts.context, &*self.hotkey)
+                {
+                    tracing::error!("a proof of equivocation could not be kept: {error}");
+                }
                 self.store_health.not_ready(Trouble::from(error).line());
                 None
             }
@@ -150,7 +159,7 @@ impl Effects {
 
     /// A write-once document of the orchestrator; `None` = absent or unreadable.
     async fn published<D: Document>(&self, key: &str) -> Option<Box<D>> {
-        match self.archive.once::<D>(key, Expect::Key(&self.facts.orchestrator)).await {
+        match self.archive.once::<D>(key, Expect::Any(&self.facts.orchestrators)).await {
             Ok(document) => document.map(|document| Box::new(document.document)),
             Err(error) => {
                 tracing::warn!(key, error = Trouble::from(error).line(), "a public document could not be read");
@@ -166,7 +175,7 @@ impl Effects {
 
     async fn order(&self, selection: &Selection) -> OrderRead {
         let key = self.facts.run.audit(&self.own, &selection.audit);
-        let order = match self.archive.once::<AuditOrder>(&key, Expect::Key(&self.facts.orchestrator)).await {
+        let order = match self.archive.once::<AuditOrder>(&key, Expect::Any(&self.facts.orchestrators)).await {
             Ok(Some(order)) => order,
             Ok(None) => return OrderRead::Absent,
             Err(error) => {

@@ -192,6 +192,15 @@ where
     Ok(recovered)
 }
 
+/// Makes `machine` what the journal remembers: for a machine that was read from elsewhere.
+///
+/// # Errors
+/// The journal cannot be written.
+pub fn seed<M: Machine + Serialize>(journal: &Journal, machine: &M, now_ms: u64) -> Result<(), DriverError> {
+    journal.put(LAYOUT_KEY, &M::LAYOUT.to_le_bytes())?;
+    Ok(journal.snapshot(&encode(&(now_ms, machine), "the snapshot")?)?)
+}
+
 /// Runs one machine; see the module's text.
 pub struct Driver<M: Machine, E> {
     machine: M,

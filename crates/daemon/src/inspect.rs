@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use protocol::documents::payload_json;
+use protocol::codec;
+use protocol::documents::{Equivocation, payload_json};
 use protocol::envelope::{Purpose, peek, verify_as_stated};
 use serde_json::{Value, json};
 
@@ -54,13 +55,29 @@ pub fn document(bytes: &[u8], now_ms: u64) -> Result<Inspected, Failure> {
         Ok(_) => "signature valid".to_owned(),
         Err(error) => format!("NOT VALID: {error}"),
     };
+    // A proof of equivocation has to hold by itself: the finder's signature proves nothing.
+    let proof = match &verified {
+        Ok(_) if purpose == Some(Purpose::Equivocation) => Some(
+            codec::decode::<Equivocation>(&envelope.payload, Purpose::Equivocation.limit())
+                .map_err(|error| error.to_string())
+                .and_then(|proof| proof.verify().map_err(|error| error.to_string())),
+        ),
+        _ => None,
+    };
+    let is_valid = verified.is_ok() && !matches!(proof, Some(Err(_)));
     let payload = match purpose.map(|purpose| payload_json(purpose, &envelope.payload)) {
         Some(Ok(payload)) => payload,
         Some(Err(error)) => json!({ "undecodable": error.to_string() }),
         None => json!({ "unknown_purpose": header.purpose }),
     };
-    let json = json!({ "id": id, "purpose": purpose, "verification": verification, "header": header, "payload": payload });
-    Ok(Inspected { json, is_valid: verified.is_ok() })
+    let mut json = json!({ "id": id, "purpose": purpose, "verification": verification, "header": header, "payload": payload });
+    if let Some(proof) = proof {
+        json["proof"] = match proof {
+            Ok((account, sequence, ids)) => json!({ "convicted": account, "sequence": sequence, "documents": ids }),
+            Err(why) => json!({ "proves_nothing": why }),
+        };
+    }
+    Ok(Inspected { json, is_valid })
 }
 
 #[cfg(test)]
@@ -86,5 +103,26 @@ mod tests {
         assert!(shown.json["verification"].as_str().unwrap().starts_with("NOT VALID"));
         assert_eq!(shown.exit(), Exit::Configuration);
         assert!(document(b"no envelope", 0).is_err());
+    }
+
+    #[test]
+    fn a_proof_of_equivocation_convicts_or_says_why_not() {
+        let context = Context { genesis: [1; 32], netuid: 24, run: RunId::NONE };
+        let (accused, finder) = (Ed25519Signer::from_seed([5; 32]), Ed25519Signer::from_seed([6; 32]));
+        let said = |root_version, sequence| {
+            let current = CurrentRun { root_version, root_digest: Digest::ZERO, run: RunId([2; 16]), manifest_digest: Digest::ZERO };
+            sign(&current, &context, &accused, sequence, 1_000)
+        };
+        let shown = |first: Vec<u8>, second: Vec<u8>| {
+            let proof = Equivocation { key: "current.qsr".into(), first, second };
+            document(&sign(&proof, &context, &finder, 1, 1_000), 2_000).unwrap()
+        };
+        let convicted = shown(said(1, 7), said(2, 7));
+        assert_eq!(convicted.json["proof"]["sequence"], 7);
+        assert_eq!(convicted.exit(), Exit::Done);
+        for nothing in [shown(said(1, 7), said(1, 7)), shown(said(1, 7), said(2, 8)), shown(said(1, 7), b"forged".to_vec())] {
+            assert!(nothing.json["proof"]["proves_nothing"].is_string(), "{}", nothing.json);
+            assert_eq!(nothing.exit(), Exit::Configuration);
+        }
     }
 }

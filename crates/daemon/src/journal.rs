@@ -211,6 +211,29 @@ impl Journal {
         Ok(loaded)
     }
 
+    /// Whether no input and no snapshot was ever stored.
+    ///
+    /// # Errors
+    /// See [`JournalError`].
+    pub fn is_empty(&self) -> Result<bool, JournalError> {
+        self.read(|transaction| {
+            let has_snapshot = transaction.open_table(VALUES)?.get(SNAPSHOT)?.is_some();
+            Ok(!has_snapshot && transaction.open_table(ENTRIES)?.first()?.is_none())
+        })
+    }
+
+    /// Puts the journal of a state directory aside, under a name that says when, for a fresh one to begin. Nothing is deleted.
+    ///
+    /// # Errors
+    /// See [`JournalError`].
+    pub fn set_aside(self, now_ms: u64) -> Result<PathBuf, JournalError> {
+        let Self { database, path, _lock } = self;
+        drop(database);
+        let aside = path.with_file_name(format!("journal-until-{now_ms}.redb"));
+        fs::rename(&path, &aside).map_err(|error| from_io(&path, &error))?;
+        Ok(aside)
+    }
+
     /// A value of the key/value table.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 
 pub mod clock;
 pub mod driver;
+pub mod evidence;
 pub mod exit;
 pub mod health;
 pub mod inspect;

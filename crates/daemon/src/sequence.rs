@@ -25,6 +25,19 @@ impl Sequence {
         Ok(Self { journal, key, last })
     }
 
+    /// No number below `floor` is given any more: somebody else may have used those.
+    ///
+    /// # Errors
+    /// The journal cannot be written.
+    pub fn raise(&self, floor: u64) -> Result<(), JournalError> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if floor > *last {
+            self.journal.put(&self.key, &floor.to_le_bytes())?;
+            *last = floor;
+        }
+        Ok(())
+    }
+
     /// The next number.
     ///
     /// # Errors
@@ -58,5 +71,9 @@ mod tests {
         drop(sequence);
         let sequence = Sequence::open(Arc::new(Journal::open(directory.path()).unwrap()), "progress").unwrap();
         assert_eq!(sequence.next(10).unwrap(), 201);
+        sequence.raise(150).unwrap();
+        assert_eq!(sequence.next(10).unwrap(), 202, "a floor never lowers");
+        sequence.raise(900).unwrap();
+        assert_eq!(sequence.next(10).unwrap(), 901);
     }
 }

@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let trainer = TrainerOptions {
                 device: "cuda:0".into(),
                 recompute: Some(has("recompute")),
-                offload: has("offload"),
+                offload: Some(has("offload")),
                 moments: if has("f32") { MomentType::F32 } else { MomentType::Bytes },
                 kernel_cache: rest.iter().find_map(|word| word.strip_prefix("cache=")).map(PathBuf::from),
                 ..TrainerOptions::default()

@@ -33,8 +33,14 @@ pub enum TrainError {
     State(#[from] StateError),
     #[error("device {device:?}: {reason}\nhint: use \"cpu\", or \"cuda:0\" with QUASAR_TORCH_CUDA_DIR naming a full torch installation")]
     Device { device: String, reason: String },
-    /// An error inside libtorch: out of memory, or a shape that should not occur.
-    #[error("libtorch: {0}\nhint: if this is about memory, use fewer rows per step or a device with more of it")]
+    /// Own kernels cannot be compiled or loaded.
+    #[error("own kernels: {0}\nhint: libtorch's operations compute the same, more slowly")]
+    Kernels(String),
+    /// Nothing has changed; the same call fails again unless less is asked for or more is there.
+    #[error("{place} has too little memory: {missing} bytes are missing\nhint: {advice}")]
+    OutOfMemory { place: &'static str, missing: u64, advice: String },
+    /// An error inside libtorch: a shape that should not occur, or a broken device.
+    #[error("libtorch: {0}\nhint: this is a bug or a broken installation; `nvidia-smi` says whether the GPU is well")]
     Torch(String),
     #[error("{path}: {source}")]
     Io { path: String, source: std::io::Error },

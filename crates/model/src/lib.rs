@@ -10,6 +10,7 @@
 mod adamw;
 mod config;
 mod error;
+mod exported;
 pub mod init;
 mod json;
 pub mod memory;
@@ -24,15 +25,16 @@ pub mod torch;
 
 pub use config::{Branch, ConfigError, QuasarConfig};
 pub use error::TrainError;
+pub use exported::Contribution;
 pub use init::InitError;
 pub use ranges::PlanRanges;
-pub use state::{StateError, TrainerState};
+pub use state::{StateError, TrainerState, check_state};
 pub use tensors::TensorEntry;
 pub use toy::{ToyTrainer, toy_contract, toy_plan};
 pub use train::{Batch, Evaluator, Hyper, Routes, StepReport, Trainer};
 
 #[cfg(feature = "libtorch")]
 pub use torch::{
-    ComputeType, EvaluatorOptions, Loss, MomentType, QuasarEvaluator, QuasarTrainer, TrainerOptions, checkpoint_loss, cuda_is_available,
-    load_cuda, tune_allocator,
+    ComputeType, EvaluatorOptions, GpuInfo, Loss, MomentType, QuasarEvaluator, QuasarTrainer, TORCH_VERSION, TrainerOptions,
+    checkpoint_loss, cuda_is_available, gpus, load_cuda, tune_allocator,
 };

@@ -29,6 +29,15 @@ pub struct Strategy {
     pub rows_per_pass: u64,
 }
 
+impl std::fmt::Display for Strategy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let moments = if self.byte_moments { "8-bit moments" } else { "f32 moments" };
+        let recompute = if self.recompute { ", recomputation" } else { "" };
+        let offload = if self.offload { ", optimizer state in the host's memory" } else { "" };
+        write!(f, "{moments}{recompute}{offload}, {} rows a pass", self.rows_per_pass)
+    }
+}
+
 /// Bytes of one strategy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
@@ -181,6 +190,29 @@ pub fn plan_pass(config: &QuasarConfig, rows: u64, row_tokens: u64, byte_moments
     list.into_iter().find(|plan| plan.peak_bytes <= bytes).unwrap_or(smallest)
 }
 
+/// What would fit after `missing` bytes were missing with `used`: the cheapest strategy that takes so much less, with at most `host_bytes`
+/// of pinned memory if there is such a one.
+pub fn advice(config: &QuasarConfig, rows: u64, row_tokens: u64, used: Strategy, missing: u64, host_bytes: u64) -> String {
+    const GIB: f64 = (1u64 << 30) as f64;
+    let budget = memory_of(config, row_tokens, used).peak_bytes.saturating_sub(missing.max(1));
+    let list = strategies(config, rows.max(1), row_tokens, false);
+    let mut fitting = list.iter().filter(|plan| plan.peak_bytes <= budget);
+    let gib = |bytes: u64| bytes as f64 / GIB;
+    match fitting.clone().find(|plan| plan.host_bytes <= host_bytes).or_else(|| fitting.next()) {
+        Some(plan) if plan.host_bytes > host_bytes => format!(
+            "this would fit: {} ({:.1} GiB of the GPU); allow {:.1} GiB of pinned host memory for it",
+            plan.strategy,
+            gib(plan.peak_bytes),
+            gib(plan.host_bytes)
+        ),
+        Some(plan) => format!("this would fit: {} ({:.1} GiB of the GPU)", plan.strategy, gib(plan.peak_bytes)),
+        None => {
+            let least = list.iter().map(|plan| plan.peak_bytes).min().unwrap_or_default();
+            format!("no way of saving memory is enough: the thriftiest takes {:.1} GiB of the GPU; use a larger one", gib(least))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -239,6 +271,19 @@ mod tests {
         assert!(strategy(42).recompute);
         assert_eq!(strategy(1).rows_per_pass, 1, "nothing fits: the smallest is tried");
         assert!(!plan_pass(&config, 32, 2048, false, true, 78 << 30).strategy.byte_moments);
+    }
+
+    #[test]
+    fn the_advice_names_the_cheapest_saving_that_makes_up_for_what_is_missing() {
+        let config = QuasarConfig::preview(20).unwrap();
+        let used = Strategy { byte_moments: true, recompute: false, offload: false, rows_per_pass: 8 };
+        let advise = |missing_gib: u64, host_gib: u64| advice(&config, 8, 2048, used, missing_gib << 30, host_gib << 30);
+        assert_eq!(advise(0, 0), advise(1, 0), "a text without a number asks for the next saving");
+        assert!(advise(1, 0).contains("8-bit moments, recomputation, 8 rows a pass ("), "{}", advise(1, 0));
+        let far = advise(60, 0);
+        assert!(far.contains("optimizer state in the host's memory") && far.contains("allow "), "{far}");
+        assert!(!advise(60, 100).contains("allow "));
+        assert!(advise(130, 100).starts_with("no way of saving memory is enough"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use protocol::{FragmentPlan, Slice};
 
-use crate::TrainError;
+use crate::{TrainError, TrainerState};
 
 /// Where a tensor lies in the flat buffer.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +76,11 @@ impl PlanRanges {
             return Err(TrainError::FragmentNotFinite { fragment });
         }
         Ok(ranges)
+    }
+
+    /// Checks that the exported fragments of a state are fragments of the plan.
+    pub fn check_exported(&self, state: &TrainerState) -> Result<(), TrainError> {
+        state.exported.iter().try_for_each(|(fragment, values)| self.check(usize::from(*fragment), values).map(drop))
     }
 
     /// Copies one fragment out of the flat buffer.

@@ -1,118 +1,394 @@
 //! The state of a trainer as bytes: what a miner writes before a segment that may be replayed, and reads after a restart.
 //!
 //! ```text
-//! "QTRS" | version u32 | step u64 | elements u64 | weights | first moments | second moments | BLAKE3 of all before
+//! "QTRS" | version u32 | step u64 | elements u64 | weights | moments | exported | BLAKE3 of all before
+//! moments  = runs that cover all elements in order, each of
+//!            0 | count u32                                                                        both moments are zero
+//!            1 | count u32 | first | second                                                       f32
+//!            2 | count u32 | phase u8 | scales of first, of second | codes of first, of second    8 bits, [`Run::Bytes`]
+//! exported = count u16 | { fragment u16 | values u64 | values } by ascending fragment
 //! ```
-//! Little-endian `f32` arrays of `elements` values each, in (fragment, slice) order.
+//! Little-endian; weights are `f32`, in (fragment, slice) order, and so are moments; then come the weights of those fragments that were
+//! exported and got no newer version since. States are written and read piece by piece ([`StateWriter`], [`StateReader`]), so that one that
+//! is larger than the memory passes through, and moments that are kept in 8 bits take 8 bits here: 6 bytes a parameter in all.
+
+use std::io::{self, Read, Write};
 
 use protocol::Digest;
 
 const MAGIC: [u8; 4] = *b"QTRS";
-const VERSION: u32 = 1;
+const VERSION: u32 = 3;
 const HEADER: usize = 24;
 const TRAILER: usize = 32;
+/// Most elements in a run, and values that are converted at a time.
+pub(crate) const RUN_MAX: usize = 1 << 24;
+/// Elements that share the scales of their 8-bit moments.
+pub(crate) const MOMENT_BLOCK: usize = 256;
+/// Bits of mantissa of the codes of both moments.
+const FIRST_MANTISSA: u32 = 3;
+const SECOND_MANTISSA: u32 = 4;
 
 /// Why bytes are not a trainer state.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error)]
 pub enum StateError {
     #[error(
         "not a trainer state of version {VERSION}\nhint: it was written by another program or version; start again from the run's fragments"
     )]
     Format,
     #[error(
-        "a trainer state for {expected} parameters must have {expected_bytes} bytes, got {found_bytes}\nhint: the file is truncated or belongs to another run; start again from the run's fragments"
+        "a trainer state for {expected} parameters holds {found}\nhint: the file is truncated or belongs to another run; start again from the run's fragments"
     )]
-    Length { expected: usize, expected_bytes: usize, found_bytes: usize },
+    Length { expected: usize, found: String },
     #[error("the trainer state is damaged: its digest does not match\nhint: start again from the run's fragments")]
     Digest,
     #[error("the trainer state holds a value that is not finite")]
     NotFinite,
+    #[error("the trainer state cannot be read or written: {0}")]
+    Io(#[from] io::Error),
 }
 
-/// Weights, both AdamW moments and the step count, in (fragment, slice) order.
+/// Moments of neighbouring elements.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Run {
+    Zero(usize),
+    Floats {
+        first: Vec<f32>,
+        second: Vec<f32>,
+    },
+    /// In blocks of 256 with a scale for each moment; the first element is number `phase` of its block. A code of the first moment has a
+    /// sign, 4 bits of exponent and 3 of mantissa, one of the second, which is the square of what is coded, 4 and 4.
+    Bytes {
+        phase: usize,
+        scales: [Vec<f32>; 2],
+        codes: [Vec<u8>; 2],
+    },
+}
+
+fn blocks(phase: usize, count: usize) -> usize {
+    (phase + count).div_ceil(MOMENT_BLOCK)
+}
+
+/// What a code without sign means, in units of the scale.
+fn code_value(mantissa_bits: u32, code: u32) -> f32 {
+    let (exponent, mantissa) = (code >> mantissa_bits, code & ((1 << mantissa_bits) - 1));
+    if exponent == 0 { mantissa as f32 } else { (((1 << mantissa_bits) + mantissa) << (exponent - 1)) as f32 }
+}
+
+impl Run {
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Zero(count) => *count,
+            Self::Floats { first, .. } => first.len(),
+            Self::Bytes { codes, .. } => codes[0].len(),
+        }
+    }
+
+    /// The first `count` elements and the rest.
+    pub fn split(self, count: usize) -> (Self, Self) {
+        match self {
+            Self::Zero(all) => (Self::Zero(count), Self::Zero(all - count)),
+            Self::Floats { mut first, mut second } => {
+                let rest = Self::Floats { first: first.split_off(count), second: second.split_off(count) };
+                (Self::Floats { first, second }, rest)
+            }
+            Self::Bytes { phase, scales, mut codes } => {
+                let (end, begin) = (blocks(phase, count), (phase + count) / MOMENT_BLOCK);
+                let rest = Self::Bytes {
+                    phase: (phase + count) % MOMENT_BLOCK,
+                    scales: scales.each_ref().map(|scales| scales[begin..].to_vec()),
+                    codes: codes.each_mut().map(|codes| codes.split_off(count)),
+                };
+                (Self::Bytes { phase, scales: scales.map(|scales| scales[..end].to_vec()), codes }, rest)
+            }
+        }
+    }
+
+    /// Both moments as numbers: the same that the device decodes.
+    pub fn decode(&self) -> (Vec<f32>, Vec<f32>) {
+        match self {
+            Self::Zero(count) => (vec![0.0; *count], vec![0.0; *count]),
+            Self::Floats { first, second } => (first.clone(), second.clone()),
+            Self::Bytes { phase, scales, codes } => {
+                let scale = |which: usize, n: usize| scales[which][(phase + n) / MOMENT_BLOCK];
+                let first = codes[0].iter().enumerate().map(|(n, code)| {
+                    let value = code_value(FIRST_MANTISSA, u32::from(code & 127)) * scale(0, n);
+                    if code & 128 == 0 { value } else { -value }
+                });
+                let second = codes[1].iter().enumerate().map(|(n, code)| {
+                    let root = code_value(SECOND_MANTISSA, u32::from(*code)) * scale(1, n);
+                    root * root
+                });
+                (first.collect(), second.collect())
+            }
+        }
+    }
+
+    fn is_finite(&self) -> bool {
+        let all = |values: &[f32]| values.iter().all(|value| value.is_finite());
+        match self {
+            Self::Zero(_) => true,
+            Self::Floats { first, second } => all(first) && all(second),
+            // No code is infinite, but a large scale makes one.
+            Self::Bytes { scales, .. } => scales.iter().flatten().all(|scale| (0.0..1e12).contains(scale)),
+        }
+    }
+}
+
+/// Writes a state piece by piece.
+pub(crate) struct StateWriter<'a> {
+    to: &'a mut dyn Write,
+    hasher: blake3::Hasher,
+}
+
+impl<'a> StateWriter<'a> {
+    pub fn new(to: &'a mut dyn Write, step: u64, elements: usize) -> Result<Self, StateError> {
+        let mut header = [0; HEADER];
+        header[..4].copy_from_slice(&MAGIC);
+        header[4..8].copy_from_slice(&VERSION.to_le_bytes());
+        header[8..16].copy_from_slice(&step.to_le_bytes());
+        header[16..].copy_from_slice(&(elements as u64).to_le_bytes());
+        let mut writer = Self { to, hasher: blake3::Hasher::new() };
+        writer.bytes(&header)?;
+        Ok(writer)
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        self.hasher.update_rayon(bytes);
+        Ok(self.to.write_all(bytes)?)
+    }
+
+    /// The next weights; all of them come before the first run.
+    pub fn weights(&mut self, values: &[f32]) -> Result<(), StateError> {
+        values.chunks(RUN_MAX).try_for_each(|values| self.bytes(&little_endian(values)))
+    }
+
+    /// The moments of the next elements.
+    pub fn run(&mut self, run: &Run) -> Result<(), StateError> {
+        let kind = match run {
+            Run::Zero(_) => 0,
+            Run::Floats { .. } => 1,
+            Run::Bytes { .. } => 2,
+        };
+        self.bytes(&[kind])?;
+        self.bytes(&(run.len() as u32).to_le_bytes())?;
+        match run {
+            Run::Zero(_) => Ok(()),
+            Run::Floats { first, second } => [first, second].into_iter().try_for_each(|values| self.bytes(&little_endian(values))),
+            Run::Bytes { phase, scales, codes } => {
+                self.bytes(&[*phase as u8])?;
+                scales.iter().try_for_each(|scales| self.bytes(&little_endian(scales)))?;
+                codes.iter().try_for_each(|codes| self.bytes(codes))
+            }
+        }
+    }
+
+    /// The weights of exported fragments, and the end.
+    pub fn finish(mut self, exported: &[(u16, &[f32])]) -> Result<Digest, StateError> {
+        self.bytes(&(exported.len() as u16).to_le_bytes())?;
+        for (fragment, values) in exported {
+            self.bytes(&fragment.to_le_bytes())?;
+            self.bytes(&(values.len() as u64).to_le_bytes())?;
+            self.weights(values)?;
+        }
+        let digest = *self.hasher.finalize().as_bytes();
+        self.to.write_all(&digest)?;
+        Ok(Digest(digest))
+    }
+}
+
+/// Reads a state piece by piece. What it gave is certain only once [`StateReader::finish`] found the digest right.
+pub(crate) struct StateReader<'a> {
+    from: &'a mut dyn Read,
+    hasher: blake3::Hasher,
+    elements: usize,
+    pub step: u64,
+    /// Elements whose moments were read.
+    covered: usize,
+}
+
+impl<'a> StateReader<'a> {
+    /// A state for a model with `elements` parameters.
+    pub fn new(from: &'a mut dyn Read, elements: usize) -> Result<Self, StateError> {
+        let mut reader = Self { from, hasher: blake3::Hasher::new(), elements, step: 0, covered: 0 };
+        let header = reader.bytes(HEADER).map_err(|_| StateError::Format)?;
+        let word = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"));
+        if header[..4] != MAGIC || header[4..8] != VERSION.to_le_bytes() {
+            return Err(StateError::Format);
+        }
+        reader.step = word(8);
+        if word(16) != elements as u64 {
+            return Err(reader.wrong(format!("{} of them", word(16))));
+        }
+        Ok(reader)
+    }
+
+    fn wrong(&self, found: impl Into<String>) -> StateError {
+        StateError::Length { expected: self.elements, found: found.into() }
+    }
+
+    fn bytes(&mut self, count: usize) -> Result<Vec<u8>, StateError> {
+        let mut bytes = vec![0; count];
+        match self.from.read_exact(&mut bytes) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(self.wrong("less")),
+            Err(error) => return Err(error.into()),
+        }
+        self.hasher.update_rayon(&bytes);
+        Ok(bytes)
+    }
+
+    /// The next weights: `count` of them, at most [`RUN_MAX`].
+    pub fn weights(&mut self, count: usize) -> Result<Vec<f32>, StateError> {
+        let values = floats(&self.bytes(4 * count)?);
+        if values.iter().all(|value| value.is_finite()) { Ok(values) } else { Err(StateError::NotFinite) }
+    }
+
+    /// The next run of moments; `None` after the last element.
+    pub fn run(&mut self) -> Result<Option<Run>, StateError> {
+        if self.covered == self.elements {
+            return Ok(None);
+        }
+        let head = self.bytes(5)?;
+        let count = u32::from_le_bytes(head[1..].try_into().expect("four bytes")) as usize;
+        let is_bounded = head[0] == 0 || count <= RUN_MAX;
+        if count == 0 || !is_bounded || count > self.elements - self.covered {
+            return Err(self.wrong(format!("a run of {count}")));
+        }
+        self.covered += count;
+        let run = match head[0] {
+            0 => Run::Zero(count),
+            1 => Run::Floats { first: floats(&self.bytes(4 * count)?), second: floats(&self.bytes(4 * count)?) },
+            2 => {
+                let phase = usize::from(self.bytes(1)?[0]);
+                let mut scales = || Ok::<_, StateError>(floats(&self.bytes(4 * blocks(phase, count))?));
+                let scales = [scales()?, scales()?];
+                Run::Bytes { phase, scales, codes: [self.bytes(count)?, self.bytes(count)?] }
+            }
+            kind => return Err(self.wrong(format!("moments of kind {kind}"))),
+        };
+        if run.is_finite() { Ok(Some(run)) } else { Err(StateError::NotFinite) }
+    }
+
+    /// The weights of exported fragments, and the end: the digest must be right and nothing may follow.
+    pub fn finish(mut self) -> Result<Vec<(u16, Vec<f32>)>, StateError> {
+        let count = self.bytes(2)?;
+        let mut exported: Vec<(u16, Vec<f32>)> = Vec::new();
+        let mut left = self.elements;
+        for _ in 0..u16::from_le_bytes([count[0], count[1]]) {
+            let head = self.bytes(10)?;
+            let fragment = u16::from_le_bytes([head[0], head[1]]);
+            let count = u64::from_le_bytes(head[2..].try_into().expect("eight bytes"));
+            let count = usize::try_from(count).ok().filter(|count| *count <= left).ok_or_else(|| self.wrong("more exported weights"))?;
+            if exported.last().is_some_and(|(last, _)| *last >= fragment) {
+                return Err(self.wrong("exported fragments in another order"));
+            }
+            left -= count;
+            let mut values = Vec::new();
+            while values.len() < count {
+                values.extend(self.weights(RUN_MAX.min(count - values.len()))?);
+            }
+            exported.push((fragment, values));
+        }
+        let digest = *self.hasher.finalize().as_bytes();
+        let mut trailer = [0; TRAILER];
+        self.from.read_exact(&mut trailer).map_err(|_| StateError::Digest)?;
+        if trailer != digest {
+            return Err(StateError::Digest);
+        }
+        match self.from.read(&mut [0])? {
+            0 => Ok(exported),
+            _ => Err(self.wrong("more")),
+        }
+    }
+}
+
+/// Weights, both AdamW moments and the step count, in (fragment, slice) order; and the weights of exported fragments.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TrainerState {
     pub step: u64,
     pub weights: Vec<f32>,
     pub first: Vec<f32>,
     pub second: Vec<f32>,
+    /// Fragments that were exported and got no newer version since, as they were then; ascending.
+    pub exported: Vec<(u16, Vec<f32>)>,
 }
 
 impl TrainerState {
-    fn header(&self) -> [u8; HEADER] {
-        let mut header = [0; HEADER];
-        header[..4].copy_from_slice(&MAGIC);
-        header[4..8].copy_from_slice(&VERSION.to_le_bytes());
-        header[8..16].copy_from_slice(&self.step.to_le_bytes());
-        header[16..].copy_from_slice(&(self.weights.len() as u64).to_le_bytes());
-        header
-    }
-
-    fn hash(&self) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&self.header());
-        for values in [&self.weights, &self.first, &self.second] {
-            hasher.update_rayon(&little_endian(values));
-        }
-        hasher.finalize()
-    }
-
-    /// BLAKE3 of header and arrays: equal for equal states, whatever machine holds them.
+    /// BLAKE3 of all that [`TrainerState::write`] writes before it: equal for equal states, whatever machine holds them.
     pub fn digest(&self) -> Digest {
-        Digest(*self.hash().as_bytes())
+        self.write(&mut io::sink()).unwrap_or(Digest::ZERO) // a sink takes everything
+    }
+
+    /// Writes the state; gives the digest that ends it.
+    pub fn write(&self, to: &mut dyn Write) -> Result<Digest, StateError> {
+        let mut writer = StateWriter::new(to, self.step, self.weights.len())?;
+        writer.weights(&self.weights)?;
+        for (first, second) in self.first.chunks(RUN_MAX).zip(self.second.chunks(RUN_MAX)) {
+            writer.run(&Run::Floats { first: first.to_vec(), second: second.to_vec() })?;
+        }
+        let exported: Vec<(u16, &[f32])> = self.exported.iter().map(|(fragment, values)| (*fragment, values.as_slice())).collect();
+        writer.finish(&exported)
     }
 
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER + 12 * self.weights.len() + TRAILER);
-        bytes.extend_from_slice(&self.header());
-        for values in [&self.weights, &self.first, &self.second] {
-            bytes.extend_from_slice(&little_endian(values));
-        }
-        bytes.extend_from_slice(self.hash().as_bytes());
+        let _ = self.write(&mut bytes); // memory takes everything
         bytes
     }
 
-    /// Bytes of the state of a model with `elements` parameters; the limit to read up to.
-    pub fn bytes_for(elements: usize) -> usize {
-        HEADER + 12 * elements + TRAILER
-    }
-
     /// Reads a state for a model with `elements` parameters. Length, digest and finiteness are checked.
-    pub fn from_bytes(bytes: &[u8], elements: usize) -> Result<Self, StateError> {
-        let expected_bytes = Self::bytes_for(elements);
-        if bytes.len() < HEADER || bytes[..4] != MAGIC || bytes[4..8] != VERSION.to_le_bytes() {
-            return Err(StateError::Format);
+    pub fn read(from: &mut dyn Read, elements: usize) -> Result<Self, StateError> {
+        let mut reader = StateReader::new(from, elements)?;
+        let mut state = Self { step: reader.step, ..Self::default() };
+        while state.weights.len() < elements {
+            state.weights.extend(reader.weights(RUN_MAX.min(elements - state.weights.len()))?);
         }
-        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
-        if bytes.len() != expected_bytes || word(16) != elements as u64 {
-            return Err(StateError::Length { expected: elements, expected_bytes, found_bytes: bytes.len() });
+        while let Some(run) = reader.run()? {
+            let (first, second) = run.decode();
+            state.first.extend(first);
+            state.second.extend(second);
         }
-        let (body, trailer) = bytes.split_at(bytes.len() - TRAILER);
-        if blake3::Hasher::new().update_rayon(body).finalize() != blake3::Hash::from_slice(trailer).map_err(|_| StateError::Digest)? {
-            return Err(StateError::Digest);
-        }
-        let array = |n: usize| -> Vec<f32> {
-            let (four, _) = body[HEADER + 4 * n * elements..][..4 * elements].as_chunks::<4>();
-            four.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
-        };
-        let state = Self { step: word(8), weights: array(0), first: array(1), second: array(2) };
-        state.check(elements)?;
+        state.exported = reader.finish()?;
         Ok(state)
     }
 
-    /// Checks that the arrays belong to a model with `elements` parameters and hold finite values.
-    pub fn check(&self, elements: usize) -> Result<(), StateError> {
-        for values in [&self.weights, &self.first, &self.second] {
-            if values.len() != elements {
-                let (expected_bytes, found_bytes) = (4 * elements, 4 * values.len());
-                return Err(StateError::Length { expected: elements, expected_bytes, found_bytes });
-            }
-            if !values.iter().all(|value| value.is_finite()) {
-                return Err(StateError::NotFinite);
-            }
-        }
-        Ok(())
+    /// As [`TrainerState::read`], from memory.
+    pub fn from_bytes(mut bytes: &[u8], elements: usize) -> Result<Self, StateError> {
+        Self::read(&mut bytes, elements)
     }
+
+    /// Checks that the arrays belong to a model with `elements` parameters and hold finite values, and that exported fragments are
+    /// different ones. That each has its fragment's length is checked by the trainer, which knows the plan.
+    pub fn check(&self, elements: usize) -> Result<(), StateError> {
+        let length = |found: usize| StateError::Length { expected: elements, found: format!("{found} of them") };
+        let arrays = [&self.weights, &self.first, &self.second];
+        if let Some(other) = arrays.iter().find(|values| values.len() != elements) {
+            return Err(length(other.len()));
+        }
+        let exported = self.exported.iter().map(|(_, values)| values);
+        let sum = exported.clone().map(Vec::len).sum();
+        if sum > elements || !self.exported.is_sorted_by(|a, b| a.0 < b.0) {
+            return Err(length(sum));
+        }
+        let is_finite = arrays.into_iter().chain(exported).flatten().all(|value| value.is_finite());
+        if is_finite { Ok(()) } else { Err(StateError::NotFinite) }
+    }
+}
+
+/// Reads a state to its end and throws it away: whether it is whole and fits a model with `elements` parameters.
+pub fn check_state(from: &mut dyn Read, elements: usize) -> Result<(), StateError> {
+    let mut reader = StateReader::new(from, elements)?;
+    let mut left = elements;
+    while left > 0 {
+        left -= reader.weights(RUN_MAX.min(left))?.len();
+    }
+    while reader.run()?.is_some() {}
+    reader.finish().map(drop)
+}
+
+/// Whole little-endian words.
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four)).collect()
 }
 
 #[cfg(target_endian = "little")]
@@ -130,13 +406,18 @@ mod tests {
     use super::*;
 
     fn state() -> TrainerState {
-        TrainerState { step: 7, weights: vec![1.0, -2.5, 3.0], first: vec![0.1, 0.2, 0.3], second: vec![0.0, 1e-30, 4.0] }
+        TrainerState {
+            step: 7,
+            weights: vec![1.0, -2.5, 3.0],
+            first: vec![0.1, 0.2, 0.3],
+            second: vec![0.0, 1e-30, 4.0],
+            exported: vec![(2, vec![1.5]), (5, vec![2.5, 0.5])],
+        }
     }
 
     #[test]
     fn a_state_survives_the_way_through_bytes() {
         let bytes = state().to_bytes();
-        assert_eq!(bytes.len(), TrainerState::bytes_for(3));
         assert_eq!(TrainerState::from_bytes(&bytes, 3).unwrap(), state());
         assert_eq!(bytes[bytes.len() - TRAILER..], state().digest().0);
     }
@@ -152,7 +433,64 @@ mod tests {
         }
         assert!(matches!(TrainerState::from_bytes(&bytes, 4), Err(StateError::Length { .. })));
         let unsound = TrainerState { weights: vec![f32::NAN, 0.0, 0.0], ..state() };
-        assert_eq!(TrainerState::from_bytes(&unsound.to_bytes(), 3), Err(StateError::NotFinite));
+        let is_not_finite = |state: &TrainerState| matches!(TrainerState::from_bytes(&state.to_bytes(), 3), Err(StateError::NotFinite));
+        assert!(is_not_finite(&unsound));
+        for exported in [vec![(5, vec![1.0]), (2, vec![1.0])], vec![(2, vec![1.0]); 2], vec![(2, vec![1.0; 4])]] {
+            let unsound = TrainerState { exported, ..state() };
+            assert!(matches!(TrainerState::from_bytes(&unsound.to_bytes(), 3), Err(StateError::Length { .. })));
+        }
+        let unsound = TrainerState { exported: vec![(2, vec![f32::INFINITY])], ..state() };
+        assert!(is_not_finite(&unsound));
+        let mut more = bytes;
+        more.push(0);
+        assert!(TrainerState::from_bytes(&more, 3).is_err());
+    }
+
+    /// 700 elements of which the first is number 100 of its block.
+    fn bytes() -> Run {
+        let codes = |factor: usize| (0..700).map(|n| (n * factor % 251) as u8).collect();
+        Run::Bytes { phase: 100, scales: [vec![1e-6, 2e-6, 3e-6, 4e-6], vec![1e-5, 2e-5, 3e-5, 4e-5]], codes: [codes(7), codes(13)] }
+    }
+
+    #[test]
+    fn moments_in_8_bits_take_8_bits_and_mean_the_same_wherever_they_are_cut() {
+        let (first, second) = bytes().decode();
+        // Code 7 * 19 = 133 of element 19: minus 5 units; 13 * 20 = 260 - 251 = 9 units, squared; element 200 lies in the second block.
+        let root = 9.0 * 1e-5f32;
+        assert_eq!((first[19], second[20]), (-5.0 * 1e-6f32, root * root));
+        let code = (200 * 7 % 251) as u32;
+        assert_eq!(first[200].abs(), code_value(FIRST_MANTISSA, code & 127) * 2e-6);
+        for at in [1, 155, 156, 157, 411, 412, 413, 699] {
+            let (one, two) = bytes().split(at);
+            assert_eq!((one.len(), two.len()), (at, 700 - at));
+            let (mut a, mut b) = one.decode();
+            let (c, d) = two.decode();
+            a.extend(c);
+            b.extend(d);
+            assert_eq!((&a, &b), (&first, &second), "cut at {at}");
+        }
+        let mut file = Vec::new();
+        let mut writer = StateWriter::new(&mut file, 5, 703).unwrap();
+        writer.weights(&vec![0.5; 703]).unwrap();
+        writer.run(&Run::Zero(3)).unwrap();
+        writer.run(&bytes()).unwrap();
+        let digest = writer.finish(&[]).unwrap();
+        assert!(file.len() < HEADER + 6 * 703 + 2 * 4 * 4 + TRAILER + 20, "{} bytes", file.len());
+        assert_eq!(file[file.len() - TRAILER..], digest.0);
+        check_state(&mut file.as_slice(), 703).unwrap();
+        let state = TrainerState::from_bytes(&file, 703).unwrap();
+        assert_eq!((state.step, &state.first[3..], &state.second[..3]), (5, &first[..], &[0.0; 3][..]));
+        for at in 0..file.len() {
+            let mut changed = file.clone();
+            changed[at] ^= 4;
+            assert!(check_state(&mut changed.as_slice(), 703).is_err(), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn codes_mean_what_the_device_takes_them_for() {
+        assert_eq!((code_value(3, 127), code_value(4, 255)), (245_760.0, 507_904.0));
+        assert_eq!((code_value(3, 7), code_value(3, 8), code_value(3, 15), code_value(3, 16)), (7.0, 8.0, 15.0, 16.0));
     }
 
     #[test]
@@ -162,6 +500,8 @@ mod tests {
             TrainerState { weights: vec![1.0, -2.5, 3.5], ..state() },
             TrainerState { first: vec![0.1, 0.2, 0.4], ..state() },
             TrainerState { second: vec![0.0, 1e-30, 5.0], ..state() },
+            TrainerState { exported: vec![(2, vec![1.5]), (6, vec![2.5, 0.5])], ..state() },
+            TrainerState { exported: vec![(2, vec![1.5])], ..state() },
         ];
         assert!(parts.iter().all(|other| other.digest() != state().digest()));
     }

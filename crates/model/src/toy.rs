@@ -10,8 +10,9 @@ use fragments::{Contract, TensorSpec};
 use protocol::{DType, FragmentPlan, MergeRule, Slice};
 
 use crate::adamw::{self, Buffers};
+use crate::exported::Exported;
 use crate::ranges::Place;
-use crate::{Batch, Evaluator, Hyper, PlanRanges, Routes, StepReport, TrainError, Trainer, TrainerState};
+use crate::{Batch, Contribution, Evaluator, Hyper, PlanRanges, Routes, StepReport, TrainError, Trainer, TrainerState};
 
 /// Token classes of the toy model.
 pub const CLASSES: usize = 32;
@@ -68,6 +69,7 @@ pub struct ToyTrainer {
     weights: Vec<f32>,
     first: Vec<f32>,
     second: Vec<f32>,
+    exported: Exported,
 }
 
 impl ToyTrainer {
@@ -75,7 +77,8 @@ impl ToyTrainer {
     pub fn new(plan: FragmentPlan, seed: u64) -> Result<Self, TrainError> {
         let ranges = PlanRanges::new(&plan, ELEMENTS, place)?;
         let weights = crate::init::uniform(seed, "toy", ELEMENTS, 0.1);
-        Ok(Self { plan, ranges, step: 0, weights, first: vec![0.0; ELEMENTS], second: vec![0.0; ELEMENTS] })
+        let (first, second) = (vec![0.0; ELEMENTS], vec![0.0; ELEMENTS]);
+        Ok(Self { plan, ranges, step: 0, weights, first, second, exported: Exported::default() })
     }
 
     /// Mean loss of a row, in nats; adds its gradient times `scale` to `gradient`.
@@ -126,8 +129,18 @@ impl Trainer for ToyTrainer {
         self.ranges.export(fragment, &self.weights)
     }
 
+    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError> {
+        let values = Contribution::from(self.export(fragment)?);
+        self.exported.put(fragment, values.clone());
+        Ok(values)
+    }
+
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError> {
-        self.ranges.import(fragment, values, &mut self.weights)
+        self.ranges.check(fragment, values)?;
+        let values = self.exported.carried(fragment, values, || self.export(fragment))?;
+        self.ranges.import(fragment, &values, &mut self.weights)?;
+        self.exported.forget(fragment);
+        Ok(())
     }
 
     fn steps(&self) -> u64 {
@@ -136,13 +149,15 @@ impl Trainer for ToyTrainer {
 
     fn state(&self) -> Result<TrainerState, TrainError> {
         let [weights, first, second] = [&self.weights, &self.first, &self.second].map(|buffer| self.ranges.to_plan_order(buffer));
-        Ok(TrainerState { step: self.step, weights, first, second })
+        Ok(TrainerState { step: self.step, weights, first, second, exported: self.exported.to_state()? })
     }
 
     fn restore(&mut self, state: &TrainerState) -> Result<(), TrainError> {
         state.check(ELEMENTS)?;
+        self.ranges.check_exported(state)?;
         let [weights, first, second] = [&state.weights, &state.first, &state.second].map(|values| self.ranges.from_plan_order(values));
-        *self = Self { step: state.step, weights, first, second, plan: self.plan.clone(), ranges: self.ranges.clone() };
+        let exported = Exported::from_state(&state.exported);
+        *self = Self { step: state.step, weights, first, second, exported, plan: self.plan.clone(), ranges: self.ranges.clone() };
         Ok(())
     }
 }
@@ -197,6 +212,25 @@ mod tests {
             Trainer::apply(&mut three, fragment, &one.export(fragment).unwrap()).unwrap();
         }
         assert_eq!(three.state().unwrap().weights, one.state().unwrap().weights);
+    }
+
+    #[test]
+    fn what_the_toy_trained_since_it_contributed_is_carried_into_the_next_version() {
+        let tokens = tokens();
+        let batch = Batch { tokens: &tokens, rows: 4, row_tokens: 16 };
+        let mut toy = ToyTrainer::new(toy_plan(3), 1).unwrap();
+        let exported = toy.contribute(1).unwrap().values().unwrap().to_vec();
+        toy.step(&batch, &Hyper::default(), None, false).unwrap();
+        let mut again = ToyTrainer::new(toy_plan(3), 2).unwrap();
+        again.restore(&toy.state().unwrap()).unwrap();
+        let (trained, version) = (toy.export(1).unwrap(), vec![0.25; exported.len()]);
+        let expected: Vec<f32> = trained.iter().zip(&exported).map(|(now, then)| 0.25 + (now - then)).collect();
+        for learner in [&mut toy, &mut again] {
+            Trainer::apply(learner, 1, &version).unwrap();
+            assert_eq!(learner.export(1).unwrap(), expected);
+            Trainer::apply(learner, 1, &version).unwrap();
+            assert_eq!(learner.export(1).unwrap(), version);
+        }
     }
 
     #[test]

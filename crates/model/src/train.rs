@@ -3,11 +3,12 @@
 //! Both exchange parameters with the rest of the system as *fragments*: flat `f32` buffers in the order of the run's
 //! [`FragmentPlan`] (fragment, then slice, then element).
 
+use std::io::{Read, Write};
 use std::ops::Range;
 
-use protocol::FragmentPlan;
+use protocol::{Digest, FragmentPlan};
 
-use crate::{QuasarConfig, TrainError, TrainerState};
+use crate::{Contribution, QuasarConfig, TrainError, TrainerState};
 
 /// Token rows of equal length, one after the other. Rows are independent sequences that begin at position 0.
 #[derive(Clone, Copy, Debug)]
@@ -177,7 +178,12 @@ pub trait Trainer: Send {
     /// The weights of a fragment, in slice order.
     fn export(&self, fragment: usize) -> Result<Vec<f32>, TrainError>;
 
-    /// Overwrites the weights of a fragment; optimizer moments stay.
+    /// As [`Trainer::export`], and remembers them as exported until a version is applied. A device may copy them to the host while it takes
+    /// the next step.
+    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError>;
+
+    /// A new version of a fragment: its weights become `values`, plus what was trained since they were last exported by
+    /// [`Trainer::contribute`], if that is after the version before. Optimizer moments stay.
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError>;
 
     /// Optimizer steps taken.
@@ -188,6 +194,19 @@ pub trait Trainer: Send {
 
     /// Goes back to a state that [`Trainer::state`] gave.
     fn restore(&mut self, state: &TrainerState) -> Result<(), TrainError>;
+
+    /// Writes the state piece by piece, moments as they are kept; gives the digest that ends it.
+    fn save(&self, to: &mut dyn Write) -> Result<Digest, TrainError> {
+        Ok(self.state()?.write(to)?)
+    }
+
+    /// Goes back to what [`Trainer::save`] wrote and [`crate::check_state`] found whole, except that nothing counts as exported. After an
+    /// error the trainer's state is undefined.
+    fn load(&mut self, from: &mut dyn Read) -> Result<(), TrainError> {
+        let mut state = TrainerState::read(from, self.plan().total_elements() as usize)?;
+        state.exported.clear();
+        self.restore(&state)
+    }
 }
 
 /// A judge: weights without an optimizer.

@@ -117,6 +117,30 @@ fn a_restored_state_continues_bit_for_bit() {
 }
 
 #[test]
+fn a_learner_keeps_what_it_trained_since_it_contributed() {
+    let mut one = trainer(fresh(9).path());
+    let exported = one.contribute(0).unwrap().values().unwrap().to_vec();
+    one.step(&batch(&rows(1)), &Hyper::default(), None, false).unwrap();
+    let state = one.state().unwrap();
+    assert_eq!(state.exported, [(0, exported.clone())]);
+    let mut two = trainer(fresh(10).path());
+    two.restore(&TrainerState::from_bytes(&state.to_bytes(), one.plan().total_elements() as usize).unwrap()).unwrap();
+    let version: Vec<f32> = exported.iter().map(|value| value * 0.5).collect();
+    let trained = one.export(0).unwrap();
+    for learner in [&mut one, &mut two] {
+        Trainer::apply(learner, 0, &version).unwrap();
+        let expected: Vec<f32> = version.iter().zip(&trained).zip(&exported).map(|((new, now), then)| new + (now - then)).collect();
+        assert_eq!(learner.export(0).unwrap(), expected);
+        Trainer::apply(learner, 0, &version).unwrap();
+        assert_eq!(learner.export(0).unwrap(), version, "the next version without a contribution is taken as it is");
+    }
+    for exported in [vec![(0, vec![0.0; 3])], vec![(99, vec![0.0; 3])]] {
+        assert!(two.restore(&TrainerState { exported, ..state.clone() }).is_err());
+    }
+    assert_eq!(one.state().unwrap(), two.state().unwrap());
+}
+
+#[test]
 fn fragments_carry_weights_but_not_moments_and_equal_the_checkpoint() {
     let folder = fresh(7);
     let tree = fragments::CheckpointTree::open(folder.path()).unwrap();
@@ -407,4 +431,26 @@ fn documents_in_a_row_are_trained_as_if_each_had_a_row_of_its_own() {
     let routes = learner.step(&batch, &zero, None, true).unwrap().routes.unwrap();
     let again = learner.step(&batch, &zero, Some(&routes), true).unwrap();
     assert_eq!((again.loss, again.routes.unwrap()), (learner.step(&batch, &zero, None, true).unwrap().loss, routes));
+}
+
+#[test]
+fn a_saved_state_is_the_state_piece_by_piece() {
+    let mut one = trainer(fresh(9).path());
+    one.contribute(1).unwrap();
+    one.step(&batch(&rows(1)), &Hyper::default(), None, false).unwrap();
+    let elements = one.plan().total_elements() as usize;
+    let mut file = Vec::new();
+    let digest = one.save(&mut file).unwrap();
+    assert_eq!(file[file.len() - 32..], digest.0);
+    quasar_model::check_state(&mut file.as_slice(), elements).unwrap();
+    assert_eq!(bits(&TrainerState::from_bytes(&file, elements).unwrap()), bits(&one.state().unwrap()));
+    let mut two = trainer(fresh(10).path());
+    two.load(&mut file.as_slice()).unwrap();
+    let state = TrainerState { exported: Vec::new(), ..one.state().unwrap() };
+    assert_eq!(bits(&two.state().unwrap()), bits(&state), "nothing counts as exported");
+    // The dense form, which other trainers write, is read as well.
+    two = trainer(fresh(11).path());
+    two.load(&mut state.to_bytes().as_slice()).unwrap();
+    assert_eq!(bits(&two.state().unwrap()), bits(&state));
+    assert!(two.load(&mut &file[..file.len() - 1]).is_err());
 }

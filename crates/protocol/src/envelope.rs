@@ -90,10 +90,13 @@ pub enum Purpose {
     Scores = 20,
     ShardManifest = 21,
     Tape = 22,
+    WriterLease = 23,
+    Order = 24,
+    Equivocation = 25,
 }
 
 impl Purpose {
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 25] = [
         Self::RunRoot,
         Self::CurrentRun,
         Self::RunManifest,
@@ -116,6 +119,9 @@ impl Purpose {
         Self::Scores,
         Self::ShardManifest,
         Self::Tape,
+        Self::WriterLease,
+        Self::Order,
+        Self::Equivocation,
     ];
 
     pub fn from_number(number: u16) -> Option<Self> {
@@ -126,9 +132,9 @@ impl Purpose {
     pub const fn limit(self) -> usize {
         match self {
             Self::Progress => 4096,
-            Self::LogHead => 4 << 10,
+            Self::LogHead | Self::WriterLease | Self::Order => 4 << 10,
             Self::CurrentRun => 16 << 10,
-            Self::RunManifest => 256 << 10,
+            Self::RunManifest | Self::Equivocation => 256 << 10,
             Self::CatalogPage | Self::StandingGrants | Self::MergeManifest | Self::Release | Self::ShardManifest | Self::Tape => 1 << 20,
             Self::Plan => 4 << 20,
             Self::RunRoot
@@ -233,6 +239,9 @@ pub enum Expect<'a> {
     Key(&'a KeyRef),
     /// This account, under either kind of key.
     Account(&'a AccountId),
+    /// One of these keys, newest first: for documents that were signed before a key was rotated, and that a digest or their
+    /// write-once key ties down.
+    Any(&'a [KeyRef]),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -267,6 +276,10 @@ pub enum EnvelopeError {
     Replayed { got: u64, seen: u64 },
     #[error("{0}\nhint: the document was changed after it was signed")]
     Signature(SignatureError),
+    #[error(
+        "two different documents with sequence {sequence} are signed by {signer}\nhint: keep both files: together they prove it, whoever reads them"
+    )]
+    Equivocation { signer: AccountId, sequence: u64 },
 }
 
 /// A document whose envelope passed every check.
@@ -375,6 +388,7 @@ fn open_inner<D: Document>(bytes: &[u8], context: &Context, expect: Expect<'_>, 
     let (matches, expected) = match expect {
         Expect::Key(key) => (header.signer == *key, key.account()),
         Expect::Account(account) => (header.signer.account() == *account, *account),
+        Expect::Any(keys) => (keys.contains(&header.signer), keys.first().map_or(AccountId([0; 32]), KeyRef::account)),
     };
     if !matches {
         return Err(EnvelopeError::Signer { got: header.signer.account(), expected });
@@ -397,22 +411,26 @@ fn open_inner<D: Document>(bytes: &[u8], context: &Context, expect: Expect<'_>, 
     Ok(Verified { document, header, id })
 }
 
-/// Highest sequence seen for each mutable key; a reader persists it and refuses anything older.
+/// Highest sequence seen for each mutable key, and the document that had it; a reader persists it and refuses anything older,
+/// and anything else with the same sequence.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct SequenceGuard {
-    seen: std::collections::BTreeMap<String, u64>,
+    seen: std::collections::BTreeMap<String, (u64, Digest)>,
 }
 
 impl SequenceGuard {
-    /// Accepts a document read from `key` unless its sequence is below one already seen there. Reading the same document
-    /// again is not a replay.
-    pub fn accept(&mut self, key: &str, header: &Header) -> Result<(), EnvelopeError> {
+    /// Accepts the document `id` read from `key` unless its sequence is below one already seen there, or its signer gave the same
+    /// sequence to another document. Reading the same document again is not a replay.
+    pub fn accept(&mut self, key: &str, header: &Header, id: &Digest) -> Result<(), EnvelopeError> {
         let entry = format!("{}/{}/{key}", header.signer.account(), header.purpose);
-        let seen = self.seen.entry(entry).or_default();
+        let (seen, document) = self.seen.entry(entry).or_insert((header.sequence, *id));
         if header.sequence < *seen {
             return Err(EnvelopeError::Replayed { got: header.sequence, seen: *seen });
         }
-        *seen = header.sequence;
+        if header.sequence == *seen && document != id {
+            return Err(EnvelopeError::Equivocation { signer: header.signer.account(), sequence: *seen });
+        }
+        (*seen, *document) = (header.sequence, *id);
         Ok(())
     }
 }
@@ -502,10 +520,13 @@ mod tests {
     fn an_older_sequence_is_a_replay_and_the_same_document_again_is_not() {
         let mut guard = SequenceGuard::default();
         let header = |sequence| header_for::<CurrentRun>(&context(), signer().key(), sequence, NOW);
-        guard.accept("current", &header(5)).unwrap();
-        guard.accept("current", &header(5)).unwrap();
-        guard.accept("other", &header(1)).unwrap();
-        assert_eq!(guard.accept("current", &header(4)), Err(EnvelopeError::Replayed { got: 4, seen: 5 }));
+        let (one, other) = (Digest::blake3(b"one"), Digest::blake3(b"other"));
+        guard.accept("current", &header(5), &one).unwrap();
+        guard.accept("current", &header(5), &one).unwrap();
+        guard.accept("other", &header(1), &other).unwrap();
+        let signer = signer().key().account();
+        assert_eq!(guard.accept("current", &header(5), &other), Err(EnvelopeError::Equivocation { signer, sequence: 5 }));
+        assert_eq!(guard.accept("current", &header(4), &one), Err(EnvelopeError::Replayed { got: 4, seen: 5 }));
         assert_eq!(next_sequence(5, 3), 6);
         assert_eq!(next_sequence(5, 30), 30);
     }

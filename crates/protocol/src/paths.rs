@@ -155,6 +155,26 @@ impl RunKeys {
         format!("{}/opening-secret", self.private)
     }
 
+    /// Who may write to the run.
+    pub fn writer_lease(&self) -> String {
+        format!("{}/writer.qsr", self.private)
+    }
+
+    /// A lease of rows, written before the job that gives it out.
+    pub fn lease(&self, lease: u64) -> String {
+        format!("{}/leases/{lease}.qsr", self.private)
+    }
+
+    /// The orchestrator's machine, for a successor without its disk.
+    pub fn snapshot(&self) -> String {
+        format!("{}/snapshot.bin", self.private)
+    }
+
+    /// What an operator asked for. Public, so that everybody can read why.
+    pub fn order(&self, number: u64) -> String {
+        format!("{}/orders/{number}.qsr", self.public)
+    }
+
     pub fn tape(&self, t: u64) -> String {
         format!("{}/tape/{t}.qsr", self.private)
     }
@@ -202,6 +222,10 @@ mod tests {
             run.receipt(&account, 1, 9),
             run.log(64),
             run.tape(4),
+            run.writer_lease(),
+            run.lease(7 << 32),
+            run.snapshot(),
+            run.order(1),
         ] {
             assert!(is_valid(&key), "{key}");
         }

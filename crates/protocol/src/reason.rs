@@ -60,6 +60,7 @@ reasons! {
     Draining = 203, "the run is draining and gives out no more work", "wait for the next run";
     ProtocolVersion = 204, "this build's protocol version lies outside the run's range", "install the version that the run asks for";
     Stale = 205, "no progress record arrived for longer than the run allows", "check the network; the lease's rows have returned";
+    Banned = 206, "the run's operator excluded this hotkey", "the order at public/RUN/orders says why";
     // Audits.
     ReplayMismatch = 300, "the replay of the opened segment does not give the payload that was uploaded", "train with the published build and unchanged settings";
     StartMismatch = 301, "the opened state is not the one that was committed", "do not edit or move the state folder while training";

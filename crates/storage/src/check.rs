@@ -2,7 +2,7 @@
 //! measured, two answered 200 to a conditional write whose condition failed.
 
 use bytes::Bytes;
-use protocol::{Digest, GrantRequest};
+use protocol::{Digest, GrantRequest, Method};
 
 use crate::client::{GrantAccess, GrantClient, GrantError, PutOutcome};
 use crate::{ObjectStore, Presign, PutCondition, StoreError};
@@ -25,8 +25,22 @@ pub enum ConformanceError {
     Grant(#[from] GrantError),
 }
 
+/// Each promise of a store, and whether it is kept.
+pub type Report = Vec<(&'static str, bool)>;
+
 /// Examines a store that is reached over HTTP, with keys below `prefix` (ending in `/`), which are removed afterwards.
+///
+/// # Errors
+/// A promise is broken, or the store could not be asked.
 pub async fn conformance(store: &dyn ObjectStore, prefix: &str, now_ms: u64) -> Result<(), ConformanceError> {
+    verdict(examine(store, prefix, now_ms).await?)
+}
+
+/// As [`conformance`], for the whole report.
+///
+/// # Errors
+/// The store could not be asked.
+pub async fn examine(store: &dyn ObjectStore, prefix: &str, now_ms: u64) -> Result<Report, ConformanceError> {
     // Its own grant tells which host has to be allowed.
     let probe = store.presign(&Presign::Get { key: format!("{prefix}probe"), now_ms, expires_in_ms: 60_000 })?;
     let host = url::Url::parse(&probe.url).ok().and_then(|url| {
@@ -34,25 +48,34 @@ pub async fn conformance(store: &dyn ObjectStore, prefix: &str, now_ms: u64) -> 
         Some(format!("{}:{port}", url.host_str()?))
     });
     let grants = GrantClient::new(host.into_iter().collect())?;
-    conformance_with(store, &grants, prefix, now_ms).await
+    examine_with(store, &grants, prefix, now_ms).await
 }
 
-/// Examines `store`, whose grants are redeemed through `grants`.
+/// As [`conformance`], for a store whose grants are redeemed through `grants`.
+///
+/// # Errors
+/// As [`conformance`].
 pub async fn conformance_with(
     store: &dyn ObjectStore,
     grants: &dyn GrantAccess,
     prefix: &str,
     now_ms: u64,
 ) -> Result<(), ConformanceError> {
-    let examination = Examination { store, grants, prefix, now_ms, broken: Vec::new() };
+    verdict(examine_with(store, grants, prefix, now_ms).await?)
+}
+
+async fn examine_with(store: &dyn ObjectStore, grants: &dyn GrantAccess, prefix: &str, now_ms: u64) -> Result<Report, ConformanceError> {
+    let examination = Examination { store, grants, prefix, now_ms, report: Vec::new() };
     let result = examination.run().await;
     for object in store.list(prefix).await? {
         store.delete(&object.key).await?;
     }
-    match result? {
-        broken if broken.is_empty() => Ok(()),
-        broken => Err(ConformanceError::Broken { broken }),
-    }
+    result
+}
+
+fn verdict(report: Report) -> Result<(), ConformanceError> {
+    let broken: Vec<&str> = report.into_iter().filter(|(_, kept)| !kept).map(|(promise, _)| promise).collect();
+    if broken.is_empty() { Ok(()) } else { Err(ConformanceError::Broken { broken }) }
 }
 
 struct Examination<'a> {
@@ -60,7 +83,7 @@ struct Examination<'a> {
     grants: &'a dyn GrantAccess,
     prefix: &'a str,
     now_ms: u64,
-    broken: Vec<&'static str>,
+    report: Report,
 }
 
 impl Examination<'_> {
@@ -70,9 +93,7 @@ impl Examination<'_> {
     }
 
     fn promise(&mut self, kept: bool, promise: &'static str) {
-        if !kept {
-            self.broken.push(promise);
-        }
+        self.report.push((promise, kept));
     }
 
     async fn is_absent(&self, key: &str) -> Result<bool, StoreError> {
@@ -94,11 +115,11 @@ impl Examination<'_> {
         })
     }
 
-    async fn run(mut self) -> Result<Vec<&'static str>, ConformanceError> {
+    async fn run(mut self) -> Result<Report, ConformanceError> {
         self.conditional_writes().await?;
         self.reads_and_lists().await?;
         self.grants().await?;
-        Ok(self.broken)
+        Ok(self.report)
     }
 
     async fn conditional_writes(&mut self) -> Result<(), ConformanceError> {
@@ -140,7 +161,10 @@ impl Examination<'_> {
 
     async fn grants(&mut self) -> Result<(), ConformanceError> {
         let grants = self.grants;
-        let refused = |outcome: &Result<PutOutcome, GrantError>| matches!(outcome, Ok(outcome) if *outcome != PutOutcome::Stored);
+        let refused = |outcome: &Result<PutOutcome, GrantError>| match outcome {
+            Ok(outcome) => *outcome != PutOutcome::Stored,
+            Err(error) => !error.is_retryable(),
+        };
 
         let key = self.key("grant");
         let grant = self.upload(&key, b"granted", true)?;
@@ -159,6 +183,24 @@ impl Examination<'_> {
         let kept = refused(&anonymous) && self.is_absent(&key).await?;
         self.promise(kept, "an unsigned upload is refused and leaves nothing");
 
+        // The signature covers the key, the method and the time: none of them can be exchanged for another.
+        let elsewhere = self.key("elsewhere");
+        let other_key = GrantRequest { key: elsewhere.clone(), url: grant.url.replace("/grant?", "/elsewhere?"), ..grant.clone() };
+        let moved = grants.put(&other_key, Bytes::from_static(b"granted")).await;
+        let kept = refused(&moved) && self.is_absent(&elsewhere).await? && other_key.url != grant.url;
+        self.promise(kept, "a grant for one key is refused for another");
+        let late = self.store.presign(&Presign::Put {
+            key: key.clone(),
+            length: 7,
+            sha256: Some(Digest::sha256(b"granted")),
+            if_absent: true,
+            now_ms: self.now_ms.saturating_sub(3_600_000),
+            expires_in_ms: 1_000,
+        })?;
+        let expired = grants.put(&late, Bytes::from_static(b"granted")).await;
+        let kept = refused(&expired) && self.is_absent(&key).await?;
+        self.promise(kept, "an expired upload grant is refused and leaves nothing");
+
         let stored = grants.put(&grant, Bytes::from_static(b"granted")).await?;
         self.promise(stored == PutOutcome::Stored, "an upload as granted is stored");
         let replayed = grants.put(&grant, Bytes::from_static(b"granted")).await?;
@@ -167,6 +209,13 @@ impl Examination<'_> {
         let sign_read = |now_ms, expires_in_ms| self.store.presign(&Presign::Get { key: key.clone(), now_ms, expires_in_ms });
         let read = grants.get(&sign_read(self.now_ms, 60_000)?, None, LIMIT).await;
         self.promise(read.is_ok_and(|bytes| bytes == "granted"), "a read grant reads");
+        let as_read = GrantRequest { method: Method::Get, headers: Vec::new(), length: None, sha256: None, ..grant.clone() };
+        let other_method = grants.get(&as_read, None, LIMIT).await;
+        self.promise(other_method.is_err(), "an upload grant reads nothing");
+        let as_write = GrantRequest { method: Method::Put, ..sign_read(self.now_ms, 60_000)? };
+        let other_method = grants.put(&as_write, Bytes::from_static(b"overwritten")).await;
+        let kept = refused(&other_method) && self.store.get(&key, LIMIT).await?.bytes == "granted";
+        self.promise(kept, "a read grant writes nothing");
         let expired = grants.get(&sign_read(self.now_ms.saturating_sub(3_600_000), 1_000)?, None, LIMIT).await;
         self.promise(expired.is_err(), "an expired grant is refused");
         Ok(())

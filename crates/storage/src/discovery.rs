@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use protocol::documents::{CatalogPage, Codec, CurrentRun, Head, RunManifest, RunRoot};
+use bytes::Bytes;
+use protocol::documents::{CatalogPage, Codec, CurrentRun, Equivocation, Head, RunManifest, RunRoot};
 use protocol::envelope::{Context, Document, EnvelopeError, Expect, PROTOCOL_VERSION, RunId, SequenceGuard, Verified, open, open_stored};
 use protocol::paths::{Keys, RunKeys};
 use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest};
@@ -45,6 +46,11 @@ pub enum DiscoveryError {
     DigestMismatch { key: String },
     #[error("{key} contradicts the run root: {what}\nhint: the run's operator exceeded the bounds that the owner signed")]
     OutOfBounds { key: String, what: &'static str },
+    /// The proof holds for whoever reads it.
+    #[error(
+        "the orchestrator signed two different documents with the same sequence at {key}\nhint: the proof is kept in the state folder; show it to the owner of the run"
+    )]
+    Equivocation { key: String, proof: Box<Equivocation> },
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -74,6 +80,9 @@ pub struct RunFacts {
     pub keys: Keys,
     pub run: RunKeys,
     pub orchestrator: KeyRef,
+    /// Every key that a root ever named for the orchestrator, the present one first: write-once documents may be older than a
+    /// rotation.
+    pub orchestrators: Vec<KeyRef>,
 }
 
 /// Follows one run.
@@ -82,6 +91,8 @@ pub struct RunReader {
     facts: Arc<RunFacts>,
     etags: BTreeMap<String, String>,
     guard: SequenceGuard,
+    /// What was last accepted at each polled key: one half of a proof, should the other half ever come.
+    last: BTreeMap<String, Bytes>,
 }
 
 impl RunReader {
@@ -96,7 +107,7 @@ impl RunReader {
     ) -> Result<Self, DiscoveryError> {
         let keys = Keys::new(netuid);
         let outside = Context { genesis, netuid, run: RunId::NONE };
-        let (roots, newest) = walk_roots(&public, &keys, &outside, owner).await?;
+        let (roots, newest, orchestrators) = walk_roots(&public, &keys, &outside, owner).await?;
         let Some((root, root_digest)) = newest else { return Err(DiscoveryError::NoRun) };
         let orchestrator = root.orchestrator;
 
@@ -104,7 +115,7 @@ impl RunReader {
         let bytes = read(&public, &key, CurrentRun::PURPOSE.limit()).await?.ok_or(DiscoveryError::NoRun)?;
         let current = checked::<CurrentRun>(&key, open(&bytes, &outside, Expect::Key(&orchestrator), now_ms))?;
         let mut guard = SequenceGuard::default();
-        guard.accept(&key, &current.header).map_err(|error| DiscoveryError::Envelope { key: key.clone(), error })?;
+        guard.accept(&key, &current.header, &current.id).map_err(|error| DiscoveryError::Envelope { key: key.clone(), error })?;
         let current = current.document;
         if current.root_version != roots || current.root_digest != root_digest {
             return Err(DiscoveryError::DigestMismatch { key });
@@ -117,7 +128,8 @@ impl RunReader {
 
         let context = Context { run: current.run, ..outside };
         let run = keys.run(current.run);
-        let expect = Expect::Key(&orchestrator);
+        // Written once, perhaps before a rotation of the key; digests tie all of it to the present one.
+        let expect = Expect::Any(&orchestrators);
         let (manifest, digest) = stored::<RunManifest>(&public, &run.manifest(), &context, expect).await?;
         if digest != current.manifest_digest {
             return Err(DiscoveryError::DigestMismatch { key: run.manifest() });
@@ -149,8 +161,8 @@ impl RunReader {
             }
             shards.extend(document.shards);
         }
-        let facts = RunFacts { root, manifest, plan, shards, context, keys, run, orchestrator };
-        Ok(Self { public, facts: Arc::new(facts), etags: BTreeMap::new(), guard })
+        let facts = RunFacts { root, manifest, plan, shards, context, keys, run, orchestrator, orchestrators };
+        Ok(Self { public, facts: Arc::new(facts), etags: BTreeMap::new(), guard, last: BTreeMap::new() })
     }
 
     pub fn facts(&self) -> &Arc<RunFacts> {
@@ -175,12 +187,24 @@ impl RunReader {
             PublicRead::Found(object) => object,
         };
         let verified = checked::<D>(key, open(&object.bytes, &self.facts.context, Expect::Key(&self.facts.orchestrator), now_ms))?;
-        self.guard.accept(key, &verified.header).map_err(|error| DiscoveryError::Envelope { key: key.to_owned(), error })?;
+        self.guard.accept(key, &verified.header, &verified.id).map_err(|error| self.explain(key, error, &object.bytes))?;
+        self.last.insert(key.to_owned(), object.bytes);
         match object.etag {
             Some(etag) => self.etags.insert(key.to_owned(), etag),
             None => self.etags.remove(key),
         };
         Ok(Some(verified))
+    }
+
+    /// Two documents that contradict each other are more than an error: together they are a proof.
+    fn explain(&self, key: &str, error: EnvelopeError, second: &Bytes) -> DiscoveryError {
+        match (error, self.last.get(key)) {
+            (EnvelopeError::Equivocation { .. }, Some(first)) => {
+                let proof = Equivocation { key: key.to_owned(), first: first.to_vec(), second: second.to_vec() };
+                DiscoveryError::Equivocation { key: key.to_owned(), proof: Box::new(proof) }
+            }
+            (error, _) => DiscoveryError::Envelope { key: key.to_owned(), error },
+        }
     }
 
     /// A write-once public object; `None` while it is absent.
@@ -197,22 +221,23 @@ impl RunReader {
         let Some(bytes) = read(&self.public, &key, CurrentRun::PURPOSE.limit()).await? else { return Ok(false) };
         let outside = self.facts.context.without_run();
         let current = checked::<CurrentRun>(&key, open(&bytes, &outside, Expect::Key(&self.facts.orchestrator), now_ms))?;
-        self.guard.accept(&key, &current.header).map_err(|error| DiscoveryError::Envelope { key, error })?;
+        self.guard.accept(&key, &current.header, &current.id).map_err(|error| DiscoveryError::Envelope { key, error })?;
         Ok(current.document.run != self.facts.context.run)
     }
 }
 
-/// Number of root versions, and the newest one with its file's digest.
+/// Number of root versions, the newest one with its file's digest, and all keys of the orchestrator, newest first.
 async fn walk_roots(
     public: &PublicReader,
     keys: &Keys,
     outside: &Context,
     owner: AccountId,
-) -> Result<(u32, Option<(RunRoot, Digest)>), DiscoveryError> {
+) -> Result<(u32, Option<(RunRoot, Digest)>, Vec<KeyRef>), DiscoveryError> {
     let mut newest: Option<(RunRoot, Digest)> = None;
+    let mut orchestrators = Vec::new();
     for version in 1..=ROOT_VERSIONS_MAX {
         let key = keys.root(version);
-        let Some(bytes) = read(public, &key, RunRoot::PURPOSE.limit()).await? else { return Ok((version - 1, newest)) };
+        let Some(bytes) = read(public, &key, RunRoot::PURPOSE.limit()).await? else { return Ok((version - 1, newest, orchestrators)) };
         let root = match &newest {
             None => checked::<RunRoot>(&key, open_stored(&bytes, outside, Expect::Account(&owner)))?.document,
             Some((previous, _)) => checked::<RunRoot>(&key, open_stored(&bytes, outside, Expect::Key(&previous.owner)))?.document,
@@ -221,9 +246,11 @@ async fn walk_roots(
         if root.version != version || root.previous != previous {
             return Err(DiscoveryError::DigestMismatch { key });
         }
+        orchestrators.retain(|key| *key != root.orchestrator);
+        orchestrators.insert(0, root.orchestrator);
         newest = Some((root, Digest::blake3(&bytes)));
     }
-    Ok((ROOT_VERSIONS_MAX, newest))
+    Ok((ROOT_VERSIONS_MAX, newest, orchestrators))
 }
 
 async fn read(public: &PublicReader, key: &str, limit: usize) -> Result<Option<bytes::Bytes>, DiscoveryError> {

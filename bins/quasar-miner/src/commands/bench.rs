@@ -84,7 +84,7 @@ enum Refused {
 
 /// Out of memory is for a person with another machine or other options to change; the rest is a matter of settings.
 fn failure(error: TrainError) -> Failure {
-    if crate::trainer::is_out_of_memory(&error) { Failure::unavailable(error) } else { Failure::configuration(error) }
+    if matches!(error, TrainError::OutOfMemory { .. }) { Failure::unavailable(error) } else { Failure::configuration(error) }
 }
 
 pub fn main(common: &CommonArgs, miner: &MinerArgs, args: &BenchArgs) -> Result<Exit, Failure> {
@@ -101,7 +101,7 @@ pub fn main(common: &CommonArgs, miner: &MinerArgs, args: &BenchArgs) -> Result<
     let trainer = TrainerOptions {
         device: args.device.clone(),
         recompute: Some(args.recompute),
-        offload: args.offload,
+        offload: Some(args.offload),
         moments: if args.f32_moments { MomentType::F32 } else { MomentType::Bytes },
         ..TrainerOptions::default()
     };
@@ -128,16 +128,8 @@ fn configuration(path: Option<&Path>) -> Result<QuasarConfig, Failure> {
 }
 
 fn line(plan: &MemoryPlan) -> String {
-    let strategy = plan.strategy;
-    format!(
-        "{:7.1} GiB of the GPU, {:6.1} GiB of the host: {} moments{}{}, {} rows a pass",
-        plan.peak_bytes as f64 / GIB,
-        plan.host_bytes as f64 / GIB,
-        if strategy.byte_moments { "8-bit" } else { "f32" },
-        if strategy.recompute { ", recomputation" } else { "" },
-        if strategy.offload { ", optimizer state in the host's memory" } else { "" },
-        strategy.rows_per_pass
-    )
+    let (gpu, host) = (plan.peak_bytes as f64 / GIB, plan.host_bytes as f64 / GIB);
+    format!("{gpu:7.1} GiB of the GPU, {host:6.1} GiB of the host: {}", plan.strategy)
 }
 
 pub fn plan(args: &PlanArgs) -> Result<Exit, Failure> {

@@ -1,10 +1,13 @@
 //! `doctor`: what a miner needs, each looked at for real, with what to do where it is missing.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use daemon::settings::{CommonArgs, MinerArgs, Role};
 use daemon::{Exit, Failure, Settings, clock};
+use model::torch::determinism;
+use model::{TORCH_VERSION, TrainerOptions};
 use protocol::envelope::SKEW_MS;
 use protocol::{KeyRef, Reason};
 use serde::Serialize;
@@ -17,6 +20,11 @@ use chain::identity::{Certified, Standing};
 
 /// A check that takes longer has failed.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
+/// Steps of the proof that a device computes the same bits each time.
+const STEPS: u64 = 4;
+const GIB: u64 = 1 << 30;
+/// With less free space in the state folder even a small run may fill the disk.
+const DISK_BYTES_MIN: u64 = 10 * GIB;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -54,10 +62,14 @@ impl Check {
     }
 }
 
-pub fn main(common: &CommonArgs, args: &MinerArgs, json: bool) -> Result<Exit, Failure> {
+pub fn main(common: &CommonArgs, args: &MinerArgs, determinism: bool, json: bool) -> Result<Exit, Failure> {
     let settings = common.settings(Role::Miner, args)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::unavailable)?;
-    let checks = runtime.block_on(examine(&settings));
+    let checks = if determinism {
+        reproducibility(&settings)
+    } else {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::unavailable)?;
+        runtime.block_on(examine(&settings))
+    };
     let is_healthy = checks.iter().all(|check| check.status != Status::Failed);
     if json {
         println!("{:#}", serde_json::json!({ "ok": is_healthy, "checks": checks }));
@@ -104,16 +116,85 @@ async fn examine(settings: &Settings) -> Vec<Check> {
         }
     }
     checks.push(timed("run", run_check(settings, genesis)).await);
-    checks.push(match device::names(&settings.miner()) {
-        Ok(names) if names.is_empty() => Check::failed("devices", "no GPU was found\nhint: set QUASAR_MINER_DEVICES=cpu"),
-        Ok(names) => Check::ok("devices", names.join(", ")),
-        Err(error) => Check::failed("devices", &error.to_string()),
-    });
-    checks.push(match settings.state_dir() {
-        Ok(folder) => state_folder(&folder),
-        Err(error) => Check::failed("state folder", &error.to_string()),
-    });
+    devices(settings, &mut checks);
+    match settings.state_dir() {
+        Ok(folder) => {
+            checks.push(state_folder(&folder));
+            checks.push(disk(&folder));
+        }
+        Err(error) => checks.push(Check::failed("state folder", &error.to_string())),
+    }
     checks
+}
+
+/// Looks at the devices, each GPU and the libraries; gives the devices to train on.
+fn devices(settings: &Settings, checks: &mut Vec<Check>) -> Vec<String> {
+    let names = match device::names(&settings.miner()) {
+        Ok(names) if names.is_empty() => {
+            checks.push(Check::failed("devices", "no GPU was found\nhint: set QUASAR_MINER_DEVICES=cpu"));
+            names
+        }
+        Ok(names) => {
+            checks.push(Check::ok("devices", format!("{}; libtorch {TORCH_VERSION}", names.join(", "))));
+            names
+        }
+        Err(error) => {
+            checks.push(Check::failed("devices", &error.to_string()));
+            Vec::new()
+        }
+    };
+    for gpu in model::gpus().unwrap_or_default() {
+        let (major, minor) = (gpu.capability / 10, gpu.capability % 10);
+        let (free, total) = (gpu.free_bytes as f64 / GIB as f64, gpu.total_bytes as f64 / GIB as f64);
+        let text =
+            format!("{}, compute capability {major}.{minor}, {free:.1} of {total:.1} GiB free, driver for CUDA {}", gpu.name, gpu.driver);
+        checks.push(Check::ok("gpu", text));
+    }
+    names
+}
+
+/// Trains a small model on each device, again and again.
+fn reproducibility(settings: &Settings) -> Vec<Check> {
+    let mut checks = Vec::new();
+    for device in devices(settings, &mut checks) {
+        let options = TrainerOptions { device, threads: settings.miner().threads, ..TrainerOptions::default() };
+        checks.push(match determinism::check(&options, STEPS) {
+            Ok(report) => reproducible(&report),
+            Err(error) => Check::failed("determinism", &error.to_string()),
+        });
+    }
+    checks
+}
+
+fn reproducible(report: &determinism::Determinism) -> Check {
+    let (device, steps) = (&report.device, report.steps);
+    if let Some(difference) = &report.difference {
+        let hint = "audits of this miner's work will fail; look for failing memory, an unusual driver, or other work on the same GPU";
+        return Check::failed("determinism", &format!("{device}: {difference}\nhint: {hint}"));
+    }
+    let state = &report.state[..16.min(report.state.len())];
+    let text = format!("{device}: {steps} steps twice and once more with forced experts gave the same bits (state {state})");
+    match &report.fallback {
+        None => Check::ok("determinism", text),
+        Some(reason) => Check::warning("determinism", text, format!("own kernels are not used: {reason}")),
+    }
+}
+
+/// What is free where snapshots go, as `df` says.
+fn disk(folder: &Path) -> Check {
+    let free = Command::new("df").args(["-Pk"]).arg(folder).output().ok().and_then(|output| {
+        // Header, then: device, blocks, used, available in KiB.
+        String::from_utf8_lossy(&output.stdout).lines().nth(1)?.split_ascii_whitespace().nth(3)?.parse::<u64>().ok()
+    });
+    match free.map(|kib| kib << 10) {
+        None => Check::warning("disk", "the free space cannot be determined", "look for it by hand"),
+        Some(bytes) if bytes < DISK_BYTES_MIN => Check::warning(
+            "disk",
+            format!("{:.1} GiB are free", bytes as f64 / GIB as f64),
+            "free some space, or choose another --state-dir",
+        ),
+        Some(bytes) => Check::ok("disk", format!("{:.1} GiB are free", bytes as f64 / GIB as f64)),
+    }
 }
 
 async fn timed(name: &'static str, check: impl Future<Output = Check>) -> Check {

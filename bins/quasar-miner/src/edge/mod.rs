@@ -4,7 +4,7 @@
 
 mod base;
 mod book;
-mod files;
+pub(crate) mod files;
 mod keyframes;
 mod looks;
 mod openings;
@@ -13,7 +13,7 @@ mod tokens;
 
 use std::collections::HashMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -117,6 +117,8 @@ pub struct Edge {
     receipts: Announced,
     openings: OpeningFiles,
     trainer: TrainerThread,
+    /// Where proofs against others are kept.
+    evidence: PathBuf,
 }
 
 impl Edge {
@@ -133,6 +135,7 @@ impl Edge {
         Ok(Self {
             facts: reader.facts().clone(),
             slot,
+            evidence: folder.to_owned(),
             hotkey: shared.hotkey.clone(),
             secret,
             shared,

@@ -7,15 +7,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io;
+use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bincode::{Decode, Encode};
-use model::{Routes, TrainerState};
-use protocol::codec;
+use model::{Routes, StateError, TrainError};
 use protocol::documents::OpenedStep;
+use protocol::{Digest, codec};
 
 use super::files;
 
@@ -36,7 +36,7 @@ pub enum SpoolError {
 
 impl SpoolError {
     pub fn is_disk_full(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+        matches!(self, Self::Io { source, .. } if files::is_disk_full(source))
     }
 }
 
@@ -55,10 +55,9 @@ struct ExportRecord {
 }
 
 enum Write {
-    State {
+    Segment {
         at: Moment,
         versions: Vec<u64>,
-        bytes: Vec<u8>,
     },
     Step {
         at: Moment,
@@ -112,9 +111,19 @@ impl Spool {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
     }
 
-    /// Keeps the state before step `local_step`. As all writes, it reports the failure of an earlier one.
-    pub fn put_state(&self, local_step: u64, versions: Vec<u64>, bytes: Vec<u8>) -> Result<(), SpoolError> {
-        self.write(Write::State { at: (self.session, local_step), versions, bytes })
+    /// Keeps the state before step `local_step`, which `save` writes: at once, because it may be larger than the memory that is left.
+    pub fn save_state(
+        &self,
+        local_step: u64,
+        save: impl FnOnce(&mut dyn io::Write) -> Result<Digest, TrainError>,
+    ) -> Result<Digest, TrainError> {
+        let path = self.folder.join(name((self.session, local_step), ".state"));
+        files::write_with(&path, |file| save(file).map_err(Saving)).map_err(|Saving(error)| error)
+    }
+
+    /// Describes the state before step `local_step`, from where a segment begins. As all writes, it reports the failure of an earlier one.
+    pub fn put_segment(&self, local_step: u64, versions: Vec<u64>) -> Result<(), SpoolError> {
+        self.write(Write::Segment { at: (self.session, local_step), versions })
     }
 
     pub fn put_step(&self, step: OpenedStep, routes: Routes) -> Result<(), SpoolError> {
@@ -144,29 +153,33 @@ impl Spool {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
     }
 
-    /// The state before `local_step` of this session.
-    pub fn state(&self, local_step: u64, elements: usize) -> Result<TrainerState, SpoolError> {
-        self.read_state((self.session, local_step), elements)
+    /// The file with the state before `local_step` of this session, found whole.
+    pub fn state(&self, local_step: u64, elements: usize) -> Result<PathBuf, SpoolError> {
+        self.checked((self.session, local_step), elements)
     }
 
-    fn read_state(&self, at: Moment, elements: usize) -> Result<TrainerState, SpoolError> {
+    fn checked(&self, at: Moment, elements: usize) -> Result<PathBuf, SpoolError> {
         let path = self.folder.join(name(at, ".state"));
-        let bytes = fs::read(&path).map_err(|source| SpoolError::Io { path: path.clone(), source })?;
-        let state = TrainerState::from_bytes(&bytes, elements).map_err(|_| SpoolError::Damaged { path: path.clone() })?;
-        Ok(state)
+        let checked =
+            fs::File::open(&path).map_err(StateError::Io).and_then(|file| model::check_state(&mut BufReader::new(file), elements));
+        match checked {
+            Ok(()) => Ok(path),
+            Err(StateError::Io(source)) => Err(SpoolError::Io { path, source }),
+            Err(_) => Err(SpoolError::Damaged { path }),
+        }
     }
 
-    /// The newest state of any session that can be read; damaged ones are passed over.
-    pub fn newest_state(&self, elements: usize) -> Option<TrainerState> {
+    /// The file with the newest state of any session that is whole; damaged ones are passed over.
+    pub fn newest_state(&self, elements: usize) -> Option<PathBuf> {
         let segments = moments(&self.folder, ".segment").ok()?;
-        let read = |at: &Moment| match self.read_state(*at, elements) {
-            Ok(state) => Some(state),
+        let find = |at: &Moment| match self.checked(*at, elements) {
+            Ok(path) => Some(path),
             Err(error) => {
                 tracing::warn!(%error, "a local snapshot is passed over");
                 None
             }
         };
-        segments.iter().rev().find_map(read)
+        segments.iter().rev().find_map(find)
     }
 
     /// The segment that the payload of outer step `t` is bound to.
@@ -223,6 +236,15 @@ fn moments(folder: &Path, ending: &str) -> io::Result<BTreeSet<Moment>> {
     Ok(files::stems(folder, ending)?.into_iter().filter_map(parse).collect())
 }
 
+/// An error on its way out of [`files::write_with`].
+struct Saving(TrainError);
+
+impl From<io::Error> for Saving {
+    fn from(error: io::Error) -> Self {
+        Self(StateError::Io(error).into())
+    }
+}
+
 /// The thread that writes.
 struct Writer {
     folder: PathBuf,
@@ -243,8 +265,7 @@ impl Writer {
 
     fn write(&mut self, write: Write) -> io::Result<()> {
         match write {
-            Write::State { at, versions, bytes } => {
-                files::write_whole(&self.folder.join(name(at, ".state")), &[&bytes])?;
+            Write::Segment { at, versions } => {
                 files::write_whole(&self.folder.join(name(at, ".segment")), &[&codec::encode(&Segment { versions })])
             }
             Write::Step { at, step, routes } => {
@@ -304,21 +325,30 @@ fn remove(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use model::TrainerState;
+    use protocol::steps::Exchange;
+
     use super::*;
 
     fn step(local_step: u64) -> OpenedStep {
-        OpenedStep { local_step, lease: 1, lease_step: local_step as u32, applied: vec![(2, 3)], loss: 7 }
+        let exchanged = vec![Exchange::Applied { fragment: 2, version: 3 }];
+        OpenedStep { local_step, lease: 1, lease_step: local_step as u32, exchanged, loss: 7 }
     }
 
     fn state(step: u64) -> TrainerState {
-        TrainerState { step, weights: vec![1.0, 2.0], first: vec![0.0; 2], second: vec![0.0; 2] }
+        TrainerState { step, weights: vec![1.0, 2.0], first: vec![0.0; 2], second: vec![0.0; 2], exported: vec![] }
+    }
+
+    fn newest(spool: &Spool) -> TrainerState {
+        TrainerState::from_bytes(&fs::read(spool.newest_state(2).unwrap()).unwrap(), 2).unwrap()
     }
 
     /// Eight steps in segments of four; payloads of outer steps 100 and 101.
     fn fill(spool: &Spool, steps: std::ops::Range<u64>) {
         for n in steps {
             if n % 4 == 0 {
-                spool.put_state(n, vec![9, n], state(n).to_bytes()).unwrap();
+                spool.save_state(n, |to| Ok(state(n).write(to)?)).unwrap();
+                spool.put_segment(n, vec![9, n]).unwrap();
             }
             spool.put_step(step(n), Routes(vec![n as u16, 5])).unwrap();
         }
@@ -362,9 +392,9 @@ mod tests {
         let spool = Spool::open(folder.path().to_owned(), 50, 72).unwrap();
         assert!(spool.newest_state(2).is_none());
         fill(&spool, 0..9);
-        assert_eq!(spool.newest_state(2).unwrap().step, 8);
+        assert_eq!(newest(&spool).step, 8);
         fs::write(folder.path().join(name((50, 8), ".state")), b"torn").unwrap();
-        assert_eq!(spool.newest_state(2).unwrap().step, 4);
+        assert_eq!(newest(&spool).step, 4);
         assert!(spool.newest_state(3).is_none(), "a state of another model is no state");
     }
 

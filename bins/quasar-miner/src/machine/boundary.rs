@@ -1,10 +1,18 @@
 //! The boundary between two steps: what the trainer is to do there, and what came of it.
 
 use protocol::documents::{Commitment, Receipt, RunState};
+use protocol::steps::Exchange;
 use protocol::{Digest, Reason};
 
 use super::io::{Boundary, Effect, Export, Exported, Fault, Snapshot, Step, StepDone};
 use super::{End, FAULTS_BEFORE_RESYNC, Learner, TrainerPhase};
+
+/// Records what a boundary exchanges: versions first, then exports.
+fn exchange(all: &mut Vec<Exchange>, apply: &[(u16, u64)], exported: impl Iterator<Item = u16>) {
+    let applied = apply.iter().map(|(fragment, version)| Exchange::Applied { fragment: *fragment, version: *version });
+    let exported = exported.map(|fragment| Exchange::Exported { fragment });
+    applied.chain(exported).for_each(|exchange| Exchange::record(all, exchange));
+}
 
 impl Learner {
     pub(super) fn begin_boundary(&mut self, now_ms: u64) {
@@ -14,11 +22,12 @@ impl Learner {
         }
         let apply = self.fragments.to_apply();
         let local_step = self.segments.local_step();
-        let step = self.leases.next_step().map(|(lease, lease_step, index)| {
-            let mut applied: Vec<(u16, u64)> =
-                self.applied.iter().filter(|(fragment, _)| !apply.iter().any(|(newer, _)| newer == fragment)).copied().collect();
-            applied.extend(&apply);
-            Step { local_step, lease, lease_step, lr: self.settings.parameters.inner.lr(index), applied }
+        let mut step = self.leases.next_step().map(|(lease, lease_step, index)| Step {
+            local_step,
+            lease,
+            lease_step,
+            lr: self.settings.parameters.inner.lr(index),
+            exchanged: Vec::new(),
         });
         let mut versions = self.fragments.versions();
         for (fragment, version) in &apply {
@@ -31,6 +40,10 @@ impl Learner {
         }
         for order in &export {
             self.pulls.exporting(order.t);
+        }
+        if let Some(step) = &mut step {
+            step.exchanged = self.exchanged.clone();
+            exchange(&mut step.exchanged, &apply, export.iter().map(|order| order.fragment));
         }
         self.boundaries += 1;
         let boundary = Boundary { number: self.boundaries, restore: self.restore, apply, snapshot, export, step };
@@ -67,15 +80,13 @@ impl Learner {
             } else {
                 tracing::info!(slot, fragments, local_step, "applied");
             }
-            for (fragment, version) in &boundary.apply {
-                self.applied.retain(|(earlier, _)| earlier != fragment);
-                self.applied.push((*fragment, *version));
-            }
         }
+        let orders = boundary.export.clone();
+        let fragments = exported.iter().filter_map(|done| orders.iter().find(|order| order.t == done.t)).map(|order| order.fragment);
+        exchange(&mut self.exchanged, &boundary.apply, fragments);
         if let (Some(order), Some(digest)) = (&boundary.snapshot, snapshot) {
             self.segments.snapshot_taken(&digest, &order.versions, self.fragments.save());
         }
-        let orders = boundary.export.clone();
         for done in exported {
             if let Some(order) = orders.iter().find(|order| order.t == done.t) {
                 self.commit(order, done);
@@ -126,9 +137,9 @@ impl Learner {
             self.restore = None;
         }
         let (Some(step), Some(done)) = (boundary.step, done) else { return };
-        let (chain, receipted) = self.segments.stepped(step.lease, step.lease_step, step.applied, done.loss);
+        let (chain, receipted) = self.segments.stepped(step.lease, step.lease_step, step.exchanged, done.loss);
         self.receipts.stepped(step.lease, chain, receipted);
-        self.applied.clear();
+        self.exchanged.clear();
         self.fragments.stepped(done.tokens);
         (self.loss, self.step_ms, self.faults_in_row) = (done.loss, done.step_ms, 0);
         // A fault that is over is still told once.
@@ -192,7 +203,7 @@ impl Learner {
                 if self.faults_in_row.is_multiple_of(FAULTS_BEFORE_RESYNC) {
                     self.fragments.forget_applied();
                 }
-                self.applied.clear();
+                self.exchanged.clear();
                 // The same rows would give the same fault.
                 if let Some(step) = boundary.step {
                     self.row_taken(step.lease, now_ms);

@@ -2,6 +2,7 @@
 //! keys, versions, digests and lengths.
 
 use protocol::documents::{Head, Job, Lease, Progress, Receipt};
+use protocol::steps::Exchange;
 use protocol::{Digest, Method};
 use serde::{Deserialize, Serialize};
 
@@ -103,7 +104,8 @@ pub struct PreparedPart {
 pub enum Fault {
     /// Loss, gradient or payload are not finite; the trainer's state is unchanged.
     NotFinite,
-    OutOfMemory,
+    /// How much is missing and what would fit.
+    OutOfMemory(String),
     DiskFull,
     /// Anything else, as text: the learner cannot go on.
     Broken(String),
@@ -274,6 +276,6 @@ pub struct Step {
     pub lease_step: u32,
     /// Learning rate of this step.
     pub lr: f64,
-    /// Fragments overwritten since the step before.
-    pub applied: Vec<(u16, u64)>,
+    /// Since the step before, this boundary's own included.
+    pub exchanged: Vec<Exchange>,
 }

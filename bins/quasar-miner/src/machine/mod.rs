@@ -27,6 +27,7 @@ use std::collections::VecDeque;
 use daemon::{Exit, Machine};
 use protocol::documents::{Head, RunParameters};
 use protocol::paths::{Keys, RunKeys};
+use protocol::steps::Exchange;
 use protocol::{AccountId, Method, Reason};
 
 use fragments::Fragments;
@@ -87,7 +88,8 @@ pub enum End {
     },
     Unregistered,
     DiskFull,
-    OutOfMemory,
+    /// How much was missing and what would fit.
+    OutOfMemory(String),
     /// The trainer failed for good.
     Broken(String),
 }
@@ -98,7 +100,7 @@ impl End {
             Self::Stopped | Self::LeasesDone | Self::NextRun => Exit::Done,
             Self::Fenced { .. } => Exit::Configuration,
             Self::Unregistered => Exit::TryLater,
-            Self::DiskFull | Self::OutOfMemory | Self::Broken(_) => Exit::Unavailable,
+            Self::DiskFull | Self::OutOfMemory(_) | Self::Broken(_) => Exit::Unavailable,
         }
     }
 }
@@ -143,8 +145,8 @@ pub struct Learner {
     /// Under way in the trainer.
     boundary: Option<Boundary>,
     boundaries: u64,
-    /// Fragments overwritten since the last step.
-    applied: Vec<(u16, u64)>,
+    /// Since the last step.
+    exchanged: Vec<Exchange>,
     /// The snapshot to go back to at the next boundary.
     restore: Option<u64>,
     faults_in_row: u32,
@@ -184,7 +186,7 @@ impl Learner {
             record: Record::new(parameters.poll_ms, parameters.learner_ttl_ms),
             boundary: None,
             boundaries: 0,
-            applied: Vec::new(),
+            exchanged: Vec::new(),
             restore: None,
             faults_in_row: 0,
             fault: Reason::None,
@@ -278,7 +280,7 @@ impl Learner {
     /// The trainer cannot go on.
     fn give_up(&mut self, fault: Fault, now_ms: u64) {
         let (reason, end) = match fault {
-            Fault::OutOfMemory => (Reason::OutOfMemory, End::OutOfMemory),
+            Fault::OutOfMemory(what) => (Reason::OutOfMemory, End::OutOfMemory(what)),
             Fault::DiskFull => (Reason::DiskFull, End::DiskFull),
             Fault::NotFinite => (Reason::TrainingFault, End::Broken(Reason::TrainingFault.sentence().to_owned())),
             Fault::Broken(what) => (Reason::TrainerFailed, End::Broken(what)),

@@ -137,7 +137,7 @@ mod tests {
     use super::*;
 
     fn step(n: u32) -> ReceiptStep {
-        ReceiptStep { local_step: u64::from(n), lease_step: n, applied: vec![], loss: 5, state: None }
+        ReceiptStep { local_step: u64::from(n), lease_step: n, exchanged: vec![], loss: 5, state: None }
     }
 
     fn job(leases: &[u64]) -> Job {

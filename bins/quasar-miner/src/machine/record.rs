@@ -96,7 +96,7 @@ impl Record {
 impl Learner {
     fn state(&self) -> (LearnerState, Reason) {
         match &self.ending {
-            Some(Ending { end: End::DiskFull | End::OutOfMemory | End::Broken(_), .. }) => return (LearnerState::Faulted, self.fault),
+            Some(Ending { end: End::DiskFull | End::OutOfMemory(_) | End::Broken(_), .. }) => return (LearnerState::Faulted, self.fault),
             Some(_) => return (LearnerState::Draining, Reason::None),
             None => {}
         }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use protocol::Digest;
 use protocol::documents::ReceiptStep;
-use protocol::steps::{link, segment_digest};
+use protocol::steps::{Exchange, link, segment_digest};
 
 use super::fragments::Saved;
 
@@ -73,11 +73,11 @@ impl Segments {
     }
 
     /// A step is done. Gives the head of the chain before it, and what the receipt of its lease says of it.
-    pub(super) fn stepped(&mut self, lease: u64, lease_step: u32, applied: Vec<(u16, u64)>, loss: i64) -> (Digest, ReceiptStep) {
+    pub(super) fn stepped(&mut self, lease: u64, lease_step: u32, exchanged: Vec<Exchange>, loss: i64) -> (Digest, ReceiptStep) {
         let local_step = self.local_step;
         let at_start = local_step.is_multiple_of(self.replay_steps);
         let state = at_start.then(|| self.digests.get(&local_step).copied()).flatten();
-        let (before, step) = (self.chain, ReceiptStep { local_step, lease_step, applied, loss, state });
+        let (before, step) = (self.chain, ReceiptStep { local_step, lease_step, exchanged, loss, state });
         self.chain = link(&before, &step.leaf(lease));
         self.local_step += 1;
         (before, step)

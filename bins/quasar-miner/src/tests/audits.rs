@@ -3,7 +3,7 @@
 use model::{Batch, Trainer, TrainerState};
 use protocol::documents::OpeningManifest;
 use protocol::lease::LeaseRows;
-use protocol::steps::segment_digest;
+use protocol::steps::{Exchange, segment_digest};
 use protocol::{Digest, codec};
 
 use fragments::codec::{PayloadHeader, encode};
@@ -60,8 +60,14 @@ fn an_opening_is_complete_and_replays_to_the_committed_payload() {
     let lease = lease(1, 60);
     let rows = LeaseRows::of(&lease);
     for (index, step) in manifest.steps.iter().enumerate() {
-        for (fragment, version) in step.applied.iter().filter(|_| index > 0) {
-            Trainer::apply(&mut replica, usize::from(*fragment), &World::values(*fragment, *version)).unwrap();
+        let after_state: Vec<Exchange> = Exchange::after_state(&step.exchanged).copied().collect();
+        for exchange in if index == 0 { &after_state } else { &step.exchanged } {
+            match *exchange {
+                Exchange::Applied { fragment, version } => {
+                    Trainer::apply(&mut replica, usize::from(fragment), &World::values(fragment, version)).unwrap();
+                }
+                Exchange::Exported { fragment } => drop(replica.contribute(usize::from(fragment)).unwrap()),
+            }
         }
         let tokens: Vec<u32> =
             rows.step(step.lease_step).iter().flat_map(|row| (0..ROW_TOKENS).map(|column| token(row.row, column))).collect();

@@ -92,10 +92,11 @@ fn a_device_without_memory_ends_the_learner_with_its_reason_in_the_record() {
     let (_folder, mut world) = world();
     train(&mut world, 2);
     let number = world.boundaries.last().unwrap().number;
-    world.handle(Input::Faulted { number, fault: Fault::OutOfMemory });
+    let what = "the GPU has too little memory: 4096 bytes are missing";
+    world.handle(Input::Faulted { number, fault: Fault::OutOfMemory(what.into()) });
     world.run_for(200);
     assert_eq!((world.record().state, world.record().reason), (LearnerState::Faulted, Reason::OutOfMemory));
-    assert_eq!((world.end(), world.machine.exit()), (Some(&End::OutOfMemory), Some(Exit::Unavailable)));
+    assert_eq!((world.end(), world.machine.exit()), (Some(&End::OutOfMemory(what.into())), Some(Exit::Unavailable)));
 }
 
 #[test]
@@ -133,7 +134,8 @@ fn a_restart_goes_on_from_the_snapshot_in_a_new_session() {
     world.plane.spool.flush().unwrap();
     let mut again = World::new(folder.path(), START_MS + 60_000);
     let elements = model::toy_plan(super::world::FRAGMENTS).total_elements() as usize;
-    assert!(again.plane.spool.newest_state(elements).unwrap().step >= 8, "moments and step count are kept");
+    let state = std::fs::read(again.plane.spool.newest_state(elements).unwrap()).unwrap();
+    assert!(model::TrainerState::from_bytes(&state, elements).unwrap().step >= 8, "moments and step count are kept");
     again.job.leases = vec![lease(2, 40)];
     train(&mut again, 3);
     let first = &again.boundaries[0];

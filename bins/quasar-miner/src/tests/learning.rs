@@ -3,6 +3,7 @@
 use daemon::{Exit, Machine};
 use protocol::Digest;
 use protocol::documents::{LearnerState, RunState};
+use protocol::steps::Exchange;
 
 use super::world::{POLL_MS, SLOT, START_MS, STEP_MS, Store, US, World, lease, parameters};
 use crate::machine::{End, Input};
@@ -11,6 +12,11 @@ fn world() -> (tempfile::TempDir, World) {
     let folder = tempfile::tempdir().unwrap();
     let world = World::new(folder.path(), START_MS);
     (folder, world)
+}
+
+/// What is exchanged before the first step of a session.
+fn first_versions() -> [Exchange; 3] {
+    [0, 1, 2].map(|fragment| Exchange::Applied { fragment, version: 0 })
 }
 
 /// Runs until the learner has done `steps` steps of its session.
@@ -36,7 +42,7 @@ fn a_learner_joins_takes_every_fragment_and_trains_its_lease() {
     assert!(first.export.is_empty());
     let step = world.boundaries.iter().find_map(|boundary| boundary.step.as_ref()).unwrap();
     assert_eq!((step.local_step, step.lease, step.lease_step), (0, 1, 0));
-    assert_eq!(step.applied, [(0, 0), (1, 0), (2, 0)], "what was applied before the first step belongs to it");
+    assert_eq!(step.exchanged, first_versions(), "what was applied before the first step belongs to it");
     assert_eq!(step.lr, parameters().inner.lr(100));
     let record = world.record();
     assert_eq!((record.session_epoch, record.lease, record.worker.as_str()), (START_MS, 1, "w"));
@@ -120,7 +126,7 @@ fn a_used_up_lease_is_receipted_with_what_the_commitments_were_bound_to() {
     assert!(committed.contains(&(commitment.local_step, commitment.step_chain)));
     receipt.check(&US, SLOT, &lease(1, 16), &committed).unwrap();
     assert_eq!((receipt.session_epoch, receipt.chain, receipt.steps.len()), (START_MS, Digest::ZERO, 16));
-    assert_eq!(receipt.steps[0].applied, [(0, 0), (1, 0), (2, 0)]);
+    assert_eq!(receipt.steps[0].exchanged, first_versions());
     assert!(receipt.steps.iter().all(|step| step.state.is_some() == (step.local_step % 4 == 0)));
 
     world.run_for(500);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use daemon::Machine;
-use model::{Batch, Hyper, Routes, StepReport, ToyTrainer, TrainError, Trainer, TrainerState, toy_plan};
+use model::{Batch, Contribution, Hyper, Routes, StepReport, ToyTrainer, TrainError, Trainer, TrainerState, toy_plan};
 use protocol::documents::{
     AuditParameters, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress, Pull, Receipt,
     ReleaseRef, RowRange, RunParameters, RunState,
@@ -105,6 +105,10 @@ impl Trainer for Moody {
 
     fn export(&self, fragment: usize) -> Result<Vec<f32>, TrainError> {
         self.toy.export(fragment)
+    }
+
+    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError> {
+        self.toy.contribute(fragment)
     }
 
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError> {
@@ -212,11 +216,12 @@ impl World {
             spool: Spool::open(folder.join("spool"), now_ms, 24).unwrap(),
         });
         let mut trainer = Moody { toy: toy(), failures: failures.clone() };
-        if let Some(state) = plane.spool.newest_state(trainer.plan().total_elements() as usize) {
-            trainer.restore(&state).unwrap();
+        if let Some(path) = plane.spool.newest_state(trainer.plan().total_elements() as usize) {
+            trainer.load(&mut std::fs::File::open(path).unwrap()).unwrap();
         }
         let machine = Learner::new(settings(now_ms, &keys, &run));
         let head = Head {
+            epoch: 1,
             state: RunState::Open,
             outer_step: 0,
             closed_below: 0,

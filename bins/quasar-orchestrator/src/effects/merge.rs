@@ -9,7 +9,6 @@ use fragments::merge::{Input as MergeInput, averaged, robust_merge};
 use fragments::state::{FragmentState, StateHeader};
 use fragments::{outer, t0};
 use protocol::documents::{Commitment, Contribution, FragmentManifest, MergeManifest, PPM, Tape, TapeInput};
-use protocol::envelope::{Expect, open_stored};
 use protocol::{Digest, FileRecord, Reason};
 
 use super::{Service, persist};
@@ -77,7 +76,7 @@ impl Service {
     /// Writes the tape once; if one is there already, that one stands.
     pub(super) async fn write_tape(&self, tape: &Tape) -> Tape {
         let bytes = self.put_once(&self.run.tape(tape.t), tape).await;
-        match open_stored::<Tape>(&bytes, &self.context, Expect::Key(&self.signer.key())) {
+        match self.open_own::<Tape>(&bytes) {
             Ok(stored) => stored.document,
             Err(error) => {
                 tracing::error!(t = tape.t, "the tape in the bucket is not ours: {error}");
@@ -122,7 +121,19 @@ impl Service {
             step_norm: 0,
         };
         let mut keyframe_length = previous.1;
-        if !tape.inputs.is_empty() {
+        if let Some(earlier) = tape.restores {
+            let state = self.state(fragment, earlier).await;
+            match encode_version(&self.plan, self.plan_digest, &state, &self.state_header(fragment, version), 0) {
+                Ok(result) => {
+                    manifest.version = version;
+                    manifest.keyframe = Digest::blake3(&result.keyframe);
+                    manifest.state = Digest::blake3(&result.state);
+                    keyframe_length = result.keyframe.len() as u64;
+                    self.store_version(&tape, version, result).await;
+                }
+                Err(error) => tracing::error!(t = tape.t, "version {earlier} cannot be published again: {error}"),
+            }
+        } else if !tape.inputs.is_empty() {
             let state = self.state(fragment, tape.base_version).await;
             let mut payloads = Vec::with_capacity(tape.inputs.len());
             for input in &tape.inputs {
@@ -143,7 +154,7 @@ impl Service {
         let bytes = self.put_once(&self.run.merge(tape.t), &manifest).await;
         let mut id = Digest::blake3(&bytes);
         // A manifest that an earlier process wrote stands, with the refusals that it knew.
-        if let Ok(stored) = open_stored::<MergeManifest>(&bytes, &self.context, Expect::Key(&self.signer.key())) {
+        if let Ok(stored) = self.open_own::<MergeManifest>(&bytes) {
             (manifest, id) = (stored.document, stored.id);
         }
         let accepted = manifest.accepted().count();
@@ -268,20 +279,25 @@ fn compute(
     let ppm = |value: u32| (f64::from(value) / PPM as f64) as f32;
     let (lr, mu) = if tape.closing { (1.0, 0.0) } else { (ppm(parameters.outer_lr_ppm), ppm(parameters.outer_momentum_ppm)) };
     outer::step(&mut state.theta, &mut state.momentum, &merged.delta, lr, mu);
-    let id = KeyframeId { plan: plan_digest, fragment: u32::from(tape.fragment), version: tape.base_version + 1 };
-    let encoded = keyframe::write(plan, &id, &state.theta).map_err(|error| error.to_string());
-    match (encoded, state.to_bytes(header)) {
-        (Ok(keyframe), Ok(state)) => Computed {
-            contributions,
-            result: Some(Version { state: Bytes::from(state), keyframe: Bytes::from(keyframe), step_norm: merged.norm_micro }),
-        },
-        (Err(error), _) => {
-            tracing::error!(t = tape.t, "the result is not publishable: {error}");
-            Computed { contributions, result: None }
-        }
-        (_, Err(error)) => {
+    match encode_version(plan, plan_digest, &state, header, merged.norm_micro) {
+        Ok(version) => Computed { contributions, result: Some(version) },
+        Err(error) => {
             tracing::error!(t = tape.t, "the result is not publishable: {error}");
             Computed { contributions, result: None }
         }
     }
+}
+
+/// The objects of a version, whose number `header` gives.
+fn encode_version(
+    plan: &protocol::FragmentPlan,
+    plan_digest: Digest,
+    state: &FragmentState,
+    header: &StateHeader,
+    step_norm: u64,
+) -> Result<Version, String> {
+    let id = KeyframeId { plan: plan_digest, fragment: header.fragment as u32, version: header.version };
+    let keyframe = keyframe::write(plan, &id, &state.theta).map_err(|error| error.to_string())?;
+    let state = state.to_bytes(header).map_err(|error| error.to_string())?;
+    Ok(Version { state: Bytes::from(state), keyframe: Bytes::from(keyframe), step_norm })
 }

@@ -1,18 +1,20 @@
 //! Effects at the edge: bucket, chain, disk. None of them fails in the eyes of the machine: what the store or the chain cannot do
-//! now is tried again until it can, and everything is idempotent by key.
+//! now is tried again until it can, and everything is idempotent by key. Nothing is written without the writer lease
+//! ([`fence`]).
 
 mod audits;
 mod evidence;
+pub mod fence;
 mod grants;
 mod merge;
 mod pollers;
 mod publish;
 mod release;
+mod retire;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::future::Future;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,13 +24,16 @@ use daemon::driver::{Executor, Inputs};
 use daemon::sequence::Sequence;
 use daemon::{Shutdown, clock};
 use protocol::documents::{CurrentRun, RunManifest};
-use protocol::envelope::{self, Context, Document};
+use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, Verified, open_stored};
+use protocol::log::LogHead;
 use protocol::paths::{Keys, RunKeys};
-use protocol::{AccountId, Digest, FragmentPlan, ShardManifest, Signer};
+use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest, Signer};
 use storage::{ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
 use crate::machine::{Effect, Input, Slot};
+
+use fence::Fence;
 
 pub use pollers::spawn_pollers;
 
@@ -41,7 +46,10 @@ pub struct Service {
     pub store: Arc<dyn ObjectStore>,
     pub chain: Arc<dyn Chain>,
     pub signer: Arc<dyn Signer>,
-    pub sequence: Sequence,
+    pub sequence: Arc<Sequence>,
+    pub fence: Arc<Fence>,
+    /// Keys that the orchestrator's documents may be signed with: the signer's, and those before a rotation.
+    pub signers: Vec<KeyRef>,
     pub context: Context,
     pub keys: Keys,
     pub run: RunKeys,
@@ -56,8 +64,8 @@ pub struct Service {
     /// The base tree on the local disk.
     pub base_tree: PathBuf,
     pub state_dir: PathBuf,
-    /// Set when another process turns out to write to this run; `shutdown` follows.
-    pub fenced: AtomicBool,
+    /// Why this process stops, if somebody else made it: another writer, another key. `shutdown` follows.
+    pub stopped: Mutex<Option<&'static str>>,
     pub shutdown: Shutdown,
     pub(crate) watched: Mutex<(Vec<Slot>, Vec<Slot>)>,
     /// Key certificates of the subnet; `None` before the chain was asked, when nobody can know what to seal to.
@@ -66,18 +74,20 @@ pub struct Service {
     pub(crate) records: Mutex<HashMap<Slot, (Digest, Bytes)>>,
     pub(crate) head_etag: tokio::sync::Mutex<Option<String>>,
     pub(crate) outbox: Outbox,
+    /// Leases whose record lies in the bucket.
+    pub(crate) recorded: Mutex<HashSet<u64>>,
 }
 
 /// Writes to one key happen in order, and a write that was overtaken is left out.
 #[derive(Default)]
 pub struct Outbox(Mutex<BTreeMap<String, Turnstile>>);
 
-/// Newest revision of a key, and the lock that its writers take in turn.
-type Turnstile = (u64, Arc<tokio::sync::Mutex<()>>);
+/// Newest revision of a key, and the tag of what was last written there, behind the lock that its writers take in turn.
+type Turnstile = (u64, Arc<tokio::sync::Mutex<Option<String>>>);
 
 impl Outbox {
     /// Waits for the turn of `revision` at `key`; `None` if a newer one is there.
-    async fn turn(&self, key: &str, revision: u64) -> Option<tokio::sync::OwnedMutexGuard<()>> {
+    async fn turn(&self, key: &str, revision: u64) -> Option<tokio::sync::OwnedMutexGuard<Option<String>>> {
         let lock = {
             let mut newest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             let entry = newest.entry(key.to_owned()).or_default();
@@ -123,6 +133,7 @@ impl Service {
 
     /// Writes bytes once, or gives those that are there.
     pub(crate) async fn put_bytes_once(&self, key: &str, bytes: Bytes) -> Result<Bytes, StoreError> {
+        self.fence.hold().await;
         let limit = bytes.len() as u64 * 2 + (1 << 20);
         match self.store.put(key, bytes.clone(), PutCondition::IfAbsent).await {
             Ok(_) => Ok(bytes),
@@ -143,14 +154,59 @@ impl Service {
         .await
     }
 
-    /// Overwrites a mutable key that only this process writes.
+    /// Overwrites a mutable key by compare-and-swap with what this process last wrote there.
     pub(crate) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Result<Bytes, String>) {
-        let Some(_turn) = self.outbox.turn(key, revision).await else { return };
-        persist(key, || async {
-            let bytes = make()?;
-            self.store.put(key, bytes, PutCondition::Always).await.map_err(|error| error.to_string())
+        let Some(mut tag) = self.outbox.turn(key, revision).await else { return };
+        *tag = persist(key, || {
+            let (known, bytes) = (tag.clone(), make());
+            async move { self.swap(key, known, bytes?).await }
         })
         .await;
+    }
+
+    /// One attempt of a write by compare-and-swap; `known` is what was last seen there.
+    async fn swap(&self, key: &str, known: Option<String>, bytes: Bytes) -> Result<Option<String>, String> {
+        let mut known = known;
+        loop {
+            self.fence.hold().await;
+            let condition = match known.take() {
+                Some(tag) => PutCondition::IfMatch(tag),
+                None => self.condition_of(key).await.map_err(|error| error.to_string())?,
+            };
+            match self.store.put(key, bytes.clone(), condition).await {
+                Ok(tag) => return Ok(Some(tag)),
+                // An answer of ours was lost, or somebody else wrote: the lease tells.
+                Err(StoreError::PreconditionFailed { .. }) => self.confirm().await,
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+
+    /// The condition under which the object stays as it is now.
+    pub(crate) async fn condition_of(&self, key: &str) -> Result<PutCondition, StoreError> {
+        match self.store.head(key).await {
+            Ok(meta) => Ok(PutCondition::IfMatch(meta.etag.unwrap_or_default())),
+            Err(StoreError::NotFound { .. }) => Ok(PutCondition::IfAbsent),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Asks the store whether the lease is still ours; stops everything if it is not.
+    pub(crate) async fn confirm(&self) {
+        if self.fence.renew().await.is_err() {
+            self.stop("another orchestrator writes to this run");
+            std::future::pending::<()>().await;
+        }
+    }
+
+    pub(crate) fn stop(&self, why: &'static str) {
+        self.stopped.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+        self.shutdown.trigger();
+    }
+
+    /// A document of the orchestrator from before or after a rotation of its key.
+    pub(crate) fn open_own<D: Document>(&self, bytes: &[u8]) -> Result<Verified<D>, EnvelopeError> {
+        open_stored(bytes, &self.context, Expect::Any(&self.signers))
     }
 }
 
@@ -217,14 +273,26 @@ impl Executor for Hands {
                 inputs.send(Input::Verdict { audit, verdict }).await;
             }
             Effect::PublishLog { head } => {
-                service.put_once(&service.run.log(head.frontier.size()), &*head).await;
-                inputs.send(Input::LogPublished).await;
+                let bytes = service.put_once(&service.run.log(head.frontier.size()), &*head).await;
+                let input = match service.open_own::<LogHead>(&bytes) {
+                    Ok(stored) if stored.document != *head => Input::LogTaken { head: Box::new(stored.document) },
+                    _ => Input::LogPublished,
+                };
+                inputs.send(input).await;
             }
             Effect::Release { versions, tokens } => {
                 let release = service.release(versions, tokens).await;
                 inputs.send(Input::Released { release }).await;
             }
             Effect::PublishStatus { status } => service.publish_status(&status).await,
+            Effect::StoreSnapshot { revision, bytes } => {
+                let bytes = Bytes::from(bytes);
+                service.put_latest(&service.run.snapshot(), revision, || Ok(bytes.clone())).await;
+            }
+            Effect::Retire { retired } => service.retire(&retired).await,
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,7 +9,7 @@ use daemon::driver::Inputs;
 use daemon::{Shutdown, clock};
 use futures::StreamExt;
 use protocol::AccountId;
-use protocol::documents::Progress;
+use protocol::documents::{Order, Progress};
 use protocol::envelope::{Expect, Purpose, SequenceGuard, open};
 use storage::StoreError;
 
@@ -24,9 +24,10 @@ const SILENT_FACTOR: u64 = 10;
 const BLOCKS_PER_METAGRAPH: u64 = 10;
 
 /// Starts all pollers; they end with `shutdown`.
-pub fn spawn_pollers(service: &Arc<Service>, inputs: &Inputs<Input>, shutdown: &Shutdown) {
+pub fn spawn_pollers(service: &Arc<Service>, orders_taken: u64, inputs: &Inputs<Input>, shutdown: &Shutdown) {
     tokio::spawn(poll_progress(service.clone(), inputs.clone(), shutdown.clone()));
     tokio::spawn(poll_chain(service.clone(), inputs.clone(), shutdown.clone()));
+    tokio::spawn(poll_orders(service.clone(), orders_taken, inputs.clone(), shutdown.clone()));
 }
 
 #[derive(Default)]
@@ -64,7 +65,7 @@ async fn poll_progress(service: Arc<Service>, inputs: Inputs<Input>, shutdown: S
                     let now_ms = clock::now_ms();
                     match open::<Progress>(&object.bytes, &service.context, Expect::Account(&slot.0), now_ms) {
                         Ok(verified) if verified.document.is_well_formed(service.plan.fragments.len()) => {
-                            if let Err(error) = seen.guard.accept(&key, &verified.header) {
+                            if let Err(error) = seen.guard.accept(&key, &verified.header, &verified.id) {
                                 tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: {error}");
                                 continue;
                             }
@@ -129,6 +130,27 @@ async fn poll_chain(service: Arc<Service>, inputs: Inputs<Input>, shutdown: Shut
         round += 1;
         if !shutdown.sleep(interval).await {
             return;
+        }
+    }
+}
+
+/// Looks for the operator's next order.
+async fn poll_orders(service: Arc<Service>, taken: u64, inputs: Inputs<Input>, shutdown: Shutdown) {
+    let interval = Duration::from_millis((service.manifest.parameters.poll_ms * 5).clamp(200, 5_000));
+    let mut next = taken + 1;
+    while shutdown.sleep(interval).await {
+        let key = service.run.order(next);
+        match service.store.get(&key, Purpose::Order.limit() as u64 + 512).await {
+            Ok(object) => match service.open_own::<Order>(&object.bytes) {
+                Ok(order) if order.document.number == next => {
+                    inputs.send(Input::Order { order: order.document }).await;
+                    next += 1;
+                }
+                Ok(order) => tracing::error!(key, number = order.document.number, "an order lies at the key of another one"),
+                Err(error) => tracing::error!(key, "an order is refused: {error}"),
+            },
+            Err(StoreError::NotFound { .. }) => {}
+            Err(error) => tracing::debug!("{error}"),
         }
     }
 }

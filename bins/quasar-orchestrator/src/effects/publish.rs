@@ -1,8 +1,10 @@
 //! Public documents: head, current, jobs, status.
 
+use std::sync::PoisonError;
+
 use bytes::Bytes;
-use daemon::clock;
-use protocol::documents::{Head, Job};
+use daemon::{Failure, clock};
+use protocol::documents::{Head, Job, Lease};
 use protocol::envelope::{self, Purpose};
 use storage::{PutCondition, StoreError};
 
@@ -10,73 +12,67 @@ use super::{Service, persist};
 use crate::machine::Status;
 
 impl Service {
-    /// Moves the head by compare-and-swap. A head that somebody else moved means that another orchestrator writes to this run.
+    /// Moves the head by compare-and-swap with the one that this process wrote last, or claimed.
     pub(super) async fn publish_head(&self, head: &Head) {
         let key = self.run.head();
-        let mut etag = self.head_etag.lock().await;
-        // What attempts without an answer may have written.
-        let mut tried: Vec<Bytes> = Vec::new();
+        let mut tag = self.head_etag.lock().await;
+        let place = key.as_str();
+        *tag = persist(place, || {
+            let (known, bytes) = (tag.clone(), self.sign(head).map_err(|error| error.to_string()));
+            async move { self.swap(place, known, bytes?).await }
+        })
+        .await;
+    }
+
+    /// Signs the head that lies there anew, under this writer's epoch: from here on a writer before it cannot move it any more.
+    /// What it wrote until then is in the head that this gives.
+    pub async fn claim_head(&self, epoch: u64) -> Result<Head, Failure> {
+        let key = self.run.head();
+        let mut tag = self.head_etag.lock().await;
         loop {
-            let condition = match &*etag {
-                Some(etag) => PutCondition::IfMatch(etag.clone()),
-                None => match self.store.head(&key).await {
-                    Ok(meta) => {
-                        *etag = meta.etag;
-                        continue;
-                    }
-                    Err(StoreError::NotFound { .. }) => PutCondition::IfAbsent,
-                    Err(error) => {
-                        tracing::warn!("the head cannot be read: {error}");
-                        tokio::time::sleep(super::RETRY_FIRST).await;
-                        continue;
-                    }
-                },
-            };
-            let bytes = match self.sign(head) {
-                Ok(bytes) => bytes,
-                Err(error) => {
-                    tracing::error!("{error}");
-                    tokio::time::sleep(super::RETRY_FIRST).await;
-                    continue;
+            let object = match self.store.get(&key, Purpose::Head.limit() as u64 + 512).await {
+                Ok(object) => object,
+                Err(error @ StoreError::NotFound { .. }) => {
+                    return Err(Failure::configuration(error).hint("the run is incomplete: create it again with `run create`"));
                 }
+                Err(error) => return Err(Failure::unavailable(error)),
             };
-            let attempt = bytes.clone();
-            match self.store.put(&key, bytes, condition).await {
+            let found = self.open_own::<Head>(&object.bytes).map_err(|error| Failure::configuration(error).context(key.clone()))?;
+            if found.document.fragments.len() != self.plan.fragments.len() {
+                return Err(Failure::configuration(anyhow::anyhow!(
+                    "the head names {} fragments, the plan {}",
+                    found.document.fragments.len(),
+                    self.plan.fragments.len()
+                ))
+                .hint("the bucket holds objects of different runs under one id; nothing was changed"));
+            }
+            let journal = |error: daemon::JournalError| Failure::new(error.exit(), error);
+            self.sequence.raise(found.header.sequence).map_err(journal)?;
+            let claimed = Head { epoch, ..found.document };
+            let bytes = self.sign(&claimed).map_err(journal)?;
+            match self.store.put(&key, bytes, PutCondition::IfMatch(object.etag.unwrap_or_default())).await {
                 Ok(fresh) => {
-                    *etag = Some(fresh);
-                    return;
-                }
-                Err(StoreError::PreconditionFailed { .. }) if !tried.is_empty() => {
-                    match self.store.get(&key, Purpose::Head.limit() as u64).await {
-                        Ok(object) if tried.contains(&object.bytes) => {
-                            *etag = object.etag;
-                            return;
-                        }
-                        Ok(_) => tried.clear(),
-                        Err(error) => {
-                            tracing::warn!("the head cannot be read: {error}");
-                            tokio::time::sleep(super::RETRY_FIRST).await;
-                        }
-                    }
+                    *tag = Some(fresh);
+                    return Ok(claimed);
                 }
                 Err(StoreError::PreconditionFailed { .. }) => {
-                    tracing::error!("another orchestrator moved the head of this run; this one stops");
-                    self.fenced.store(true, std::sync::atomic::Ordering::Relaxed);
-                    self.shutdown.trigger();
-                    return;
+                    self.fence.renew().await.map_err(|lost| Failure::configuration(lost).hint("start again with `run --standby`"))?;
                 }
-                Err(error) => {
-                    tracing::warn!("the head cannot be written: {error}");
-                    tried.push(attempt);
-                    tokio::time::sleep(super::RETRY_FIRST).await;
-                }
+                Err(error) => return Err(Failure::unavailable(error)),
             }
         }
     }
 
     pub(super) async fn publish_current(&self) {
+        // The owner may have named another key meanwhile.
+        let next_root = self.keys.root(self.current.root_version + 1);
+        if self.store.head(&next_root).await.is_ok() {
+            tracing::error!("the owner signed a new root; this orchestrator stops");
+            return self.stop("the owner signed a new root");
+        }
         let key = self.keys.current();
         persist(&key, || async {
+            self.fence.hold().await;
             let now_ms = clock::now_ms();
             let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
             let bytes = envelope::sign(&self.current, &self.context.without_run(), &*self.signer, sequence, now_ms);
@@ -86,11 +82,36 @@ impl Service {
     }
 
     pub(super) async fn publish_job(&self, revision: u64, job: &Job) {
+        for lease in &job.leases {
+            self.record_lease(job, lease).await;
+        }
         let key = self.run.job(&job.hotkey, job.slot);
         self.put_latest(&key, revision, || self.sign(job).map_err(|error| error.to_string())).await;
     }
 
+    /// Writes down who got which rows, before anybody is told: a successor gives them to nobody else.
+    async fn record_lease(&self, job: &Job, lease: &Lease) {
+        let is_known = || self.recorded.lock().unwrap_or_else(PoisonError::into_inner).contains(&lease.id);
+        if is_known() {
+            return;
+        }
+        let record = Job { leases: vec![lease.clone()], ..job.clone() };
+        let bytes = self.put_once(&self.run.lease(lease.id), &record).await;
+        match self.open_own::<Job>(&bytes) {
+            Ok(stored) if stored.document.leases == record.leases => {
+                self.recorded.lock().unwrap_or_else(PoisonError::into_inner).insert(lease.id);
+            }
+            _ => {
+                tracing::error!(lease = lease.id, "another writer gave out a lease of this number");
+                self.confirm().await;
+            }
+        }
+    }
+
     pub(super) async fn publish_status(&self, status: &Status) {
+        if !self.fence.is_trusted() {
+            return;
+        }
         let key = self.run.status();
         let Ok(bytes) = serde_json::to_vec(status) else { return };
         if let Err(error) = self.store.put(&key, Bytes::from(bytes), PutCondition::Always).await {

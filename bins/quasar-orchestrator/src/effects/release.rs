@@ -1,5 +1,7 @@
 //! Releases: the base tree with every contract tensor replaced from the absolute fragment states.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use fragments::CheckpointTree;
 use fragments::checkpoint::assemble_from;
@@ -12,24 +14,23 @@ use crate::operator::checkpoint::describe;
 
 impl Service {
     /// Assembles, uploads and signs the release of these fragment versions. The same versions give the same release.
-    pub(super) async fn release(&self, versions: Vec<u64>, tokens: u64) -> ReleaseRef {
+    pub(super) async fn release(self: &Arc<Self>, versions: Vec<u64>, tokens: u64) -> ReleaseRef {
         let name = format!("run-{}", Digest::derive("quasar/v1/release", &[&self.context.run.0, &codec::encode(&versions)]).short());
         persist("the release", || self.try_release(&name, &versions, tokens)).await
     }
 
-    async fn try_release(&self, name: &str, versions: &[u64], tokens: u64) -> Result<ReleaseRef, String> {
-        let mut states = Vec::with_capacity(versions.len());
-        for (fragment, version) in versions.iter().enumerate() {
-            states.push(Some(self.state(fragment as u16, *version).await.theta));
-        }
+    async fn try_release(self: &Arc<Self>, name: &str, versions: &[u64], tokens: u64) -> Result<ReleaseRef, String> {
         let out = self.state_dir.join("releases").join(name);
         let (plan, base, tree) = (self.plan.clone(), self.base_tree.clone(), out.clone());
+        let (service, runtime, wanted) = (self.clone(), tokio::runtime::Handle::current(), versions.to_vec());
         let files = tokio::task::spawn_blocking(move || {
             if tree.join("quasar_parameter_contract.json").exists() {
                 std::fs::remove_dir_all(&tree).map_err(|error| error.to_string())?;
             }
             let base = CheckpointTree::open(&base).map_err(|error| error.to_string())?;
-            let values = |fragment: usize| states[fragment].take().ok_or_else(|| std::io::Error::other("a fragment was asked for twice"));
+            // One fragment in memory at a time, whatever the model's size.
+            let values =
+                |fragment: usize| Ok::<_, std::io::Error>(runtime.block_on(service.state(fragment as u16, wanted[fragment])).theta);
             assemble_from(&base, &plan, values, &tree).map_err(|error| error.to_string())?;
             describe(&tree).map_err(|error| error.to_string())
         })

@@ -38,6 +38,15 @@ impl AuditCase {
     }
 }
 
+/// An ordered audit whose verdict is not revealed yet.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct AwaitedVerdict {
+    pub validator: AccountId,
+    pub until_ms: u64,
+    /// Outer step of the audited payload.
+    pub t: u64,
+}
+
 impl Orchestrator {
     /// Asks for the beacon of the next finished cycle; orders audits whose opening is complete or overdue.
     pub(super) fn advance_audits(&mut self) {
@@ -127,8 +136,8 @@ impl Orchestrator {
                 known.uploaded = true;
             }
         }
-        if changed && let Some(learner) = self.learners.get_mut(&slot) {
-            learner.grants_dirty = true;
+        if changed {
+            self.grants_changed(slot);
         }
     }
 
@@ -160,7 +169,9 @@ impl Orchestrator {
         let Some(case) = self.audits.remove(&audit) else { return };
         self.audits_ordered += 1;
         self.head_dirty = true;
-        self.verdicts_awaited.insert(audit, (case.selection.validator, self.volatile.now_ms + VERDICT_MS));
+        let awaited =
+            AwaitedVerdict { validator: case.selection.validator, until_ms: self.volatile.now_ms + VERDICT_MS, t: case.selection.t };
+        self.verdicts_awaited.insert(audit, awaited);
     }
 
     /// Looks for the verdicts of ordered audits, which go into the log.
@@ -170,11 +181,11 @@ impl Orchestrator {
             return;
         }
         self.volatile.verdicts_ms = now_ms;
-        self.verdicts_awaited.retain(|_, (_, until_ms)| *until_ms > now_ms);
+        self.verdicts_awaited.retain(|_, awaited| awaited.until_ms > now_ms);
         let reads: Vec<Effect> = self
             .verdicts_awaited
             .iter()
-            .map(|(audit, (validator, _))| Effect::ReadVerdict { audit: *audit, validator: *validator })
+            .map(|(audit, awaited)| Effect::ReadVerdict { audit: *audit, validator: awaited.validator })
             .collect();
         self.volatile.effects.extend(reads);
     }

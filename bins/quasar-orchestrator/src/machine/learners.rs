@@ -4,9 +4,11 @@ use std::collections::BTreeSet;
 
 use protocol::documents::{Job, LearnerState, Lease, Progress, RunState};
 use protocol::lease::LeaseRows;
-use protocol::{AccountId, Digest, Reason};
+use protocol::ledger::TokenLedger;
+use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
+use super::timing::Average;
 use super::{Effect, Guest, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, ReceiptStage, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want};
 
 /// Steps before the end of a learner's last lease at which it gets the next one.
@@ -17,6 +19,8 @@ const LEASES_KEPT: usize = 6;
 const RECEIPTS_AWAITED: usize = 2;
 /// A lease that nobody finishes ends after so many times the time it should take.
 const LEASE_DEADLINE_FACTOR: u64 = 20;
+/// A learner that left so many pulls in a row without an answer is not waited for; it is pulled and merged all the same.
+const MISSES_MAX: u8 = 3;
 
 /// What the orchestrator knows about a slot that has spoken.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -38,6 +42,10 @@ pub struct Learner {
     pub fragments: Vec<(u64, u32)>,
     pub contributions: u64,
     pub last_reason: Reason,
+    /// What its steps take.
+    pub step: Average,
+    /// Pulls in a row that it did not answer.
+    pub misses: u8,
     pub job_dirty: bool,
     pub grants_dirty: bool,
     pub pull_grants_ms: u64,
@@ -59,22 +67,24 @@ pub struct LeaseRecord {
 }
 
 impl Learner {
-    fn new(record: &Progress, now_ms: u64) -> Self {
+    pub(super) fn of_session(session_epoch: u64, now_ms: u64) -> Self {
         Self {
-            worker: record.worker.clone(),
-            session_epoch: record.session_epoch,
-            state: record.state,
+            worker: String::new(),
+            session_epoch,
+            state: LearnerState::Ready,
             live: true,
             seen_ms: now_ms,
-            local_step: record.local_step,
+            local_step: 0,
             stepped_ms: now_ms,
-            loss: record.loss,
+            loss: 0,
             lease: 0,
             lease_step: 0,
             leases: Vec::new(),
             fragments: Vec::new(),
             contributions: 0,
             last_reason: Reason::None,
+            step: Average::default(),
+            misses: 0,
             job_dirty: true,
             grants_dirty: true,
             pull_grants_ms: 0,
@@ -84,12 +94,17 @@ impl Learner {
     pub fn is_training(&self) -> bool {
         self.live && self.state == LearnerState::Training
     }
+
+    /// Whether a pull waits for its answer.
+    pub fn is_eligible(&self) -> bool {
+        self.is_training() && self.local_step > 0 && self.misses < MISSES_MAX
+    }
 }
 
 impl Orchestrator {
     pub(super) fn on_progress(&mut self, slot: Slot, id: Digest, record: Progress) {
         let now_ms = self.volatile.now_ms;
-        if slot.1 != record.slot || !self.guests.iter().any(|guest| guest.hotkey == slot.0 && !guest.validator) {
+        if slot.1 != record.slot || !self.miners.contains(&slot.0) || self.banned.contains_key(&slot.0) {
             return;
         }
         match self.learners.get(&slot) {
@@ -99,29 +114,41 @@ impl Orchestrator {
                 let contributions = known.map_or(0, |learner| learner.contributions);
                 self.end_leases(slot);
                 self.withdraw_offers(slot);
-                let learner = Learner { contributions, ..Learner::new(&record, now_ms) };
+                let learner = Learner { contributions, ..Learner::of_session(record.session_epoch, now_ms) };
                 self.learners.insert(slot, learner);
+                self.pace.dirty.insert(slot);
             }
         }
         let Some(learner) = self.learners.get_mut(&slot) else { return };
+        let before = (learner.live, learner.state, learner.local_step > 0);
         if record.local_step > learner.local_step {
             // The whole cadence counts, with what lies between two steps. The first step of a session has no interval.
             let steps = record.local_step - learner.local_step;
             if learner.local_step > 0 {
-                self.timing.add_step(now_ms.saturating_sub(learner.stepped_ms) / steps);
+                learner.step.add(now_ms.saturating_sub(learner.stepped_ms) / steps);
             }
             learner.stepped_ms = now_ms;
         }
         learner.seen_ms = now_ms;
-        learner.live = record.state != LearnerState::Draining;
+        // A record with one of these reasons is the last of its session, as a draining one is: its leases end now and not when it is stale.
+        let has_failed = matches!(record.reason, Reason::OutOfMemory | Reason::DiskFull | Reason::TrainerFailed);
+        learner.live = record.state != LearnerState::Draining && !has_failed;
         learner.state = record.state;
-        learner.worker = record.worker.clone();
+        if learner.worker != record.worker {
+            learner.worker.clone_from(&record.worker);
+        }
         learner.local_step = record.local_step;
         learner.loss = record.loss;
-        learner.fragments = record.fragments.iter().map(|fragment| (fragment.version, fragment.steps)).collect();
+        learner.fragments.clear();
+        learner.fragments.extend(record.fragments.iter().map(|fragment| (fragment.version, fragment.steps)));
         if learner.leases.contains(&record.lease) {
             learner.lease = record.lease;
             learner.lease_step = record.lease_step;
+        }
+        if before != (learner.live, learner.state, learner.local_step > 0) {
+            self.pace.survey = true;
+            self.pace.pulls_changed = true;
+            self.pace.dirty.insert(slot);
         }
         let live = learner.live;
         if let Some(lease) = self.leases.get_mut(&record.lease)
@@ -144,6 +171,7 @@ impl Orchestrator {
         let (now_ms, ttl_ms) = (self.volatile.now_ms, self.parameters().learner_ttl_ms);
         let gone: Vec<Slot> =
             self.learners.iter().filter(|(_, learner)| learner.live && now_ms > learner.seen_ms + ttl_ms).map(|(slot, _)| *slot).collect();
+        self.pace.survey |= !gone.is_empty();
         for slot in gone {
             self.end_leases(slot);
             if let Some(learner) = self.learners.get_mut(&slot) {
@@ -184,7 +212,7 @@ impl Orchestrator {
         let steps = (count / u64::from(batch_rows)) as u32;
         let Some(learner) = self.learners.get_mut(&slot) else { return };
         if steps == 0 {
-            self.ledger.end_lease(id, rows.iter().flat_map(|range| (range.start..range.end).map(|row| (range.shard.as_str(), row))), 0, 0);
+            self.ledger.end_lease_whole(id, &rows, false);
             learner.last_reason = Reason::NoWork;
             return;
         }
@@ -203,12 +231,11 @@ impl Orchestrator {
         learner.leases.push(id);
         learner.job_dirty = true;
         learner.grants_dirty = true;
-        let record =
-            LeaseRecord { lease, slot, evidence: 0, committed: Vec::new(), reported: 0, receipt: ReceiptStage::Awaited, ended: false };
-        self.leases.insert(id, record);
+        self.pace.dirty.insert(slot);
+        self.leases.insert(id, LeaseRecord::new(lease, slot));
     }
 
-    fn end_leases(&mut self, slot: Slot) {
+    pub(super) fn end_leases(&mut self, slot: Slot) {
         let held = self.learners.get(&slot).map(|learner| learner.leases.clone()).unwrap_or_default();
         for lease in held {
             self.end_lease(lease);
@@ -220,26 +247,13 @@ impl Orchestrator {
     pub(super) fn end_lease(&mut self, id: u64) {
         let Some(record) = self.leases.get_mut(&id) else { return };
         let slot = record.slot;
-        if !record.ended {
-            record.ended = true;
-            let batch = u64::from(record.lease.batch_rows);
-            let done: BTreeSet<u32> = match &record.receipt {
-                ReceiptStage::Settled { trained } => trained.iter().copied().collect(),
-                _ => (0..record.evidence).collect(),
-            };
-            let is_left = |step: &u32| !done.contains(step);
-            let lost: Vec<u32> = (0..record.reported).filter(is_left).collect();
-            let rest = (record.reported..record.lease.steps).filter(is_left);
-            let rows = LeaseRows::of(&record.lease);
-            let steps = done.iter().chain(&lost).copied().chain(rest);
-            let taken: Vec<(String, u64)> = steps.flat_map(|step| rows.step(step)).map(|row| (row.shard.to_owned(), row.row)).collect();
-            let leftover = leftover_rows(&record.lease, &taken);
-            let order = taken.iter().chain(&leftover).map(|(shard, row)| (shard.as_str(), *row));
-            self.ledger.end_lease(id, order, done.len() as u64 * batch, lost.len() as u64 * batch);
+        if !std::mem::replace(&mut record.ended, true) {
+            book(&mut self.ledger, record);
         }
         if let Some(learner) = self.learners.get_mut(&slot) {
             learner.leases.retain(|lease| *lease != id);
             learner.job_dirty = true;
+            self.pace.dirty.insert(slot);
         }
         let ended: Vec<u64> = self.leases.iter().filter(|(_, record)| record.slot == slot && record.ended).map(|(id, _)| *id).collect();
         for id in ended.iter().take(ended.len().saturating_sub(LEASES_KEPT)) {
@@ -247,20 +261,35 @@ impl Orchestrator {
         }
     }
 
-    /// Publishes jobs and grants that changed or grow old.
-    pub(super) fn refresh_learners(&mut self) {
+    /// What a slot may read or upload has changed.
+    pub(super) fn grants_changed(&mut self, slot: Slot) {
+        if let Some(learner) = self.learners.get_mut(&slot) {
+            learner.grants_dirty = true;
+            self.pace.dirty.insert(slot);
+        }
+    }
+
+    /// Renews the standing grants of every slot that are not as they should be.
+    pub(super) fn refresh_standing_grants(&mut self) {
         let now_ms = self.volatile.now_ms;
         let versions = self.fragment_versions();
-        for guest in self.guests.clone() {
+        let welcome: Vec<Guest> = self.guests.iter().filter(|guest| !self.banned.contains_key(&guest.hotkey)).cloned().collect();
+        for guest in welcome {
             let slots = if guest.validator { 1 } else { self.setup.parameters.slots };
             for slot in 0..slots {
                 self.refresh_standing((guest.hotkey, slot), &guest, &versions, now_ms);
             }
         }
-        let due: Vec<Slot> = self.learners.iter().filter(|(_, learner)| learner.live).map(|(slot, _)| *slot).collect();
-        for slot in due {
-            self.refresh_job(slot);
-            self.refresh_pull_grants(slot, now_ms);
+    }
+
+    /// Publishes jobs and grants that changed or grow old.
+    pub(super) fn refresh_jobs_and_grants(&mut self) {
+        let now_ms = self.volatile.now_ms;
+        for slot in std::mem::take(&mut self.pace.dirty) {
+            if self.learners.get(&slot).is_some_and(|learner| learner.live) {
+                self.refresh_job(slot);
+                self.refresh_pull_grants(slot, now_ms);
+            }
         }
     }
 
@@ -325,11 +354,30 @@ impl Orchestrator {
     pub(super) fn leases_of(&self, slot: Slot) -> Vec<Lease> {
         self.leases.values().filter(|record| record.slot == slot).map(|record| record.lease.clone()).collect()
     }
+}
 
-    /// Learners that train: those a pull can expect an answer from.
-    pub(super) fn training(&self) -> impl Iterator<Item = (&(AccountId, u8), &Learner)> {
-        self.learners.iter().filter(|(_, learner)| learner.is_training())
+/// Enters the rows of a lease that ended.
+fn book(ledger: &mut TokenLedger, record: &LeaseRecord) {
+    let lease = &record.lease;
+    let batch = u64::from(lease.batch_rows);
+    let done: BTreeSet<u32> = match &record.receipt {
+        ReceiptStage::Settled { trained } => trained.iter().copied().collect(),
+        _ => (0..record.evidence).collect(),
+    };
+    let total: u64 = lease.rows.iter().map(protocol::documents::RowRange::rows).sum();
+    let (is_all, is_none) = (done.len() as u64 * batch == total, done.is_empty() && record.reported == 0);
+    if is_all || is_none {
+        return ledger.end_lease_whole(lease.id, &lease.rows, is_all);
     }
+    let is_left = |step: &u32| !done.contains(step);
+    let lost: Vec<u32> = (0..record.reported).filter(is_left).collect();
+    let rest = (record.reported..lease.steps).filter(is_left);
+    let rows = LeaseRows::of(lease);
+    let steps = done.iter().chain(&lost).copied().chain(rest);
+    let taken: Vec<(String, u64)> = steps.flat_map(|step| rows.step(step)).map(|row| (row.shard.to_owned(), row.row)).collect();
+    let leftover = leftover_rows(lease, &taken);
+    let order = taken.iter().chain(&leftover).map(|(shard, row)| (shard.as_str(), *row));
+    ledger.end_lease(lease.id, order, done.len() as u64 * batch, lost.len() as u64 * batch);
 }
 
 /// Rows of a lease beyond its last full batch.

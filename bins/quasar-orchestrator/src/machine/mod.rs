@@ -2,34 +2,50 @@
 //!
 //! It knows digests, sizes, versions and reasons, never tensors; it takes time from its inputs. Every effect is idempotent by key
 //! and ends in an input, and [`Input::Started`] asks again for all that were open when the last process ended: that is the
-//! whole recovery.
+//! whole recovery. A process without the journal of the last one begins with [`Input::Recovered`] instead.
+//!
+//! Progress records are almost all inputs, and most of them change nothing but a step count. What time alone makes due is
+//! therefore looked through once in a poll and not at each input ([`Pace`]).
 
 mod audits;
+mod ending;
+mod facts;
 mod learners;
 mod log;
+mod orders;
+mod pace;
 mod pulls;
 mod receipts;
+mod recovery;
+mod status;
 mod timing;
+mod wants;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use daemon::{Exit, Machine};
-use protocol::audits::Selection;
-use protocol::documents::{
-    FragmentHead, Head, Job, Lease, MergeManifest, Notice, Progress, Pull, ReleaseRef, RunParameters, RunState, Tape, VerdictResult,
-};
-use protocol::envelope::RunId;
+use protocol::documents::{MergeManifest, ReleaseRef, RunParameters, RunState};
 use protocol::ledger::TokenLedger;
-use protocol::log::{LogHead, LogKind};
-use protocol::{AccountId, Digest, Reason, codec, schedule};
+use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
 
 pub use audits::{AuditCase, VERDICT_MS};
+pub use ending::Retired;
+pub use facts::{BucketFacts, Fragment, FragmentSetup, Guest, Input, RunSetup, Slot, StepFact};
 pub use learners::{Learner, LeaseRecord, StandingMark};
-use log::Log;
+pub use orders::OrderOutcome;
 pub use pulls::{Offer, OfferStage, OpenPull, PullStage};
 pub use receipts::ReceiptStage;
-use timing::Timing;
+pub use recovery::{LEASE_EPOCH_SHIFT, SNAPSHOT_BYTES_MAX, SnapshotError};
+pub use status::{LearnerStatus, Status, VerdictCounts};
+pub use wants::{Effect, Key, Want};
+
+use audits::AwaitedVerdict;
+use ending::Releasing;
+use log::Log;
+use orders::{Orders, Restoring};
+use pace::Pace;
+use timing::{Rate, Timing};
 
 /// The head is written again at least this often: it expires after five minutes.
 const HEAD_REFRESH_MS: u64 = 60_000;
@@ -44,274 +60,17 @@ pub const VERSIONS_AHEAD: u64 = 8;
 /// The status object is for people: this often is enough.
 const STATUS_INTERVAL_MS: u64 = 1_000;
 
-/// A slot of a hotkey.
-pub type Slot = (AccountId, u8);
-
-/// A registered hotkey.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Guest {
-    pub hotkey: AccountId,
-    pub validator: bool,
-    /// The X25519 key that its grants are sealed to; `None` where it needs a key certificate first.
-    pub recipient: Option<[u8; 32]>,
-}
-
-/// What the machine has to know about its run.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct RunSetup {
-    pub run: RunId,
-    pub parameters: RunParameters,
-    pub release: ReleaseRef,
-    pub fragments: Vec<FragmentSetup>,
-    /// Shards to train on: id, rows, row tokens.
-    pub shards: Vec<(String, u64, u32)>,
-}
-
-/// A fragment at the start of the run.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct FragmentSetup {
-    pub keyframe: Digest,
-    pub keyframe_length: u64,
-    pub state: Digest,
-    /// Bytes of an encoded payload.
-    pub payload_length: u64,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Fragment {
-    pub version: u64,
-    pub keyframe: Digest,
-    pub keyframe_length: u64,
-    pub state: Digest,
-    pub payload_length: u64,
-    /// When this version came into being.
-    pub published_ms: u64,
-}
-
-/// A fact.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum Input {
-    /// A process begins to run this machine.
-    Started,
-    Tick,
-    Block {
-        number: u64,
-    },
-    Metagraph {
-        guests: Vec<Guest>,
-    },
-    /// A verified progress record; `id` is that of its envelope.
-    Progress {
-        slot: Slot,
-        id: Digest,
-        record: Box<Progress>,
-    },
-    /// The commitment of `slot` for outer step `t` lies write-once in the bucket, in the envelope `id`.
-    CommitmentStored {
-        slot: Slot,
-        t: u64,
-        id: Digest,
-    },
-    /// Static checks of an upload ended; [`Reason::None`] = passed.
-    PayloadChecked {
-        slot: Slot,
-        t: u64,
-        outcome: Reason,
-    },
-    /// The tape as it lies in the bucket, which may be one that an earlier process wrote.
-    TapeWritten {
-        tape: Box<Tape>,
-    },
-    /// `id` is that of the manifest's envelope.
-    Merged {
-        manifest: Box<MergeManifest>,
-        id: Digest,
-        keyframe_length: u64,
-    },
-    /// The receipt of a lease was read and checked: its envelope's id and the steps that were trained.
-    ReceiptChecked {
-        slot: Slot,
-        lease: u64,
-        outcome: Result<(Digest, Vec<u32>), Reason>,
-    },
-    HeadPublished,
-    Beacon {
-        cycle: u64,
-        block: u64,
-        hash: [u8; 32],
-    },
-    /// Public keys that openings are sealed to.
-    OpeningKeys {
-        keys: Vec<(Digest, [u8; 32])>,
-    },
-    AuditOrdered {
-        audit: Digest,
-    },
-    /// The revealed verdict of an ordered audit with the id of its envelope; `None` = not there yet.
-    Verdict {
-        audit: Digest,
-        verdict: Option<(Digest, VerdictResult)>,
-    },
-    /// The log head that was asked for lies in the bucket.
-    LogPublished,
-    Released {
-        release: ReleaseRef,
-    },
-    /// The operator asks for the end of the run.
-    Drain,
-}
-
-/// What a sealed bundle is to contain.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Want {
-    Read { key: Key },
-    WriteOnce { key: Key, length: u64, sha256: Digest },
-}
-
-/// Keys that the machine names without spelling them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Key {
-    Shard(String),
-    Payload { slot: Slot, t: u64 },
-    Opening { slot: Slot, audit: Digest, part: u8 },
-    Receipt { slot: Slot, lease: u64 },
-}
-
-/// Something to do.
-#[derive(Clone, Debug)]
-pub enum Effect {
-    /// Poll these slots; `live` ones at the poll interval, the others rarely.
-    Watch {
-        live: Vec<Slot>,
-        silent: Vec<Slot>,
-    },
-    PublishHead {
-        head: Box<Head>,
-    },
-    PublishCurrent,
-    PublishJob {
-        revision: u64,
-        job: Box<Job>,
-    },
-    PublishStanding {
-        revision: u64,
-        slot: Slot,
-        validator: bool,
-        mark: StandingMark,
-        /// Cycles that are merged: a validator publishes scores for this one and those that follow.
-        cycle: u64,
-    },
-    PublishPullGrants {
-        revision: u64,
-        slot: Slot,
-        session_epoch: u64,
-        wants: Vec<Want>,
-    },
-    StoreCommitment {
-        slot: Slot,
-        t: u64,
-        id: Digest,
-    },
-    CheckPayload {
-        slot: Slot,
-        t: u64,
-        commitment: protocol::documents::Commitment,
-    },
-    CheckReceipt {
-        slot: Slot,
-        lease: Box<Lease>,
-        /// Local steps done and head of the step chain, as commitments named them during the lease.
-        committed: Vec<(u64, Digest)>,
-    },
-    WriteTape {
-        tape: Box<Tape>,
-    },
-    Merge {
-        tape: Box<Tape>,
-        rejected: Vec<protocol::documents::Contribution>,
-        previous_keyframe: (Digest, u64),
-    },
-    ReadBeacon {
-        cycle: u64,
-        block: u64,
-    },
-    MakeOpeningKeys {
-        audits: Vec<Digest>,
-    },
-    OrderAudit {
-        selection: Box<Selection>,
-        parts: Vec<(u64, Digest)>,
-        leases: Vec<Lease>,
-    },
-    ReadVerdict {
-        audit: Digest,
-        validator: AccountId,
-    },
-    PublishLog {
-        head: Box<LogHead>,
-    },
-    Release {
-        versions: Vec<u64>,
-        tokens: u64,
-    },
-    PublishStatus {
-        status: Box<Status>,
-    },
-}
-
-/// For dashboards and people.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Status {
-    pub state: RunState,
-    pub outer_step: u64,
-    pub closed_below: u64,
-    pub cycle: u64,
-    pub merges: u64,
-    pub empty_merges: u64,
-    pub contributions: u64,
-    pub tokens: u64,
-    pub step_ms: u64,
-    pub rows: protocol::ledger::LedgerTotals,
-    pub learners: Vec<LearnerStatus>,
-    /// Registered hotkeys that nothing can be sealed to before they publish a key certificate.
-    pub needs_certificate: Vec<AccountId>,
-    /// Cycle whose audits are selected next.
-    pub audit_cycle: u64,
-    pub audits_open: u64,
-    pub audits_ordered: u64,
-    pub verdicts: VerdictCounts,
-    /// Entries of the published log.
-    pub log: u64,
-    pub release: String,
-}
-
-/// Verdicts that validators have revealed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VerdictCounts {
-    pub pass: u64,
-    pub fail: u64,
-    pub other: u64,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct LearnerStatus {
-    pub hotkey: AccountId,
-    pub slot: u8,
-    pub worker: String,
-    pub state: protocol::documents::LearnerState,
-    pub live: bool,
-    pub local_step: u64,
-    pub loss: i64,
-    pub contributions: u64,
-    pub last_reason: Reason,
-}
-
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Orchestrator {
     setup: RunSetup,
+    /// Fencing epoch of the process that runs this machine.
+    epoch: u64,
     state: RunState,
     block: u64,
     guests: Vec<Guest>,
+    miners: BTreeSet<AccountId>,
+    /// Hotkeys that the operator excluded, with the reason.
+    banned: BTreeMap<AccountId, String>,
     learners: BTreeMap<Slot, Learner>,
     standing: BTreeMap<Slot, StandingMark>,
     fragments: Vec<Fragment>,
@@ -323,26 +82,36 @@ pub struct Orchestrator {
     closed_below: u64,
     /// The first outer step of the closing round.
     closing_from: Option<u64>,
+    restoring: Option<Restoring>,
     pulls: BTreeMap<u64, OpenPull>,
     last_pull_ms: u64,
-    /// Merge manifests of cycles whose audits are not selected yet.
+    /// Merge manifests of cycles whose audits are not settled yet.
     manifests: BTreeMap<u64, MergeManifest>,
     /// Cycle to audit next.
     audit_cycle: u64,
     audits: BTreeMap<Digest, AuditCase>,
     audits_ordered: u64,
-    /// Ordered audits whose verdict is awaited: the validator, and until when.
-    verdicts_awaited: BTreeMap<Digest, (AccountId, u64)>,
+    /// Ordered audits whose verdict is awaited.
+    verdicts_awaited: BTreeMap<Digest, AwaitedVerdict>,
     verdicts: VerdictCounts,
     log: Log,
     timing: Timing,
+    rate: Rate,
     release: ReleaseRef,
+    /// A release that is being made.
+    releasing: Option<Releasing>,
+    /// Lowest fragment version of the last release.
+    released_version: u64,
+    /// Releases of this run, oldest first.
+    releases: Vec<String>,
+    orders: Orders,
     merges: u64,
     empty_merges: u64,
     contributions: u64,
     tokens: u64,
     revision: u64,
     head_dirty: bool,
+    pace: Pace,
     #[serde(skip)]
     volatile: Volatile,
 }
@@ -358,16 +127,15 @@ struct Volatile {
     watched: Option<(Vec<Slot>, Vec<Slot>)>,
     beacon_asked: Option<u64>,
     verdicts_ms: u64,
-    log_ms: u64,
-    release_asked: bool,
     now_ms: u64,
 }
 
 impl Orchestrator {
-    pub fn new(setup: RunSetup) -> Self {
+    pub fn new(mut setup: RunSetup) -> Self {
         let mut ledger = TokenLedger::default();
-        for (id, rows, row_tokens) in &setup.shards {
-            ledger.add_shard(id, *rows, *row_tokens);
+        // The ledger knows them from here on; a snapshot need not hold them twice.
+        for (id, rows, row_tokens) in std::mem::take(&mut setup.shards) {
+            ledger.add_shard(&id, rows, row_tokens);
         }
         let fragments = setup
             .fragments
@@ -379,12 +147,17 @@ impl Orchestrator {
                 state: fragment.state,
                 payload_length: fragment.payload_length,
                 published_ms: 0,
+                base_min: 0,
+                kept_from: 0,
             })
             .collect();
         Self {
+            epoch: 0,
             state: RunState::Open,
             block: 0,
             guests: Vec::new(),
+            miners: BTreeSet::new(),
+            banned: BTreeMap::new(),
             learners: BTreeMap::new(),
             standing: BTreeMap::new(),
             fragments,
@@ -395,6 +168,7 @@ impl Orchestrator {
             closed: BTreeSet::new(),
             closed_below: 0,
             closing_from: None,
+            restoring: None,
             pulls: BTreeMap::new(),
             last_pull_ms: 0,
             manifests: BTreeMap::new(),
@@ -405,16 +179,31 @@ impl Orchestrator {
             verdicts: VerdictCounts::default(),
             log: Log::default(),
             timing: Timing::default(),
+            rate: Rate::default(),
             release: setup.release.clone(),
+            releasing: None,
+            released_version: 0,
+            releases: Vec::new(),
+            orders: Orders::default(),
             merges: 0,
             empty_merges: 0,
             contributions: 0,
             tokens: 0,
             revision: 0,
             head_dirty: true,
+            pace: Pace::default(),
             volatile: Volatile::default(),
             setup,
         }
+    }
+
+    /// As [`Orchestrator::new`], with the source of each shard, so that the ledger keeps books for each of them.
+    pub fn with_sources<'a>(mut setup: RunSetup, source_of: impl Fn(&str) -> &'a str) -> Self {
+        let mut ledger = TokenLedger::default();
+        for (id, rows, row_tokens) in std::mem::take(&mut setup.shards) {
+            ledger.add_shard_of(source_of(&id), &id, rows, row_tokens);
+        }
+        Self { ledger, ..Self::new(setup) }
     }
 
     fn parameters(&self) -> &RunParameters {
@@ -434,90 +223,37 @@ impl Orchestrator {
         self.state
     }
 
+    /// Fencing epoch of the process that runs this machine.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Orders of the operator that were taken.
+    pub fn orders_taken(&self) -> u64 {
+        self.orders.taken
+    }
+
     pub fn fragment_versions(&self) -> Vec<u64> {
         self.fragments.iter().map(|fragment| fragment.version).collect()
     }
 
-    fn head(&self) -> Head {
-        let pulls = self
-            .pulls
-            .iter()
-            .filter(|(_, pull)| matches!(pull.stage, PullStage::Open))
-            .map(|(t, pull)| Pull { t: *t, fragment: pull.fragment, version: pull.version, deadline_ms: pull.deadline_ms })
-            .collect();
-        let fragments = self
-            .fragments
-            .iter()
-            .map(|fragment| FragmentHead { version: fragment.version, length: fragment.keyframe_length, digest: fragment.keyframe })
-            .collect();
-        let notices = self
-            .audits
-            .values()
-            .filter(|case| case.is_opening())
-            .filter_map(|case| {
-                Some(Notice::OpenAudit {
-                    audit: case.selection.audit,
-                    hotkey: case.selection.hotkey,
-                    slot: case.selection.slot,
-                    t: case.selection.t,
-                    deadline_ms: case.deadline_ms,
-                    key: case.key?,
-                })
-            })
-            .collect();
-        let totals = self.ledger.totals();
-        let books = [totals.waiting_rows, totals.leased_rows, totals.done_rows, totals.lost_rows, totals.done_tokens];
-        Head {
-            state: self.state,
-            outer_step: self.next_t,
-            closed_below: self.closed_below,
-            block: self.block,
-            run_step: schedule::run_step(self.parameters(), self.next_t),
-            pulls,
-            fragments,
-            release: self.release.clone(),
-            ledger: Digest::blake3(&codec::encode(&books.to_vec())),
-            log: self.log.published(),
-            notices,
-        }
+    /// Outer steps below this are closed.
+    pub fn closed_below(&self) -> u64 {
+        self.closed_below
     }
 
-    pub fn status(&self) -> Status {
-        let learners = self
-            .learners
-            .iter()
-            .map(|((hotkey, slot), learner)| LearnerStatus {
-                hotkey: *hotkey,
-                slot: *slot,
-                worker: learner.worker.clone(),
-                state: learner.state,
-                live: learner.live,
-                local_step: learner.local_step,
-                loss: learner.loss,
-                contributions: learner.contributions,
-                last_reason: learner.last_reason,
-            })
-            .collect();
-        Status {
-            state: self.state,
-            outer_step: self.next_t,
-            closed_below: self.closed_below,
-            cycle: schedule::cycle_of(self.closed_below, self.parameters().fragments),
-            merges: self.merges,
-            empty_merges: self.empty_merges,
-            contributions: self.contributions,
-            tokens: self.tokens,
-            step_ms: self.timing.step_ms(),
-            rows: self.ledger.totals(),
-            learners,
-            needs_certificate: self.guests.iter().filter(|guest| guest.recipient.is_none()).map(|guest| guest.hotkey).collect(),
-            audit_cycle: self.audit_cycle,
-            audits_open: self.audits.len() as u64,
-            audits_ordered: self.audits_ordered,
-            verdicts: self.verdicts,
-            log: self.log.published().size,
-            release: self.release.release.clone(),
-        }
+    pub fn is_closed(&self, t: u64) -> bool {
+        t < self.closed_below || self.closed.contains(&t)
+    }
+
+    /// Entries of the published log.
+    pub fn log_size(&self) -> u64 {
+        self.log.published().size
+    }
+
+    /// The books of all rows.
+    pub fn ledger(&self) -> &TokenLedger {
+        &self.ledger
     }
 
     /// Asks again for everything that was open when the last process ended.
@@ -525,28 +261,44 @@ impl Orchestrator {
         self.head_dirty = true;
         self.standing.clear();
         let now_ms = self.volatile.now_ms;
-        for learner in self.learners.values_mut() {
+        for (slot, learner) in &mut self.learners {
             // The store was not read while no process ran: nobody is stale because of that.
             learner.seen_ms = learner.seen_ms.max(now_ms);
             learner.job_dirty = true;
             learner.grants_dirty = true;
+            self.pace.dirty.insert(*slot);
         }
         self.resume_pulls();
         self.resume_audits();
         self.resume_receipts();
         self.resume_log();
+        self.resume_release();
+        self.pace.snapshot = true;
+        self.pace.resumed_ms = now_ms;
     }
 
-    /// Everything that time or any change may have made due.
+    /// What time or a change has made due.
     fn advance(&mut self) {
-        self.expire_learners();
-        self.open_pulls();
-        self.close_pulls();
-        self.finish();
-        self.advance_audits();
-        self.advance_log();
-        self.refresh_learners();
-        self.watch();
+        if self.is_scan_due() {
+            self.expire_learners();
+            self.survey();
+            self.open_pulls();
+            self.close_pulls();
+            self.finish();
+            self.advance_audits();
+            self.advance_log();
+            self.refresh_standing_grants();
+            self.watch();
+        } else if std::mem::take(&mut self.pace.pulls_changed) {
+            self.close_pulls();
+            self.open_pulls();
+        }
+        self.refresh_jobs_and_grants();
+        self.publish();
+    }
+
+    /// Head, current run, status and snapshot, when they are due.
+    fn publish(&mut self) {
         let now_ms = self.volatile.now_ms;
         if now_ms >= self.volatile.current_ms + CURRENT_REFRESH_MS {
             self.volatile.current_ms = now_ms;
@@ -561,50 +313,33 @@ impl Orchestrator {
         }
         if now_ms >= self.volatile.status_ms + STATUS_INTERVAL_MS {
             self.volatile.status_ms = now_ms;
+            self.rate.look(now_ms, self.ledger.totals().done_tokens);
             let status = Box::new(self.status());
             self.emit(Effect::PublishStatus { status });
         }
-    }
-
-    /// The end of the run: every fragment merged `cycles` times, then the closing round, released, complete.
-    fn finish(&mut self) {
-        let cycles = self.parameters().cycles;
-        if self.state == RunState::Open && cycles > 0 && self.fragments.iter().all(|fragment| fragment.version >= cycles) {
-            self.drain();
-        }
-        let is_closed = self.pulls.is_empty() && self.closing_until().is_some_and(|until| self.next_t >= until);
-        if self.state == RunState::Draining && is_closed && !self.volatile.release_asked {
-            self.volatile.release_asked = true;
-            let versions = self.fragment_versions();
-            self.emit(Effect::Release { versions, tokens: self.tokens });
-        }
-    }
-
-    /// No new leases from here on; each fragment is pulled once more, so that the last release holds all that was trained.
-    fn drain(&mut self) {
-        self.state = RunState::Draining;
-        self.closing_from.get_or_insert(self.next_t);
-        self.head_dirty = true;
-    }
-
-    fn closing_until(&self) -> Option<u64> {
-        self.closing_from.map(|from| from + u64::from(self.setup.parameters.fragments))
+        self.store_snapshot();
     }
 
     fn watch(&mut self) {
         let mut live = Vec::new();
         let mut silent = Vec::new();
-        for guest in self.guests.iter().filter(|guest| !guest.validator) {
+        for hotkey in self.miners.iter().filter(|hotkey| !self.banned.contains_key(hotkey)) {
             for slot in 0..self.parameters().slots {
-                let slot = (guest.hotkey, slot);
+                let slot = (*hotkey, slot);
                 let list = if self.learners.get(&slot).is_some_and(|learner| learner.live) { &mut live } else { &mut silent };
                 list.push(slot);
             }
         }
-        if self.volatile.watched.as_ref() != Some(&(live.clone(), silent.clone())) {
-            self.volatile.watched = Some((live.clone(), silent.clone()));
-            self.emit(Effect::Watch { live, silent });
+        let watched = (live, silent);
+        if self.volatile.watched.as_ref() != Some(&watched) {
+            self.volatile.watched = Some(watched.clone());
+            self.emit(Effect::Watch { live: watched.0, silent: watched.1 });
         }
+    }
+
+    fn on_metagraph(&mut self, guests: Vec<Guest>) {
+        self.miners = guests.iter().filter(|guest| !guest.validator).map(|guest| guest.hotkey).collect();
+        self.guests = guests;
     }
 }
 
@@ -612,13 +347,24 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
+    const LAYOUT: u32 = 2;
+
     fn handle(&mut self, now_ms: u64, input: Input) {
         self.volatile.now_ms = now_ms;
+        self.note_input(&input);
         match input {
             Input::Started => self.resume(),
+            Input::Claimed { epoch } => {
+                self.epoch = epoch;
+                self.resume();
+            }
+            Input::Recovered { facts } => {
+                self.on_recovered(*facts);
+                self.resume();
+            }
             Input::Tick => {}
             Input::Block { number } => self.block = self.block.max(number),
-            Input::Metagraph { guests } => self.guests = guests,
+            Input::Metagraph { guests } => self.on_metagraph(guests),
             Input::Progress { slot, id, record } => self.on_progress(slot, id, *record),
             Input::CommitmentStored { slot, t, id } => self.on_commitment_stored(slot, t, id),
             Input::PayloadChecked { slot, t, outcome } => self.on_payload_checked(slot, t, outcome),
@@ -631,20 +377,10 @@ impl Machine for Orchestrator {
             Input::AuditOrdered { audit } => self.on_audit_ordered(audit),
             Input::Verdict { audit, verdict } => self.on_verdict(audit, verdict),
             Input::LogPublished => self.on_log_published(),
-            Input::Released { release } => {
-                self.log.add(LogKind::Release, release.manifest);
-                self.release = release;
-                self.volatile.release_asked = true;
-                if self.state == RunState::Draining {
-                    self.state = RunState::Complete;
-                }
-                self.head_dirty = true;
-            }
-            Input::Drain => {
-                if self.state == RunState::Open {
-                    self.drain();
-                }
-            }
+            Input::LogTaken { head } => self.on_log_taken(*head),
+            Input::Released { release } => self.on_released(release),
+            Input::Drain => self.drain(),
+            Input::Order { order } => self.on_order(order),
         }
         self.advance();
     }
@@ -654,7 +390,7 @@ impl Machine for Orchestrator {
     }
 
     fn deadline(&self) -> Option<u64> {
-        Some(self.volatile.now_ms + self.parameters().poll_ms.clamp(20, 1_000))
+        Some(self.next_scan_ms())
     }
 
     fn tick() -> Input {

@@ -14,8 +14,6 @@ use super::{Effect, Key, Orchestrator, Slot, Want};
 const STEP_MS_SHARE_MIN: u64 = 4;
 /// Committed payloads that are on their way are waited for, after the quorum, for so many steps.
 const UPLOAD_GRACE_STEPS: u64 = 2;
-/// Manifests are kept for audits of so many cycles.
-const CYCLES_KEPT: u64 = 4;
 
 /// A pull from its opening to its merge.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -28,6 +26,9 @@ pub struct OpenPull {
     pub closed_ms: u64,
     pub offers: BTreeMap<Slot, Offer>,
     pub stage: PullStage,
+    /// Offers that are accepted, and those that may still be.
+    accepted: usize,
+    pending: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,13 +60,63 @@ pub enum OfferStage {
     Rejected(Reason),
 }
 
+impl OfferStage {
+    fn is_pending(self) -> bool {
+        matches!(self, Self::Committed | Self::Granted | Self::Checking)
+    }
+}
+
 impl OpenPull {
-    fn accepted(&self) -> usize {
-        self.offers.values().filter(|offer| offer.stage == OfferStage::Accepted).count()
+    pub(super) fn new(fragment: u16, version: u64, now_ms: u64, deadline_ms: u64) -> Self {
+        Self {
+            fragment,
+            version,
+            opened_ms: now_ms,
+            deadline_ms: now_ms + deadline_ms,
+            quorum_ms: None,
+            closed_ms: 0,
+            offers: BTreeMap::new(),
+            stage: PullStage::Open,
+            accepted: 0,
+            pending: 0,
+        }
     }
 
-    fn pending(&self) -> bool {
-        self.offers.values().any(|offer| matches!(offer.stage, OfferStage::Committed | OfferStage::Granted | OfferStage::Checking))
+    fn count(&mut self, stage: OfferStage, by: isize) {
+        if stage.is_pending() {
+            self.pending = self.pending.saturating_add_signed(by);
+        } else if stage == OfferStage::Accepted {
+            self.accepted = self.accepted.saturating_add_signed(by);
+        }
+    }
+
+    fn add(&mut self, slot: Slot, offer: Offer) {
+        self.count(offer.stage, 1);
+        self.offers.insert(slot, offer);
+    }
+
+    /// Moves an offer from one stage to the next; `None` if it is not in the first.
+    fn advance(&mut self, slot: &Slot, from: OfferStage, to: OfferStage) -> Option<&mut Offer> {
+        if self.offers.get(slot)?.stage != from {
+            return None;
+        }
+        self.count(from, -1);
+        self.count(to, 1);
+        let offer = self.offers.get_mut(slot)?;
+        offer.stage = to;
+        Some(offer)
+    }
+
+    pub(super) fn remove(&mut self, slot: &Slot) {
+        if let Some(offer) = self.offers.remove(slot) {
+            self.count(offer.stage, -1);
+        }
+    }
+
+    /// Nothing that was offered counts.
+    pub(super) fn refuse_all(&mut self, reason: Reason) {
+        self.offers.values_mut().for_each(|offer| offer.stage = OfferStage::Rejected(reason));
+        (self.accepted, self.pending) = (0, 0);
     }
 }
 
@@ -87,9 +138,16 @@ impl Orchestrator {
         if self.pulls.len() > usize::from(self.parameters().overlap) || self.pulls.values().any(|pull| pull.fragment == fragment) {
             return;
         }
-        let eligible = self.training().filter(|(_, learner)| learner.local_step > 0).count();
+        if self.restoring.is_some() {
+            return self.restore_next(fragment);
+        }
+        let (_, eligible) = self.counts();
         if is_closing && eligible == 0 {
-            return self.pass_over(fragment, version);
+            // A process that has just begun has not heard of anybody yet.
+            if now_ms >= self.pace.resumed_ms + self.parameters().learner_ttl_ms {
+                self.pass_over(fragment, version);
+            }
+            return;
         }
         if !is_closing && cycles > 0 && version >= cycles {
             let is_open = |fragment: usize| self.pulls.values().any(|pull| usize::from(pull.fragment) == fragment);
@@ -103,17 +161,7 @@ impl Orchestrator {
             return;
         }
         self.last_pull_ms = now_ms;
-        let pull = OpenPull {
-            fragment,
-            version,
-            opened_ms: now_ms,
-            deadline_ms: now_ms + self.parameters().pull_deadline_ms,
-            quorum_ms: None,
-            closed_ms: 0,
-            offers: BTreeMap::new(),
-            stage: PullStage::Open,
-        };
-        self.pulls.insert(self.next_t, pull);
+        self.pulls.insert(self.next_t, OpenPull::new(fragment, version, now_ms, self.parameters().pull_deadline_ms));
         self.next_t += 1;
         self.head_dirty = true;
     }
@@ -124,20 +172,18 @@ impl Orchestrator {
         let t = self.next_t;
         let state = self.fragments[usize::from(fragment)].state;
         let closing = self.is_closing(t);
-        let tape = Tape { t, fragment, base_version: version, base_state: state, block: self.block, closing, inputs: Vec::new() };
-        let pull = OpenPull {
+        let tape = Tape {
+            t,
             fragment,
-            version,
-            opened_ms: self.volatile.now_ms,
-            deadline_ms: self.volatile.now_ms,
-            quorum_ms: None,
-            closed_ms: self.volatile.now_ms,
-            offers: BTreeMap::new(),
-            stage: PullStage::Taping(tape.clone()),
+            epoch: self.epoch,
+            base_version: version,
+            base_state: state,
+            block: self.block,
+            closing,
+            restores: None,
+            inputs: Vec::new(),
         };
-        self.pulls.insert(t, pull);
-        self.next_t += 1;
-        self.emit(Effect::WriteTape { tape: Box::new(tape) });
+        self.tape_at_once(tape);
     }
 
     /// Takes up new commitments and finished uploads of a record.
@@ -146,9 +192,8 @@ impl Orchestrator {
             self.on_commitment(slot, id, commitment);
         }
         for t in &record.uploaded {
-            let Some(offer) = self.pulls.get_mut(t).and_then(|pull| pull.offers.get_mut(&slot)) else { continue };
-            if offer.stage == OfferStage::Granted {
-                offer.stage = OfferStage::Checking;
+            let Some(pull) = self.pulls.get_mut(t) else { continue };
+            if let Some(offer) = pull.advance(&slot, OfferStage::Granted, OfferStage::Checking) {
                 let commitment = offer.commitment.clone();
                 self.emit(Effect::CheckPayload { slot, t: *t, commitment });
             }
@@ -167,7 +212,8 @@ impl Orchestrator {
         }
         let t = commitment.t;
         let Some(pull) = self.pulls.get_mut(&t) else { return };
-        pull.offers.insert(slot, Offer { commitment: commitment.clone(), id, stage });
+        pull.add(slot, Offer { commitment: commitment.clone(), id, stage });
+        self.pace.pulls_changed = true;
         if stage == OfferStage::Committed {
             self.emit(Effect::StoreCommitment { slot, t, id });
         }
@@ -179,7 +225,8 @@ impl Orchestrator {
         if commitment.fragment != pull.fragment || commitment.steps == 0 {
             return Reason::UnknownPull;
         }
-        if commitment.base_version > pull.version || commitment.base_version + 1 < pull.version {
+        let base = commitment.base_version;
+        if base > pull.version || base + 1 < pull.version || base < fragment.base_min {
             return Reason::StaleBase;
         }
         if commitment.length != fragment.payload_length {
@@ -198,12 +245,9 @@ impl Orchestrator {
     }
 
     pub(super) fn on_commitment_stored(&mut self, slot: Slot, t: u64, id: Digest) {
-        let Some(offer) = self.pulls.get_mut(&t).and_then(|pull| pull.offers.get_mut(&slot)) else { return };
-        if offer.stage != OfferStage::Committed {
-            return;
-        }
+        let Some(pull) = self.pulls.get_mut(&t) else { return };
+        let Some(offer) = pull.advance(&slot, OfferStage::Committed, OfferStage::Granted) else { return };
         offer.id = id;
-        offer.stage = OfferStage::Granted;
         let commitment = &offer.commitment;
         if let Some(record) = self.leases.get_mut(&commitment.lease) {
             record.evidence = record.evidence.max(commitment.lease_step.min(record.lease.steps));
@@ -214,18 +258,13 @@ impl Orchestrator {
             }
         }
         self.log.add(LogKind::Commitment, id);
-        if let Some(learner) = self.learners.get_mut(&slot) {
-            learner.grants_dirty = true;
-        }
+        self.grants_changed(slot);
     }
 
     pub(super) fn on_payload_checked(&mut self, slot: Slot, t: u64, outcome: Reason) {
-        let Some(offer) = self.pulls.get_mut(&t).and_then(|pull| pull.offers.get_mut(&slot)) else { return };
-        if offer.stage != OfferStage::Checking {
-            return;
-        }
-        offer.stage = if outcome == Reason::None { OfferStage::Accepted } else { OfferStage::Rejected(outcome) };
-        if outcome != Reason::None {
+        let Some(pull) = self.pulls.get_mut(&t) else { return };
+        let stage = if outcome == Reason::None { OfferStage::Accepted } else { OfferStage::Rejected(outcome) };
+        if pull.advance(&slot, OfferStage::Checking, stage).is_some() && outcome != Reason::None {
             self.note(slot, outcome);
         }
     }
@@ -248,7 +287,7 @@ impl Orchestrator {
     pub(super) fn withdraw_offers(&mut self, slot: Slot) {
         for pull in self.pulls.values_mut() {
             if pull.offers.get(&slot).is_some_and(|offer| offer.stage != OfferStage::Accepted) && pull.stage == PullStage::Open {
-                pull.offers.remove(&slot);
+                pull.remove(&slot);
             }
         }
     }
@@ -256,7 +295,7 @@ impl Orchestrator {
     /// Closes pulls that have everything, whose grace is over, or whose deadline has passed.
     pub(super) fn close_pulls(&mut self) {
         let now_ms = self.volatile.now_ms;
-        let eligible = self.training().count();
+        let (training, eligible) = self.counts();
         let quorum = schedule::quorum(self.parameters().quorum_min, eligible).max(1);
         let step_ms = self.timing.step_ms();
         let mut closing = Vec::new();
@@ -264,14 +303,14 @@ impl Orchestrator {
             if pull.stage != PullStage::Open {
                 continue;
             }
-            let accepted = pull.accepted();
+            let accepted = pull.accepted;
             if accepted >= quorum && pull.quorum_ms.is_none() {
                 pull.quorum_ms = Some(now_ms);
             }
-            let complete = accepted >= eligible.max(1) && !pull.pending();
+            let complete = accepted >= training.max(1) && pull.pending == 0;
             let grace_over = pull.quorum_ms.is_some_and(|quorum_ms| {
                 let grace = schedule::grace_ms(&self.setup.parameters, step_ms, quorum_ms - pull.opened_ms, self.timing.sync_ms());
-                let uploads = if pull.pending() { UPLOAD_GRACE_STEPS * step_ms } else { 0 };
+                let uploads = if pull.pending > 0 { UPLOAD_GRACE_STEPS * step_ms } else { 0 };
                 now_ms >= quorum_ms + grace.max(uploads)
             });
             if complete || grace_over || now_ms >= pull.deadline_ms {
@@ -283,12 +322,17 @@ impl Orchestrator {
         }
     }
 
-    fn close_pull(&mut self, t: u64) {
+    pub(super) fn close_pull(&mut self, t: u64) {
         let now_ms = self.volatile.now_ms;
         let (block, closing) = (self.block, self.is_closing(t));
         let tokens_per_step = u64::from(self.parameters().batch_rows) * u64::from(self.parameters().sequence_length);
         let step_ms_min = self.timing.step_ms() / STEP_MS_SHARE_MIN;
+        let epoch = self.epoch;
         let Some(pull) = self.pulls.get_mut(&t) else { return };
+        for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| learner.is_training() && learner.local_step > 0) {
+            learner.misses = if pull.offers.contains_key(slot) { 0 } else { learner.misses.saturating_add(1) };
+        }
+        self.pace.survey = true;
         let fragment = &self.fragments[usize::from(pull.fragment)];
         let elapsed_ms = now_ms.saturating_sub(fragment.published_ms);
         let mut inputs = Vec::new();
@@ -312,7 +356,17 @@ impl Orchestrator {
         for (input, weight_ppm) in inputs.iter_mut().zip(schedule::merge_weights(&work)) {
             input.weight_ppm = weight_ppm;
         }
-        let tape = Tape { t, fragment: pull.fragment, base_version: pull.version, base_state: fragment.state, block, closing, inputs };
+        let tape = Tape {
+            t,
+            fragment: pull.fragment,
+            epoch,
+            base_version: pull.version,
+            base_state: fragment.state,
+            block,
+            closing,
+            restores: None,
+            inputs,
+        };
         pull.closed_ms = now_ms;
         pull.stage = PullStage::Taping(tape.clone());
         self.head_dirty = true;
@@ -376,6 +430,10 @@ impl Orchestrator {
             fragment.keyframe_length = keyframe_length;
             fragment.state = manifest.state;
             fragment.published_ms = now_ms;
+            if manifest.accepted().next().is_none() {
+                // A rollback: what was trained on the versions that it takes back does not count.
+                fragment.base_min = manifest.version;
+            }
             self.merges += 1;
         } else {
             self.empty_merges += 1;
@@ -384,6 +442,7 @@ impl Orchestrator {
             let slot = (contribution.hotkey, contribution.slot);
             let Some(learner) = self.learners.get_mut(&slot) else { continue };
             learner.grants_dirty = true;
+            self.pace.dirty.insert(slot);
             learner.last_reason = contribution.outcome;
             if contribution.outcome == Reason::None {
                 learner.contributions += 1;
@@ -395,8 +454,8 @@ impl Orchestrator {
         self.tokens += tokens / u64::from(self.parameters().fragments);
         self.close_step(manifest.t);
         self.manifests.insert(manifest.t, manifest);
-        let kept_from = self.closed_below.saturating_sub(CYCLES_KEPT * u64::from(self.parameters().fragments));
-        self.manifests = self.manifests.split_off(&kept_from.min(self.audit_cycle * u64::from(self.setup.parameters.fragments)));
+        self.retire();
+        self.note_merge();
         self.head_dirty = true;
     }
 

@@ -33,9 +33,7 @@ impl Orchestrator {
         match lease.receipt {
             ReceiptStage::Awaited if offer.length <= Purpose::Receipt.limit() as u64 => {
                 lease.receipt = ReceiptStage::Granted { length: offer.length, sha256: offer.sha256 };
-                if let Some(learner) = self.learners.get_mut(&slot) {
-                    learner.grants_dirty = true;
-                }
+                self.grants_changed(slot);
             }
             // Once announced, length and digest stand; only the upload can be added.
             ReceiptStage::Granted { length, sha256 } if offer.uploaded && (length, sha256) == (offer.length, offer.sha256) => {

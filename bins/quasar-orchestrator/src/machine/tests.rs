@@ -1,15 +1,24 @@
 //! The machine against a small world: learners that commit and upload, a store and a chain that answer at once, virtual time, and
 //! crashes wherever a test wants them.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use protocol::documents::{
     AuditParameters, Codec, Commitment, Contribution, FragmentProgress, InnerOptimizer, LearnerState, LrSchedule, OpeningPart, ReceiptOffer,
 };
 use protocol::ledger::RowState;
 use protocol::log::{Frontier, LogEntry, LogRef};
 
+use std::collections::VecDeque;
+
+use protocol::audits::Selection;
+use protocol::documents::{Head, Job, Notice, Progress, RunState, Tape, VerdictResult};
+use protocol::envelope::RunId;
+use protocol::log::{LogHead, LogKind};
+use protocol::{Reason, codec};
+
 use super::*;
+
+mod operator;
+mod recovery;
 
 const P: u16 = 4;
 const STEP_MS: u64 = 400;
@@ -77,6 +86,8 @@ struct Sim {
     step_ms: u64,
     lease_steps: BTreeMap<u64, u32>,
     silent: bool,
+    /// Trains, and answers no pull.
+    mute: bool,
     hands_in_receipts: bool,
 }
 
@@ -109,6 +120,7 @@ impl Sim {
             step_ms,
             lease_steps: BTreeMap::new(),
             silent: false,
+            mute: false,
             hands_in_receipts: true,
         }
     }
@@ -127,7 +139,7 @@ impl Sim {
         self.record.commitments.retain(|commitment| head.pulls.iter().any(|pull| pull.t == commitment.t));
         for pull in &head.pulls {
             let progress = self.record.fragments[usize::from(pull.fragment)];
-            if progress.steps == 0 || self.record.commitments.iter().any(|commitment| commitment.t == pull.t) {
+            if self.mute || progress.steps == 0 || self.record.commitments.iter().any(|commitment| commitment.t == pull.t) {
                 continue;
             }
             self.record.commitments.push(Commitment {
@@ -186,6 +198,20 @@ struct World {
     crash_after: Option<u64>,
     inputs: u64,
     trace: Vec<String>,
+    guests: Vec<Guest>,
+    /// The crash takes the journal along: the successor has the bucket only.
+    loses_disk: bool,
+    epoch: u64,
+    snapshot: Option<Vec<u8>>,
+    /// Lease records, written once.
+    leases: BTreeMap<u64, Job>,
+    retired: Vec<Retired>,
+    /// Releases do not come to an end.
+    holds_releases: bool,
+    /// This learner counts ten steps for each.
+    liar: Option<usize>,
+    /// Inputs from here on, for a twin.
+    record: Option<Vec<(u64, Input)>>,
 }
 
 impl World {
@@ -205,11 +231,21 @@ impl World {
             crash_after: None,
             inputs: 0,
             trace: Vec::new(),
+            guests: Vec::new(),
+            loses_disk: false,
+            epoch: 1,
+            snapshot: None,
+            leases: BTreeMap::new(),
+            retired: Vec::new(),
+            holds_releases: false,
+            liar: None,
+            record: None,
         };
         let guest = |index| Guest { hotkey: miner(index), validator: false, recipient: Some([index; 32]) };
         let mut guests: Vec<Guest> = (1..=miners).map(guest).collect();
         guests.push(Guest { hotkey: miner(200), validator: true, recipient: Some([200; 32]) });
-        world.input(Input::Started);
+        world.guests = guests.clone();
+        world.input(Input::Claimed { epoch: 1 });
         world.input(Input::Metagraph { guests });
         world
     }
@@ -218,13 +254,21 @@ impl World {
         let mut queue = VecDeque::from([input]);
         while let Some(input) = queue.pop_front() {
             self.inputs += 1;
+            if let Some(record) = &mut self.record {
+                record.push((self.now_ms, input.clone()));
+            }
             self.machine.handle(self.now_ms, input);
             if self.crash_after == Some(self.inputs) {
-                // The process dies before any effect of this input is executed; its successor has the journal.
-                let bytes = bincode::serde::encode_to_vec(&self.machine, bincode::config::standard()).unwrap();
-                self.machine = bincode::serde::decode_from_slice(&bytes, bincode::config::standard()).unwrap().0;
+                // The process dies before any effect of this input is executed; its successor has the journal, or the bucket.
                 self.trace.push(format!("{} crash", self.inputs));
                 queue.clear();
+                if self.loses_disk {
+                    queue.push_back(self.recover_from_bucket());
+                    queue.push_back(Input::Metagraph { guests: self.guests.clone() });
+                    continue;
+                }
+                let bytes = bincode::serde::encode_to_vec(&self.machine, bincode::config::standard()).unwrap();
+                self.machine = bincode::serde::decode_from_slice(&bytes, bincode::config::standard()).unwrap().0;
                 queue.push_back(Input::Started);
                 continue;
             }
@@ -250,6 +294,11 @@ impl World {
                 Some(Input::HeadPublished)
             }
             Effect::PublishJob { job, .. } => {
+                for lease in &job.leases {
+                    let record = Job { leases: vec![lease.clone()], ..(*job).clone() };
+                    let stored = self.leases.entry(lease.id).or_insert_with(|| record.clone());
+                    assert_eq!(*stored, record, "a lease is given out once");
+                }
                 if let Some(sim) =
                     self.learners.iter_mut().find(|sim| sim.slot == (job.hotkey, job.slot) && sim.record.session_epoch == job.session_epoch)
                 {
@@ -299,6 +348,9 @@ impl World {
             Effect::PublishLog { head } => {
                 let size = head.frontier.size();
                 let stored = self.log.entry(size).or_insert_with(|| (*head).clone());
+                if self.loses_disk && *stored != *head {
+                    return Some(Input::LogTaken { head: Box::new(stored.clone()) });
+                }
                 assert_eq!(*stored, *head, "a log head is written once");
                 Some(Input::LogPublished)
             }
@@ -320,9 +372,18 @@ impl World {
                 }
                 Some(Input::AuditOrdered { audit })
             }
+            Effect::Release { .. } if self.holds_releases => None,
             Effect::Release { .. } => {
                 self.released += 1;
-                Some(Input::Released { release: ReleaseRef { release: "run-1".into(), manifest: Digest::ZERO } })
+                Some(Input::Released { release: ReleaseRef { release: format!("run-{}", self.released), manifest: Digest::ZERO } })
+            }
+            Effect::StoreSnapshot { bytes, .. } => {
+                self.snapshot = Some(bytes);
+                None
+            }
+            Effect::Retire { retired } => {
+                self.retired.push(*retired);
+                None
             }
             Effect::Watch { .. } | Effect::PublishCurrent | Effect::PublishStanding { .. } | Effect::PublishStatus { .. } => None,
         }
@@ -342,6 +403,9 @@ impl World {
                 if let Some(head) = self.head.clone() {
                     self.learners[index].step(&head, self.now_ms);
                     self.open_audits(index, &head);
+                }
+                if self.liar == Some(index) {
+                    self.learners[index].record.local_step += 9;
                 }
                 let sim = &self.learners[index];
                 let id = Digest::blake3(&codec::encode(&sim.record));
@@ -388,7 +452,7 @@ fn merge(tape: &Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> M
         cosine_ppm: 1,
         outcome: Reason::None,
     });
-    let merged = !tape.inputs.is_empty();
+    let merged = !tape.inputs.is_empty() || tape.restores.is_some();
     MergeManifest {
         t: tape.t,
         fragment: tape.fragment,
@@ -457,6 +521,21 @@ fn a_silent_learner_delays_no_merge_and_its_rows_return() {
     assert!(leased <= 2 * 2 * 24 * 4, "{leased} rows are leased to two learners");
     let totals = world.machine.ledger.totals();
     assert_eq!(totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows, 10_000);
+}
+
+#[test]
+fn a_learner_that_ran_out_of_memory_hands_its_job_back_at_once() {
+    let mut world = World::new(0, 2);
+    world.run(3_000);
+    let slot = world.learners[0].slot;
+    assert!(!world.machine.learners[&slot].leases.is_empty());
+    let leased = world.machine.ledger.totals().leased_rows;
+    let mut last = world.learners[0].record.clone();
+    (last.state, last.reason) = (LearnerState::Faulted, Reason::OutOfMemory);
+    world.input(Input::Progress { slot, id: Digest::blake3(b"last"), record: Box::new(last) });
+    let learner = &world.machine.learners[&slot];
+    assert!(!learner.live && learner.leases.is_empty());
+    assert!(world.machine.ledger.totals().leased_rows < leased, "its rows wait for another learner");
 }
 
 #[test]
@@ -609,7 +688,7 @@ fn a_hotkey_that_publishes_its_certificate_gets_its_grants_sealed_anew_at_once()
         (slots, machine.status().needs_certificate)
     };
     let guests = |recipient| vec![Guest { hotkey: miner(1), validator: false, recipient }];
-    sealed(1_000, Input::Started);
+    sealed(1_000, Input::Claimed { epoch: 1 });
     let (first, waiting) = sealed(1_000, Input::Metagraph { guests: guests(None) });
     assert_eq!((first.len(), waiting), (2, vec![miner(1)]), "an empty bundle for each slot says what is missing");
     assert_eq!(sealed(2_000, Input::Tick).0, []);

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use daemon::Failure;
 use fragments::CheckpointTree;
 use protocol::documents::Release;
+use protocol::envelope::{Expect, open_stored};
 use protocol::{Digest, FileRecord};
 use serde_json::json;
 use storage::{PutCondition, StoreError, transfer};
@@ -99,9 +100,9 @@ pub async fn fetch(office: &Office, arguments: FetchArgs) -> Result<(), Failure>
 pub async fn fetch_to(office: &Office, release: &str, out: &Path) -> Result<(Release, Digest), Failure> {
     let key = office.keys.release_manifest(release);
     let object = office.store.get(&key, 1 << 21).await.map_err(Failure::unavailable)?;
-    let verified =
-        protocol::envelope::open_stored::<Release>(&object.bytes, &office.context, protocol::envelope::Expect::Key(&office.key()))
-            .map_err(Failure::configuration)?;
+    // Signed by this key, or by one before a rotation.
+    let signers = super::run::roots(office).await.map_or_else(|_| vec![office.key()], |roots| roots.orchestrators);
+    let verified = open_stored::<Release>(&object.bytes, &office.context, Expect::Any(&signers)).map_err(Failure::configuration)?;
     std::fs::create_dir_all(out).map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", out.display())))?;
     for file in &verified.document.files {
         let dest = out.join(&file.path);

@@ -1,4 +1,4 @@
-//! `root sign`: the owner names the orchestrator's online key, the store and hard bounds.
+//! `root sign`, `rotate-key`: the owner names the orchestrator's online key, the store and hard bounds.
 
 use bytes::Bytes;
 use daemon::Failure;
@@ -29,14 +29,32 @@ pub struct SignArgs {
     slots_max: u8,
 }
 
+/// Name another online key, keeping everything else: the owner signs the next root version
+#[derive(Debug, clap::Args)]
+pub struct RotateArgs {
+    /// SS58 address of the new online hotkey
+    #[arg(long, value_name = "SS58")]
+    orchestrator: AccountId,
+    /// Kind of that hotkey
+    #[arg(long, value_name = "KIND", default_value = "ed25519", value_parser = ["ed25519", "sr25519"])]
+    orchestrator_kind: String,
+    /// SS58 address of a new owner (ed25519), who signs the versions after this one
+    #[arg(long, value_name = "SS58")]
+    owner: Option<AccountId>,
+}
+
+fn key(account: &AccountId, kind: &str) -> KeyRef {
+    let kind = if kind == "sr25519" { KeyKind::Sr25519 } else { KeyKind::Ed25519 };
+    KeyRef { kind, public: account.0 }
+}
+
 pub async fn sign(office: &Office, arguments: SignArgs) -> Result<(), Failure> {
-    let (version, previous) = newest(office).await?;
-    let kind = if arguments.orchestrator_kind == "sr25519" { KeyKind::Sr25519 } else { KeyKind::Ed25519 };
+    let newest = newest(office).await?;
     let root = RunRoot {
-        version: version + 1,
-        previous,
+        version: newest.as_ref().map_or(1, |(root, _)| root.version + 1),
+        previous: newest.map_or(Digest::ZERO, |(_, digest)| digest),
         owner: office.key(),
-        orchestrator: KeyRef { kind, public: arguments.orchestrator.0 },
+        orchestrator: key(&arguments.orchestrator, &arguments.orchestrator_kind),
         store_hosts: if arguments.store_host.is_empty() { vec![office.store_host.clone()] } else { arguments.store_host },
         bounds: Bounds {
             fragments_max: arguments.fragments_max,
@@ -45,25 +63,54 @@ pub async fn sign(office: &Office, arguments: SignArgs) -> Result<(), Failure> {
             checkpoint_bytes_max: 1 << 40,
         },
     };
-    let key = office.keys.root(root.version);
-    office.put_bytes_once(&key, Bytes::from(office.sign(&root, &office.context))).await?;
+    publish(office, &root).await
+}
+
+pub async fn rotate(office: &Office, arguments: RotateArgs) -> Result<(), Failure> {
+    let Some((root, previous)) = newest(office).await? else {
+        return Err(Failure::configuration(anyhow::anyhow!("no run root is published")).hint("sign the first one with `root sign`"));
+    };
+    let orchestrator = key(&arguments.orchestrator, &arguments.orchestrator_kind);
+    let owner = arguments.owner.map_or(root.owner, |owner| KeyRef { kind: KeyKind::Ed25519, public: owner.0 });
+    if (orchestrator, owner) == (root.orchestrator, root.owner) {
+        return Err(Failure::usage(anyhow::anyhow!("root version {} names these keys already", root.version)));
+    }
+    publish(office, &RunRoot { version: root.version + 1, previous, owner, orchestrator, ..root }).await?;
+    println!("the orchestrator with the old key stops within four minutes; start `run` with the new wallet, the run goes on");
+    Ok(())
+}
+
+async fn publish(office: &Office, root: &RunRoot) -> Result<(), Failure> {
+    office.put_bytes_once(&office.keys.root(root.version), Bytes::from(office.sign(root, &office.context))).await?;
     println!("root version {} of owner {} names orchestrator {}", root.version, root.owner.account(), root.orchestrator.account());
     Ok(())
 }
 
-/// Version and digest of the newest root in the bucket; version 0 if there is none.
-async fn newest(office: &Office) -> Result<(u32, Digest), Failure> {
-    let (mut version, mut digest, mut owner) = (0, Digest::ZERO, office.key());
+/// The newest root in the bucket that this wallet may sign the next version of, with the digest of its file.
+async fn newest(office: &Office) -> Result<Option<(RunRoot, Digest)>, Failure> {
+    let mut newest: Option<(RunRoot, Digest)> = None;
     loop {
-        match office.store.get(&office.keys.root(version + 1), RunRoot::PURPOSE.limit() as u64 + 512).await {
-            Ok(object) => {
-                let root = open_stored::<RunRoot>(&object.bytes, &office.context, Expect::Key(&owner)).map_err(Failure::configuration)?;
-                owner = root.document.owner;
-                digest = Digest::blake3(&object.bytes);
-                version += 1;
-            }
-            Err(StoreError::NotFound { .. }) => return Ok((version, digest)),
+        let version = newest.as_ref().map_or(1, |(root, _)| root.version + 1);
+        let bytes = match office.store.get(&office.keys.root(version), RunRoot::PURPOSE.limit() as u64 + 512).await {
+            Ok(object) => object.bytes,
+            Err(StoreError::NotFound { .. }) => break,
             Err(error) => return Err(Failure::unavailable(error)),
-        }
+        };
+        let owner = newest.as_ref().map_or(office.key(), |(root, _)| root.owner);
+        // Version 1 is signed by the owner that the settings name, as everybody checks it.
+        let first = office.settings.owner_identity().unwrap_or_else(|_| office.key().account());
+        let expect = if newest.is_some() { Expect::Key(&owner) } else { Expect::Account(&first) };
+        let root = open_stored::<RunRoot>(&bytes, &office.context, expect).map_err(Failure::configuration)?.document;
+        newest = Some((root, Digest::blake3(&bytes)));
+    }
+    match &newest {
+        Some((root, _)) if root.owner != office.key() => Err(Failure::configuration(anyhow::anyhow!(
+            "root version {} belongs to owner {}, this wallet is {}",
+            root.version,
+            root.owner.account(),
+            office.key().account()
+        ))
+        .hint("the owner's wallet signs roots")),
+        _ => Ok(newest),
     }
 }

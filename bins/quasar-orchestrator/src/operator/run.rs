@@ -1,6 +1,6 @@
 //! `run create`: fragment states of version 0, plan, catalog, run manifest, head, current, in this order.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use daemon::{Failure, clock};
@@ -14,7 +14,7 @@ use protocol::documents::{
 use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
 use protocol::log::{Frontier, LogRef};
 use protocol::paths::prefix;
-use protocol::{Digest, FileRecord, ShardManifest};
+use protocol::{Digest, FileRecord, KeyRef, ShardManifest};
 use serde::Deserialize;
 use storage::{PutCondition, StoreError};
 
@@ -38,28 +38,26 @@ pub struct CreateArgs {
     shards: Vec<String>,
 }
 
+/// A run's parameters as an operator writes them down.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RunFile {
-    name: String,
-    parameters: RunParameters,
+pub struct RunFile {
+    pub name: String,
+    pub parameters: RunParameters,
+}
+
+impl RunFile {
+    pub fn read(path: &Path) -> Result<Self, Failure> {
+        let text = std::fs::read_to_string(path).map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", path.display())))?;
+        toml::from_str(&text).map_err(|error| {
+            Failure::configuration(anyhow::anyhow!("{}: {error}", path.display())).hint("compare with configs/run-devnet.toml")
+        })
+    }
 }
 
 pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failure> {
-    let text = std::fs::read_to_string(&arguments.config)
-        .map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", arguments.config.display())))?;
-    let file: RunFile = toml::from_str(&text).map_err(|error| {
-        Failure::configuration(anyhow::anyhow!("{}: {error}", arguments.config.display())).hint("compare with configs/run-devnet.toml")
-    })?;
-    let (root, root_bytes) = newest_root(office).await?;
-    if root.orchestrator != office.key() {
-        return Err(Failure::configuration(anyhow::anyhow!(
-            "the root names orchestrator {}, this wallet is {}",
-            root.orchestrator.account(),
-            office.key().account()
-        ))
-        .hint("use the wallet that the root names, or sign a new root"));
-    }
+    let file = RunFile::read(&arguments.config)?;
+    let Roots { newest: root, bytes: root_bytes, orchestrators, .. } = roots_that_name_us(office).await?;
     let parameters = file.parameters;
     check(&parameters, &root)?;
 
@@ -68,7 +66,7 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     let tree = CheckpointTree::open(&tree_dir).map_err(Failure::configuration)?;
     let plan = fragments::plan(tree.contract(), usize::from(parameters.fragments)).map_err(Failure::configuration)?;
     let digest = plan.digest();
-    let shards = published_shards(office, &arguments.shards).await?;
+    let shards = published_shards(office, &arguments.shards, &orchestrators).await?;
     if !shards.iter().any(|shard| !shard.held_out) {
         return Err(Failure::configuration(anyhow::anyhow!("no training shard is published")).hint("`data prepare`, then `data publish`"));
     }
@@ -83,7 +81,7 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     }
 
     let now_ms = clock::now_ms();
-    let run = new_run_id(office, now_ms, &text);
+    let run = new_run_id(office, now_ms, &file.name);
     let context = Context { run, ..office.context };
     let run_keys = office.keys.run(run);
 
@@ -128,6 +126,7 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     };
     let manifest_bytes = office.put_once(&run_keys.manifest(), &manifest, &context).await?;
     let head = Head {
+        epoch: 0,
         state: RunState::Open,
         outer_step: 0,
         closed_below: 0,
@@ -176,38 +175,72 @@ fn check(parameters: &RunParameters, root: &RunRoot) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A run id nobody can choose: from the key that signs, the time and the parameters.
-fn new_run_id(office: &Office, now_ms: u64, text: &str) -> RunId {
-    let digest = Digest::derive("quasar/v1/run", &[&office.key().public, &now_ms.to_le_bytes(), text.as_bytes()]);
+/// A run id nobody can choose: from the key that signs, the time and the name.
+fn new_run_id(office: &Office, now_ms: u64, name: &str) -> RunId {
+    let digest = Digest::derive("quasar/v1/run", &[&office.key().public, &now_ms.to_le_bytes(), name.as_bytes()]);
     RunId(std::array::from_fn(|i| digest.0[i]))
 }
 
-/// The newest root and its file. The owner is the one that the settings name.
-pub async fn newest_root(office: &Office) -> Result<(RunRoot, Bytes), Failure> {
+/// The roots that the owner signed, walked from the first.
+pub struct Roots {
+    pub newest: RunRoot,
+    /// The newest one's file.
+    pub bytes: Bytes,
+    /// BLAKE3 of the files of all versions, from version 1.
+    pub digests: Vec<Digest>,
+    /// Every key that a root named for the orchestrator, the present one first.
+    pub orchestrators: Vec<KeyRef>,
+}
+
+/// Walks the roots from the owner that the settings name: version N signs version N + 1.
+pub async fn roots(office: &Office) -> Result<Roots, Failure> {
     let owner = office.settings.owner_identity()?;
-    let mut newest: Option<(RunRoot, Bytes)> = None;
+    let mut roots: Option<Roots> = None;
     for version in 1.. {
-        let object = match office.store.get(&office.keys.root(version), 1 << 17).await {
+        let key = office.keys.root(version);
+        let object = match office.store.get(&key, 1 << 17).await {
             Ok(object) => object,
             Err(StoreError::NotFound { .. }) => break,
             Err(error) => return Err(Failure::unavailable(error)),
         };
-        let expect = newest.as_ref().map(|(root, _)| root.owner);
+        let expect = roots.as_ref().map(|roots| roots.newest.owner);
         let expect = expect.as_ref().map_or(Expect::Account(&owner), Expect::Key);
         let root = open_stored::<RunRoot>(&object.bytes, &office.context, expect).map_err(Failure::configuration)?.document;
-        newest = Some((root, object.bytes));
+        let (mut digests, mut orchestrators) = roots.map_or((Vec::new(), Vec::new()), |roots| (roots.digests, roots.orchestrators));
+        if root.version != version || root.previous != digests.last().copied().unwrap_or(Digest::ZERO) {
+            return Err(Failure::configuration(anyhow::anyhow!("{key} does not follow from the root before it"))
+                .hint("somebody put an object there that the owner did not sign for this place"));
+        }
+        digests.push(Digest::blake3(&object.bytes));
+        orchestrators.retain(|key| *key != root.orchestrator);
+        orchestrators.insert(0, root.orchestrator);
+        roots = Some(Roots { newest: root, bytes: object.bytes, digests, orchestrators });
     }
-    newest.ok_or_else(|| Failure::configuration(anyhow::anyhow!("no run root is published")).hint("the owner signs one with `root sign`"))
+    roots.ok_or_else(|| Failure::configuration(anyhow::anyhow!("no run root is published")).hint("the owner signs one with `root sign`"))
 }
 
-async fn published_shards(office: &Office, only: &[String]) -> Result<Vec<ShardManifest>, Failure> {
+/// As [`roots`], for the orchestrator that the newest root names.
+pub async fn roots_that_name_us(office: &Office) -> Result<Roots, Failure> {
+    let roots = roots(office).await?;
+    if roots.newest.orchestrator != office.key() {
+        return Err(Failure::configuration(anyhow::anyhow!(
+            "the root names orchestrator {}, this wallet is {}",
+            roots.newest.orchestrator.account(),
+            office.key().account()
+        ))
+        .hint("use the wallet that the root names, or sign a new root"));
+    }
+    Ok(roots)
+}
+
+async fn published_shards(office: &Office, only: &[String], signers: &[KeyRef]) -> Result<Vec<ShardManifest>, Failure> {
     let listing = format!("{}/data/shards/", prefix(office.context.netuid));
     let mut shards = Vec::new();
     for meta in office.store.list(&listing).await.map_err(Failure::unavailable)? {
         if !meta.key.ends_with("/manifest.qsr") {
             continue;
         }
-        let shard = office.read::<ShardManifest>(&meta.key, &office.context, &office.key()).await?.document;
+        let shard = office.read::<ShardManifest>(&meta.key, &office.context, signers).await?.document;
         if only.is_empty() || only.contains(&shard.id) {
             shards.push(shard);
         }

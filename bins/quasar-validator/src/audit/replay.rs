@@ -7,7 +7,8 @@ use model::{Batch, Hyper, Routes, StateError, TrainError, Trainer, TrainerState}
 use protocol::documents::{InnerOptimizer, Lease, Measurements, OpenedStep, OpeningManifest, PPM, VerdictResult, micro_nats};
 use protocol::envelope::{Expect, open_stored};
 use protocol::lease::LeaseRows;
-use protocol::{Reason, steps};
+use protocol::steps::Exchange;
+use protocol::{Digest, Reason, steps};
 
 use super::artifact::{self, Artifact};
 use super::{Finding, Inquiry, Opening, RowRef, loss};
@@ -31,16 +32,21 @@ pub fn test(
     trainer.restore(&segment.state).map_err(of_miner)?;
     let mut start = trainer.export(fragment)?;
     for (number, ((step, routes), batch)) in segment.manifest.steps.iter().zip(&segment.routes).zip(&batches).enumerate() {
-        // What was applied before the first step is inside the committed state.
-        for (other, version) in step.applied.iter().filter(|_| number > 0) {
-            let known = evidence.versions.get(usize::from(*other)).is_some_and(|newest| version <= newest);
-            if !known {
-                return Err(Finding::mismatch(Reason::BadOpening, format!("fragment {other} never had version {version}")));
-            }
-            let values = sources.keyframe(*other, *version)?;
-            trainer.apply(usize::from(*other), &values)?;
-            if *other == subject.fragment {
-                start = values;
+        let exchanged: Vec<Exchange> =
+            if number == 0 { Exchange::after_state(&step.exchanged).copied().collect() } else { step.exchanged.clone() };
+        for exchange in exchanged {
+            match exchange {
+                Exchange::Exported { fragment } => drop(trainer.contribute(usize::from(fragment)).map_err(of_miner)?),
+                Exchange::Applied { fragment: other, version } => {
+                    let known = evidence.versions.get(usize::from(other)).is_some_and(|newest| version <= *newest);
+                    if !known {
+                        return Err(Finding::mismatch(Reason::BadOpening, format!("fragment {other} never had version {version}")));
+                    }
+                    trainer.apply(usize::from(other), &sources.keyframe(other, version)?)?;
+                    if other == subject.fragment {
+                        start = trainer.export(fragment)?;
+                    }
+                }
             }
         }
         let tokens = sources.rows(&batch.rows)?;
@@ -85,7 +91,9 @@ impl Segment {
         }
         let elements = rules.plan.total_elements() as usize;
         let state = TrainerState::from_bytes(&opening.state, elements).map_err(|error| bad(format!("the opened state: {error}")))?;
-        let digest = steps::segment_digest(manifest.start_step, &state.digest(), &manifest.versions);
+        // The same state may be written in several ways; what was committed is the digest that ends these bytes.
+        let state_digest = opening.state.last_chunk::<32>().map_or(Digest::ZERO, |digest| Digest(*digest));
+        let digest = steps::segment_digest(manifest.start_step, &state_digest, &manifest.versions);
         if manifest.start_step != commitment.start_step || digest != commitment.start_digest {
             let note = format!("the opened state is not the one that was committed for step {}", commitment.start_step);
             return Err(Finding::mismatch(Reason::StartMismatch, note));
@@ -101,8 +109,8 @@ impl Segment {
         if manifest.steps.len() as u64 != expected || !contiguous {
             return Err(bad(format!("{} steps were opened where {expected} were committed", manifest.steps.len())));
         }
-        if manifest.steps.iter().any(|step| step.applied.len() > rules.plan.fragments.len()) {
-            return Err(bad("a step applies more fragments than there are".into()));
+        if manifest.steps.iter().any(|step| step.exchanged.len() > Exchange::PER_FRAGMENT_MAX * rules.plan.fragments.len()) {
+            return Err(bad("a step exchanges more than there is".into()));
         }
         let routes = decode_routes(&opening.routes, manifest.steps.len()).ok_or_else(|| bad("the routes do not decode".into()))?;
         Ok(Self { manifest, state, routes })
@@ -181,6 +189,12 @@ pub fn hyper(inner: &InnerOptimizer, index: u64) -> Hyper {
 /// Errors that only the miner's own data can cause; the rest is ours.
 fn of_miner(error: TrainError) -> Finding {
     match error {
+        TrainError::NoFragment { fragment, .. } => {
+            Finding::mismatch(Reason::BadOpening, format!("the opening exports fragment {fragment}, which does not exist"))
+        }
+        TrainError::FragmentLength { .. } | TrainError::FragmentNotFinite { .. } => {
+            Finding::mismatch(Reason::BadOpening, format!("the opened state does not fit: {error}"))
+        }
         TrainError::Routes(what) => Finding::mismatch(Reason::BadOpening, format!("the opened routes do not fit: {what}")),
         TrainError::State(StateError::Length { .. } | StateError::NotFinite) => {
             Finding::mismatch(Reason::BadOpening, format!("the opened state does not fit: {error}"))

@@ -11,6 +11,7 @@ use protocol::documents::{
 };
 use protocol::envelope::{RunId, sign};
 use protocol::lease::LeaseRows;
+use protocol::steps::Exchange;
 use protocol::{Ed25519Signer, FileRecord, Signer, steps};
 
 use super::*;
@@ -158,8 +159,8 @@ pub fn signer() -> Ed25519Signer {
     Ed25519Signer::from_seed([1; 32])
 }
 
-/// Seven steps of a learner that got fragment 2 in version 1 before step 5 and commits fragment 1 after step 6. The segment
-/// starts at step 4.
+/// Seven steps of a learner that exported fragment 2 before step 3 and fragment 0 before step 4, got their versions 1 before steps 5
+/// and 6, and commits fragment 1 after step 6. The segment starts at step 4.
 pub fn case(world: &World, cheat: &Cheat) -> Case {
     let (plan, fragment) = (&world.plan, usize::from(FRAGMENT));
     let mut toy = ToyTrainer::new(plan.clone(), 50).unwrap();
@@ -170,14 +171,22 @@ pub fn case(world: &World, cheat: &Cheat) -> Case {
     let mut versions = vec![0; 3];
     let (mut opened, mut start) = (Vec::new(), None);
     for local_step in 0..7u64 {
-        let mut applied = Vec::new();
-        if local_step == 5 && world.has_arrival {
-            Trainer::apply(&mut toy, 2, &world.keyframes[2][1]).unwrap();
-            versions[2] = 1;
-            applied.push((2, 1));
+        let mut exchanged = Vec::new();
+        for (arrives_at, fragment) in [(5, 2), (6, 0)] {
+            if local_step == arrives_at && world.has_arrival {
+                Trainer::apply(&mut toy, fragment, &world.keyframes[fragment][1]).unwrap();
+                versions[fragment] = 1;
+                exchanged.push(Exchange::Applied { fragment: fragment as u16, version: 1 });
+            }
         }
         if local_step == 4 {
             start = Some((toy.state().unwrap(), versions.clone()));
+        }
+        for (exported_at, fragment) in [(3, 2), (4, 0)] {
+            if local_step == exported_at {
+                toy.contribute(fragment).unwrap();
+                exchanged.push(Exchange::Exported { fragment: fragment as u16 });
+            }
         }
         let shift = if cheat.other_rows && local_step == 6 { 20 } else { 0 };
         let batch: Vec<u32> = rows.step(local_step as u32).iter().flat_map(|row| tokens(row.shard, row.row + shift)).collect();
@@ -191,7 +200,7 @@ pub fn case(world: &World, cheat: &Cheat) -> Case {
         };
         if local_step >= 4 {
             let loss = report.map_or(0, |report| micro_nats(report.loss));
-            opened.push(OpenedStep { local_step, lease: 7, lease_step: local_step as u32, applied, loss });
+            opened.push(OpenedStep { local_step, lease: 7, lease_step: local_step as u32, exchanged, loss });
         }
     }
     let mut change: Vec<f32> =
@@ -341,11 +350,25 @@ fn an_error_between_one_and_three_tolerances_proves_nothing() {
 fn an_altered_start_state_is_a_start_mismatch() {
     let weights: fn(&mut TrainerState) = |state| state.weights[3] += 1e-3;
     let moments: fn(&mut TrainerState) = |state| state.second.fill(1.0);
-    for state in [weights, moments] {
+    let exported: fn(&mut TrainerState) = |state| state.exported.clear();
+    for state in [weights, moments, exported] {
         assert_eq!(outcome(Cheat { state: Some(state), ..Cheat::default() }), (VerdictResult::Mismatch, Reason::StartMismatch));
     }
     let versions: fn(&mut OpeningManifest) = |opening| opening.versions[0] = 9;
     assert_eq!(outcome(Cheat { opening: Some(versions), ..Cheat::default() }), (VerdictResult::Mismatch, Reason::StartMismatch));
+}
+
+fn applied(fragment: u16, version: u64) -> Exchange {
+    Exchange::Applied { fragment, version }
+}
+
+#[test]
+fn a_replay_keeps_steps_over_an_arrival_as_the_learner_did_and_misses_them_where_the_export_is_hidden() {
+    let world = World::new();
+    let hidden: fn(&mut OpeningManifest) = |opening| opening.steps[0].exchanged.clear();
+    let error = |cheat: &Cheat| world.judge(&case(&world, cheat)).measured.replay_error_ppm;
+    assert_eq!(error(&Cheat::default()), 0);
+    assert!(error(&Cheat { opening: Some(hidden), ..Cheat::default() }) > 0);
 }
 
 #[test]
@@ -353,11 +376,12 @@ fn missing_repeated_or_invented_steps_are_a_bad_opening() {
     let fewer: fn(&mut OpeningManifest) = |opening| drop(opening.steps.pop());
     let gap: fn(&mut OpeningManifest) = |opening| opening.steps[1].local_step = 6;
     let none: fn(&mut OpeningManifest) = |opening| opening.steps.clear();
-    let future: fn(&mut OpeningManifest) = |opening| opening.steps[1].applied = vec![(2, 55)];
-    let fragment: fn(&mut OpeningManifest) = |opening| opening.steps[1].applied = vec![(200, 0)];
+    let future: fn(&mut OpeningManifest) = |opening| opening.steps[1].exchanged = vec![applied(2, 55)];
+    let fragment: fn(&mut OpeningManifest) = |opening| opening.steps[1].exchanged = vec![applied(200, 0)];
     let other: fn(&mut OpeningManifest) = |opening| opening.t = 3;
-    let endless: fn(&mut OpeningManifest) = |opening| opening.steps[1].applied = vec![(2, 1); 900];
-    for opening in [fewer, gap, none, future, fragment, other, endless] {
+    let endless: fn(&mut OpeningManifest) = |opening| opening.steps[1].exchanged = vec![applied(2, 1); 900];
+    let export: fn(&mut OpeningManifest) = |opening| opening.steps[1].exchanged = vec![Exchange::Exported { fragment: 200 }];
+    for opening in [fewer, gap, none, future, fragment, export, other, endless] {
         assert_eq!(outcome(Cheat { opening: Some(opening), ..Cheat::default() }), BAD_OPENING);
     }
     let long: fn(&mut Commitment) = |commitment| commitment.local_step = 4_000;

@@ -245,6 +245,7 @@ impl Published {
             digest: if fragment == FRAGMENT { Digest::blake3(keyframe) } else { Digest::ZERO },
         };
         let head = Head {
+            epoch: 1,
             state: RunState::Complete,
             outer_step: 6,
             closed_below: 6,

@@ -122,17 +122,6 @@ pub struct ValidatorArgs {
     pub torch_cuda_dir: Option<String>,
 }
 
-/// Flags of an orchestrator's `run`.
-#[derive(Clone, Debug, Default, clap::Args)]
-pub struct OrchestratorArgs {
-    /// First checkpoint, when the run is created [env: QUASAR_CHECKPOINT_MANIFEST_URI]
-    #[arg(long, value_name = "KEY")]
-    pub checkpoint_manifest: Option<String>,
-    /// Longest pause between looks at the bucket [env: QUASAR_ORCHESTRATOR_POLL_INTERVAL]
-    #[arg(long, value_name = "SECONDS")]
-    pub poll_interval_sec: Option<String>,
-}
-
 /// `config show` and `config validate`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ConfigArgs {
@@ -242,12 +231,6 @@ impl From<&ValidatorArgs> for RoleFlags {
     }
 }
 
-impl From<&OrchestratorArgs> for RoleFlags {
-    fn from(args: &OrchestratorArgs) -> Self {
-        Self(given([("checkpoint-manifest", &args.checkpoint_manifest), ("poll-interval-sec", &args.poll_interval_sec)]))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::{CommandFactory, Parser};
@@ -270,11 +253,8 @@ mod tests {
 
     #[test]
     fn every_flag_of_the_table_exists_and_every_flag_is_in_the_table() {
-        let roles = [
-            (Role::Miner, flags_of::<MinerArgs>()),
-            (Role::Validator, flags_of::<ValidatorArgs>()),
-            (Role::Orchestrator, flags_of::<OrchestratorArgs>()),
-        ];
+        // The orchestrator has no flags of its own.
+        let roles = [(Role::Miner, flags_of::<MinerArgs>()), (Role::Validator, flags_of::<ValidatorArgs>())];
         for (role, flags) in roles {
             for flag in &flags {
                 assert!(table::by_flag(role, flag).is_some(), "{role}: --{flag} is not in the table");

@@ -16,12 +16,10 @@ mod variables;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-pub use flags::{CommonArgs, ConfigArgs, MinerArgs, OrchestratorArgs, ValidatorArgs};
+pub use flags::{CommonArgs, ConfigArgs, MinerArgs, ValidatorArgs};
 pub use layers::{Origin, Sources, Value};
 pub use table::{Role, Setting};
-pub use typed::{
-    MinerSettings, Network, NetworkName, OrchestratorSettings, ReleaseDType, StoreSettings, ValidatorSettings, WalletSettings,
-};
+pub use typed::{MinerSettings, Network, NetworkName, StoreSettings, ValidatorSettings, WalletSettings};
 pub use value::Devices;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

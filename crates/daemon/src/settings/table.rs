@@ -195,6 +195,20 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new("miner.threads", &["QUASAR_MINER_THREADS"], MINER, Kind::Integer(1, 1024), "CPU threads of each learner")
         .flag("threads")
         .default("1"),
+    Setting::new(
+        "miner.device_memory_gib",
+        &["QUASAR_MINER_DEVICE_MEMORY_GIB"],
+        MINER,
+        Kind::Integer(1, 4096),
+        "memory of each GPU to plan for; default: what is free",
+    ),
+    Setting::new(
+        "miner.host_memory_gib",
+        &["QUASAR_MINER_HOST_MEMORY_GIB"],
+        MINER,
+        Kind::Integer(0, 65_536),
+        "memory that may be pinned for a GPU's optimizer state; default: three quarters of what is free",
+    ),
     Setting::new("miner.max_jobs", &[], MINER, Kind::Integer(1, MANY), "stop after this many jobs").flag("max-jobs"),
     Setting::new("miner.timeout_sec", &[], MINER, Kind::Seconds, "stop after this long").flag("timeout-sec"),
     Setting::new("validator.worker_id", &["QUASAR_VALIDATOR_WORKER_ID"], VALIDATOR, Kind::Text, "name of this validator, for display")
@@ -247,65 +261,6 @@ pub const SETTINGS: &[Setting] = &[
         "longest pause after failed attempts",
     )
     .default("600"),
-    Setting::new(
-        "orchestrator.checkpoint_manifest",
-        &["QUASAR_CHECKPOINT_MANIFEST_URI"],
-        ORCHESTRATOR,
-        Kind::Text,
-        "first checkpoint, when the run is created",
-    )
-    .flag("checkpoint-manifest"),
-    Setting::new(
-        "orchestrator.poll_interval_sec",
-        &["QUASAR_ORCHESTRATOR_POLL_INTERVAL"],
-        ORCHESTRATOR,
-        Kind::Seconds,
-        "longest pause between looks at the bucket",
-    )
-    .flag("poll-interval-sec")
-    .default("5"),
-    Setting::new(
-        "orchestrator.heartbeat_ttl_sec",
-        &["QUASAR_ORCHESTRATOR_HEARTBEAT_TTL_SEC"],
-        ORCHESTRATOR,
-        Kind::Seconds,
-        "a learner that is silent this long is not live",
-    )
-    .default("120"),
-    Setting::new("orchestrator.grant_ttl_sec", &["QUASAR_GRANT_TTL_SEC"], ORCHESTRATOR, Kind::Seconds, "no on-demand grant lives longer")
-        .default("900"),
-    Setting::new(
-        "orchestrator.job_ttl_sec",
-        &["QUASAR_JOB_TTL_SEC"],
-        ORCHESTRATOR,
-        Kind::Seconds,
-        "no job lives longer; default: what the run manifest says",
-    ),
-    Setting::new(
-        "orchestrator.max_inflight_per_hotkey",
-        &["QUASAR_MAX_INFLIGHT_PER_HOTKEY"],
-        ORCHESTRATOR,
-        Kind::Integer(1, 256),
-        "most jobs of one hotkey at a time",
-    )
-    .default("8"),
-    Setting::new(
-        "orchestrator.max_miners_per_round",
-        &["QUASAR_MAX_MINERS_PER_ROUND"],
-        ORCHESTRATOR,
-        Kind::Integer(0, u16::MAX as u64),
-        "most hotkeys with a job at a time; 0: all",
-    )
-    .default("0"),
-    Setting::new(
-        "release.dtype",
-        &["QUASAR_RELEASE_DTYPE"],
-        ORCHESTRATOR,
-        Kind::Choice(&["base", "float32", "bfloat16", "float16"]),
-        "element type of released tensors; base: that of the base tree",
-    )
-    .default("base"),
-    Setting::new("release.output_dir", &["QUASAR_RELEASE_OUTPUT_DIR"], ORCHESTRATOR, Kind::Path, "keep a local copy of each release here"),
 ];
 
 /// The setting with this key.

@@ -80,6 +80,8 @@ pub struct MinerSettings {
     pub max_jobs: Option<u64>,
     pub timeout_ms: Option<u64>,
     pub torch_cuda_dir: Option<PathBuf>,
+    pub device_memory_gib: Option<u64>,
+    pub host_memory_gib: Option<u64>,
 }
 
 impl MinerSettings {
@@ -106,30 +108,6 @@ pub struct ValidatorSettings {
     pub weight_retry_base_ms: u64,
     pub weight_retry_max_ms: u64,
     pub torch_cuda_dir: Option<PathBuf>,
-}
-
-/// Element type of released tensors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReleaseDType {
-    /// That of each tensor in the base tree.
-    Base,
-    F32,
-    Bf16,
-    F16,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OrchestratorSettings {
-    pub checkpoint_manifest: Option<String>,
-    pub poll_interval_ms: u64,
-    pub heartbeat_ttl_ms: u64,
-    pub grant_ttl_ms: u64,
-    pub job_ttl_ms: Option<u64>,
-    pub max_inflight_per_hotkey: usize,
-    /// `None` = all.
-    pub max_miners_per_round: Option<usize>,
-    pub release_dtype: ReleaseDType,
-    pub release_output_dir: Option<PathBuf>,
 }
 
 impl Settings {
@@ -291,6 +269,8 @@ impl Settings {
             max_jobs: self.integer("miner.max_jobs"),
             timeout_ms: self.milliseconds("miner.timeout_sec"),
             torch_cuda_dir: self.path("torch.cuda_dir"),
+            device_memory_gib: self.integer("miner.device_memory_gib"),
+            host_memory_gib: self.integer("miner.host_memory_gib"),
         }
     }
 
@@ -305,25 +285,6 @@ impl Settings {
             weight_retry_base_ms: self.milliseconds("weights.retry_base_sec").unwrap_or_default(),
             weight_retry_max_ms: self.milliseconds("weights.retry_max_sec").unwrap_or_default(),
             torch_cuda_dir: self.path("torch.cuda_dir"),
-        }
-    }
-
-    pub fn orchestrator(&self) -> OrchestratorSettings {
-        OrchestratorSettings {
-            checkpoint_manifest: self.text("orchestrator.checkpoint_manifest").map(str::to_owned),
-            poll_interval_ms: self.milliseconds("orchestrator.poll_interval_sec").unwrap_or_default(),
-            heartbeat_ttl_ms: self.milliseconds("orchestrator.heartbeat_ttl_sec").unwrap_or_default(),
-            grant_ttl_ms: self.milliseconds("orchestrator.grant_ttl_sec").unwrap_or_default(),
-            job_ttl_ms: self.milliseconds("orchestrator.job_ttl_sec"),
-            max_inflight_per_hotkey: self.count("orchestrator.max_inflight_per_hotkey"),
-            max_miners_per_round: Some(self.count("orchestrator.max_miners_per_round")).filter(|miners| *miners > 0),
-            release_dtype: match self.text("release.dtype") {
-                Some("float32") => ReleaseDType::F32,
-                Some("bfloat16") => ReleaseDType::Bf16,
-                Some("float16") => ReleaseDType::F16,
-                _ => ReleaseDType::Base,
-            },
-            release_output_dir: self.path("release.output_dir"),
         }
     }
 }

@@ -37,6 +37,11 @@ const DROPPED: &[(&str, &str)] = &[
 const FROM_RUN_MANIFEST: &[&str] = &[
     "QUASAR_MODEL_ID",
     "QUASAR_MODEL_REVISION",
+    "QUASAR_ORCHESTRATOR_POLL_INTERVAL",
+    "QUASAR_ORCHESTRATOR_HEARTBEAT_TTL_SEC",
+    "QUASAR_JOB_TTL_SEC",
+    "QUASAR_MAX_INFLIGHT_PER_HOTKEY",
+    "QUASAR_MAX_MINERS_PER_ROUND",
     "QUASAR_MINER_HEARTBEAT_INTERVAL_SEC",
     "QUASAR_SCORE_MERGE_EVENT_WINDOW",
     "QUASAR_SCORE_DECAY_HALF_LIFE_EVENTS",
@@ -82,6 +87,10 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("QUASAR_AUTO_PREPARE_MIN_TRAIN_SHARDS", "run `data prepare` and `data publish`"),
     ("QUASAR_AUTO_PREPARE_MAX_NEW_SHARDS", "run `data prepare` and `data publish`"),
     ("QUASAR_AUTO_PREPARE_TOKENS_PER_SHARD", "choose the shard size of `data prepare`"),
+    ("QUASAR_CHECKPOINT_MANIFEST_URI", "name the release that a run starts from in `run create --release`"),
+    ("QUASAR_GRANT_TTL_SEC", "grants live as long as the protocol says: an hour standing, a quarter of an hour on demand"),
+    ("QUASAR_RELEASE_DTYPE", "a release has the element types of its base tree"),
+    ("QUASAR_RELEASE_OUTPUT_DIR", "fetch a release with `checkpoint fetch`"),
     ("QUASAR_WANDB_PROJECT", "metrics are on the /metrics page of --health-listen"),
     ("QUASAR_ORCHESTRATOR_WANDB_PROJECT", "metrics are on the /metrics page of --health-listen"),
 ];

@@ -17,6 +17,9 @@ const SPECIAL_TOKENS: usize = 1000;
 /// Steps before the clock starts.
 const WARM_UP: usize = 3;
 const SEED: u64 = 1;
+/// Parts that a run cuts the model into, and steps with an exchange that are timed.
+const FRAGMENTS: usize = 24;
+const EXCHANGES: usize = 5;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -47,6 +50,11 @@ pub struct BenchReport {
     pub sequence_length: usize,
     /// From the start to the end of the first step: kernels compiled and loaded, memory taken.
     pub start_s: f64,
+    /// A step during which a 24th of the model goes out, seconds; and one before which a new version of another 24th comes in as well.
+    pub send_step_s: f64,
+    pub exchange_step_s: f64,
+    /// Of a step, how long the host takes to launch its work; the device waits for the host if that is not far below `step_s`.
+    pub launch_s: f64,
     pub step_s_all: Vec<f64>,
 }
 
@@ -95,7 +103,7 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
     let hyper = Hyper { lr: 1e-5, beta2: 0.999, ..Hyper::default() };
     let tokens_per_step = options.batch * options.sequence_length;
     let mut word = SEED;
-    let (mut times, mut loss, mut start_s) = (Vec::new(), 0.0, 0.0);
+    let (mut times, mut launches, mut loss, mut start_s) = (Vec::new(), Vec::new(), 0.0, 0.0);
     for step in 0..WARM_UP + options.steps {
         let mut next = || {
             word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -104,6 +112,10 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
         let tokens: Vec<u32> = (0..tokens_per_step).map(|_| next()).collect();
         let batch = Batch { tokens: &tokens, rows: options.batch, row_tokens: options.sequence_length };
         batch.check(vocabulary)?;
+        let is_last = step + 1 == WARM_UP + options.steps;
+        if is_last {
+            learner.profile(true)?;
+        }
         learner.synchronize()?;
         let start = Instant::now();
         loss = learner.take_step(&batch, &hyper, None, false, step as u64 + 1)?.loss;
@@ -113,12 +125,41 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
         }
         if step >= WARM_UP {
             times.push(start.elapsed().as_secs_f64());
+            launches.push(learner.launching().as_secs_f64());
+        }
+        if is_last {
+            learner.profile(false)?;
         }
     }
-    let step_s_all = times.clone();
-    times.sort_by(f64::total_cmp);
-    let step_s = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
     let (free, total) = learner.memory()?;
+    let (mut sends, mut exchanges) = (Vec::new(), Vec::new());
+    let part = learner.layout().elements / FRAGMENTS;
+    let (mut one, mut other) = (0..part, part..2 * part);
+    let version = learner.read(&one)?;
+    for step in 0..2 * EXCHANGES {
+        let tokens: Vec<u32> = (0..tokens_per_step).map(|n| (n % vocabulary) as u32).collect();
+        let batch = Batch { tokens: &tokens, rows: options.batch, row_tokens: options.sequence_length };
+        learner.synchronize()?;
+        let start = Instant::now();
+        // The first steps only send, the others receive as well.
+        if step >= EXCHANGES {
+            learner.carry(std::slice::from_ref(&one), &version, None)?;
+        }
+        let out = learner.contribute(std::slice::from_ref(&other))?;
+        learner.take_step(&batch, &hyper, None, false, (WARM_UP + options.steps + step) as u64 + 1)?;
+        learner.synchronize()?;
+        let side = if step < EXCHANGES { &mut sends } else { &mut exchanges };
+        side.push(start.elapsed().as_secs_f64());
+        drop(out);
+        std::mem::swap(&mut one, &mut other);
+    }
+    let step_s_all = times.clone();
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+    };
+    let (step_s, launch_s) = (median(times), median(launches));
+    let (send_step_s, exchange_step_s) = (median(sends), median(exchanges));
     let tokens_per_s = tokens_per_step as f64 / step_s;
     Ok(BenchReport {
         tokens_per_s,
@@ -132,6 +173,9 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
         batch: options.batch,
         sequence_length: options.sequence_length,
         start_s,
+        send_step_s,
+        exchange_step_s,
+        launch_s,
         step_s_all,
     })
 }

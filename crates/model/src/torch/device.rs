@@ -3,9 +3,13 @@
 use std::cell::Cell;
 use std::path::Path;
 
-use tch::{Device, Kind};
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
 
 use crate::TrainError;
+
+/// The version of libtorch that this crate links, and whose CUDA part it can load.
+pub const TORCH_VERSION: &str = "2.11.0";
 
 /// Element type of the computation. Master weights and optimizer state are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,24 +28,62 @@ impl ComputeType {
     }
 }
 
+/// A GPU as its driver describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct GpuInfo {
+    pub name: String,
+    /// Compute capability, for example 90 for 9.0.
+    pub capability: u32,
+    pub free_bytes: u64,
+    pub total_bytes: u64,
+    /// Newest CUDA version that the driver runs, for example `13.0`.
+    pub driver: String,
+}
+
+/// The GPUs of this machine, in the order of their numbers; needs no libtorch.
+///
+/// # Errors
+/// There is no driver, or it does not work.
+pub fn gpus() -> Result<Vec<GpuInfo>, TrainError> {
+    super::gpu::gpus().map_err(|reason| TrainError::Device { device: "cuda".into(), reason })
+}
+
+/// The version that a `torch` folder says it has (`2.11.0+cu130`).
+fn version_of(torch: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(torch.join("version.py")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("__version__ = "))?;
+    Some(line.trim().trim_matches(['\'', '"']).to_owned())
+}
+
 /// Loads `lib/libtorch_cuda.so` below `torch` (the `torch` folder of a full installation of the version that this program
 /// is linked with), after which `cuda:N` devices work. Call it before anything else of this crate that uses libtorch. The
 /// library stays loaded until the process ends.
 pub fn load_cuda(torch: &Path) -> Result<(), TrainError> {
     let file = torch.join("lib").join("libtorch_cuda.so");
     let fail = |reason: String| TrainError::Device { device: "cuda".into(), reason };
+    let found = version_of(torch);
+    if let Some(found) = found.as_deref().filter(|found| found.split('+').next() != Some(TORCH_VERSION)) {
+        return Err(fail(format!("{} holds torch {found}, but this program needs {TORCH_VERSION}", torch.display())));
+    }
+    let found = found.unwrap_or_else(|| "of an unknown version".to_owned());
+    if !file.exists() {
+        let what = if found.contains("+cpu") { "which is built without CUDA" } else { "which is not a full installation" };
+        return Err(fail(format!("{} is missing: torch there is {found}, {what}; needed is {TORCH_VERSION}", file.display())));
+    }
     #[cfg(unix)]
     {
         use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
         // SAFETY: loading runs the library's initialisers, which register CUDA kernels with the linked libtorch.
         let library = unsafe { Library::open(Some(&file), RTLD_NOW | RTLD_GLOBAL) };
-        let library = library.map_err(|error| fail(format!("cannot load {}: {error}", file.display())))?;
+        let library =
+            library.map_err(|error| fail(format!("cannot load {} (torch {found}, needed is {TORCH_VERSION}): {error}", file.display())))?;
         // Kernels registered from it must stay valid: never close it.
         std::mem::forget(library);
     }
     super::gpu::remember_torch(torch);
     if !tch::Cuda::is_available() {
-        return Err(fail(format!("{} is loaded, but no CUDA device is usable", file.display())));
+        let driver = super::gpu::gpus().map_or_else(|error| error, |gpus| format!("the driver shows {} GPUs", gpus.len()));
+        return Err(fail(format!("torch {found} is loaded, but no CUDA device is usable: {driver}")));
     }
     Ok(())
 }
@@ -65,7 +107,18 @@ pub(crate) fn parse_device(name: &str) -> Result<Device, TrainError> {
     if index >= tch::Cuda::device_count().max(0) as usize {
         return Err(fail("there are not that many GPUs"));
     }
-    Ok(Device::Cuda(index))
+    let device = Device::Cuda(index);
+    // A GPU that this libtorch has no kernels for fails here, and not in the middle of a run.
+    let probe = || Tensor::f_ones([1], (Kind::Float, device))?.f_double_value(&[0]);
+    if let Err(error) = probe() {
+        let gpu = super::gpu::gpus().ok().and_then(|gpus| gpus.into_iter().nth(index));
+        let gpu = gpu.map_or_else(String::new, |gpu| {
+            let (major, minor) = (gpu.capability / 10, gpu.capability % 10);
+            format!("{} (compute capability {major}.{minor}, driver for CUDA {}) ", gpu.name, gpu.driver)
+        });
+        return Err(fail(&format!("{gpu}does not work with libtorch {TORCH_VERSION}: {}", TrainError::from(error))));
+    }
+    Ok(device)
 }
 
 /// Sets the number of threads for libtorch's operations on the calling thread. OpenMP keeps the number per thread, so
@@ -97,5 +150,47 @@ pub fn tune_allocator() {
             mallopt(M_MMAP_THRESHOLD, MMAP_BYTES);
             mallopt(M_TRIM_THRESHOLD, TRIM_BYTES);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A `torch` folder that says it is of `version`, without libraries.
+    fn folder(version: Option<&str>) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        if let Some(version) = version {
+            std::fs::write(folder.path().join("version.py"), format!("from typing import Optional\n__version__ = '{version}'\n")).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn a_folder_without_a_fitting_cuda_part_is_refused_with_the_versions() {
+        let refused = |version| load_cuda(folder(version).path()).unwrap_err().to_string();
+        let old = refused(Some("2.4.1+cu121"));
+        assert!(old.contains("2.4.1+cu121") && old.contains(TORCH_VERSION), "{old}");
+        let cpu = refused(Some("2.11.0+cpu"));
+        assert!(cpu.contains("built without CUDA") && cpu.contains("2.11.0+cpu"), "{cpu}");
+        assert!(refused(Some("2.11.0+cu130")).contains("not a full installation"));
+        assert!(refused(None).contains("unknown version"));
+    }
+
+    #[test]
+    fn a_cuda_part_that_does_not_load_is_refused_with_the_versions() {
+        let folder = folder(Some("2.11.0+cu130"));
+        std::fs::create_dir(folder.path().join("lib")).unwrap();
+        std::fs::write(folder.path().join("lib/libtorch_cuda.so"), b"no library").unwrap();
+        let error = load_cuda(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("cannot load") && error.contains("2.11.0+cu130") && error.contains("QUASAR_TORCH_CUDA_DIR"), "{error}");
+    }
+
+    #[test]
+    fn devices_that_are_not_there_are_refused() {
+        for name in ["gpu", "cuda:x", "cuda:4096", ""] {
+            assert!(matches!(parse_device(name), Err(TrainError::Device { .. })), "{name}");
+        }
+        assert_eq!(parse_device("cpu").unwrap(), Device::Cpu);
     }
 }

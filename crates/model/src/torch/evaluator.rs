@@ -80,20 +80,13 @@ impl QuasarEvaluator {
         batch.check(self.network.config.vocab_size)?;
         use_threads(self.threads);
         let _guard = context::free_choice();
-        let host = |x: &Tensor| -> ops::Result<Vec<f32>> {
-            let x = x.f_to_kind(tch::Kind::Float)?.f_to_device(Device::Cpu)?.f_contiguous()?;
-            let mut values = vec![0f32; x.numel()];
-            let count = values.len();
-            x.f_copy_data(&mut values, count)?;
-            Ok(values)
-        };
         let trace = tch::no_grad(|| {
             let (trained, frozen) = self.parts()?;
             let weights = self.network.weights(&trained, &frozen)?;
             let mut hidden = Vec::new();
             let last = self.network.hidden(&weights, &self.network.tokens(batch)?, &mut Routing::default(), Some(&mut hidden))?;
-            let logits = host(&ops::linear(&last, weights.get("lm_head.weight"))?)?;
-            ops::Result::Ok(Trace { hidden: hidden.iter().map(host).collect::<ops::Result<_>>()?, logits })
+            let logits = ops::to_host(&ops::linear(&last, weights.get("lm_head.weight"))?)?;
+            ops::Result::Ok(Trace { hidden: hidden.iter().map(ops::to_host).collect::<ops::Result<_>>()?, logits })
         })?;
         Ok(trace)
     }

@@ -14,6 +14,7 @@ use super::network::Network;
 use super::ops;
 use super::trainer::TrainerOptions;
 use crate::adamw::{self, Buffers};
+use crate::state::Run;
 use crate::{Batch, Hyper, QuasarConfig, Routes, TrainError};
 
 /// All parameters, f32, in the order of the layout; `leaf` is the trained part, sharing memory.
@@ -113,15 +114,6 @@ impl FlatLearner {
     }
 }
 
-/// A flat f32 tensor as numbers.
-fn to_host(x: &Tensor) -> Result<Vec<f32>, TrainError> {
-    let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
-    let mut values = vec![0f32; x.numel()];
-    let count = values.len();
-    x.f_copy_data(&mut values, count)?;
-    Ok(values)
-}
-
 fn overwrite(buffer: &Tensor, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError> {
     let source = Tensor::f_from_slice(values)?;
     Ok(tch::no_grad(|| buffer.f_narrow(0, range.start as i64, range.len() as i64)?.f_copy_(&source))?)
@@ -179,11 +171,25 @@ impl Learner for FlatLearner {
 
     fn loss_and_gradient(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<(f64, Vec<f32>), TrainError> {
         let pass = self.pass(batch, forced, false, 0)?;
-        Ok((pass.loss, to_host(&pass.gradient)?))
+        Ok((pass.loss, ops::to_host(&pass.gradient)?))
+    }
+
+    fn hidden(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<Vec<Vec<f32>>, TrainError> {
+        use_threads(self.threads);
+        let _guard = context::free_choice();
+        let network = &self.network;
+        let (trained, all) = (network.layout.trained as i64, network.layout.elements as i64);
+        let mut routing = Routing::new(&network.config, batch.tokens.len(), forced, false, network.device)?;
+        Ok(tch::no_grad(|| -> ops::Result<_> {
+            let weights = network.weights(&self.leaf, &self.weights.f_narrow(0, trained, all - trained)?)?;
+            let mut states = Vec::new();
+            let _ = network.hidden(&weights, &network.tokens(batch)?, &mut routing, Some(&mut states))?;
+            states.iter().map(ops::to_host).collect()
+        })?)
     }
 
     fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, TrainError> {
-        to_host(&self.weights.f_narrow(0, range.start as i64, range.len() as i64)?)
+        Ok(ops::to_host(&self.weights.f_narrow(0, range.start as i64, range.len() as i64)?)?)
     }
 
     fn write(&mut self, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError> {
@@ -191,7 +197,19 @@ impl Learner for FlatLearner {
     }
 
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError> {
-        Ok((to_host(&self.first)?, to_host(&self.second)?))
+        Ok((ops::to_host(&self.first)?, ops::to_host(&self.second)?))
+    }
+
+    fn moments_of(&self, range: &Range<usize>) -> Result<Vec<Run>, TrainError> {
+        let part = |x: &Tensor| ops::to_host(&x.f_narrow(0, range.start as i64, range.len() as i64)?);
+        Ok(vec![Run::Floats { first: part(&self.first)?, second: part(&self.second)? }])
+    }
+
+    fn put_moments(&mut self, range: &Range<usize>, run: &Run) -> Result<bool, TrainError> {
+        let (first, second) = run.decode();
+        overwrite(&self.first, range, &first)?;
+        overwrite(&self.second, range, &second)?;
+        Ok(true)
     }
 
     fn set_moments(&mut self, first: &[f32], second: &[f32]) -> Result<(), TrainError> {

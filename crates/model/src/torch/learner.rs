@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::layout::Layout;
-use crate::{Batch, Hyper, QuasarConfig, Routes, TrainError};
+use crate::state::Run;
+use crate::{Batch, Contribution, Hyper, QuasarConfig, Routes, TrainError, exported};
 
 /// A step that was taken.
 pub(crate) struct Taken {
@@ -24,14 +25,51 @@ pub(crate) trait Learner: Send {
     /// Loss and gradient of the trained part, in the layout's order.
     fn loss_and_gradient(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<(f64, Vec<f32>), TrainError>;
 
+    /// The input of each layer and the output of the final norm, `[tokens * hidden_size]` each.
+    fn hidden(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<Vec<Vec<f32>>, TrainError>;
+
     /// Master weights of a range.
     fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, TrainError>;
 
     /// Overwrites master weights.
     fn write(&mut self, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError>;
 
+    /// Master weights of ranges, one after the other, as they are now. They may be on their way still when this returns.
+    fn contribute(&mut self, ranges: &[Range<usize>]) -> Result<Contribution, TrainError> {
+        let mut values = Vec::with_capacity(ranges.iter().map(Range::len).sum());
+        for range in ranges {
+            values.extend(self.read(range)?);
+        }
+        Ok(values.into())
+    }
+
+    /// Overwrites master weights of ranges with `version`, plus what they changed since they were exported, if they were.
+    fn carry(&mut self, ranges: &[Range<usize>], version: &[f32], exported: Option<&Contribution>) -> Result<(), TrainError> {
+        let exported = exported.map(Contribution::values).transpose()?;
+        let mut at = 0;
+        for range in ranges {
+            let part = at..at + range.len();
+            match exported {
+                None => self.write(range, &version[part.clone()])?,
+                Some(exported) => {
+                    let mut now = self.read(range)?;
+                    exported::carry(&mut now, &version[part.clone()], &exported[part.clone()]);
+                    self.write(range, &now)?;
+                }
+            }
+            at = part.end;
+        }
+        Ok(())
+    }
+
     /// First and second moments of the whole layout, zero for frozen parameters.
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError>;
+
+    /// Moments of a range, as they are kept.
+    fn moments_of(&self, range: &Range<usize>) -> Result<Vec<Run>, TrainError>;
+
+    /// Overwrites moments of a range if they are kept as `run` has them; says whether.
+    fn put_moments(&mut self, range: &Range<usize>, run: &Run) -> Result<bool, TrainError>;
 
     /// Overwrites the moments.
     fn set_moments(&mut self, first: &[f32], second: &[f32]) -> Result<(), TrainError>;

@@ -1,13 +1,14 @@
 //! Quasar on libtorch: forward pass, loss, trainer and evaluator, on CPU or CUDA in one binary.
 //!
 //! Functions of `tch` without the prefix `f_` panic on C++ errors, so only fallible ones are used here; an error inside
-//! libtorch (out of memory above all) comes back as [`crate::TrainError::Torch`].
+//! libtorch comes back as [`crate::TrainError::Torch`], or [`crate::TrainError::OutOfMemory`] if that is what it says.
 
 mod attention;
 pub mod bench;
 mod checkpoint;
 pub mod chunked;
 mod context;
+pub mod determinism;
 mod device;
 mod evaluator;
 mod flat;
@@ -21,9 +22,10 @@ mod network;
 mod ops;
 mod quasar;
 mod raven;
+mod shortage;
 mod trainer;
 
-pub use device::{ComputeType, cuda_is_available, load_cuda, tune_allocator};
+pub use device::{ComputeType, GpuInfo, TORCH_VERSION, cuda_is_available, gpus, load_cuda, tune_allocator};
 pub use evaluator::{EvaluatorOptions, QuasarEvaluator};
 pub use loss::{Loss, checkpoint_loss};
 pub use network::{Network, Trace};
@@ -32,8 +34,16 @@ pub use trainer::{MomentType, QuasarTrainer, TrainerOptions};
 
 impl From<tch::TchError> for crate::TrainError {
     fn from(error: tch::TchError) -> Self {
-        // The C++ message carries a stack trace; its first line says what happened.
         let text = error.to_string();
-        Self::Torch(text.lines().next().unwrap_or_default().to_owned())
+        // The C++ message carries a stack trace; its first line says what happened.
+        let text = text.lines().next().unwrap_or_default();
+        match shortage::shortage(text) {
+            Some(shortage) => Self::OutOfMemory {
+                place: if shortage.on_gpu { "the GPU" } else { "the host" },
+                missing: shortage.missing,
+                advice: "fewer rows in a step, or a machine with more memory".to_owned(),
+            },
+            None => Self::Torch(text.to_owned()),
+        }
     }
 }

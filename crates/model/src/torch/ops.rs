@@ -54,3 +54,12 @@ pub(crate) fn add_linear(x: &Tensor, y: &Tensor, weight: &Tensor) -> Result<Tens
 pub(crate) fn linear(y: &Tensor, weight: &Tensor) -> Result<Tensor> {
     y.f_mm(&weight.f_tr()?)
 }
+
+/// The values of a tensor as f32, in memory order.
+pub(crate) fn to_host(x: &Tensor) -> Result<Vec<f32>> {
+    let x = x.f_to_kind(Kind::Float)?.f_to_device(tch::Device::Cpu)?.f_contiguous()?;
+    let mut values = vec![0f32; x.numel()];
+    let count = values.len();
+    x.f_copy_data(&mut values, count)?;
+    Ok(values)
+}

@@ -1,9 +1,11 @@
 //! The trainer: a learner on some device behind a fragment plan.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::io::{Read, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use protocol::FragmentPlan;
+use protocol::{Digest, FragmentPlan};
 use tch::Device;
 
 use super::checkpoint;
@@ -12,7 +14,9 @@ use super::flat::FlatLearner;
 use super::gpu::{self, GpuLearner};
 use super::layout::Layout;
 use super::learner::Learner;
-use crate::{Batch, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TrainError, Trainer, TrainerState};
+use crate::exported::Exported;
+use crate::state::{RUN_MAX, Run, StateReader, StateWriter};
+use crate::{Batch, Contribution, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer, TrainerState};
 
 /// How optimizer moments are kept on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,10 +48,19 @@ pub struct TrainerOptions {
     pub own_kernels: bool,
     /// Folder in which compiled kernels are kept from start to start.
     pub kernel_cache: Option<PathBuf>,
+    /// Further options for the kernels' compiler (NVRTC).
+    pub compiler_options: Vec<String>,
     /// With own kernels; through libtorch's operations moments are f32.
     pub moments: MomentType,
-    /// Keep the lower halves of the weights and the moments in pinned memory of the host (own kernels).
-    pub offload: bool,
+    /// Keep the lower halves of the weights and the moments in pinned memory of the host (own kernels). `None`: if the GPU cannot hold
+    /// them.
+    pub offload: Option<bool>,
+    /// Bytes of the host's memory that may be pinned for that.
+    pub host_bytes: u64,
+    /// Bytes of the GPU to plan for. `None`: what is free.
+    pub device_bytes: Option<u64>,
+    /// Rows of a batch and tokens of a row that memory is planned for until a batch is seen.
+    pub batch: (usize, usize),
     /// Keep only the input of each layer for the backward pass and compute the layer again (own kernels). `None`: if memory demands it.
     pub recompute: Option<bool>,
     /// Most tokens in one forward and backward pass (own kernels); larger batches are cut into groups of rows whose gradients are added.
@@ -66,8 +79,12 @@ impl Default for TrainerOptions {
             document_start: None,
             own_kernels: true,
             kernel_cache: None,
+            compiler_options: Vec::new(),
             moments: MomentType::default(),
-            offload: false,
+            offload: None,
+            host_bytes: 0,
+            device_bytes: None,
+            batch: (1, 2048),
             recompute: None,
             pass_tokens: None,
         }
@@ -79,8 +96,10 @@ pub struct QuasarTrainer {
     learner: Box<dyn Learner>,
     plan: FragmentPlan,
     ranges: PlanRanges,
+    exported: Exported,
     step: u64,
     threads: usize,
+    fallback: Option<String>,
 }
 
 impl QuasarTrainer {
@@ -97,12 +116,18 @@ impl QuasarTrainer {
         let layout = Layout::new(&config, options.train_step_sizes);
         let ranges = PlanRanges::new(&plan, layout.elements, |name| layout.places.get(name).copied())?;
         let source = checkpoint::Source::open(&config, folder)?;
-        let mut learner = learner(config, layout, source.buffers()?, device, options)?;
+        let (mut learner, fallback) = learner(config, layout, source.buffers()?, device, options)?;
         source.parameters(|name, values| match learner.layout().range(name) {
             Some(range) => learner.write(&range, &values),
             None => Ok(()),
         })?;
-        Ok(Self { learner, plan, ranges, step: 0, threads: options.threads })
+        Ok(Self { learner, plan, ranges, exported: Exported::default(), step: 0, threads: options.threads, fallback })
+    }
+
+    /// Why a GPU computes through libtorch's operations although own kernels were wanted and fit the model: they could not be compiled or
+    /// loaded.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
     }
 
     /// The model's configuration.
@@ -120,34 +145,71 @@ impl QuasarTrainer {
         Ok((loss, trained.filter_map(part).collect()))
     }
 
+    /// The input of each layer and the output of the final norm, `[tokens * hidden_size]` each, for comparison with other forms. A row is one
+    /// sequence here, whatever the options say.
+    pub fn hidden_states(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<Vec<Vec<f32>>, TrainError> {
+        self.check(batch, forced)?;
+        self.learner.hidden(batch, forced)
+    }
+
+    /// All parameters in (fragment, slice) order, as ranges of the layout of at most [`RUN_MAX`] elements.
+    fn pieces(&self) -> Vec<Range<usize>> {
+        let cut = |range: &Range<usize>| {
+            let range = range.clone();
+            range.clone().step_by(RUN_MAX).map(move |start| start..range.end.min(start + RUN_MAX))
+        };
+        (0..self.ranges.fragments()).filter_map(|fragment| self.ranges.of(fragment).ok()).flatten().flat_map(cut).collect()
+    }
+
     fn check(&self, batch: &Batch, forced: Option<&Routes>) -> Result<(), TrainError> {
         batch.check(self.config().vocab_size)?;
         forced.map_or(Ok(()), |routes| routes.check(self.config(), batch.tokens.len()))
     }
 }
 
-/// The learner for a device: own kernels on a GPU where they can be had, libtorch's operations otherwise.
+/// The learner for a device: own kernels on a GPU where they can be had, libtorch's operations otherwise; and why not, if they should be
+/// had.
 fn learner(
     config: QuasarConfig,
     layout: Layout,
-    buffers: std::collections::HashMap<String, Vec<f32>>,
+    buffers: HashMap<String, Vec<f32>>,
     device: Device,
     options: &TrainerOptions,
-) -> Result<Box<dyn Learner>, TrainError> {
+) -> Result<(Box<dyn Learner>, Option<String>), TrainError> {
     let wants_kernels = device.is_cuda() && options.own_kernels && options.compute != Some(ComputeType::F32);
+    let mut fallback = None;
     if wants_kernels {
         let reason = if options.train_step_sizes { Some("step sizes are trained".to_owned()) } else { gpu::unsupported(&config) };
         match reason {
             Some(reason) => tracing::info!(%reason, "this model trains through libtorch's operations"),
             None => match GpuLearner::new(config.clone(), layout.clone(), buffers.clone(), device, options) {
-                Ok(learner) => return Ok(Box::new(learner)),
-                Err(error @ TrainError::Torch(_)) => return Err(error),
-                Err(error) => tracing::warn!(%error, "own kernels cannot be used; training through libtorch's operations, which is slower"),
+                Ok(learner) => return Ok((Box::new(learner), None)),
+                Err(TrainError::Kernels(reason)) => {
+                    tracing::warn!(%reason, "own kernels cannot be used; training through libtorch's operations, which is slower");
+                    fallback = Some(reason);
+                }
+                Err(error) => return Err(error),
             },
         }
     }
     let kind = options.compute.unwrap_or_default().kind();
-    Ok(Box::new(FlatLearner::new(config, layout, buffers, device, kind, options)?))
+    Ok((Box::new(FlatLearner::new(config, layout, buffers, device, kind, options)?), fallback))
+}
+
+/// A learner of a fresh model that is on no disk.
+pub(crate) fn fresh(config: QuasarConfig, options: &TrainerOptions, seed: u64) -> Result<(Box<dyn Learner>, Option<String>), TrainError> {
+    let device = parse_device(&options.device)?;
+    let layout = Layout::new(&config, options.train_step_sizes);
+    let tensors = config.tensors();
+    let values = |tensor: &TensorEntry| crate::init::values(&config, seed, tensor);
+    let buffers = tensors.iter().filter(|tensor| tensor.is_buffer).map(|tensor| (tensor.name.clone(), values(tensor))).collect();
+    let (mut learner, fallback) = learner(config.clone(), layout, buffers, device, options)?;
+    for tensor in tensors.iter().filter(|tensor| !tensor.is_buffer) {
+        if let Some(range) = learner.layout().range(&tensor.name) {
+            learner.write(&range, &values(tensor))?;
+        }
+    }
+    Ok((learner, fallback))
 }
 
 impl Trainer for QuasarTrainer {
@@ -172,13 +234,15 @@ impl Trainer for QuasarTrainer {
         Ok(values)
     }
 
+    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError> {
+        let values = self.learner.contribute(self.ranges.of(fragment)?)?;
+        self.exported.put(fragment, values.clone());
+        Ok(values)
+    }
+
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError> {
-        let mut rest = values;
-        for range in self.ranges.check(fragment, values)? {
-            let (head, tail) = rest.split_at(range.len());
-            self.learner.write(range, head)?;
-            rest = tail;
-        }
+        self.learner.carry(self.ranges.check(fragment, values)?, values, self.exported.get(fragment))?;
+        self.exported.forget(fragment);
         Ok(())
     }
 
@@ -190,14 +254,67 @@ impl Trainer for QuasarTrainer {
         let (first, second) = self.learner.moments()?;
         let weights = self.learner.read(&(0..self.ranges.elements()))?;
         let ordered = |values: Vec<f32>| self.ranges.to_plan_order(&values);
-        Ok(TrainerState { step: self.step, weights: ordered(weights), first: ordered(first), second: ordered(second) })
+        let (weights, first, second) = (ordered(weights), ordered(first), ordered(second));
+        Ok(TrainerState { step: self.step, weights, first, second, exported: self.exported.to_state()? })
     }
 
     fn restore(&mut self, state: &TrainerState) -> Result<(), TrainError> {
         state.check(self.ranges.elements())?;
+        self.ranges.check_exported(state)?;
         self.learner.write(&(0..self.ranges.elements()), &self.ranges.from_plan_order(&state.weights))?;
         self.learner.set_moments(&self.ranges.from_plan_order(&state.first), &self.ranges.from_plan_order(&state.second))?;
-        self.step = state.step;
+        (self.step, self.exported) = (state.step, Exported::from_state(&state.exported));
+        Ok(())
+    }
+
+    fn save(&self, to: &mut dyn Write) -> Result<Digest, TrainError> {
+        let mut writer = StateWriter::new(to, self.step, self.ranges.elements())?;
+        let pieces = self.pieces();
+        for piece in &pieces {
+            writer.weights(&self.learner.read(piece)?)?;
+        }
+        for piece in &pieces {
+            for run in self.learner.moments_of(piece)? {
+                writer.run(&run)?;
+            }
+        }
+        let exported = self.exported.values()?;
+        Ok(writer.finish(&exported)?)
+    }
+
+    fn load(&mut self, from: &mut dyn Read) -> Result<(), TrainError> {
+        let mut reader = StateReader::new(from, self.ranges.elements())?;
+        let pieces = self.pieces();
+        for piece in &pieces {
+            self.learner.write(piece, &reader.weights(piece.len())?)?;
+        }
+        // Moments that are kept otherwise here go through f32, all at once.
+        let mut dense: Option<(Vec<f32>, Vec<f32>)> = None;
+        let mut left: Option<Run> = None;
+        for piece in &pieces {
+            let mut at = piece.start;
+            while at < piece.end {
+                let Some(run) = left.take().map_or_else(|| reader.run(), |run| Ok(Some(run)))? else { break };
+                let (run, rest) = if run.len() > piece.end - at { run.split(piece.end - at) } else { (run, Run::Zero(0)) };
+                left = (rest.len() > 0).then_some(rest);
+                let part = at..at + run.len();
+                if dense.is_none() && !self.learner.put_moments(&part, &run)? {
+                    dense = Some(self.learner.moments()?);
+                }
+                if let Some((first, second)) = &mut dense {
+                    let (one, two) = run.decode();
+                    first[part.clone()].copy_from_slice(&one);
+                    second[part.clone()].copy_from_slice(&two);
+                }
+                at = part.end;
+            }
+        }
+        if let Some((first, second)) = dense {
+            self.learner.set_moments(&first, &second)?;
+        }
+        self.step = reader.step;
+        self.exported = Exported::default();
+        reader.finish()?;
         Ok(())
     }
 }

@@ -4,6 +4,7 @@ use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use super::job::Lease;
+use crate::steps::Exchange;
 use crate::{AccountId, Digest, Reason, SealedBytes};
 
 /// Delivers the grants of one audit to its validator. It selects nothing: the validator derives the selection itself from
@@ -54,8 +55,8 @@ pub struct OpenedStep {
     pub local_step: u64,
     pub lease: u64,
     pub lease_step: u32,
-    /// Fragments that were overwritten with a newer version just before this step: (fragment, version).
-    pub applied: Vec<(u16, u64)>,
+    /// In this order, since the step before.
+    pub exchanged: Vec<Exchange>,
     pub loss: i64,
 }
 

@@ -9,6 +9,8 @@ use crate::{AccountId, Digest};
 /// The run as of now.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct Head {
+    /// Fencing epoch of the writer; 0 = the head that the run was created with.
+    pub epoch: u64,
     pub state: RunState,
     /// t of the next pull to be opened.
     pub outer_step: u64,

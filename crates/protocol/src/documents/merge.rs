@@ -11,6 +11,8 @@ use crate::{AccountId, Digest, FileRecord, Reason};
 pub struct Tape {
     pub t: u64,
     pub fragment: u16,
+    /// Fencing epoch of the writer that decided.
+    pub epoch: u64,
     /// Version that the merge starts from; the result is the next one (the same one if nothing was merged).
     pub base_version: u64,
     /// BLAKE3 of the f32 state of the base version.
@@ -20,6 +22,8 @@ pub struct Tape {
     /// The run ends with this merge of the fragment: what it gives is the average of the learners' weights, by weighted mean and
     /// without outer optimizer.
     pub closing: bool,
+    /// The result is the state of this earlier version again: a rollback. Nothing is merged then.
+    pub restores: Option<u64>,
     pub inputs: Vec<TapeInput>,
 }
 

@@ -7,17 +7,20 @@ use crate::plan::FragmentPlan;
 use crate::shards::ShardManifest;
 
 mod audit;
+mod equivocation;
 mod head;
 mod job;
 mod merge;
 mod progress;
 mod receipt;
 mod run;
+mod writer;
 
 pub use audit::{
     AuditOrder, Measurements, OPENING_PARTS, OpenedPart, OpenedStep, OpeningManifest, SCORES_BYTES, Score, Scores, VERDICT_COMMIT_BYTES,
     VERDICT_REVEAL_BYTES, Verdict, VerdictCommit, VerdictResult, VerdictReveal,
 };
+pub use equivocation::{Equivocation, NoEquivocation};
 pub use head::{FragmentHead, Head, Notice, Pull, ReleaseRef, RunState};
 pub use job::{Job, Lease, PullGrants, RowRange, StandingGrants};
 pub use merge::{Contribution, FragmentManifest, MergeManifest, Release, Tape, TapeInput};
@@ -26,6 +29,7 @@ pub use receipt::{LEASE_STEPS_MAX, Receipt, ReceiptFault, ReceiptStep};
 pub use run::{
     AuditParameters, Bounds, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RunManifest, RunParameters, RunRoot,
 };
+pub use writer::{Action, ORDER_REASON_MAX, Order, WRITER_LEASE_MS, WriterLease};
 
 macro_rules! document {
     ($($type:ty => $purpose:ident),* $(,)?) => {
@@ -56,6 +60,9 @@ document! {
     Scores => Scores,
     ShardManifest => ShardManifest,
     Tape => Tape,
+    WriterLease => WriterLease,
+    Order => Order,
+    Equivocation => Equivocation,
 }
 
 /// JSON of a payload of any purpose, for `inspect`.
@@ -87,6 +94,9 @@ pub fn payload_json(purpose: Purpose, payload: &[u8]) -> Result<serde_json::Valu
         Purpose::Scores => json::<Scores>(payload),
         Purpose::ShardManifest => json::<ShardManifest>(payload),
         Purpose::Tape => json::<Tape>(payload),
+        Purpose::WriterLease => json::<WriterLease>(payload),
+        Purpose::Order => json::<Order>(payload),
+        Purpose::Equivocation => json::<Equivocation>(payload),
     }
 }
 

@@ -4,10 +4,10 @@ use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use super::job::Lease;
-use crate::steps::{StepLeaf, link};
+use crate::steps::{Exchange, StepLeaf, link};
 use crate::{AccountId, Digest};
 
-/// Most steps of a lease, so that a receipt with one applied fragment for each step fits into its file.
+/// Most steps of a lease, so that a receipt with one fragment applied and one exported at each step fits into its file.
 pub const LEASE_STEPS_MAX: u32 = 1_024;
 
 /// Everything that the step chain was hashed over while a lease was trained: whoever has it can recompute the chain and compare it
@@ -28,8 +28,8 @@ pub struct Receipt {
 pub struct ReceiptStep {
     pub local_step: u64,
     pub lease_step: u32,
-    /// Fragments that were overwritten with a newer version just before: (fragment, version).
-    pub applied: Vec<(u16, u64)>,
+    /// In this order, since the step before.
+    pub exchanged: Vec<Exchange>,
     /// Mean loss in micro-nats.
     pub loss: i64,
     /// Digest of the learner's state before the step where a segment starts here.
@@ -77,7 +77,7 @@ impl ReceiptStep {
             local_step: self.local_step,
             lease,
             lease_step: self.lease_step,
-            applied: self.applied.clone(),
+            exchanged: self.exchanged.clone(),
             loss: self.loss,
             state: self.state.unwrap_or(Digest::ZERO),
         }
@@ -101,7 +101,10 @@ mod tests {
         let step = |n: u32| ReceiptStep {
             local_step: 40 + u64::from(n),
             lease_step: n,
-            applied: vec![(n as u16 % 24, u64::from(n))],
+            exchanged: vec![
+                Exchange::Applied { fragment: n as u16 % 24, version: u64::from(n) },
+                Exchange::Exported { fragment: n as u16 % 24 },
+            ],
             loss: 6_000_000 - i64::from(n),
             state: n.is_multiple_of(4).then(|| Digest::blake3(&n.to_le_bytes())),
         };

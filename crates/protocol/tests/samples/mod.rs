@@ -3,6 +3,7 @@
 use protocol::documents::*;
 use protocol::envelope::{Context, Document, RunId, sign};
 use protocol::log::{Frontier, LogEntry, LogHead, LogKind};
+use protocol::steps::Exchange;
 use protocol::{
     AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, Reason, SealedBytes, ShardManifest, Signer, Slice,
 };
@@ -23,6 +24,10 @@ fn digest(name: &str) -> Digest {
 
 fn hotkey() -> AccountId {
     Ed25519Signer::from_seed([4; 32]).key().account()
+}
+
+fn exchanged() -> Vec<Exchange> {
+    vec![Exchange::Applied { fragment: 5, version: 3 }, Exchange::Exported { fragment: 7 }]
 }
 
 fn sealed() -> SealedBytes {
@@ -177,6 +182,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             parameters: parameters(),
         }),
         file_of(&Head {
+            epoch: 3,
             state: RunState::Open,
             outer_step: 76,
             closed_below: 74,
@@ -221,7 +227,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             steps: vec![ReceiptStep {
                 local_step: 28,
                 lease_step: 23,
-                applied: vec![(5, 3)],
+                exchanged: exchanged(),
                 loss: 6_100_000,
                 state: Some(digest("state")),
             }],
@@ -231,7 +237,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             t: 75,
             start_step: 28,
             versions: vec![3; 24],
-            steps: vec![OpenedStep { local_step: 28, lease: 7, lease_step: 4, applied: vec![(5, 3)], loss: 6_100_000 }],
+            steps: vec![OpenedStep { local_step: 28, lease: 7, lease_step: 4, exchanged: exchanged(), loss: 6_100_000 }],
         }),
         file_of(&FragmentManifest { fragment: 3, version: 4, t: 75, keyframe: file(), state: digest("state") }),
         file_of(&MergeManifest {
@@ -268,10 +274,12 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
         file_of(&Tape {
             t: 75,
             fragment: 3,
+            epoch: 3,
             base_version: 3,
             base_state: digest("state"),
             block: 5_000_000,
             closing: true,
+            restores: None,
             inputs: vec![TapeInput {
                 hotkey: hotkey(),
                 slot: 1,
@@ -284,7 +292,18 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
                 weight_ppm: 1_000_000,
             }],
         }),
+        file_of(&WriterLease { epoch: 3, instance: [5; 16], host: "control-1".into(), renewal: 9, released: false }),
+        file_of(&Order { number: 2, action: Action::Rollback { version: 3 }, reason: "diverged after a bad shard".into() }),
+        file_of(&Equivocation {
+            key: "quasar/netuid=24/public/head.qsr".into(),
+            first: sign(&current(1), &context(), &signer(), NOW_MS, NOW_MS),
+            second: sign(&current(2), &context(), &signer(), NOW_MS, NOW_MS),
+        }),
     ]
+}
+
+fn current(root_version: u32) -> CurrentRun {
+    CurrentRun { root_version, root_digest: digest("root"), run: RunId([3; 16]), manifest_digest: digest("manifest") }
 }
 
 fn log_head() -> LogHead {

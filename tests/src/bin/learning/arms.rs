@@ -101,7 +101,7 @@ fn merging(setting: &Setting, base: &Base, order: &Order, name: &str) -> anyhow:
             }
         }
         let fragment = usize::from(schedule::fragment_of(step, setting.parameters.fragments));
-        let payloads = learners.iter().map(|learner| merger.answer(fragment, learner)).collect::<Result<Vec<_>, _>>()?;
+        let payloads = learners.iter_mut().map(|learner| merger.answer(fragment, learner)).collect::<Result<Vec<_>, _>>()?;
         merger.merge(fragment, &payloads)?;
         on_the_way.push_back((step + u64::from(setting.parameters.overlap), fragment));
     }
@@ -113,7 +113,7 @@ fn merging(setting: &Setting, base: &Base, order: &Order, name: &str) -> anyhow:
     }
     merger.close();
     for fragment in 0..base.plan.fragments.len() {
-        let payloads = learners.iter().map(|learner| merger.answer(fragment, learner)).collect::<Result<Vec<_>, _>>()?;
+        let payloads = learners.iter_mut().map(|learner| merger.answer(fragment, learner)).collect::<Result<Vec<_>, _>>()?;
         merger.merge(fragment, &payloads)?;
     }
     Ok(merger.states.into_iter().map(|state| state.theta).collect())
@@ -173,8 +173,8 @@ impl<'a> Merger<'a> {
     }
 
     /// A learner's payload: base minus what it has now. Its base is the newest version, which it applied long ago.
-    fn answer(&self, fragment: usize, learner: &QuasarTrainer) -> anyhow::Result<Vec<u8>> {
-        let mut change = learner.export(fragment)?;
+    fn answer(&self, fragment: usize, learner: &mut QuasarTrainer) -> anyhow::Result<Vec<u8>> {
+        let mut change = learner.contribute(fragment)?.values()?.to_vec();
         for (value, base) in change.iter_mut().zip(&self.keyframes[fragment]) {
             *value = base - *value;
         }

@@ -115,7 +115,7 @@ pub(crate) fn queries_and_keys_backward(
 /// Adds attention of the normed input `h` to the residual stream `x`.
 pub(crate) fn forward(pass: &Pass, x: &Tensor, h: &Tensor, prefix: &str) -> Result<(Tensor, GqaSaved)> {
     let heads = Heads::of(pass);
-    let projected = h.f_mm(&pass.weight(&format!("{prefix}in"))?.f_tr()?)?;
+    let projected = pass.linear(h, &format!("{prefix}in"))?;
     let (query, key) = queries_and_keys(pass, &projected, 0, prefix)?;
     let value = projected.f_narrow(1, (heads.heads + heads.kv_heads) * heads.width, heads.kv_heads * heads.width)?;
     let leaf = |x: &Tensor, count: i64| -> Result<Tensor> {
@@ -129,7 +129,7 @@ pub(crate) fn forward(pass: &Pass, x: &Tensor, h: &Tensor, prefix: &str) -> Resu
     let out =
         tch::with_grad(|| Tensor::f_scaled_dot_product_attention(&query, &key, &value, None::<&Tensor>, 0.0, true, None, is_grouped))?;
     let flat = out.f_detach()?.f_transpose(1, 2)?.f_reshape([-1, heads.hidden()])?;
-    let y = x.f_addmm(&flat, &pass.weight(&format!("{prefix}dense.weight"))?.f_tr()?)?;
+    let y = pass.add_linear(x, &flat, &format!("{prefix}dense.weight"))?;
     Ok((y, GqaSaved { projected, query, key, value, out }))
 }
 
@@ -150,9 +150,9 @@ pub(crate) fn backward(
     let heads = Heads::of(pass);
     let dense = format!("{prefix}dense.weight");
     let flat = out.f_detach()?.f_transpose(1, 2)?.f_reshape([-1, heads.hidden()])?;
-    gradients.matrix(dense.clone(), dx.f_tr()?.f_mm(&flat)?)?;
+    gradients.linear(dense.clone(), dx, &flat)?;
     drop(flat);
-    let dout = dx.f_mm(pass.weight(&dense)?)?.f_reshape([pass.rows, pass.row_tokens, heads.heads, heads.width])?.f_transpose(1, 2)?;
+    let dout = pass.linear_backward(dx, &dense)?.f_reshape([pass.rows, pass.row_tokens, heads.heads, heads.width])?.f_transpose(1, 2)?;
     // The gradient of sum(out * dout) by out is dout.
     let surrogate = tch::with_grad(|| out.f_mul(&dout)?.f_sum(None))?;
     let parts = context::reproducibly(|| Tensor::f_run_backward(&[&surrogate], &[&query, &key, &value], false, false))?;
@@ -171,6 +171,6 @@ pub(crate) fn backward(
             sum
         }
     };
-    gradients.matrix(key, dprojected.f_tr()?.f_mm(h)?)?;
+    gradients.linear(key, &dprojected, h)?;
     Ok(dh)
 }

@@ -36,6 +36,16 @@ enum Inner {
     Decay,
 }
 
+impl Inner {
+    fn kind(&self) -> Branch {
+        match self {
+            Self::Delta { .. } => Branch::Quasar,
+            Self::Slots { .. } => Branch::Raven,
+            Self::Decay => Branch::Gla,
+        }
+    }
+}
+
 /// Gains `[D]` and the gate, f32.
 struct Mix {
     ratio: Tensor,
@@ -59,6 +69,11 @@ fn inner_prefix(prefix: &str, kind: Branch) -> String {
     format!("{prefix}{}_attention.", kind.name())
 }
 
+/// The branch's output projection.
+fn output_key(inner_prefix: &str, kind: Branch) -> String {
+    format!("{inner_prefix}{}", if kind == Branch::Gla { "dense.weight" } else { "o_proj.weight" })
+}
+
 /// Adds the branch to the residual stream `x`. `h` is the normed input, `projected` the input projection of attention and branch.
 pub(crate) fn forward(
     pass: &Pass,
@@ -69,15 +84,17 @@ pub(crate) fn forward(
     prefix: &str,
 ) -> Result<(Tensor, BranchSaved)> {
     let inner_name = inner_prefix(prefix, kind);
-    let (y, core, inner) = match kind {
+    let (gated, core, inner) = match kind {
         Branch::Quasar => delta_forward(pass, h, &inner_name)?,
         Branch::Raven => slots_forward(pass, projected, &inner_name)?,
         Branch::Gla => decay_forward(pass, projected, &inner_name)?,
     };
+    let y = pass.linear(&gated, &output_key(&inner_name, kind))?;
+    drop(gated);
     let mix = Mix::new(pass, prefix)?;
     let scaled = scale(pass, &y, &mix.gains)?;
-    let low_rank = scaled.f_mm(&pass.weight(&format!("{prefix}branch_output_adapter_down.weight"))?.f_tr()?)?;
-    let adapted = scaled.f_addmm(&low_rank, &pass.weight(&format!("{prefix}branch_output_adapter_up.weight"))?.f_tr()?)?;
+    let low_rank = pass.linear(&scaled, &format!("{prefix}branch_output_adapter_down.weight"))?;
+    let adapted = pass.add_linear(&scaled, &low_rank, &format!("{prefix}branch_output_adapter_up.weight"))?;
     let out = pass.empty(&x.size())?;
     let elements = x.numel() as i64;
     let arguments = [x.into(), (&adapted).into(), (&mix.mix).into(), (&out).into(), elements.into()];
@@ -115,17 +132,16 @@ pub(crate) fn backward(
     let arguments = [dx.into(), (&y).into(), (&mix.gains).into(), (&mix.mix).into(), (&dt).into(), (&partial).into(), (rows as i32).into()];
     pass.kernels.launch("branch_enter", blocks, threads, &arguments)?;
     let (down_key, up_key) = (format!("{prefix}branch_output_adapter_down.weight"), format!("{prefix}branch_output_adapter_up.weight"));
-    let (down, up) = (pass.weight(&down_key)?, pass.weight(&up_key)?);
-    let dlow = dt.f_mm(up)?;
-    gradients.matrix(up_key, dt.f_tr()?.f_mm(&low_rank)?)?;
+    let dlow = pass.linear_backward(&dt, &up_key)?;
+    gradients.linear(up_key, &dt, &low_rank)?;
     // The adapter's part of sum(dx * t) is sum(dlow * low_rank) / mix.
     let adapter = dlow.f_to_kind(Kind::Float)?.f_mul(&low_rank)?.f_sum(None)?;
     let dmix = partial.f_sum(None)?.f_mul(&mix.mix)?.f_add(&adapter)?.f_mul(&mix.mix.f_neg()?.f_add_scalar(1.0)?)?;
     gradients.vector(&format!("{prefix}replace_alpha_raw"), &dmix)?;
     let scaled = scale(pass, &y, &mix.gains)?;
-    gradients.matrix(down_key, dlow.f_tr()?.f_mm(&scaled)?)?;
+    let dy = dt.f_addmm(&dlow, pass.weight(&down_key)?)?;
+    gradients.linear(down_key, &dlow, &scaled)?;
     drop(scaled);
-    let dy = dt.f_addmm(&dlow, down)?;
     drop(dt);
     let partial = pass.floats(&[i64::from(blocks), pass.config.hidden_size as i64])?;
     let arguments = [(&dy).into(), (&y).into(), (&mix.gains).into(), (&partial).into(), (rows as i32).into()];
@@ -138,18 +154,40 @@ pub(crate) fn backward(
     // Zero while the gain divides out.
     let free = mix.ratio.f_lt(1.0)?.f_to_kind(Kind::Float)?;
     gradients.vector(&format!("{prefix}branch_output_gain"), &dglobal.f_mul(&mix.global)?.f_mul(&free)?.f_div_scalar(GAIN_FLOOR)?)?;
-    match inner {
-        Inner::Delta { normed, scale, projected, gate } => {
-            let saved = DeltaSaved { normed, scale, projected, gate, core };
-            Ok(Some(delta_backward(pass, &dy, h, saved, &inner_prefix(prefix, Branch::Quasar), gradients)?))
+    let kind = inner.kind();
+    let inner_name = inner_prefix(prefix, kind);
+    let key = output_key(&inner_name, kind);
+    let dgated = pass.linear_backward(&dy, &key)?;
+    // What was projected is computed again with the gradient of what it came from.
+    let into = match &inner {
+        Inner::Delta { gate, .. } => {
+            let dgate = pass.empty(&gate.size())?;
+            let (dcore, gated) =
+                head_gate_backward(pass, &dgated, &core, (gate, 0), (&dgate, 0), &format!("{inner_name}o_norm.weight"), gradients)?;
+            (dcore, gated, Some(dgate))
         }
         Inner::Slots { scale } => {
-            slots_backward(pass, &dy, projected, dprojected, &core, &scale, &inner_prefix(prefix, Branch::Raven), gradients)?;
-            Ok(None)
+            let (dcore, gated) = slot_norm_backward(pass, &dgated, &core, scale, &inner_name, gradients)?;
+            (dcore, gated, None)
         }
         Inner::Decay => {
-            decay_backward(pass, &dy, projected, dprojected, &core, &inner_prefix(prefix, Branch::Gla), gradients)?;
-            Ok(None)
+            let at = 2 * Heads::of(pass).qkv();
+            let weight_key = format!("{inner_name}g_norm.weight");
+            let (dcore, gated) = head_gate_backward(pass, &dgated, &core, (projected, at), (dprojected, at), &weight_key, gradients)?;
+            (dcore, gated, None)
+        }
+    };
+    let (dcore, gated, dgate) = into;
+    gradients.linear(key, &dy, &gated)?;
+    drop((dy, dgated, gated, core));
+    match (inner, dgate) {
+        (Inner::Delta { normed, scale, projected, .. }, Some(dgate)) => {
+            let saved = DeltaSaved { normed, scale, projected };
+            Ok(Some(delta_backward(pass, h, saved, dcore, dgate, &inner_name, gradients)?))
+        }
+        (Inner::Slots { .. }, _) => slots_backward(pass, projected, dprojected, dcore, &inner_name, gradients).map(|()| None),
+        (Inner::Decay | Inner::Delta { .. }, _) => {
+            decay_backward(pass, projected, dprojected, dcore, &inner_name, gradients).map(|()| None)
         }
     }
 }
@@ -279,7 +317,7 @@ fn delta_states(pass: &Pass, inputs: &DeltaInputs) -> Result<DeltaStates> {
 fn delta_forward(pass: &Pass, h: &Tensor, prefix: &str) -> Result<(Tensor, Tensor, Inner)> {
     let heads = Heads::of(pass);
     let (normed, scale) = pass.norm(h, None, 1e-6, Norm::Bounded)?;
-    let projected = normed.f_mm(&pass.weight(&format!("{prefix}in"))?.f_tr()?)?;
+    let projected = pass.linear(&normed, &format!("{prefix}in"))?;
     let inputs = delta_inputs(pass, &projected, prefix)?;
     let walked = delta_states(pass, &inputs)?;
     let core = pass.empty(&[pass.tokens(), heads.heads, heads.width])?;
@@ -294,42 +332,40 @@ fn delta_forward(pass: &Pass, h: &Tensor, prefix: &str) -> Result<(Tensor, Tenso
     ];
     pass.kernels.launch("delta_output", (count, groups), 256u32, &arguments)?;
     let low = projected.f_narrow(1, 3 * heads.hidden(), heads.width)?;
-    let gate = pass.weight(&format!("{prefix}g_proj.1.bias"))?.f_addmm(&low, &pass.weight(&format!("{prefix}g_proj.1.weight"))?.f_tr()?)?;
+    let gate = pass.add_linear(pass.weight(&format!("{prefix}g_proj.1.bias"))?, &low, &format!("{prefix}g_proj.1.weight"))?;
     let gated = head_gate(pass, &core, (&gate, 0), pass.weight(&format!("{prefix}o_norm.weight"))?)?;
-    let y = gated.f_mm(&pass.weight(&format!("{prefix}o_proj.weight"))?.f_tr()?)?;
-    Ok((y, core, Inner::Delta { normed, scale, projected, gate }))
+    Ok((gated, core, Inner::Delta { normed, scale, projected, gate }))
 }
 
 struct DeltaSaved {
     normed: Tensor,
     scale: Tensor,
     projected: Tensor,
-    gate: Tensor,
-    core: Tensor,
 }
 
-/// The gradient of `h`.
-fn delta_backward(pass: &Pass, dy: &Tensor, h: &Tensor, saved: DeltaSaved, prefix: &str, gradients: &mut Gradients) -> Result<Tensor> {
-    let DeltaSaved { normed, scale, projected, gate, core } = saved;
+/// The gradient of `h`, from those of the rule's output and of its gate.
+fn delta_backward(
+    pass: &Pass,
+    h: &Tensor,
+    saved: DeltaSaved,
+    dcore: Tensor,
+    dgate: Tensor,
+    prefix: &str,
+    gradients: &mut Gradients,
+) -> Result<Tensor> {
+    let DeltaSaved { normed, scale, projected } = saved;
     let heads = Heads::of(pass);
     let tokens = pass.tokens();
-    let key = format!("{prefix}o_proj.weight");
-    let dgated = dy.f_mm(pass.weight(&key)?)?;
-    let dgate = pass.empty(&gate.size())?;
-    let (dcore, gated) = head_gate_backward(pass, &dgated, &core, (&gate, 0), (&dgate, 0), &format!("{prefix}o_norm.weight"), gradients)?;
-    gradients.matrix(key, dy.f_tr()?.f_mm(&gated)?)?;
-    drop((dgated, gated, core));
-
     let dprojected = pass.empty(&projected.size())?;
     let key = format!("{prefix}g_proj.1.weight");
     let low = projected.f_narrow(1, 3 * heads.hidden(), heads.width)?;
-    gradients.matrix(key.clone(), dgate.f_tr()?.f_mm(&low)?)?;
+    dprojected.f_narrow(1, 3 * heads.hidden(), heads.width)?.f_copy_(&pass.linear_backward(&dgate, &key)?)?;
+    gradients.linear(key, &dgate, &low)?;
     let blocks = pass.kernels.walkers(tokens);
     let partial = pass.floats(&[i64::from(blocks), heads.hidden()])?;
-    let arguments = [(&dgate).into(), Argument::NULL, (&partial).into(), (tokens as i32).into()];
+    let arguments = [(&dgate).into(), (&partial).into(), (tokens as i32).into()];
     pass.kernels.launch("column_partials", blocks, pass.kernels.row_threads(), &arguments)?;
     gradients.vector(&format!("{prefix}g_proj.1.bias"), &pass.kernels.column_sums(&partial)?)?;
-    dprojected.f_narrow(1, 3 * heads.hidden(), heads.width)?.f_copy_(&dgate.f_mm(pass.weight(&key)?)?)?;
     drop(dgate);
 
     let inputs = delta_inputs(pass, &projected, prefix)?;
@@ -385,8 +421,8 @@ fn delta_backward(pass: &Pass, dy: &Tensor, h: &Tensor, saved: DeltaSaved, prefi
     ];
     pass.kernels.launch("delta_inputs_backward", warps(tokens * heads.heads), 256u32, &arguments)?;
     let key = format!("{prefix}in");
-    let dnormed = dprojected.f_mm(pass.weight(&key)?)?;
-    gradients.matrix(key, dprojected.f_tr()?.f_mm(&normed)?)?;
+    let dnormed = pass.linear_backward(&dprojected, &key)?;
+    gradients.linear(key, &dprojected, &normed)?;
     Ok(pass.norm_backward(&dnormed, h, None, &scale, None, Norm::Bounded)?.0)
 }
 
@@ -485,34 +521,37 @@ fn slots_forward(pass: &Pass, projected: &Tensor, prefix: &str) -> Result<(Tenso
     ];
     pass.kernels.launch("slot_output", (count, groups), 256u32, &arguments)?;
     let (normed, scale) = pass.norm(&core, Some(pass.weight(&format!("{prefix}g_norm.weight"))?), SLOT_EPS, Norm::Silu)?;
-    let y = normed.f_mm(&pass.weight(&format!("{prefix}o_proj.weight"))?.f_tr()?)?;
-    Ok((y, core, Inner::Slots { scale }))
+    Ok((normed, core, Inner::Slots { scale }))
 }
 
-#[expect(clippy::too_many_arguments, reason = "one call site; the pieces of a layer's state have no better home")]
-fn slots_backward(
+/// Gradient of the output norm; and the normed output again.
+fn slot_norm_backward(
     pass: &Pass,
-    dy: &Tensor,
-    projected: &Tensor,
-    dprojected: &Tensor,
+    dnormed: &Tensor,
     core: &Tensor,
     scale: &Tensor,
     prefix: &str,
     gradients: &mut Gradients,
+) -> Result<(Tensor, Tensor)> {
+    let key = format!("{prefix}g_norm.weight");
+    let weight = pass.weight(&key)?;
+    let (normed, _) = pass.norm(core, Some(weight), SLOT_EPS, Norm::Silu)?;
+    let (dcore, dw) = pass.norm_backward(dnormed, core, Some(weight), scale, None, Norm::Silu)?;
+    if let Some(dw) = dw {
+        gradients.vector(&key, &dw)?;
+    }
+    Ok((dcore, normed))
+}
+
+fn slots_backward(
+    pass: &Pass,
+    projected: &Tensor,
+    dprojected: &Tensor,
+    dcore: Tensor,
+    prefix: &str,
+    gradients: &mut Gradients,
 ) -> Result<()> {
     let heads = Heads::of(pass);
-    let (key, norm_key) = (format!("{prefix}o_proj.weight"), format!("{prefix}g_norm.weight"));
-    let norm_weight = pass.weight(&norm_key)?;
-    let (normed, _) = pass.norm(core, Some(norm_weight), SLOT_EPS, Norm::Silu)?;
-    let dnormed = dy.f_mm(pass.weight(&key)?)?;
-    gradients.matrix(key, dy.f_tr()?.f_mm(&normed)?)?;
-    drop(normed);
-    let (dcore, dw) = pass.norm_backward(&dnormed, core, Some(norm_weight), scale, None, Norm::Silu)?;
-    if let Some(dw) = dw {
-        gradients.vector(&norm_key, &dw)?;
-    }
-    drop(dnormed);
-
     let inputs = slot_inputs(pass, projected, prefix)?;
     let walked = slot_states(pass, &inputs)?;
     let (count, groups) = chunks(pass, SLOT_CHUNK);
@@ -597,27 +636,18 @@ fn decay_forward(pass: &Pass, projected: &Tensor, prefix: &str) -> Result<(Tenso
         [(&query).into(), (&key).into(), (&value).into(), (&states).into(), slope.into(), (&core).into(), (pass.row_tokens as i32).into()];
     pass.kernels.launch("decay_output", (count, groups), 256u32, &arguments)?;
     let gated = head_gate(pass, &core, (projected, 2 * heads.qkv()), pass.weight(&format!("{prefix}g_norm.weight"))?)?;
-    let y = gated.f_mm(&pass.weight(&format!("{prefix}dense.weight"))?.f_tr()?)?;
-    Ok((y, core, Inner::Decay))
+    Ok((gated, core, Inner::Decay))
 }
 
 fn decay_backward(
     pass: &Pass,
-    dy: &Tensor,
     projected: &Tensor,
     dprojected: &Tensor,
-    core: &Tensor,
+    dcore: Tensor,
     prefix: &str,
     gradients: &mut Gradients,
 ) -> Result<()> {
     let heads = Heads::of(pass);
-    let key_name = format!("{prefix}dense.weight");
-    let dgated = dy.f_mm(pass.weight(&key_name)?)?;
-    let gate_at = 2 * heads.qkv();
-    let (dcore, gated) =
-        head_gate_backward(pass, &dgated, core, (projected, gate_at), (dprojected, gate_at), &format!("{prefix}g_norm.weight"), gradients)?;
-    gradients.matrix(key_name, dy.f_tr()?.f_mm(&gated)?)?;
-    drop((dgated, gated));
     let [query, key, value] = decay_inputs(pass, projected, prefix)?;
     let slope = pass.buffer(&format!("{prefix}slope"))?;
     let states = decay_states(pass, &key, &value, slope)?;

@@ -5,11 +5,14 @@
 //! otherwise, so that both see each other's results in order.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+
+use crate::torch::device::GpuInfo;
 
 /// Names under which NVRTC is installed, newest first, beside the CUDA part of libtorch or in the loader's path.
 const NVRTC_NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
@@ -24,6 +27,12 @@ const MULTIPROCESSORS: c_int = 16;
 const MAX_DYNAMIC_SHARED: c_int = 8;
 /// `CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP`
 const HOST_FLAGS: c_uint = 1 | 2;
+/// `CU_STREAM_NON_BLOCKING`: runs beside the null stream instead of in turn with it.
+const NON_BLOCKING: c_uint = 1;
+/// `CU_EVENT_DISABLE_TIMING`
+const NO_TIMING: c_uint = 2;
+/// Longest name of a GPU.
+const NAME_BYTES: usize = 256;
 /// Dynamic shared memory that a kernel gets without asking.
 const SHARED_UNASKED: usize = 48 << 10;
 
@@ -50,7 +59,11 @@ macro_rules! functions {
 }
 
 functions!(Cuda {
+    init = "cuInit"(c_uint);
+    driver_version = "cuDriverGetVersion"(*mut c_int);
+    device_count = "cuDeviceGetCount"(*mut c_int);
     device_get = "cuDeviceGet"(*mut c_int, c_int);
+    device_name = "cuDeviceGetName"(*mut c_char, c_int, c_int);
     attribute = "cuDeviceGetAttribute"(*mut c_int, c_int, c_int);
     retain = "cuDevicePrimaryCtxRetain"(*mut *mut c_void, c_int);
     set_current = "cuCtxSetCurrent"(*mut c_void);
@@ -62,6 +75,14 @@ functions!(Cuda {
     set_attribute = "cuFuncSetAttribute"(*mut c_void, c_int, c_int);
     launch = "cuLaunchKernel"(*mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void, *mut *mut c_void, *mut *mut c_void);
     synchronize = "cuCtxSynchronize"();
+    profiler_start = "cuProfilerStart"();
+    profiler_stop = "cuProfilerStop"();
+    stream_create = "cuStreamCreate"(*mut *mut c_void, c_uint);
+    stream_wait = "cuStreamWaitEvent"(*mut c_void, *mut c_void, c_uint);
+    event_create = "cuEventCreate"(*mut *mut c_void, c_uint);
+    event_record = "cuEventRecord"(*mut c_void, *mut c_void);
+    event_synchronize = "cuEventSynchronize"(*mut c_void);
+    event_destroy = "cuEventDestroy_v2"(*mut c_void);
     error_name = "cuGetErrorName"(Status, *mut *const c_char);
 });
 
@@ -129,10 +150,34 @@ fn check(status: Status, what: &str) -> Result<(), String> {
     Err(format!("{what}: {name}"))
 }
 
+/// The GPUs that the driver shows.
+pub(crate) fn gpus() -> Result<Vec<GpuInfo>, String> {
+    let cuda = cuda()?;
+    let (mut version, mut count) = (0, 0);
+    // SAFETY: plain calls with valid places for the answers.
+    unsafe {
+        check((cuda.init)(0), "cuInit")?;
+        check((cuda.driver_version)(&raw mut version), "cuDriverGetVersion")?;
+        check((cuda.device_count)(&raw mut count), "cuDeviceGetCount")?;
+    }
+    let describe = |index: usize| {
+        let gpu = Gpu::open(index)?;
+        let (free, total) = gpu.memory()?;
+        let mut name = [0u8; NAME_BYTES];
+        // SAFETY: the buffer has the size that is named.
+        check(unsafe { (cuda.device_name)(name.as_mut_ptr().cast(), NAME_BYTES as c_int, gpu.device) }, "cuDeviceGetName")?;
+        let name = CStr::from_bytes_until_nul(&name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let driver = format!("{}.{}", version / 1000, version % 1000 / 10);
+        Ok(GpuInfo { name, capability: gpu.capability, free_bytes: free as u64, total_bytes: total as u64, driver })
+    };
+    (0..usize::try_from(count).unwrap_or_default()).map(describe).collect()
+}
+
 /// One GPU: its primary context, which it shares with libtorch.
 #[derive(Clone, Copy)]
 pub(crate) struct Gpu {
     context: *mut c_void,
+    device: c_int,
     /// For example 90 for an H100.
     pub capability: u32,
     pub multiprocessors: u32,
@@ -157,11 +202,12 @@ impl Gpu {
         };
         // SAFETY: plain calls with valid places for the answers; the context is kept until the process ends.
         unsafe {
+            check((cuda.init)(0), "cuInit")?;
             check((cuda.device_get)(&raw mut device, index), "cuDeviceGet")?;
             check((cuda.retain)(&raw mut context, device), "cuDevicePrimaryCtxRetain")?;
         }
         let capability = 10 * attribute(device, CAPABILITY_MAJOR)? + attribute(device, CAPABILITY_MINOR)?;
-        Ok(Self { context, capability, multiprocessors: attribute(device, MULTIPROCESSORS)? })
+        Ok(Self { context, device, capability, multiprocessors: attribute(device, MULTIPROCESSORS)? })
     }
 
     /// Makes the GPU current on this thread.
@@ -179,6 +225,14 @@ impl Gpu {
         Ok((free, total))
     }
 
+    /// Begins or ends what a profiler looks at; nothing happens without one.
+    pub fn profile(&self, is_on: bool) -> Result<(), String> {
+        self.synchronize()?;
+        let cuda = cuda()?;
+        // SAFETY: plain calls.
+        check(unsafe { if is_on { (cuda.profiler_start)() } else { (cuda.profiler_stop)() } }, "cuProfilerStart or cuProfilerStop")
+    }
+
     /// Waits for everything under way.
     pub fn synchronize(&self) -> Result<(), String> {
         self.activate()?;
@@ -187,14 +241,91 @@ impl Gpu {
     }
 }
 
+/// A queue of work. Streams are kept until the process ends.
+#[derive(Clone, Copy)]
+pub(crate) struct Stream(*mut c_void);
+
+// SAFETY: a stream may be used from any thread whose current context is its own.
+unsafe impl Send for Stream {}
+// SAFETY: as above; the handle itself never changes.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// The stream of the computation, libtorch's and ours.
+    pub const NULL: Self = Self(ptr::null_mut());
+
+    /// One that runs beside the null stream.
+    pub fn beside(gpu: &Gpu) -> Result<Self, String> {
+        gpu.activate()?;
+        let mut handle = ptr::null_mut();
+        // SAFETY: plain call with a valid place for the answer.
+        check(unsafe { (cuda()?.stream_create)(&raw mut handle, NON_BLOCKING) }, "cuStreamCreate")?;
+        Ok(Self(handle))
+    }
+}
+
+/// The moment when a stream has done all that was in it.
+pub(crate) struct Event {
+    handle: *mut c_void,
+    gpu: Gpu,
+}
+
+// SAFETY: events may be waited for from any thread whose current context is theirs.
+unsafe impl Send for Event {}
+// SAFETY: as above; the handle itself never changes.
+unsafe impl Sync for Event {}
+
+impl Event {
+    pub fn record(gpu: &Gpu, stream: Stream) -> Result<Self, String> {
+        gpu.activate()?;
+        let cuda = cuda()?;
+        let mut handle = ptr::null_mut();
+        // SAFETY: plain calls with valid handles.
+        unsafe {
+            check((cuda.event_create)(&raw mut handle, NO_TIMING), "cuEventCreate")?;
+            let event = Self { handle, gpu: *gpu };
+            check((cuda.event_record)(handle, stream.0), "cuEventRecord")?;
+            Ok(event)
+        }
+    }
+
+    /// Holds back what is put into `stream` from now on until the event.
+    pub fn hold(&self, stream: Stream) -> Result<(), String> {
+        self.gpu.activate()?;
+        // SAFETY: plain call with valid handles.
+        check(unsafe { (cuda()?.stream_wait)(stream.0, self.handle, 0) }, "cuStreamWaitEvent")
+    }
+
+    /// Waits for the event.
+    pub fn wait(&self) -> Result<(), String> {
+        self.gpu.activate()?;
+        // SAFETY: plain call with a valid handle.
+        check(unsafe { (cuda()?.event_synchronize)(self.handle) }, "cuEventSynchronize")
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.gpu.activate().is_ok()
+            && let Ok(cuda) = cuda()
+        {
+            // SAFETY: used by nobody any more; the driver keeps what streams still wait for.
+            unsafe { (cuda.event_destroy)(self.handle) };
+        }
+    }
+}
+
 /// Pinned memory of the host that kernels read and write over the bus, all zero at first. Its address is the same on both sides.
 pub(crate) struct HostMemory {
     pointer: *mut c_void,
+    bytes: usize,
     context: Gpu,
 }
 
-// SAFETY: the memory belongs to this value alone, and is touched by kernels only.
+// SAFETY: the memory belongs to this value alone.
 unsafe impl Send for HostMemory {}
+// SAFETY: shared, it can only be read; kernels that write it are known to the owner, who waits for them first.
+unsafe impl Sync for HostMemory {}
 
 impl HostMemory {
     pub fn new(gpu: &Gpu, bytes: usize) -> Result<Self, String> {
@@ -202,8 +333,8 @@ impl HostMemory {
         let mut pointer = ptr::null_mut();
         // SAFETY: plain call with a valid place for the answer.
         let status = unsafe { (cuda()?.host_alloc)(&raw mut pointer, bytes.max(1), HOST_FLAGS) };
-        check(status, &format!("out of memory: {bytes} bytes of pinned host memory"))?;
-        let memory = Self { pointer, context: *gpu };
+        check(status, &format!("out of memory: pinned memory: {bytes} bytes"))?;
+        let memory = Self { pointer, bytes, context: *gpu };
         // SAFETY: just allocated, used by nobody else; the parts do not overlap.
         let all = unsafe { std::slice::from_raw_parts_mut(pointer.cast::<std::mem::MaybeUninit<u8>>(), bytes) };
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -213,6 +344,33 @@ impl HostMemory {
             }
         });
         Ok(memory)
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Some of its bytes. No kernel may be writing them.
+    pub fn slice(&self, range: Range<usize>) -> &[u8] {
+        // SAFETY: allocated and initialised, of that length.
+        let all = unsafe { std::slice::from_raw_parts(self.pointer.cast::<u8>(), self.bytes) };
+        &all[range]
+    }
+
+    /// The same for writing. No kernel may be using them.
+    pub fn slice_mut(&mut self, range: Range<usize>) -> &mut [u8] {
+        // SAFETY: as above, and borrowed alone.
+        let all = unsafe { std::slice::from_raw_parts_mut(self.pointer.cast::<u8>(), self.bytes) };
+        &mut all[range]
+    }
+
+    /// The first `count` f32 values; a page begins with them.
+    pub fn floats(&self, count: usize) -> &[f32] {
+        bytemuck::cast_slice(self.slice(0..4 * count))
+    }
+
+    pub fn floats_mut(&mut self, count: usize) -> &mut [f32] {
+        bytemuck::cast_slice_mut(self.slice_mut(0..4 * count))
     }
 
     /// The address `bytes` behind the beginning.
@@ -365,6 +523,7 @@ plain!(i32, i64, u32, f32, f64, super::kernels::StepSettings);
 /// takes it to be.
 pub(crate) unsafe fn launch(
     gpu: &Gpu,
+    stream: Stream,
     function: Function,
     blocks: (u32, u32),
     threads: (u32, u32),
@@ -387,7 +546,7 @@ pub(crate) unsafe fn launch(
             threads.1,
             1,
             function.shared,
-            ptr::null_mut(),
+            stream.0,
             pointers.as_mut_ptr(),
             ptr::null_mut(),
         )

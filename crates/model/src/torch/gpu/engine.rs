@@ -104,6 +104,21 @@ impl Pass<'_> {
         self.constants.buffer(name)
     }
 
+    /// `x W^T` for the matrix `key`.
+    pub fn linear(&self, x: &Tensor, key: &str) -> Result<Tensor> {
+        x.f_mm(&self.weight(key)?.f_tr()?)
+    }
+
+    /// `base + x W^T`.
+    pub fn add_linear(&self, base: &Tensor, x: &Tensor, key: &str) -> Result<Tensor> {
+        base.f_addmm(x, &self.weight(key)?.f_tr()?)
+    }
+
+    /// The gradient of `x` in [`Pass::linear`].
+    pub fn linear_backward(&self, dy: &Tensor, key: &str) -> Result<Tensor> {
+        dy.f_mm(self.weight(key)?)
+    }
+
     /// An uninitialised bf16 tensor.
     pub fn empty(&self, shape: &[i64]) -> Result<Tensor> {
         self.kernels.empty(shape, Kind::BFloat16)
@@ -211,6 +226,20 @@ impl Pass<'_> {
         Ok(dx)
     }
 
+    /// The input of each layer, and the output of the final norm.
+    pub fn trace(&self, tokens: &Tensor, routes: &mut Routes) -> Result<Vec<Tensor>> {
+        let pad = self.config.pad_token_id.map_or(-1, i64::from);
+        let mut hidden = vec![Tensor::f_embedding(self.weight("model.word_embeddings.weight")?, tokens, pad, false, false)?];
+        for layer in 0..self.config.num_hidden_layers {
+            let x = hidden[layer].shallow_clone();
+            hidden.push(self.layer(x, layer, routes)?.0);
+        }
+        if let Some(x) = hidden.pop() {
+            hidden.push(self.norm(&x, Some(self.weight("model.norm.weight")?), self.config.rms_norm_eps, Norm::Plain)?.0);
+        }
+        Ok(hidden)
+    }
+
     /// The loss of every position, f32, 0 where there is no next token; gradients are added. `tokens` i64 and `targets` i32 are `[N]`; a negative target counts nothing; gradients are of
     /// the sum of losses times `scale`. With `recompute`, only the input of each layer is kept for the backward pass.
     pub fn run(
@@ -266,7 +295,6 @@ impl Pass<'_> {
         let (count, width) = (hidden.size()[0], hidden.size()[1]);
         let (losses, dhidden) = (self.floats(&[count])?, self.empty(&[count, width])?);
         let logits = self.empty(&[LOGIT_ROWS.min(count), self.config.vocab_size as i64])?;
-        let mut dhead: Option<Tensor> = gradients.matrices.remove(key);
         for from in (0..count).step_by(LOGIT_ROWS as usize) {
             let rows = LOGIT_ROWS.min(count - from);
             let part = |x: &Tensor| x.f_narrow(0, from, rows);
@@ -275,15 +303,7 @@ impl Pass<'_> {
             let arguments = [(&logits).into(), Argument::at(targets, from), Argument::at(&losses, from), (scale as f32).into()];
             self.kernels.launch("cross_entropy", rows, 1024u32, &arguments)?;
             let _ = logits.f_mm_out(&part(&dhidden)?, head)?;
-            match &mut dhead {
-                None => dhead = Some(logits.f_tr()?.f_mm(&h)?),
-                Some(sum) => {
-                    let _ = sum.f_addmm_(&logits.f_tr()?, &h)?;
-                }
-            }
-        }
-        if let Some(dhead) = dhead {
-            gradients.matrices.insert(key.to_owned(), dhead);
+            gradients.linear(key.to_owned(), &logits, &h)?;
         }
         Ok((losses, dhidden))
     }

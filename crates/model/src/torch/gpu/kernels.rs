@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use super::driver::{self, Argument, Function, Gpu};
+use super::driver::{self, Argument, Function, Gpu, Stream};
+use super::pinned::Pool;
 use crate::QuasarConfig;
 use crate::torch::ops::Result;
 
@@ -33,6 +34,8 @@ struct Source {
 }
 
 const SLOT_CHUNK: usize = shared(4 * 32 * WIDE + 2 * 128 * HALF + 32 * HALF + 32 * QUARTER, 4 * 32 * SLOT_ROW + 2 * 32 * 33);
+/// Logits that a block keeps: 12 vectors of 16 bytes for each of 1,024 threads.
+const LOSS_ROW: usize = 12 * 1024 * 16;
 const STATES: usize = shared(128 * HALF + 64 * HALF + 2 * (2 * 64 * WIDE + 64 * HALF), 0);
 const OUTPUT: usize = shared(3 * 64 * WIDE + 128 * WIDE + 64 * HALF, 0);
 
@@ -81,7 +84,7 @@ const SOURCES: [Source; 7] = [
             ("swiglu_backward", 0),
         ],
     },
-    Source { name: "loss.cu", text: include_str!("kernels/loss.cu"), has_tiles: false, kernels: &[("cross_entropy", 0)] },
+    Source { name: "loss.cu", text: include_str!("kernels/loss.cu"), has_tiles: false, kernels: &[("cross_entropy", LOSS_ROW)] },
     Source {
         name: "adamw.cu",
         text: include_str!("kernels/adamw.cu"),
@@ -146,6 +149,8 @@ pub(crate) struct StepSettings {
     pub step: u32,
 }
 
+/// The kernels use bf16 products and asynchronous copies of this compute capability.
+const CAPABILITY_MIN: u32 = 80;
 /// Sizes that the kernels are built for.
 const HEAD_DIM: usize = 128;
 const ROTARY_WIDTH: usize = 64;
@@ -180,15 +185,26 @@ pub(crate) fn unsupported(config: &QuasarConfig) -> Option<String> {
 pub(crate) struct Kernels {
     pub gpu: Gpu,
     pub device: Device,
+    /// For copies beside the computation.
+    pub side: Stream,
+    pub pool: Pool,
     hidden: u32,
     functions: HashMap<&'static str, Function>,
 }
 
 impl Kernels {
-    /// Compiles the kernels for `config`, or takes them from `cache`, a folder for machine code.
-    pub fn new(config: &QuasarConfig, device: Device, cache: Option<&Path>) -> std::result::Result<Self, String> {
+    /// Compiles the kernels for `config` with `further` options for the compiler, or takes them from `cache`, a folder for machine code.
+    pub fn new(config: &QuasarConfig, device: Device, cache: Option<&Path>, further: &[String]) -> std::result::Result<Self, String> {
         let Device::Cuda(index) = device else { return Err("not a CUDA device".into()) };
         let gpu = Gpu::open(index)?;
+        if gpu.capability < CAPABILITY_MIN {
+            let (major, minor) = (gpu.capability / 10, gpu.capability % 10);
+            return Err(format!(
+                "the GPU has compute capability {major}.{minor}; they need {}.{}",
+                CAPABILITY_MIN / 10,
+                CAPABILITY_MIN % 10
+            ));
+        }
         let sizes = [
             ("HIDDEN", config.hidden_size),
             ("HEADS", config.num_attention_heads),
@@ -203,6 +219,7 @@ impl Kernels {
         ];
         let mut options: Vec<String> = ["--std=c++17", "-default-device", "-diag-suppress=177"].map(str::to_owned).into();
         options.extend(sizes.iter().map(|(name, value)| format!("-D{name}={value}")));
+        options.extend_from_slice(further);
         let codes: Vec<_> = std::thread::scope(|scope| {
             let threads = SOURCES.each_ref().map(|source| scope.spawn(|| code_of(source, gpu.capability, &options, cache)));
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("the compiler's thread panicked".into()))).collect()
@@ -216,16 +233,29 @@ impl Kernels {
             })?;
             functions.extend(source.kernels.iter().map(|(name, _)| *name).zip(loaded));
         }
-        Ok(Self { gpu, device, hidden: config.hidden_size as u32, functions })
+        let side = Stream::beside(&gpu)?;
+        Ok(Self { gpu, device, side, pool: Pool::default(), hidden: config.hidden_size as u32, functions })
     }
 
     /// Launches a kernel of this set. The call sites in this module's siblings pair each kernel with its arguments; they are checked
     /// against libtorch by the tests on a GPU.
     pub fn launch(&self, name: &str, blocks: impl Into<Blocks>, threads: impl Into<Blocks>, arguments: &[Argument]) -> Result<()> {
+        self.launch_in(Stream::NULL, name, blocks, threads, arguments)
+    }
+
+    /// As [`Kernels::launch`], in a stream.
+    pub fn launch_in(
+        &self,
+        stream: Stream,
+        name: &str,
+        blocks: impl Into<Blocks>,
+        threads: impl Into<Blocks>,
+        arguments: &[Argument],
+    ) -> Result<()> {
         let function = *self.functions.get(name).ok_or_else(|| tch::TchError::Kind(format!("there is no kernel {name}")))?;
         let (blocks, threads) = (blocks.into(), threads.into());
         // SAFETY: see above.
-        unsafe { driver::launch(&self.gpu, function, (blocks.0, blocks.1), (threads.0, threads.1), arguments) }
+        unsafe { driver::launch(&self.gpu, stream, function, (blocks.0, blocks.1), (threads.0, threads.1), arguments) }
             .map_err(|reason| tch::TchError::Torch(format!("kernel {name}: {reason}")))
     }
 

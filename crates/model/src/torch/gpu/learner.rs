@@ -2,21 +2,24 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
 use super::engine::{Constants, Pass};
 use super::kernels::Kernels;
 use super::mixture::{self, Routes};
+use super::pinned::Pinned;
 use super::store::{Gradients, Store, to_slice};
-use crate::memory::{Strategy, memory_of, plan_pass};
+use crate::memory::{self, MemoryPlan, Strategy, plan_pass};
+use crate::state::Run;
 use crate::torch::context;
 use crate::torch::layout::Layout;
 use crate::torch::learner::{Learner, Taken};
 use crate::torch::ops;
 use crate::torch::trainer::{MomentType, TrainerOptions};
 use crate::train::Piece;
-use crate::{Batch, Hyper, QuasarConfig, TrainError};
+use crate::{Batch, Contribution, Hyper, QuasarConfig, TrainError};
 
 /// A model in training on one GPU.
 pub(crate) struct GpuLearner {
@@ -30,8 +33,12 @@ pub(crate) struct GpuLearner {
     options: TrainerOptions,
     /// Shape of the last batch, and how it is passed through.
     shape: Option<((usize, usize), PassShape)>,
-    /// Free bytes of the GPU before the first batch.
-    free_at_first: Option<usize>,
+    /// Whether optimizer state lies in the host's memory.
+    offload: bool,
+    /// Bytes of the GPU that there were for state and batches when the learner was opened.
+    device_bytes: u64,
+    /// How long the host took to put the last step's work in the stream.
+    launching: Duration,
 }
 
 /// How a batch goes through the network.
@@ -50,6 +57,21 @@ struct Computed {
     routes: Vec<Vec<Tensor>>,
 }
 
+/// The strategy by which a learner is opened: optimizer state goes to the host's memory if nothing else fits and it may.
+fn planned(config: &QuasarConfig, options: &TrainerOptions, device_bytes: u64) -> MemoryPlan {
+    let (rows, row_tokens) = (options.batch.0 as u64, options.batch.1 as u64);
+    let plan = |offload| plan_pass(config, rows, row_tokens, options.moments == MomentType::Bytes, offload, device_bytes);
+    let must_offload = || plan(false).peak_bytes > device_bytes && plan(true).host_bytes <= options.host_bytes;
+    plan(options.offload.unwrap_or_else(must_offload))
+}
+
+/// Puts into an error about the GPU's memory what would fit instead of the strategy that was used for so many rows and tokens of a row.
+fn advised(error: TrainError, config: &QuasarConfig, options: &TrainerOptions, batch: (usize, usize), used: Strategy) -> TrainError {
+    let TrainError::OutOfMemory { place, missing, .. } = error else { return error };
+    let advice = memory::advice(config, batch.0 as u64, batch.1 as u64, used, missing, options.host_bytes);
+    TrainError::OutOfMemory { place, missing, advice }
+}
+
 fn device_error(device: Device, reason: String) -> TrainError {
     TrainError::Device { device: format!("{device:?}"), reason }
 }
@@ -58,7 +80,7 @@ impl GpuLearner {
     /// A learner whose weights are all zero.
     ///
     /// # Errors
-    /// The model does not fit the kernels, or they cannot be compiled or loaded.
+    /// [`TrainError::Kernels`] if the kernels cannot be compiled or loaded; too little memory.
     pub fn new(
         config: QuasarConfig,
         layout: Layout,
@@ -67,15 +89,40 @@ impl GpuLearner {
         options: &TrainerOptions,
     ) -> Result<Self, TrainError> {
         if let Some(reason) = super::unsupported(&config) {
-            return Err(device_error(device, reason));
+            return Err(TrainError::Kernels(reason));
         }
         // The first operation makes libtorch take hold of the GPU.
         let _ = Tensor::f_zeros([1], (Kind::Float, device))?;
         context::choose_reproducible_attention();
-        let kernels = Kernels::new(&config, device, options.kernel_cache.as_deref()).map_err(|reason| device_error(device, reason))?;
-        let store = Store::new(&kernels, &layout, Some(options.moments), options.offload)?;
+        let kernels =
+            Kernels::new(&config, device, options.kernel_cache.as_deref(), &options.compiler_options).map_err(TrainError::Kernels)?;
+        let (free, _) = kernels.gpu.memory().map_err(|reason| device_error(device, reason))?;
+        let device_bytes = options.device_bytes.unwrap_or(u64::MAX).min(free as u64);
+        let plan = planned(&config, options, device_bytes);
+        let offload = plan.strategy.offload;
+        tracing::info!(
+            strategy = %plan.strategy,
+            gpu_gib = plan.peak_bytes >> 30,
+            host_gib = plan.host_bytes >> 30,
+            available_gib = device_bytes >> 30,
+            "memory plan"
+        );
+        let store = Store::new(&kernels, &layout, Some(options.moments), offload)
+            .map_err(|error| advised(error.into(), &config, options, options.batch, plan.strategy))?;
         let constants = (1, Constants::new(&config, &buffers, 1, device)?);
-        Ok(Self { kernels, store, config, layout, buffers, constants, options: options.clone(), shape: None, free_at_first: None })
+        Ok(Self {
+            kernels,
+            store,
+            config,
+            layout,
+            buffers,
+            constants,
+            options: options.clone(),
+            shape: None,
+            offload,
+            device_bytes,
+            launching: Duration::ZERO,
+        })
     }
 
     /// Overwrites all weights with random ones (normal, standard deviation 0.02; vectors as a fresh model has them), for measurements.
@@ -102,74 +149,100 @@ impl GpuLearner {
         self.kernels.gpu.memory().map_err(|reason| device_error(self.kernels.device, reason))
     }
 
+    /// How long the host took to put the last step's work in the stream: more than the step takes means that the device waits for the host.
+    pub fn launching(&self) -> Duration {
+        self.launching
+    }
+
+    /// Tells a profiler that it should look, or not any more.
+    pub fn profile(&self, is_on: bool) -> Result<(), TrainError> {
+        self.kernels.gpu.profile(is_on).map_err(|reason| device_error(self.kernels.device, reason))
+    }
+
     /// Waits for everything under way.
     pub fn synchronize(&self) -> Result<(), TrainError> {
         self.kernels.gpu.synchronize().map_err(|reason| device_error(self.kernels.device, reason))
     }
 
     /// How a batch is passed through: as the options say, otherwise as memory allows.
-    fn pass_shape(&mut self, batch: &Batch) -> ops::Result<PassShape> {
+    fn pass_shape(&mut self, batch: &Batch) -> PassShape {
         let of = (batch.rows, batch.row_tokens);
         if let Some((last, shape)) = self.shape
             && last == of
         {
-            return Ok(shape);
+            return shape;
         }
-        let (byte_moments, offload) = (self.options.moments == MomentType::Bytes, self.options.offload);
-        let (rows, row_tokens) = (batch.rows as u64, batch.row_tokens as u64);
-        let (free, _) = self.kernels.gpu.memory().map_err(tch::TchError::Torch)?;
-        // What is free at the first batch, and what the learner held before it; later batches reuse what earlier ones left with the allocator.
-        let free = *self.free_at_first.get_or_insert(free);
-        let held = memory_of(&self.config, row_tokens, Strategy { byte_moments, recompute: true, offload, rows_per_pass: 1 }).state_bytes;
-        let bytes = free as u64 + held;
-        let plan = plan_pass(&self.config, rows, row_tokens, byte_moments, offload, bytes);
-        let pass_rows = self.options.pass_tokens.map_or(plan.strategy.rows_per_pass as usize, |tokens| tokens / batch.row_tokens);
-        let shape =
-            PassShape { recompute: self.options.recompute.unwrap_or(plan.strategy.recompute), rows: pass_rows.clamp(1, batch.rows) };
-        tracing::info!(
-            recompute = shape.recompute,
-            rows_per_pass = shape.rows,
-            estimated_gib = plan.peak_bytes >> 30,
-            available_gib = bytes >> 30,
-            "memory plan"
-        );
+        let byte_moments = self.options.moments == MomentType::Bytes;
+        let plan =
+            plan_pass(&self.config, batch.rows as u64, batch.row_tokens as u64, byte_moments, self.offload, self.device_bytes).strategy;
+        let rows = self.options.pass_tokens.map_or(plan.rows_per_pass as usize, |tokens| tokens / batch.row_tokens);
+        let shape = PassShape { recompute: self.options.recompute.unwrap_or(plan.recompute), rows: rows.clamp(1, batch.rows) };
+        tracing::info!(recompute = shape.recompute, rows_per_pass = shape.rows, rows = batch.rows, "memory plan of a batch");
         self.shape = Some((of, shape));
-        Ok(shape)
+        shape
     }
 
-    fn compute(&mut self, batch: &Batch, forced: Option<&crate::Routes>) -> ops::Result<Computed> {
-        let device = self.kernels.device;
-        if self.constants.0 < batch.row_tokens {
-            self.constants = (batch.row_tokens, Constants::new(&self.config, &self.buffers, batch.row_tokens, device)?);
+    /// Says what would fit if memory ran out in a pass over a batch.
+    fn advised(&self, error: TrainError, batch: &Batch) -> TrainError {
+        let shape = self.shape.map_or(PassShape { recompute: false, rows: batch.rows }, |(_, shape)| shape);
+        let (byte_moments, recompute, rows_per_pass) = (self.options.moments == MomentType::Bytes, shape.recompute, shape.rows as u64);
+        let used = Strategy { byte_moments, recompute, offload: self.offload, rows_per_pass };
+        advised(error, &self.config, &self.options, (batch.rows, batch.row_tokens), used)
+    }
+
+    /// Tables for rows of `row_tokens` tokens.
+    fn prepare(&mut self, row_tokens: usize) -> ops::Result<()> {
+        if self.constants.0 < row_tokens {
+            self.constants = (row_tokens, Constants::new(&self.config, &self.buffers, row_tokens, self.kernels.device)?);
         }
-        let PassShape { recompute, rows: group } = self.pass_shape(batch)?;
+        Ok(())
+    }
+
+    /// A pass over part of a batch.
+    fn pass(&self, part: &Batch) -> Pass<'_> {
+        Pass {
+            kernels: &self.kernels,
+            store: &self.store,
+            config: &self.config,
+            constants: &self.constants.1,
+            rows: part.rows as i64,
+            row_tokens: part.row_tokens as i64,
+            cap_experts: self.options.cap_experts,
+        }
+    }
+
+    /// Forward and backward pass. All that the device needs is copied to it before its first kernel is launched: a copy in between would
+    /// wait for them.
+    fn compute(&mut self, batch: &Batch, forced: Option<&crate::Routes>) -> ops::Result<Computed> {
+        self.prepare(batch.row_tokens)?;
+        let PassShape { recompute, rows: group } = self.pass_shape(batch);
         let pieces = batch.pieces(group, self.options.document_start);
         let scale = 1.0 / pieces.iter().map(Piece::predicted).sum::<usize>() as f64;
+        let ids = self.ids(batch)?;
+        // The token behind each, except behind the last of a sequence.
+        let mut targets: Vec<i32> = batch.tokens.iter().skip(1).map(|token| *token as i32).chain([-1]).collect();
+        for piece in &pieces {
+            let ends = piece.range.clone().step_by(piece.row_tokens).map(|start| start + piece.row_tokens - 1);
+            ends.for_each(|end| targets[end] = -1);
+        }
+        let targets = Tensor::f_from_slice(&targets)?.f_to_device(self.kernels.device)?;
+        let forced = forced.map(|routes| self.forced(routes, batch.tokens.len())).transpose()?;
         let mut gradients = self.store.gradients()?;
         let (mut losses, mut routes) = (Vec::new(), Vec::new());
         for piece in &pieces {
-            let part = piece.of(batch);
-            let ids: Vec<i64> = part.tokens.iter().map(|token| i64::from(*token)).collect();
-            let mut targets: Vec<i32> = part.tokens[1..].iter().map(|token| *token as i32).collect();
-            targets.push(-1);
-            targets.iter_mut().skip(part.row_tokens - 1).step_by(part.row_tokens).for_each(|target| *target = -1);
-            let ids = Tensor::f_from_slice(&ids)?.f_to_device(device)?;
-            let targets = Tensor::f_from_slice(&targets)?.f_to_device(device)?;
-            let forced = forced.map(|routes| self.forced(&routes.part(&self.config, batch.tokens.len(), &piece.range), part.tokens.len()));
-            let mut chosen = Routes { forced: forced.transpose()?, used: Vec::new() };
-            let pass = Pass {
-                kernels: &self.kernels,
-                store: &self.store,
-                config: &self.config,
-                constants: &self.constants.1,
-                rows: part.rows as i64,
-                row_tokens: part.row_tokens as i64,
-                cap_experts: self.options.cap_experts,
-            };
-            losses.push(pass.run(&ids, &targets, scale, recompute, &mut chosen, &mut gradients)?);
+            let of = |x: &Tensor| x.f_narrow(0, piece.range.start as i64, piece.range.len() as i64);
+            let forced = forced.as_ref().map(|layers| layers.iter().map(of).collect::<ops::Result<Vec<_>>>()).transpose()?;
+            let mut chosen = Routes { forced, used: Vec::new() };
+            let pass = self.pass(&piece.of(batch));
+            losses.push(pass.run(&of(&ids)?, &of(&targets)?, scale, recompute, &mut chosen, &mut gradients)?);
             routes.push(chosen.used);
         }
         Ok(Computed { gradients, losses: Tensor::f_cat(&losses, 0)?, scale, routes })
+    }
+
+    fn ids(&self, batch: &Batch) -> ops::Result<Tensor> {
+        let ids: Vec<i64> = batch.tokens.iter().map(|token| i64::from(*token)).collect();
+        Tensor::f_from_slice(&ids)?.f_to_device(self.kernels.device)
     }
 
     /// Forced choices on the device, layer by layer.
@@ -206,16 +279,18 @@ impl Learner for GpuLearner {
         record: bool,
         step: u64,
     ) -> Result<Taken, TrainError> {
+        let begun = Instant::now();
         let taken = tch::no_grad(|| -> ops::Result<_> {
             let Computed { gradients, losses, scale, routes } = self.compute(batch, forced)?;
             let verdict = self.store.step(&self.kernels, gradients, &losses, scale, hyper, step)?;
+            self.launching = begun.elapsed();
             // The only place where the host waits for the device.
             let mut values = [0f64; 4];
             verdict.f_to_device(Device::Cpu)?.f_copy_data(&mut values, 4)?;
             let routes = if record { Some(self.record(&routes)?) } else { None };
             Ok((values, routes))
         });
-        let ([loss, grad_norm, _, was_taken], routes) = taken?;
+        let ([loss, grad_norm, _, was_taken], routes) = taken.map_err(|error| self.advised(error.into(), batch))?;
         if was_taken == 0.0 {
             let what = if loss.is_finite() { "the gradient" } else { "the loss" };
             return Err(TrainError::NotFinite { what, step });
@@ -224,7 +299,7 @@ impl Learner for GpuLearner {
     }
 
     fn loss_and_gradient(&mut self, batch: &Batch, forced: Option<&crate::Routes>) -> Result<(f64, Vec<f32>), TrainError> {
-        Ok(tch::no_grad(|| -> ops::Result<_> {
+        let computed = tch::no_grad(|| -> ops::Result<_> {
             let computed = self.compute(batch, forced)?;
             let loss = computed.losses.f_sum(Kind::Double)?.f_double_value(&[])? * computed.scale;
             let mut flat = vec![0f32; self.layout.trained];
@@ -239,7 +314,18 @@ impl Learner for GpuLearner {
                 at += elements;
             }
             Ok((loss, flat))
-        })?)
+        });
+        computed.map_err(|error| self.advised(error.into(), batch))
+    }
+
+    fn hidden(&mut self, batch: &Batch, forced: Option<&crate::Routes>) -> Result<Vec<Vec<f32>>, TrainError> {
+        let states = tch::no_grad(|| -> ops::Result<_> {
+            self.prepare(batch.row_tokens)?;
+            let forced = forced.map(|routes| self.forced(routes, batch.tokens.len())).transpose()?;
+            let states = self.pass(batch).trace(&self.ids(batch)?, &mut Routes { forced, used: Vec::new() })?;
+            states.iter().map(ops::to_host).collect()
+        });
+        states.map_err(|error| self.advised(error.into(), batch))
     }
 
     fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, TrainError> {
@@ -250,8 +336,36 @@ impl Learner for GpuLearner {
         Ok(self.store.write(&self.kernels, range, values)?)
     }
 
+    fn contribute(&mut self, ranges: &[Range<usize>]) -> Result<Contribution, TrainError> {
+        self.store.contribute(&self.kernels, ranges).map(Contribution::new).map_err(|reason| TrainError::from(tch::TchError::Torch(reason)))
+    }
+
+    fn carry(&mut self, ranges: &[Range<usize>], version: &[f32], exported: Option<&Contribution>) -> Result<(), TrainError> {
+        let failed = |reason| TrainError::from(tch::TchError::Torch(reason));
+        // What a restored state holds is not pinned.
+        let copied = match exported.filter(|exported| exported.held::<Pinned>().is_none()) {
+            None => None,
+            Some(exported) => {
+                let values = exported.values()?;
+                let mut pinned = self.kernels.pool.take(&self.kernels.gpu, values.len()).map_err(failed)?;
+                pinned.fill(0, values);
+                Some(pinned)
+            }
+        };
+        let exported = copied.as_ref().or_else(|| exported.and_then(Contribution::held));
+        self.store.carry(&self.kernels, ranges, version, exported).map_err(failed)
+    }
+
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError> {
         Ok(self.store.read_moments(&self.kernels, self.layout.elements)?)
+    }
+
+    fn moments_of(&self, range: &Range<usize>) -> Result<Vec<Run>, TrainError> {
+        Ok(self.store.moments_of(&self.kernels, range)?)
+    }
+
+    fn put_moments(&mut self, range: &Range<usize>, run: &Run) -> Result<bool, TrainError> {
+        Ok(self.store.put_moments(&self.kernels, range, run)?)
     }
 
     fn set_moments(&mut self, first: &[f32], second: &[f32]) -> Result<(), TrainError> {

@@ -8,8 +8,9 @@ use super::store::Gradients;
 use crate::QuasarConfig;
 use crate::torch::ops::Result;
 
-/// Tokens that one block of the sort takes (`moe.cu`).
+/// Tokens that one block of the sort takes, and rows that one block gathers (`moe.cu`).
 const SORT_TOKENS: i64 = 256;
+const GATHER_ROWS: i64 = 8;
 
 /// Expert choices of a pass, `[N, K]` i32 for each mixture layer: forced ones going in, those used coming out.
 #[derive(Default)]
@@ -81,7 +82,8 @@ fn swiglu_backward(pass: &Pass, x: &Tensor, shares: Option<&Tensor>, dout: &Tens
 fn gather(pass: &Pass, x: &Tensor, source: &Tensor) -> Result<Tensor> {
     let rows = source.size()[0];
     let out = pass.empty(&[rows, x.size()[1]])?;
-    pass.kernels.launch("gather_rows", rows, pass.kernels.row_threads(), &[x.into(), source.into(), (&out).into()])?;
+    let arguments = [x.into(), source.into(), (&out).into(), (rows as i32).into()];
+    pass.kernels.launch("gather_rows", (rows + GATHER_ROWS - 1) / GATHER_ROWS, pass.kernels.row_threads(), &arguments)?;
     Ok(out)
 }
 
@@ -143,8 +145,8 @@ fn route(pass: &Pass, h: &Tensor, prefix: &str, routes: &mut Routes) -> Result<E
 /// Adds the feed-forward part of the normed input `h` to the residual stream `x`.
 pub(crate) fn forward(pass: &Pass, x: &Tensor, h: &Tensor, prefix: &str, is_moe: bool, routes: &mut Routes) -> Result<(Tensor, MlpSaved)> {
     let dense_prefix = if is_moe { format!("{prefix}shared_experts.") } else { prefix.to_owned() };
-    let dense = h.f_mm(&pass.weight(&format!("{dense_prefix}in"))?.f_tr()?)?;
-    let y = x.f_addmm(&swiglu(pass, &dense, None)?, &pass.weight(&format!("{dense_prefix}down_proj.weight"))?.f_tr()?)?;
+    let dense = pass.linear(h, &format!("{dense_prefix}in"))?;
+    let y = pass.add_linear(x, &swiglu(pass, &dense, None)?, &format!("{dense_prefix}down_proj.weight"))?;
     if !is_moe {
         return Ok((y, MlpSaved { dense, experts: None }));
     }
@@ -162,11 +164,11 @@ pub(crate) fn backward(pass: &Pass, dx: &Tensor, h: &Tensor, saved: MlpSaved, pr
     let is_moe = saved.experts.is_some();
     let dense_prefix = if is_moe { format!("{prefix}shared_experts.") } else { prefix.to_owned() };
     let (in_key, down_key) = (format!("{dense_prefix}in"), format!("{dense_prefix}down_proj.weight"));
-    let (ddense, inner, _) = swiglu_backward(pass, &saved.dense, None, &dx.f_mm(pass.weight(&down_key)?)?)?;
-    gradients.matrix(down_key, dx.f_tr()?.f_mm(&inner)?)?;
+    let (ddense, inner, _) = swiglu_backward(pass, &saved.dense, None, &pass.linear_backward(dx, &down_key)?)?;
+    gradients.linear(down_key, dx, &inner)?;
     drop(inner);
-    let mut dh = ddense.f_mm(pass.weight(&in_key)?)?;
-    gradients.matrix(in_key, ddense.f_tr()?.f_mm(h)?)?;
+    let mut dh = pass.linear_backward(&ddense, &in_key)?;
+    gradients.linear(in_key, &ddense, h)?;
     drop(ddense);
     let Some(saved) = saved.experts else { return Ok(dh) };
 
@@ -195,7 +197,7 @@ pub(crate) fn backward(pass: &Pass, dx: &Tensor, h: &Tensor, saved: MlpSaved, pr
         pass.kernels.launch("route_backward", warps(tokens), 256u32, &arguments)?;
     }
     let _ = dh.f_addmm_(&dlogits, pass.weight(&gate_key)?)?;
-    gradients.matrix(gate_key, dlogits.f_tr()?.f_mm(h)?)?;
+    gradients.linear(gate_key, &dlogits, h)?;
     combine(pass, &dh, &dsorted, &saved.place)
 }
 

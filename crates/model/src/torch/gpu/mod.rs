@@ -11,8 +11,9 @@ mod engine;
 mod kernels;
 mod learner;
 mod mixture;
+mod pinned;
 mod store;
 
-pub(crate) use driver::remember_torch;
+pub(crate) use driver::{gpus, remember_torch};
 pub(crate) use kernels::unsupported;
 pub(crate) use learner::GpuLearner;

@@ -9,15 +9,18 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use tch::{Kind, Tensor};
 
-use super::driver::{Argument, HostMemory};
+use super::driver::{Argument, Event, HostMemory, Stream};
 use super::kernels::{Kernels, StepSettings, warps};
+use super::pinned::Pinned;
 use crate::Hyper;
 use crate::adamw::bias_corrections;
+use crate::state::Run;
 use crate::torch::layout::{Block, Layout};
-use crate::torch::ops::Result;
+use crate::torch::ops::{self, Result};
 use crate::torch::trainer::MomentType;
 
 /// Elements that share the scales of their 8-bit moments.
@@ -27,8 +30,12 @@ const VECTOR_ALIGNMENT: i64 = 8;
 /// Blocks of the kernels that walk over a buffer, for each multiprocessor.
 const WALKERS: u32 = 8;
 const NORM_BLOCKS: i64 = 264;
+/// Elements that a block of the copying kernels takes at a time, and the most blocks of a copy beside the computation: enough to fill the
+/// bus, few enough to leave the multiprocessors to the computation.
+const COPY_ELEMENTS: i64 = 1024;
+const SIDE_BLOCKS: i64 = 32;
 /// Elements that go between host and device at a time.
-const PIECE: usize = 1 << 26;
+const PIECE: usize = 1 << 24;
 
 /// Where a block of the layout lies in the buffers.
 #[derive(Clone, Debug)]
@@ -63,6 +70,39 @@ impl Buffer {
         }
     }
 
+    /// The bytes of a range of elements.
+    fn read(&self, kernels: &Kernels, range: &Range<i64>) -> Result<Vec<u8>> {
+        let (start, count) = (range.start, range.end - range.start);
+        match self {
+            Self::Device(tensor) => {
+                let part = tensor.f_narrow(0, start, count)?.f_to_device(tch::Device::Cpu)?;
+                let mut bytes = vec![0u8; count as usize * tensor.kind().elt_size_in_bytes()];
+                match tensor.kind() {
+                    Kind::Uint8 => part.f_copy_data(&mut bytes, count as usize)?,
+                    _ => part.f_copy_data(bytemuck::cast_slice_mut::<u8, f32>(&mut bytes), count as usize)?,
+                }
+                Ok(bytes)
+            }
+            Self::Host { memory, element_bytes, .. } => {
+                kernels.gpu.synchronize().map_err(tch::TchError::Torch)?;
+                Ok(memory.slice((start * element_bytes) as usize..(range.end * element_bytes) as usize).to_vec())
+            }
+        }
+    }
+
+    /// Overwrites bytes from element `start` on.
+    fn write(&mut self, kernels: &Kernels, start: i64, bytes: &[u8]) -> Result<()> {
+        match self {
+            Self::Device(tensor) => tensor.f_narrow(0, start, bytes.len() as i64)?.f_copy_(&Tensor::f_from_slice(bytes)?),
+            Self::Host { memory, element_bytes, .. } => {
+                kernels.gpu.synchronize().map_err(tch::TchError::Torch)?;
+                let start = (start * *element_bytes) as usize;
+                memory.slice_mut(start..start + bytes.len()).copy_from_slice(bytes);
+                Ok(())
+            }
+        }
+    }
+
     /// The element `offset` as a kernel's argument.
     fn at(&self, offset: i64) -> Argument {
         match self {
@@ -80,6 +120,34 @@ struct Moments {
     scales: Option<(Tensor, Tensor)>,
 }
 
+impl Moments {
+    /// The element `start`, which begins a block of 8-bit moments, as arguments of a kernel: both moments, then their scales, null for f32.
+    fn at(&self, start: i64) -> [Argument; 4] {
+        let [first_scales, second_scales] = match &self.scales {
+            None => [Argument::NULL; 2],
+            Some((first, second)) => [first, second].map(|scales| Argument::at(scales, start / MOMENT_BLOCK)),
+        };
+        [self.first.at(start), self.second.at(start), first_scales, second_scales]
+    }
+
+    /// Moments of `elements` elements from `start` on as f32 (`is_out`), or from f32: between here and two tensors on the device. 8-bit ones
+    /// in whole blocks.
+    fn exchange(&self, kernels: &Kernels, start: i64, values: [&Tensor; 2], elements: i64, is_out: bool) -> Result<()> {
+        let here = self.at(start);
+        if self.scales.is_none() {
+            for (here, there) in here.into_iter().zip(values) {
+                let (from, to) = if is_out { (here, there.into()) } else { (there.into(), here) };
+                kernels.launch("copy_values", (elements + 255) / 256, 256u32, &[from, to, elements.into()])?;
+            }
+            return Ok(());
+        }
+        debug_assert!(start % MOMENT_BLOCK == 0 && elements % MOMENT_BLOCK == 0);
+        let blocks = elements / MOMENT_BLOCK;
+        let arguments: Vec<Argument> = here.into_iter().chain(values.map(Argument::from)).chain([blocks.into()]).collect();
+        kernels.launch(if is_out { "moments_out" } else { "moments_in" }, warps(blocks), 256u32, &arguments)
+    }
+}
+
 /// The buffers of one model.
 pub(crate) struct Store {
     weights: Tensor,
@@ -94,6 +162,8 @@ pub(crate) struct Store {
     vector_places: HashMap<String, Range<i64>>,
     /// Each block as a tensor that shares memory with `weights`.
     views: HashMap<String, Tensor>,
+    /// Copies of weights under way beside the computation: nothing may be overwritten before they are done.
+    readers: Vec<Arc<Event>>,
 }
 
 /// Gradients of one step: a tensor for each trained matrix, one f32 buffer for all trained vectors.
@@ -114,6 +184,16 @@ impl Gradients {
         Ok(())
     }
 
+    /// Adds the gradient `dy^T x` of a matrix by which `x` was multiplied ([`super::engine::Pass::linear`]).
+    pub fn linear(&mut self, key: String, dy: &Tensor, x: &Tensor) -> Result<()> {
+        if let Some(sum) = self.matrices.get_mut(&key) {
+            let _ = sum.f_addmm_(&dy.f_tr()?, x)?;
+        } else {
+            self.matrices.insert(key, dy.f_tr()?.f_mm(x)?);
+        }
+        Ok(())
+    }
+
     /// The gradient of a trained vector, f32.
     pub fn of_vector(&self, key: &str) -> Result<Tensor> {
         let place = self.places.get(key).ok_or_else(|| tch::TchError::Kind(format!("{key} has no gradient")))?;
@@ -127,6 +207,10 @@ impl Gradients {
         let _ = self.vectors.f_narrow(0, place.start, place.end - place.start)?.f_add_(&gradient)?;
         Ok(())
     }
+}
+
+fn copy_blocks(elements: i64) -> i64 {
+    (elements + COPY_ELEMENTS - 1) / COPY_ELEMENTS
 }
 
 fn aligned(at: i64, to: i64) -> i64 {
@@ -199,7 +283,17 @@ impl Store {
             Ok((key, weights.f_narrow(0, start, elements)?.f_reshape(&shape)?))
         };
         let views = views_at.into_iter().map(view).collect::<Result<_>>()?;
-        Ok(Self { rests: buffer(total, Kind::Int16)?, weights, moments, spots, matrices, vectors, vector_places, views })
+        Ok(Self {
+            rests: buffer(total, Kind::Int16)?,
+            weights,
+            moments,
+            spots,
+            matrices,
+            vectors,
+            vector_places,
+            views,
+            readers: Vec::new(),
+        })
     }
 
     /// A block of the layout in bf16.
@@ -230,7 +324,10 @@ impl Store {
         hyper: &Hyper,
         step: u64,
     ) -> Result<Tensor> {
-        let Some(moments) = &self.moments else { return Err(tch::TchError::Kind("these weights have no optimizer".into())) };
+        if self.moments.is_none() {
+            return Err(tch::TchError::Kind("these weights have no optimizer".into()));
+        }
+        self.hold_for_readers()?;
         let mut parts: Vec<(&Range<i64>, &Tensor, bool)> = Vec::new();
         for (key, range) in &self.matrices {
             let gradient = gradients.matrices.get(key).ok_or_else(|| tch::TchError::Kind(format!("{key} has no gradient")))?;
@@ -268,20 +365,17 @@ impl Store {
             step: step as u32,
         };
         let decayed = StepSettings { keep: (1.0 - hyper.lr * hyper.weight_decay) as f32, ..settings };
-        let element = if moments.scales.is_some() { 1 } else { 4 };
+        let Some(moments) = &self.moments else { return Ok(verdict) };
         for (range, gradient, is_wide) in parts {
             let elements = range.end - range.start;
-            let scale = |which: fn(&(Tensor, Tensor)) -> &Tensor| {
-                moments.scales.as_ref().map_or(Argument::NULL, |scales| Argument::at(which(scales), range.start / MOMENT_BLOCK))
-            };
+            let [first, second, first_scales, second_scales] = moments.at(range.start);
             let arguments = [
                 Argument::at(&self.weights, range.start),
                 self.rests.at(range.start),
-                moments.first.at(range.start),
-                moments.second.at(range.start),
-                scale(|scales| &scales.0),
-                scale(|scales| &scales.1),
-                i32::from(element == 1).into(),
+                first,
+                second,
+                first_scales,
+                second_scales,
                 gradient.into(),
                 i32::from(is_wide).into(),
                 elements.into(),
@@ -311,6 +405,11 @@ impl Store {
         pieces
     }
 
+    /// Lets what is put in the null stream from now on wait for copies that are under way beside it.
+    fn hold_for_readers(&mut self) -> Result<()> {
+        self.readers.drain(..).try_for_each(|event| event.hold(Stream::NULL)).map_err(tch::TchError::Torch)
+    }
+
     /// Master weights of a range of the layout.
     pub fn read(&self, kernels: &Kernels, range: &Range<usize>) -> Result<Vec<f32>> {
         let mut values = vec![0f32; range.len()];
@@ -318,19 +417,71 @@ impl Store {
             let elements = piece.end - piece.start;
             let part = kernels.empty(&[elements], Kind::Float)?;
             let arguments = [Argument::at(&self.weights, piece.start), self.rests.at(piece.start), (&part).into(), elements.into()];
-            kernels.launch("join_values", (elements + 255) / 256, 256u32, &arguments)?;
+            kernels.launch("join_values", copy_blocks(elements), 256u32, &arguments)?;
             to_slice(&part, &mut values[at..at + elements as usize])?;
         }
         Ok(values)
     }
 
+    /// Begins to copy master weights of ranges to the host, beside whatever the device computes next; the optimizer waits for it.
+    pub fn contribute(&mut self, kernels: &Kernels, ranges: &[Range<usize>]) -> std::result::Result<Pinned, String> {
+        let pinned = kernels.pool.take(&kernels.gpu, ranges.iter().map(Range::len).sum())?;
+        // The weights are those of the last step, which may not be over.
+        Event::record(&kernels.gpu, Stream::NULL)?.hold(kernels.side)?;
+        let mut begin = 0;
+        for range in ranges {
+            for (at, piece) in self.pieces(range) {
+                let (elements, to) = (piece.end - piece.start, Argument::address(pinned.address(begin + at)));
+                let arguments = [Argument::at(&self.weights, piece.start), self.rests.at(piece.start), to, elements.into()];
+                let blocks = copy_blocks(elements).min(SIDE_BLOCKS);
+                kernels.launch_in(kernels.side, "join_values", blocks, 256u32, &arguments).map_err(|error| error.to_string())?;
+            }
+            begin += range.len();
+        }
+        self.readers.push(pinned.used_by(&kernels.gpu, kernels.side)?);
+        Ok(pinned)
+    }
+
+    /// Overwrites master weights of ranges with `version`, plus what they changed since they were `exported`, if they were. A piece goes over
+    /// the bus while the next is copied to pinned memory.
+    pub fn carry(
+        &mut self,
+        kernels: &Kernels,
+        ranges: &[Range<usize>],
+        version: &[f32],
+        exported: Option<&Pinned>,
+    ) -> std::result::Result<(), String> {
+        self.hold_for_readers().map_err(|error| error.to_string())?;
+        let mut staged = kernels.pool.take(&kernels.gpu, version.len())?;
+        let mut begin = 0;
+        for range in ranges {
+            for (at, piece) in self.pieces(range) {
+                let (elements, at) = (piece.end - piece.start, begin + at);
+                staged.fill(at, &version[at..at + elements as usize]);
+                let of = |values: &Pinned| Argument::address(values.address(at));
+                let exported = exported.map_or(Argument::NULL, of);
+                self.write_values(kernels, of(&staged), exported, piece.start, elements).map_err(|error| error.to_string())?;
+            }
+            begin += range.len();
+        }
+        for pinned in [Some(&staged), exported].into_iter().flatten() {
+            pinned.used_by(&kernels.gpu, Stream::NULL)?;
+        }
+        Ok(())
+    }
+
+    fn write_values(&self, kernels: &Kernels, values: Argument, exported: Argument, start: i64, elements: i64) -> Result<()> {
+        let arguments = [values, exported, Argument::at(&self.weights, start), self.rests.at(start), elements.into()];
+        kernels.launch("split_values", copy_blocks(elements), 256u32, &arguments)
+    }
+
     /// Overwrites master weights.
     pub fn write(&mut self, kernels: &Kernels, range: &Range<usize>, values: &[f32]) -> Result<()> {
+        self.hold_for_readers()?;
         for (at, piece) in self.pieces(range) {
             let elements = piece.end - piece.start;
             let part = Tensor::f_from_slice(&values[at..at + elements as usize])?.f_to_device(kernels.device)?;
-            let arguments = [(&part).into(), Argument::at(&self.weights, piece.start), self.rests.at(piece.start), elements.into()];
-            kernels.launch("split_values", (elements + 255) / 256, 256u32, &arguments)?;
+            self.write_values(kernels, (&part).into(), Argument::NULL, piece.start, elements)?;
         }
         Ok(())
     }
@@ -345,49 +496,76 @@ impl Store {
         let (mut first, mut second) = (vec![0f32; elements], vec![0f32; elements]);
         let Some(moments) = &self.moments else { return Ok((first, second)) };
         for (at, piece) in self.pieces(&(0..elements)).into_iter().filter(|(_, piece)| piece.start < self.trained()) {
-            let count = (piece.end - piece.start) as usize;
-            let (one, two) = match &moments.scales {
-                None => {
-                    let (one, two) = (kernels.empty(&[count as i64], Kind::Float)?, kernels.empty(&[count as i64], Kind::Float)?);
-                    copy(kernels, moments.first.at(piece.start), (&one).into(), count as i64)?;
-                    copy(kernels, moments.second.at(piece.start), (&two).into(), count as i64)?;
-                    (one, two)
-                }
-                Some((first_scales, second_scales)) => {
-                    // Whole blocks around the piece.
-                    let begin = piece.start / MOMENT_BLOCK * MOMENT_BLOCK;
-                    let blocks = (aligned(piece.end, MOMENT_BLOCK) - begin) / MOMENT_BLOCK;
-                    let out = || kernels.empty(&[blocks * MOMENT_BLOCK], Kind::Float);
-                    let (one, two) = (out()?, out()?);
-                    let arguments = [
-                        moments.first.at(begin),
-                        moments.second.at(begin),
-                        Argument::at(first_scales, begin / MOMENT_BLOCK),
-                        Argument::at(second_scales, begin / MOMENT_BLOCK),
-                        (&one).into(),
-                        (&two).into(),
-                        blocks.into(),
-                    ];
-                    kernels.launch("moments_out", warps(blocks), 256u32, &arguments)?;
-                    let skip = piece.start - begin;
-                    (one.f_narrow(0, skip, count as i64)?, two.f_narrow(0, skip, count as i64)?)
-                }
-            };
-            to_slice(&one, &mut first[at..at + count])?;
-            to_slice(&two, &mut second[at..at + count])?;
+            // Whole blocks around the piece.
+            let begin = piece.start / MOMENT_BLOCK * MOMENT_BLOCK;
+            let (around, count) = (aligned(piece.end, MOMENT_BLOCK) - begin, piece.end - piece.start);
+            let sides = [kernels.empty(&[around], Kind::Float)?, kernels.empty(&[around], Kind::Float)?];
+            moments.exchange(kernels, begin, sides.each_ref(), around, true)?;
+            for (side, values) in sides.iter().zip([&mut first, &mut second]) {
+                to_slice(&side.f_narrow(0, piece.start - begin, count)?, &mut values[at..at + count as usize])?;
+            }
         }
         Ok((first, second))
     }
 
+    /// Moments of a range of the layout, as they are kept.
+    pub fn moments_of(&self, kernels: &Kernels, range: &Range<usize>) -> Result<Vec<Run>> {
+        let mut runs = Vec::new();
+        for (_, piece) in self.pieces(range) {
+            let count = (piece.end - piece.start) as usize;
+            runs.push(match self.moments.as_ref().filter(|moments| piece.start < moments.first.elements()) {
+                None => Run::Zero(count),
+                Some(Moments { first, second, scales: None }) => {
+                    let values = |buffer: &Buffer| Ok::<_, tch::TchError>(bytemuck::cast_slice(&buffer.read(kernels, &piece)?).to_vec());
+                    Run::Floats { first: values(first)?, second: values(second)? }
+                }
+                Some(Moments { first, second, scales: Some((first_scales, second_scales)) }) => {
+                    let blocks = piece.start / MOMENT_BLOCK..aligned(piece.end, MOMENT_BLOCK) / MOMENT_BLOCK;
+                    let scales = |x: &Tensor| ops::to_host(&x.f_narrow(0, blocks.start, blocks.end - blocks.start)?);
+                    Run::Bytes {
+                        phase: (piece.start % MOMENT_BLOCK) as usize,
+                        scales: [scales(first_scales)?, scales(second_scales)?],
+                        codes: [first.read(kernels, &piece)?, second.read(kernels, &piece)?],
+                    }
+                }
+            });
+        }
+        Ok(runs)
+    }
+
+    /// Overwrites moments of a range of the layout, if they are kept in 8 bits here as there and blocks begin at the same elements; frozen
+    /// parameters have none.
+    pub fn put_moments(&mut self, kernels: &Kernels, range: &Range<usize>, run: &Run) -> Result<bool> {
+        let pieces = self.pieces(range);
+        let trained = self.trained();
+        let Some(Moments { first, second, scales: Some((first_scales, second_scales)) }) = &mut self.moments else { return Ok(false) };
+        let mut rest = run.clone();
+        for (_, piece) in pieces {
+            let (part, left) = rest.split((piece.end - piece.start) as usize);
+            rest = left;
+            match part {
+                Run::Zero(_) if piece.start >= trained => {}
+                Run::Bytes { phase, scales, codes } if piece.start < trained && phase as i64 == piece.start % MOMENT_BLOCK => {
+                    let [first_codes, second_codes] = codes;
+                    first.write(kernels, piece.start, &first_codes)?;
+                    second.write(kernels, piece.start, &second_codes)?;
+                    for (to, from) in [&*first_scales, &*second_scales].into_iter().zip(&scales) {
+                        to.f_narrow(0, piece.start / MOMENT_BLOCK, from.len() as i64)?.f_copy_(&Tensor::f_from_slice(from)?)?;
+                    }
+                }
+                _ => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
     /// Overwrites all moments. What [`Store::read_moments`] gave comes back bit for bit.
     pub fn write_moments(&mut self, kernels: &Kernels, first: &[f32], second: &[f32]) -> Result<()> {
-        let pieces = self.pieces(&(0..first.len()));
-        let trained = self.trained();
         let Some(moments) = &self.moments else { return Ok(()) };
+        let pieces = self.pieces(&(0..first.len()));
         // Whole blocks at once: vectors share blocks, so everything is laid out on the host first.
-        let chunk = PIECE as i64;
-        for begin in (0..trained).step_by(PIECE) {
-            let end = (begin + chunk).min(trained);
+        for begin in (0..self.trained()).step_by(PIECE) {
+            let end = (begin + PIECE as i64).min(self.trained());
             let mut sides = [vec![0f32; (end - begin) as usize], vec![0f32; (end - begin) as usize]];
             for (at, piece) in &pieces {
                 let (from, to) = (piece.start.max(begin), piece.end.min(end));
@@ -399,35 +577,11 @@ impl Store {
                 sides[0][target.clone()].copy_from_slice(&first[source.clone()]);
                 sides[1][target].copy_from_slice(&second[source]);
             }
-            let [one, two] = sides.map(|values| Tensor::f_from_slice(&values)?.f_to_device(kernels.device));
-            let (one, two) = (one?, two?);
-            match &moments.scales {
-                None => {
-                    copy(kernels, (&one).into(), moments.first.at(begin), end - begin)?;
-                    copy(kernels, (&two).into(), moments.second.at(begin), end - begin)?;
-                }
-                Some((first_scales, second_scales)) => {
-                    let blocks = (end - begin) / MOMENT_BLOCK;
-                    let arguments = [
-                        moments.first.at(begin),
-                        moments.second.at(begin),
-                        Argument::at(first_scales, begin / MOMENT_BLOCK),
-                        Argument::at(second_scales, begin / MOMENT_BLOCK),
-                        (&one).into(),
-                        (&two).into(),
-                        blocks.into(),
-                    ];
-                    kernels.launch("moments_in", warps(blocks), 256u32, &arguments)?;
-                }
-            }
+            let [first, second] = sides.map(|values| Tensor::f_from_slice(&values)?.f_to_device(kernels.device));
+            moments.exchange(kernels, begin, [&first?, &second?], end - begin, false)?;
         }
         Ok(())
     }
-}
-
-/// Copies f32 values between two places that kernels reach.
-fn copy(kernels: &Kernels, from: Argument, to: Argument, elements: i64) -> Result<()> {
-    kernels.launch("copy_values", (elements + 255) / 256, 256u32, &[from, to, elements.into()])
 }
 
 /// Copies a flat f32 tensor to the host.

@@ -24,18 +24,16 @@ static __device__ __forceinline__ u32 hash(u32 x) {
   return x ^ (x >> 16);
 }
 
-// Integer value of a code with `m` bits of mantissa: below 2^m the number itself, above (2^m + mantissa) * 2^(exponent - 1).
-template <int m> static __device__ __forceinline__ float code_value(u32 code) {
-  u32 exponent = code >> m, mantissa = code & ((1u << m) - 1);
-  return exponent ? (float)(((1u << m) + mantissa) << (exponent - 1)) : (float)mantissa;
+// A code with `m` bits of mantissa means an integer: below 2^m the code itself, above (2^m + mantissa) * 2^(exponent - 1). Shifted to the
+// top of a float it is that integer times 2^(-126 - m), small ones as denormal numbers, so that neither way needs a case or a conversion.
+template <int m> static __device__ __forceinline__ float code_value(u32 code, float scale) {
+  return __uint_as_float(code << (23 - m)) * 0x1p100f * (scale * (float)(1 << (26 + m)));
 }
 // The code of x >= 0 in units of the scale, rounded up with probability (distance to the code below); `random` has 16 bits, half its range
 // is rounding to nearest. `top` is the last code.
 template <int m> static __device__ __forceinline__ u32 code_of(float x, u32 random, u32 top) {
-  // From 2^m on, codes are the upper bits of the float itself, so that adding random bits below them carries as it should.
-  u32 large = ((__float_as_uint(x) + (random << (23 - m - 16))) >> (23 - m)) - ((127u + m - 1) << m);
-  u32 small = (u32)(x + (float)random * (1.f / 65536.f));
-  return min(x >= (float)(1 << m) ? large : small, top);
+  u32 bits = __float_as_uint(x * (0x1p-126f / (float)(1 << m)));
+  return min((bits + (random << (23 - m - 16))) >> (23 - m), top);
 }
 #define FIRST_TOP 127u
 #define FIRST_UNIT 245760.f   // value of code 127 with 3 bits of mantissa
@@ -54,19 +52,24 @@ struct Moments {
   float first[8], second[8];
 };
 
+// Approximate, and denormal numbers count as zero: a second moment below 2^-126 moves nothing.
 static __device__ __forceinline__ float fast_root(float x) {
   float r;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+static __device__ __forceinline__ float fast_inverse(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 
-static __device__ __forceinline__ void decode(const u8* first, const u8* second, float first_scale, float second_scale, i64 at, Moments& m) {
-  uint2 a = *reinterpret_cast<const uint2*>(first + at), b = *reinterpret_cast<const uint2*>(second + at);
+static __device__ __forceinline__ void decode(uint2 first, uint2 second, float first_scale, float second_scale, Moments& m) {
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    u32 c = (i < 4 ? a.x : a.y) >> (8 * (i & 3)) & 255, d = (i < 4 ? b.x : b.y) >> (8 * (i & 3)) & 255;
-    float value = code_value<3>(c & 127) * first_scale, root = code_value<4>(d) * second_scale;
-    m.first[i] = c & 128 ? -value : value;
+    u32 c = (i < 4 ? first.x : first.y) >> (8 * (i & 3)) & 255, d = (i < 4 ? second.x : second.y) >> (8 * (i & 3)) & 255;
+    float value = code_value<3>(c & 127, first_scale), root = code_value<4>(d, second_scale);
+    m.first[i] = __uint_as_float(__float_as_uint(value) | (c & 128) << 24);
     m.second[i] = root * root;
   }
 }
@@ -83,7 +86,11 @@ static __device__ __forceinline__ void encode(u8* first, u8* second, float* firs
   largest = warp_max(largest);
   highest = warp_max(highest);
   float s = scale_for(largest, FIRST_UNIT), t = scale_for(highest, SECOND_UNIT);
-  float s_inverse = s > 0.f ? 1.f / s : 0.f, t_inverse = t > 0.f ? 1.f / t : 0.f;
+  float s_inverse = s > 0.f ? fast_inverse(s) : 0.f, t_inverse = t > 0.f ? fast_inverse(t) : 0.f;
+  // Nothing of a block without a scale is kept.
+  if (s == 0.f) largest = INFINITY;
+  if (t == 0.f) highest = INFINITY;
+  u32 least = t > 0.f ? 1u : 0u;
   u32 seed = hash((u32)(at >> 3) ^ step * 0x9e3779b9u), a[2] = {0, 0}, b[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 8; i++) {
@@ -93,12 +100,15 @@ static __device__ __forceinline__ void encode(u8* first, u8* second, float* firs
       h ^= h >> 15;
     }
     float x = fabsf(m.first[i]), y = root[i];
-    u32 c = x == largest ? FIRST_TOP : code_of<3>(x * s_inverse, h & 0xffff, FIRST_TOP);
+    u32 c = code_of<3>(x * s_inverse, h & 0xffff, FIRST_TOP), d = code_of<4>(y * t_inverse, h >> 16, SECOND_TOP);
     // A second moment that vanished would make the step huge.
-    u32 d = y == highest ? SECOND_TOP : max(code_of<4>(y * t_inverse, h >> 16, SECOND_TOP), y > 0.f ? 1u : 0u);
-    if (m.first[i] < 0.f && c) c |= 128;  // no negative zero: it would not come back
-    a[i >> 2] |= (s > 0.f ? c : 0u) << (8 * (i & 3));
-    b[i >> 2] |= (t > 0.f ? d : 0u) << (8 * (i & 3));
+    d = max(d, y > 0.f ? least : 0u);
+    c = x == largest ? FIRST_TOP : c;
+    d = y == highest ? SECOND_TOP : d;
+    // No negative zero: it would not come back. Codes above zero are large enough to borrow from.
+    c |= (c + 127u) & (__float_as_uint(m.first[i]) >> 24) & 128u;
+    a[i >> 2] |= c << (8 * (i & 3));
+    b[i >> 2] |= d << (8 * (i & 3));
   }
   *reinterpret_cast<uint2*>(first + at) = make_uint2(a[0], a[1]);
   *reinterpret_cast<uint2*>(second + at) = make_uint2(b[0], b[1]);
@@ -126,27 +136,39 @@ static __device__ __forceinline__ void store_floats(float* p, const float* x) {
   *reinterpret_cast<float4*>(p + 4) = make_float4(x[4], x[5], x[6], x[7]);
 }
 
-static __device__ __forceinline__ float gradient_at(const void* gradient, int is_wide, i64 i) {
-  return is_wide ? reinterpret_cast<const float*>(gradient)[i] : wide(reinterpret_cast<const bf16*>(gradient)[i]);
+// Eight gradients from `at` on; zeros behind the end. Tensors begin at multiples of 16 bytes and their memory ends at one, so that whole
+// vectors can be read.
+static __device__ __forceinline__ void load_gradient(const void* gradient, int is_wide, i64 at, i64 elements, float* g) {
+  if (is_wide) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) g[i] = at + i < elements ? reinterpret_cast<const float*>(gradient)[at + i] : 0.f;
+  } else {
+    Eight v = {{0, 0, 0, 0}};
+    if (at < elements) v = load8(reinterpret_cast<const bf16*>(gradient) + at);
+    unpack8(v, g);
+#pragma unroll
+    for (int i = 0; i < 8; i++) g[i] = at + i < elements ? g[i] : 0.f;
+  }
 }
+
+#define NORM_LOADS 4  // vectors that a thread has under way
 
 // Each block's part of the sum of squares of a gradient, in f64, to partial [gridDim.x].
 extern "C" __global__ void square_sums(const void* gradient, int is_wide, i64 elements, double* partial) {
   __shared__ double parts[8];
   double sum = 0.0;
   i64 step = (i64)gridDim.x * blockDim.x * 8;
-  for (i64 at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 8; at < elements; at += step) {
-    float v[8], s = 0.f;
-    if (at + 8 > elements) {
-      for (int i = 0; i < 8; i++) v[i] = at + i < elements ? gradient_at(gradient, is_wide, at + i) : 0.f;
-    } else if (is_wide) {
-      for (int i = 0; i < 8; i++) v[i] = gradient_at(gradient, 1, at + i);
-    } else {
-      unpack8(load8(reinterpret_cast<const bf16*>(gradient) + at), v);
-    }
+  for (i64 at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 8; at < elements; at += step * NORM_LOADS) {
+    float v[NORM_LOADS][8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) s += v[i] * v[i];
-    sum += (double)s;
+    for (int n = 0; n < NORM_LOADS; n++) load_gradient(gradient, is_wide, at + n * step, elements, v[n]);
+#pragma unroll
+    for (int n = 0; n < NORM_LOADS; n++) {
+      float s = 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; i++) s += v[n][i] * v[n][i];
+      sum += (double)s;
+    }
   }
 #pragma unroll
   for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
@@ -194,42 +216,40 @@ static __device__ __forceinline__ void advance(float* w, Moments& m, float* root
     m.first[i] += (gradient - m.first[i]) * (1.f - s.beta1);
     m.second[i] = m.second[i] * s.beta2 + gradient * gradient * (1.f - s.beta2);
     root[i] = fast_root(m.second[i]);
-    w[i] = w[i] * s.keep - __fdividef(s.step_size * m.first[i], root[i] * s.root_factor + s.eps);
+    w[i] = w[i] * s.keep - s.step_size * m.first[i] * fast_inverse(root[i] * s.root_factor + s.eps);
   }
 }
 
 // One block of the layout: pointers at its first element, `elements` of them; weights and rests have room up to a multiple of 256. A warp
-// takes 256 elements. bytes != 0: 8-bit moments, first and second are codes and the scales are used; otherwise f32.
-extern "C" __global__ void adamw(bf16* weights, u16* rests, void* first, void* second, float* first_scale, float* second_scale, int bytes,
-                                 const void* gradient, int is_wide, i64 elements, const double* verdict, Settings settings) {
-  if (verdict[3] == 0.0) return;
-  float scale = (float)verdict[2];
+// takes 256 elements. BYTES: 8-bit moments, first and second are codes and the scales are used; otherwise f32. Everything that is read is
+// asked for before the first use.
+template <bool BYTES> static __device__ __forceinline__ void update(bf16* weights, u16* rests, void* first, void* second, float* first_scale,
+                                                                    float* second_scale, const void* gradient, int is_wide, i64 elements,
+                                                                    float scale, const Settings& settings) {
   int lane = threadIdx.x & 31;
   i64 warps = (i64)gridDim.x * (blockDim.x >> 5), blocks = (elements + MOMENT_BLOCK - 1) / MOMENT_BLOCK;
   for (i64 block = (i64)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); block < blocks; block += warps) {
     i64 at = block * MOMENT_BLOCK + lane * 8;
     float g[8], w[8], root[8];
     Moments m;
-    if (at + 8 <= elements && !is_wide) {
-      unpack8(load8(reinterpret_cast<const bf16*>(gradient) + at), g);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; i++) g[i] = at + i < elements ? gradient_at(gradient, is_wide, at + i) : 0.f;
-    }
     Eight hi = load8(weights + at), lo = load8(rests + at);
+    if (BYTES) {
+      uint2 a = *reinterpret_cast<const uint2*>((const u8*)first + at), b = *reinterpret_cast<const uint2*>((const u8*)second + at);
+      float s = first_scale[block], t = second_scale[block];
+      load_gradient(gradient, is_wide, at, elements, g);
+      decode(a, b, s, t, m);
+    } else {
+      load_floats((const float*)first + at, m.first);
+      load_floats((const float*)second + at, m.second);
+      load_gradient(gradient, is_wide, at, elements, g);
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       w[2 * i] = join((bf16)hi.w[i], (u16)lo.w[i]);
       w[2 * i + 1] = join((bf16)(hi.w[i] >> 16), (u16)(lo.w[i] >> 16));
     }
-    if (bytes) {
-      decode((const u8*)first, (const u8*)second, first_scale[block], second_scale[block], at, m);
-    } else {
-      load_floats((const float*)first + at, m.first);
-      load_floats((const float*)second + at, m.second);
-    }
     advance(w, m, root, g, settings, scale);
-    if (bytes) {
+    if (BYTES) {
       encode((u8*)first, (u8*)second, first_scale, second_scale, at, m, root, settings.step, lane);
     } else {
       store_floats((float*)first + at, m.first);
@@ -248,15 +268,45 @@ extern "C" __global__ void adamw(bf16* weights, u16* rests, void* first, void* s
     store8(rests + at, lo);
   }
 }
+extern "C" __global__ void adamw(bf16* weights, u16* rests, void* first, void* second, float* first_scale, float* second_scale,
+                                 const void* gradient, int is_wide, i64 elements, const double* verdict, Settings settings) {
+  if (verdict[3] == 0.0) return;
+  float scale = (float)verdict[2];
+  if (first_scale) update<true>(weights, rests, first, second, first_scale, second_scale, gradient, is_wide, elements, scale, settings);
+  else update<false>(weights, rests, first, second, 0, 0, gradient, is_wide, elements, scale, settings);
+}
 
-// f32 values [elements] into weights and rests, and back.
-extern "C" __global__ void split_values(const float* values, bf16* weights, u16* rests, i64 elements) {
-  i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (at < elements) split(values[at], weights[at], rests[at]);
+// f32 values [elements] into weights and rests, and back; values may lie in the host's memory. Blocks of 256 threads take 1,024 elements
+// at a time, all loads of a thread under way at once.
+#define COPIED 4
+// With `exported`, the weights as they were once, what they changed since then is added.
+extern "C" __global__ void split_values(const float* values, const float* exported, bf16* weights, u16* rests, i64 elements) {
+  for (i64 at = (i64)blockIdx.x * COPIED * 256 + threadIdx.x; at < elements; at += (i64)gridDim.x * COPIED * 256) {
+    float x[COPIED], was[COPIED];
+#pragma unroll
+    for (int i = 0; i < COPIED; i++) {
+      bool is_there = at + i * 256 < elements;
+      x[i] = is_there ? values[at + i * 256] : 0.f;
+      was[i] = is_there && exported ? exported[at + i * 256] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < COPIED; i++) {
+      i64 to = at + i * 256;
+      if (to >= elements) continue;
+      if (exported) x[i] += join(weights[to], rests[to]) - was[i];
+      split(x[i], weights[to], rests[to]);
+    }
+  }
 }
 extern "C" __global__ void join_values(const bf16* weights, const u16* rests, float* values, i64 elements) {
-  i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (at < elements) values[at] = join(weights[at], rests[at]);
+  for (i64 at = (i64)blockIdx.x * COPIED * 256 + threadIdx.x; at < elements; at += (i64)gridDim.x * COPIED * 256) {
+    float x[COPIED];
+#pragma unroll
+    for (int i = 0; i < COPIED; i++) x[i] = at + i * 256 < elements ? join(weights[at + i * 256], rests[at + i * 256]) : 0.f;
+#pragma unroll
+    for (int i = 0; i < COPIED; i++)
+      if (at + i * 256 < elements) values[at + i * 256] = x[i];
+  }
 }
 
 // f32 values between the GPU's and the host's memory, in whichever direction.
@@ -272,7 +322,8 @@ extern "C" __global__ void moments_out(const u8* first, const u8* second, const 
   if (block >= blocks) return;
   i64 at = block * MOMENT_BLOCK + (threadIdx.x & 31) * 8;
   Moments m;
-  decode(first, second, first_scale[block], second_scale[block], at, m);
+  decode(*reinterpret_cast<const uint2*>(first + at), *reinterpret_cast<const uint2*>(second + at), first_scale[block],
+         second_scale[block], m);
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     first_values[at + i] = m.first[i];

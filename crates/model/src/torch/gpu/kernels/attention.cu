@@ -31,7 +31,7 @@ extern "C" __global__ void qk_forward(const bf16* projected, i64 stride, const b
   float x[4], w[4];
   load4(projected + token * stride + head * 128 + lane * 4, x);
   load4((is_query ? query_weight : key_weight) + lane * 4, w);
-  float r = rsqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) / 128.f + eps);
+  float r = head_scale(x, eps);
 #pragma unroll
   for (int i = 0; i < 4; i++) x[i] = rounded(rounded(x[i] * r) * w[i]);
   turn(x, cos_table, sin_table, token % row_tokens, length, lane, 1.f);
@@ -71,7 +71,7 @@ extern "C" __global__ void qk_backward(const bf16* projected, i64 stride, const 
     turn(g, cos_table, sin_table, position, length, lane, -1.f);
     float x[4];
     load4(projected + token * stride + head * 128 + lane * 4, x);
-    float r = rsqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) / 128.f + eps);
+    float r = head_scale(x, eps);
     float dot = 0.f;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -118,7 +118,7 @@ extern "C" __global__ void head_gate_forward(const bf16* o, const bf16* gate, i6
 #pragma unroll
     for (int i = 0; i < 4; i++) x[i] = fminf(fmaxf(x[i], -1e4f), 1e4f);
   }
-  float r = rsqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) / 128.f + eps);
+  float r = head_scale(x, eps);
 #pragma unroll
   for (int i = 0; i < 4; i++) x[i] = rounded(rounded(x[i] * r) * weight_at(weight, shared, head, lane * 4 + i)) * sigmoid(g[i]);
   store4(y + item * 128 + lane * 4, x);
@@ -147,7 +147,7 @@ extern "C" __global__ void head_gate_backward(const bf16* dy, const bf16* o, con
       load4(dy + at, d);
 #pragma unroll
       for (int i = 0; i < 4; i++) x[i] = shared ? fminf(fmaxf(raw[i], -1e4f), 1e4f) : raw[i];
-      float r = rsqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) / 128.f + eps);
+      float r = head_scale(x, eps);
       float dot = 0.f;
 #pragma unroll
       for (int i = 0; i < 4; i++) {

@@ -66,6 +66,10 @@ static __device__ __forceinline__ float warp_sum(float x) {
   for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
   return x;
 }
+// 1 / rms of the 128 channels of a head, four a lane.
+static __device__ __forceinline__ float head_scale(const float* x, float eps) {
+  return rsqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) / 128.f + eps);
+}
 static __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));

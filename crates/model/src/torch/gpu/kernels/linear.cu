@@ -9,37 +9,7 @@
 // queries, and their gradients HEADS (the caller adds them up). Chunk arrays are [rows * HEADS, chunks, 64 or 128, 128].
 
 #define CHUNK 64
-#define WIDE (128 + PAD)
-#define HALF (64 + PAD)
 #define SCALE 0.08838834764831845f  // 128^-1/2
-#define THREADS 256
-
-struct Place {
-  int chunk, chunks, group, row, head, first, many;
-};
-static __device__ __forceinline__ Place place_of(int chunk, int chunks, int group, int tokens) {
-  Place p;
-  p.chunk = chunk; p.chunks = chunks; p.group = group;
-  p.row = group / HEADS; p.head = group % HEADS;
-  p.first = chunk * CHUNK;
-  p.many = min(CHUNK, tokens - p.first);
-  return p;
-}
-// First element of the chunk's first token in a tensor [rows, tokens, heads, 128].
-static __device__ __forceinline__ i64 at_token(const Place& p, int tokens, int heads, int head) {
-  return (((i64)p.row * tokens + p.first) * heads + head) * 128;
-}
-// First element of the chunk in an array with `rows` rows of 128 a chunk.
-static __device__ __forceinline__ i64 at_chunk(const Place& p, int rows) { return ((i64)p.group * p.chunks + p.chunk) * rows * 128; }
-static __device__ __forceinline__ int kv_head(int head) { return head / (HEADS / KV_HEADS); }
-
-extern __shared__ __align__(16) unsigned char shared_memory[];
-struct Arena {
-  unsigned char* next;
-  __device__ Arena() : next(shared_memory) {}
-  __device__ bf16* half(int elements) { bf16* p = (bf16*)next; next += (elements * 2 + 15) / 16 * 16; return p; }
-  __device__ float* single(int elements) { float* p = (float*)next; next += (elements * 4 + 15) / 16 * 16; return p; }
-};
 
 // T = (I + A)^-1 of a chunk, W and U. k, v [rows, tokens, HEADS, 128], beta [rows, tokens, HEADS]; inverse [groups, chunks, 64, 64],
 // w, u as chunk arrays. Shared memory: 2 * 64 * WIDE + 64 * HALF bf16, 64 * 68 + 64 f32.
@@ -48,12 +18,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const bf16* 
   Arena arena;
   bf16 *ks = arena.half(64 * WIDE), *vs = arena.half(64 * WIDE), *ts = arena.half(64 * HALF);
   float *as = arena.single(64 * 68), *bs = arena.single(64);
-  Place p = place_of(blockIdx.x, gridDim.x, blockIdx.y, tokens);
-  i64 at = at_token(p, tokens, HEADS, p.head);
+  Place p = place_of<CHUNK>(blockIdx.x, gridDim.x, blockIdx.y, tokens);
+  i64 at = at_token(p, tokens, HEADS, p.head, 128);
   fetch<64, 128>(ks, k + at, HEADS * 128, p.many);
   fetch<64, 128>(vs, v + at, HEADS * 128, p.many);
   if (threadIdx.x < 64) bs[threadIdx.x] = threadIdx.x < p.many ? beta[at / 128 + threadIdx.x * HEADS] : 0.f;
-  __syncthreads();
+  arrive();
   {
     Tile<64, 64> a;
     a.clear();
@@ -108,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const bf16* 
 #pragma unroll
   for (int i = 0; i < 4; i++) as[(32 + row) * 68 + col + i] = sum[i];
   __syncthreads();
-  bf16* to = inverse + ((i64)p.group * p.chunks + p.chunk) * 64 * 64;
+  bf16* to = inverse + at_chunk(p, 64, 64);
   for (int i = threadIdx.x; i < 64 * 32; i += THREADS) {
     int r = i >> 5, s = (i & 31) * 2;
     float x = s <= r ? as[r * 68 + s] : 0.f, y = s + 1 <= r ? as[r * 68 + s + 1] : 0.f;
@@ -119,10 +89,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const bf16* 
   Tile<64, 128> out;
   out.clear();
   out.add<64, AS_IS, AS_IS>(ts, HALF, ks, WIDE);
-  out.store(w + at_chunk(p, 64), 128);
+  out.store(w + at_chunk(p, 64, 128), 128);
   out.clear();
   out.add<64, AS_IS, AS_IS>(ts, HALF, vs, WIDE);
-  out.store(u + at_chunk(p, 64), 128);
+  out.store(u + at_chunk(p, 64, 128), 128);
 }
 
 // Decay by `distance` tokens.
@@ -141,15 +111,15 @@ template <bool DELTA> static __device__ __forceinline__ void states_forward(cons
   int group = blockIdx.y, slice = blockIdx.x * 64;
   const int heads = DELTA ? HEADS : KV_HEADS;
   auto request = [&](int chunk) {
-    Place p = place_of(chunk, chunks, group, tokens);
+    Place p = place_of<CHUNK>(chunk, chunks, group, tokens);
     bf16* s = stage[chunk & 1];
-    i64 at = at_token(p, tokens, heads, DELTA ? p.head : kv_head(p.head));
-    fetch_async<64, 128>(s, k + at, heads * 128, p.many);
+    i64 at = at_token(p, tokens, heads, DELTA ? p.head : kv_head(p.head), 128);
+    fetch<64, 128>(s, k + at, heads * 128, p.many);
     if (DELTA) {
-      fetch_async<64, 128>(s + 64 * WIDE, w + at_chunk(p, 64), 128, 64);
-      fetch_async<64, 64>(s + 2 * 64 * WIDE, u + at_chunk(p, 64) + slice, 128, 64);
+      fetch<64, 128>(s + 64 * WIDE, w + at_chunk(p, 64, 128), 128, 64);
+      fetch<64, 64>(s + 2 * 64 * WIDE, u + at_chunk(p, 64, 128) + slice, 128, 64);
     } else {
-      fetch_async<64, 64>(s + 2 * 64 * WIDE, v + at + slice, heads * 128, p.many);
+      fetch<64, 64>(s + 2 * 64 * WIDE, v + at + slice, heads * 128, p.many);
     }
     copies_sent();
   };
@@ -158,19 +128,19 @@ template <bool DELTA> static __device__ __forceinline__ void states_forward(cons
   request(0);
   float g = DELTA ? 0.f : slope[group % HEADS];
   for (int chunk = 0; chunk < chunks; chunk++) {
-    Place p = place_of(chunk, chunks, group, tokens);
+    Place p = place_of<CHUNK>(chunk, chunks, group, tokens);
     state.store(ss, HALF);
     copies_wait<0>();
     __syncthreads();
     if (chunk + 1 < chunks) request(chunk + 1);
     bf16 *ks = stage[chunk & 1], *ws = ks + 64 * WIDE, *us = ks + 2 * 64 * WIDE;
-    bf16* out = states + at_chunk(p, 128) + slice;
-    for (int i = threadIdx.x; i < 128 * 8; i += THREADS) store8(out + (i >> 3) * 128 + (i & 7) * 8, load8(ss + (i >> 3) * HALF + (i & 7) * 8));
+    bf16* out = states + at_chunk(p, 128, 128) + slice;
+    deliver<128, 64>(out, 128, ss);
     if (DELTA) {
       Tile<64, 64> old;
       old.clear();
       old.add<128, AS_IS, AS_IS>(ws, WIDE, ss, HALF);
-      bf16* to = fresh + at_chunk(p, 64) + slice;
+      bf16* to = fresh + at_chunk(p, 64, 128) + slice;
       old.each([&](int row, int column, float& x, float& y) {
         u32 value = *reinterpret_cast<u32*>(us + row * HALF + column);
         u32 left = pack(low(value) - x, high(value) - y);
@@ -210,16 +180,16 @@ template <bool DELTA> static __device__ __forceinline__ void output(const bf16* 
   Arena arena;
   bf16 *qs = arena.half(64 * WIDE), *ks = arena.half(64 * WIDE), *vs = arena.half(64 * WIDE), *ss = arena.half(128 * WIDE),
        *ps = arena.half(64 * HALF);
-  Place p = place_of(blockIdx.x, gridDim.x, blockIdx.y, tokens);
+  Place p = place_of<CHUNK>(blockIdx.x, gridDim.x, blockIdx.y, tokens);
   const int heads = DELTA ? HEADS : KV_HEADS;
-  i64 at = at_token(p, tokens, heads, DELTA ? p.head : kv_head(p.head)), at_q = at_token(p, tokens, HEADS, p.head);
+  i64 at = at_token(p, tokens, heads, DELTA ? p.head : kv_head(p.head), 128), at_q = at_token(p, tokens, HEADS, p.head, 128);
   fetch<64, 128>(qs, q + at_q, HEADS * 128, p.many);
   fetch<64, 128>(ks, k + at, heads * 128, p.many);
-  if (DELTA) fetch<64, 128>(vs, fresh + at_chunk(p, 64), 128, 64);
+  if (DELTA) fetch<64, 128>(vs, fresh + at_chunk(p, 64, 128), 128, 64);
   else fetch<64, 128>(vs, fresh + at, heads * 128, p.many);
-  fetch<128, 128>(ss, states + at_chunk(p, 128), 128, 128);
+  fetch<128, 128>(ss, states + at_chunk(p, 128, 128), 128, 128);
   float g = DELTA ? 0.f : slope[p.head];
-  __syncthreads();
+  arrive();
   {
     Tile<64, 64> scores;
     scores.clear();
@@ -252,12 +222,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) decay_output(const bf16* q
 extern "C" __global__ void __launch_bounds__(THREADS) delta_local(const bf16* q, const bf16* k, const bf16* d_o, bf16* dfresh, int tokens) {
   Arena arena;
   bf16 *qs = arena.half(64 * WIDE), *ks = arena.half(64 * WIDE), *os = arena.half(64 * WIDE), *ps = arena.half(64 * HALF);
-  Place p = place_of(blockIdx.x, gridDim.x, blockIdx.y, tokens);
-  i64 at = at_token(p, tokens, HEADS, p.head);
+  Place p = place_of<CHUNK>(blockIdx.x, gridDim.x, blockIdx.y, tokens);
+  i64 at = at_token(p, tokens, HEADS, p.head, 128);
   fetch<64, 128>(qs, q + at, HEADS * 128, p.many);
   fetch<64, 128>(ks, k + at, HEADS * 128, p.many);
   fetch<64, 128>(os, d_o + at, HEADS * 128, p.many);
-  __syncthreads();
+  arrive();
   Tile<64, 64> scores;
   scores.clear();
   scores.add<128, AS_IS, TURNED>(qs, WIDE, ks, WIDE);
@@ -270,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_local(const bf16* q,
   Tile<64, 128> out;
   out.clear();
   out.add<64, TURNED, AS_IS>(ps, HALF, os, WIDE);
-  out.store(dfresh + at_chunk(p, 64), 128);
+  out.store(dfresh + at_chunk(p, 64, 128), 128);
 }
 
 // Gradients of the states at the end of each chunk, [groups, chunks, 128, 128], from the last chunk to the first; dV' becomes whole in
@@ -286,15 +256,15 @@ template <bool DELTA> static __device__ __forceinline__ void states_backward(con
   stage[1] = arena.half(size);
   int group = blockIdx.y, slice = blockIdx.x * 64;
   auto request = [&](int chunk) {
-    Place p = place_of(chunk, chunks, group, tokens);
+    Place p = place_of<CHUNK>(chunk, chunks, group, tokens);
     bf16* s = stage[chunk & 1];
-    i64 at = at_token(p, tokens, HEADS, p.head);
-    fetch_async<64, 128>(s, q + at, HEADS * 128, p.many);
-    fetch_async<64, 64>(s + 64 * WIDE, d_o + at + slice, HEADS * 128, p.many);
+    i64 at = at_token(p, tokens, HEADS, p.head, 128);
+    fetch<64, 128>(s, q + at, HEADS * 128, p.many);
+    fetch<64, 64>(s + 64 * WIDE, d_o + at + slice, HEADS * 128, p.many);
     if (DELTA) {
-      fetch_async<64, 128>(s + 64 * WIDE + 64 * HALF, k + at, HEADS * 128, p.many);
-      fetch_async<64, 128>(s + 2 * 64 * WIDE + 64 * HALF, w + at_chunk(p, 64), 128, 64);
-      fetch_async<64, 64>(s + 3 * 64 * WIDE + 64 * HALF, dfresh + at_chunk(p, 64) + slice, 128, 64);
+      fetch<64, 128>(s + 64 * WIDE + 64 * HALF, k + at, HEADS * 128, p.many);
+      fetch<64, 128>(s + 2 * 64 * WIDE + 64 * HALF, w + at_chunk(p, 64, 128), 128, 64);
+      fetch<64, 64>(s + 3 * 64 * WIDE + 64 * HALF, dfresh + at_chunk(p, 64, 128) + slice, 128, 64);
     }
     copies_sent();
   };
@@ -303,20 +273,20 @@ template <bool DELTA> static __device__ __forceinline__ void states_backward(con
   request(chunks - 1);
   float g = DELTA ? 0.f : slope[group % HEADS];
   for (int chunk = chunks - 1; chunk >= 0; chunk--) {
-    Place p = place_of(chunk, chunks, group, tokens);
+    Place p = place_of<CHUNK>(chunk, chunks, group, tokens);
     state.store(ss, HALF);
     copies_wait<0>();
     __syncthreads();
     if (chunk > 0) request(chunk - 1);
     bf16 *qs = stage[chunk & 1], *os = qs + 64 * WIDE, *ks = os + 64 * HALF, *ws = ks + 64 * WIDE, *ls = ws + 64 * WIDE;
-    bf16* out = dstates + at_chunk(p, 128) + slice;
-    for (int i = threadIdx.x; i < 128 * 8; i += THREADS) store8(out + (i >> 3) * 128 + (i & 7) * 8, load8(ss + (i >> 3) * HALF + (i & 7) * 8));
+    bf16* out = dstates + at_chunk(p, 128, 128) + slice;
+    deliver<128, 64>(out, 128, ss);
     if (DELTA) {
       {
         Tile<64, 64> whole;
         whole.clear();
         whole.add<128, AS_IS, AS_IS>(ks, WIDE, ss, HALF);
-        bf16* to = dfresh + at_chunk(p, 64) + slice;
+        bf16* to = dfresh + at_chunk(p, 64, 128) + slice;
         whole.each([&](int row, int column, float& x, float& y) {
           u32 local = *reinterpret_cast<u32*>(ls + row * HALF + column);
           float a = low(local) + x, b = high(local) + y;
@@ -372,19 +342,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_gradients(const bf16
        *fs = arena.half(64 * WIDE), *dfs = arena.half(64 * WIDE), *ss = arena.half(128 * WIDE), *dss = arena.half(128 * WIDE),
        *ts = arena.half(64 * HALF), *xs = arena.half(64 * HALF), *ys = arena.half(64 * HALF);
   float *bs = arena.single(64), *sums = arena.single(128);
-  Place p = place_of(blockIdx.x, gridDim.x, blockIdx.y, tokens);
-  i64 at = at_token(p, tokens, HEADS, p.head);
+  Place p = place_of<CHUNK>(blockIdx.x, gridDim.x, blockIdx.y, tokens);
+  i64 at = at_token(p, tokens, HEADS, p.head, 128);
   fetch<64, 128>(qs, q + at, HEADS * 128, p.many);
   fetch<64, 128>(ks, k + at, HEADS * 128, p.many);
   fetch<64, 128>(vs, v + at, HEADS * 128, p.many);
   fetch<64, 128>(os, d_o + at, HEADS * 128, p.many);
-  fetch<64, 128>(fs, fresh + at_chunk(p, 64), 128, 64);
-  fetch<64, 128>(dfs, dfresh + at_chunk(p, 64), 128, 64);
-  fetch<128, 128>(ss, states + at_chunk(p, 128), 128, 128);
-  fetch<128, 128>(dss, dstates + at_chunk(p, 128), 128, 128);
-  fetch<64, 64>(ts, inverse + ((i64)p.group * p.chunks + p.chunk) * 64 * 64, 64, 64);
+  fetch<64, 128>(fs, fresh + at_chunk(p, 64, 128), 128, 64);
+  fetch<64, 128>(dfs, dfresh + at_chunk(p, 64, 128), 128, 64);
+  fetch<128, 128>(ss, states + at_chunk(p, 128, 128), 128, 128);
+  fetch<128, 128>(dss, dstates + at_chunk(p, 128, 128), 128, 128);
+  fetch<64, 64>(ts, inverse + at_chunk(p, 64, 64), 64, 64);
   if (threadIdx.x < 64) bs[threadIdx.x] = threadIdx.x < p.many ? beta[at / 128 + threadIdx.x * HEADS] : 0.f;
-  __syncthreads();
+  arrive();
   {
     Tile<64, 64> r;
     r.clear();
@@ -496,16 +466,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) decay_gradients(const bf16
   Arena arena;
   bf16 *qs = arena.half(64 * WIDE), *ks = arena.half(64 * WIDE), *vs = arena.half(64 * WIDE), *os = arena.half(64 * WIDE),
        *ss = arena.half(128 * WIDE), *dss = arena.half(128 * WIDE), *ps = arena.half(64 * HALF), *rs = arena.half(64 * HALF);
-  Place p = place_of(blockIdx.x, gridDim.x, blockIdx.y, tokens);
-  i64 at = at_token(p, tokens, HEADS, p.head), at_kv = at_token(p, tokens, KV_HEADS, kv_head(p.head));
+  Place p = place_of<CHUNK>(blockIdx.x, gridDim.x, blockIdx.y, tokens);
+  i64 at = at_token(p, tokens, HEADS, p.head, 128), at_kv = at_token(p, tokens, KV_HEADS, kv_head(p.head), 128);
   fetch<64, 128>(qs, q + at, HEADS * 128, p.many);
   fetch<64, 128>(ks, k + at_kv, KV_HEADS * 128, p.many);
   fetch<64, 128>(vs, v + at_kv, KV_HEADS * 128, p.many);
   fetch<64, 128>(os, d_o + at, HEADS * 128, p.many);
-  fetch<128, 128>(ss, states + at_chunk(p, 128), 128, 128);
-  fetch<128, 128>(dss, dstates + at_chunk(p, 128), 128, 128);
+  fetch<128, 128>(ss, states + at_chunk(p, 128, 128), 128, 128);
+  fetch<128, 128>(dss, dstates + at_chunk(p, 128, 128), 128, 128);
   float g = slope[p.head];
-  __syncthreads();
+  arrive();
   {
     Tile<64, 64> r;
     auto masked = [&](int t, int i, float& x, float& y) {

@@ -154,10 +154,18 @@ extern "C" __global__ void sort_place(const int* experts, const bf16* shares, co
   }
 }
 
-// out[p] = x[source[p]], rows of HIDDEN; a block of HIDDEN / 8 threads a row.
-extern "C" __global__ void gather_rows(const bf16* x, const int* source, bf16* out) {
+// out[p] = x[source[p]], rows of HIDDEN; a block of HIDDEN / 8 threads takes GATHER_ROWS of them, all under way at once.
+#define GATHER_ROWS 8
+extern "C" __global__ void gather_rows(const bf16* x, const int* source, bf16* out, int rows) {
   i64 column = threadIdx.x * 8;
-  store8(out + (i64)blockIdx.x * HIDDEN + column, load8(x + (i64)source[blockIdx.x] * HIDDEN + column));
+  int first = blockIdx.x * GATHER_ROWS;
+  Eight v[GATHER_ROWS];
+#pragma unroll
+  for (int i = 0; i < GATHER_ROWS; i++)
+    if (first + i < rows) v[i] = load8(x + (i64)source[first + i] * HIDDEN + column);
+#pragma unroll
+  for (int i = 0; i < GATHER_ROWS; i++)
+    if (first + i < rows) store8(out + (i64)(first + i) * HIDDEN + column, v[i]);
 }
 
 // out[t] = base[t] + sum over k of rows[place[t, k]]; f32 inside.

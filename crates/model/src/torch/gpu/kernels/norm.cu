@@ -12,6 +12,13 @@ static __device__ __forceinline__ void prepare(float* x, int mode) {
   }
 }
 
+// A block's partial sums of eight columns, to partial [blocks, HIDDEN].
+static __device__ __forceinline__ void store_partial(float* partial, int column, const float* sum) {
+  float* out = partial + (i64)blockIdx.x * HIDDEN + column;
+#pragma unroll
+  for (int i = 0; i < 8; i++) out[i] = sum[i];
+}
+
 // x, y [rows, HIDDEN]; weight [HIDDEN] or null; scale [rows] takes 1 / rms.
 extern "C" __global__ void rms_forward(const bf16* x, const bf16* weight, bf16* y, float* scale, float eps, int mode) {
   __shared__ float scratch[33];
@@ -69,11 +76,7 @@ extern "C" __global__ void rms_backward(const bf16* dy, const bf16* x, const bf1
     }
     store8(dx + at, pack8(v));
   }
-  if (partial) {
-    float* out = partial + (i64)blockIdx.x * HIDDEN + column;
-#pragma unroll
-    for (int i = 0; i < 8; i++) out[i] = dw[i];
-  }
+  if (partial) store_partial(partial, column, dw);
 }
 
 // Sums the rows of [rows, columns] into out [columns], in a fixed order. Blocks of 32 x 8 threads, 32 columns each.
@@ -95,24 +98,19 @@ extern "C" __global__ void column_sums(const float* partial, float* out, int row
   }
 }
 
-// Sums of the columns of a bf16 matrix [rows, HIDDEN] as partial sums [blocks, HIDDEN], and of the elementwise product with `other`
-// unless that is null.
-extern "C" __global__ void column_partials(const bf16* x, const bf16* other, float* partial, int rows) {
+// Sums of the columns of a bf16 matrix [rows, HIDDEN] as partial sums [blocks, HIDDEN].
+extern "C" __global__ void column_partials(const bf16* x, float* partial, int rows) {
   int column = threadIdx.x * 8;
   float sum[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) sum[i] = 0.f;
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    i64 at = (i64)row * HIDDEN + column;
-    float v[8], o[8];
-    unpack8(load8(x + at), v);
-    if (other) unpack8(load8(other + at), o);
+    float v[8];
+    unpack8(load8(x + (i64)row * HIDDEN + column), v);
 #pragma unroll
-    for (int i = 0; i < 8; i++) sum[i] += other ? v[i] * o[i] : v[i];
+    for (int i = 0; i < 8; i++) sum[i] += v[i];
   }
-  float* out = partial + (i64)blockIdx.x * HIDDEN + column;
-#pragma unroll
-  for (int i = 0; i < 8; i++) out[i] = sum[i];
+  store_partial(partial, column, sum);
 }
 
 // The gate that adds a branch: gains [HIDDEN] f32, mix = sigmoid of the learnt scalar, one f32 on the device.
@@ -182,7 +180,5 @@ extern "C" __global__ void branch_leave(bf16* ds, const bf16* y, const float* ga
     }
     store8(ds + at, pack8(d));
   }
-  float* out = partial + (i64)blockIdx.x * HIDDEN + column;
-#pragma unroll
-  for (int i = 0; i < 8; i++) out[i] = sum[i];
+  store_partial(partial, column, sum);
 }

@@ -10,11 +10,7 @@
 // arrays are [rows * HEADS, chunks, 32, SLOTS], memories [rows * HEADS, chunks, 128, SLOTS]. Built for SLOTS = 64.
 
 #define CHUNK 32
-#define WIDE (128 + PAD)
-#define HALF (64 + PAD)
-#define QUARTER (32 + PAD)
 #define ROW 65  // floats in a row of per-slot values
-#define THREADS 256
 
 // q: silu and norm; k likewise; v: silu; log-decays F from router scores r and decay logits a. projected [tokens, stride], columns
 // q | k | v | r (HEADS * SLOTS) | a (HEADS). The best KEPT slots of a head share its decay.
@@ -50,7 +46,7 @@ extern "C" __global__ void slot_inputs(const bf16* projected, i64 stride, const 
       return;
     }
     load4((n < HEADS ? q_weight : k_weight) + lane * 4, w);
-    float r = rsqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) / 128.f + eps);
+    float r = head_scale(x, eps);
 #pragma unroll
     for (int i = 0; i < 4; i++) x[i] = rounded(x[i] * r) * w[i];
     store4(n < HEADS ? q + (token * HEADS + n) * 128 + lane * 4 : k + (token * KV_HEADS + n - HEADS) * 128 + lane * 4, x);
@@ -109,7 +105,7 @@ extern "C" __global__ void slot_inputs_backward(const bf16* projected, i64 strid
         int kind = n < HEADS ? 0 : 1;
 #pragma unroll
         for (int i = 0; i < 4; i++) x[i] = rounded(silu(raw[i]));
-        float r = rsqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) / 128.f + eps), dot = 0.f;
+        float r = head_scale(x, eps), dot = 0.f;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           x[i] *= r;
@@ -162,38 +158,13 @@ extern "C" __global__ void slot_inputs_backward(const bf16* projected, i64 strid
   }
 }
 
-struct Place {
-  int chunk, chunks, group, row, head, first, many;
-};
-static __device__ __forceinline__ Place place_of(int chunk, int chunks, int group, int tokens) {
-  Place p;
-  p.chunk = chunk; p.chunks = chunks; p.group = group;
-  p.row = group / HEADS; p.head = group % HEADS;
-  p.first = chunk * CHUNK;
-  p.many = min(CHUNK, tokens - p.first);
-  return p;
-}
-static __device__ __forceinline__ i64 at_token(const Place& p, int tokens, int heads, int head) {
-  return ((i64)p.row * tokens + p.first) * heads + head;
-}
-static __device__ __forceinline__ i64 at_chunk(const Place& p, int rows) { return ((i64)p.group * p.chunks + p.chunk) * rows * SLOTS; }
-static __device__ __forceinline__ int kv_head(int head) { return head / (HEADS / KV_HEADS); }
-
 // 1 - e^F as the reference computes it, in bf16.
 static __device__ __forceinline__ float strength(float f) { return rounded(1.f - rounded(__expf(f))); }
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
-struct Arena {
-  unsigned char* next;
-  __device__ Arena() : next(shared_memory) {}
-  __device__ bf16* half(int elements) { bf16* p = (bf16*)next; next += (elements * 2 + 15) / 16 * 16; return p; }
-  __device__ float* single(int elements) { float* p = (float*)next; next += (elements * 4 + 15) / 16 * 16; return p; }
-};
-
 // Weights s e^{b_C - b} (chunk array) and e^{b_C} [groups, chunks, SLOTS] of each chunk. SLOTS threads.
 extern "C" __global__ void slot_gates(const bf16* log_decay, bf16* weights, float* ends, int tokens) {
-  Place p = place_of(blockIdx.x, gridDim.x, blockIdx.y, tokens);
-  const bf16* from = log_decay + at_token(p, tokens, HEADS, p.head) * SLOTS + threadIdx.x;
+  Place p = place_of<CHUNK>(blockIdx.x, gridDim.x, blockIdx.y, tokens);
+  const bf16* from = log_decay + at_token(p, tokens, HEADS, p.head, SLOTS) + threadIdx.x;
   float f[CHUNK], sum = 0.f;
 #pragma unroll
   for (int t = 0; t < CHUNK; t++) {
@@ -201,13 +172,13 @@ extern "C" __global__ void slot_gates(const bf16* log_decay, bf16* weights, floa
     sum += f[t];
   }
   float b = 0.f;
-  bf16* to = weights + at_chunk(p, CHUNK) + threadIdx.x;
+  bf16* to = weights + at_chunk(p, CHUNK, SLOTS) + threadIdx.x;
 #pragma unroll
   for (int t = 0; t < CHUNK; t++) {
     b += f[t];
     to[t * SLOTS] = narrow(strength(f[t]) * __expf(sum - b));
   }
-  ends[((i64)p.group * p.chunks + p.chunk) * SLOTS + threadIdx.x] = __expf(sum);
+  ends[at_chunk(p, 1, SLOTS) + threadIdx.x] = __expf(sum);
 }
 
 // A walk over the chunks of one head: memory of each chunk is written, then memory = memory diag(e^{b_C}) + X^T weights.
@@ -223,24 +194,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_walk(const bf16* x_ke
   bf16* out = blockIdx.x < 2 ? keys : values;
   auto request = [&](int n) {
     int chunk = is_backward ? chunks - 1 - n : n;
-    Place p = place_of(chunk, chunks, group, tokens);
+    Place p = place_of<CHUNK>(chunk, chunks, group, tokens);
     int head = p.head / (HEADS / heads);
-    fetch_async<CHUNK, 64>(xs[n & 1], x + at_token(p, tokens, heads, head) * 128 + slice, heads * 128, p.many);
-    fetch_async<CHUNK, 64>(ws[n & 1], weights + at_chunk(p, CHUNK), SLOTS, CHUNK);
+    fetch<CHUNK, 64>(xs[n & 1], x + at_token(p, tokens, heads, head, 128) + slice, heads * 128, p.many);
+    fetch<CHUNK, 64>(ws[n & 1], weights + at_chunk(p, CHUNK, SLOTS), SLOTS, CHUNK);
     copies_sent();
   };
   Tile<64, 64> memory;
   memory.clear();
   request(0);
   for (int n = 0; n < chunks; n++) {
-    Place p = place_of(is_backward ? chunks - 1 - n : n, chunks, group, tokens);
+    Place p = place_of<CHUNK>(is_backward ? chunks - 1 - n : n, chunks, group, tokens);
     memory.store(ms, HALF);
     copies_wait<0>();
     __syncthreads();
     if (n + 1 < chunks) request(n + 1);
-    bf16* to = out + at_chunk(p, 128) + slice * SLOTS;
-    for (int i = threadIdx.x; i < 64 * 8; i += THREADS) store8(to + (i >> 3) * SLOTS + (i & 7) * 8, load8(ms + (i >> 3) * HALF + (i & 7) * 8));
-    const float* keep = ends + ((i64)p.group * p.chunks + p.chunk) * SLOTS;
+    bf16* to = out + at_chunk(p, 128, SLOTS) + slice * SLOTS;
+    deliver<64, 64>(to, SLOTS, ms);
+    const float* keep = ends + at_chunk(p, 1, SLOTS);
     memory.each([&](int, int m, float& a, float& b) { a *= keep[m]; b *= keep[m + 1]; });
     memory.add<CHUNK, TURNED, AS_IS>(xs[n & 1], HALF, ws[n & 1], HALF);
     __syncthreads();
@@ -250,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_walk(const bf16* x_ke
 // Per-slot sums of F and strengths of a chunk, rows of ROW floats.
 static __device__ __forceinline__ void gates_of(const bf16* log_decay, const Place& p, int tokens, float* b, float* s) {
   if (threadIdx.x < SLOTS) {
-    const bf16* from = log_decay + at_token(p, tokens, HEADS, p.head) * SLOTS + threadIdx.x;
+    const bf16* from = log_decay + at_token(p, tokens, HEADS, p.head, SLOTS) + threadIdx.x;
     float sum = 0.f;
 #pragma unroll
     for (int t = 0; t < CHUNK; t++) {
@@ -277,21 +248,33 @@ static __device__ __forceinline__ void add_inside(const float* scores, const flo
   int m = threadIdx.x & 63;
   for (int t = threadIdx.x >> 6; t < CHUNK; t += 4) {
     float sum = 0.f, bt = b[t * ROW + m];
+#pragma unroll 4
     for (int i = 0; i <= t; i++) sum += scores[t * 33 + i] * s[i * ROW + m] * __expf(bt - b[i * ROW + m]);
     to[t * ROW + m] += sum;
   }
 }
 
-// to[t][i] = sum_m x[t][m] s_im e^{b_tm - b_im} for i <= t, else 0, as bf16 rows of QUARTER.
-static __device__ __forceinline__ void pair_sums(const float* x, const float* b, const float* s, bf16* to) {
+// to[n][t][i] = sum_m x[n][t][m] s_im e^{b_tm - b_im} for i <= t, else 0, as bf16 rows of QUARTER; N of them in one pass.
+template <int N> struct Pairs {
+  const float* x[N];
+  bf16* to[N];
+};
+template <int N> static __device__ __forceinline__ void pair_sums(const Pairs<N>& pairs, const float* b, const float* s) {
   int i = threadIdx.x & 31;
   for (int t = threadIdx.x >> 5; t < CHUNK; t += 8) {
-    float sum = 0.f;
+    float sum[N];
+#pragma unroll
+    for (int n = 0; n < N; n++) sum[n] = 0.f;
     if (i <= t) {
 #pragma unroll 8
-      for (int m = 0; m < SLOTS; m++) sum += x[t * ROW + m] * s[i * ROW + m] * __expf(b[t * ROW + m] - b[i * ROW + m]);
+      for (int m = 0; m < SLOTS; m++) {
+        float weight = s[i * ROW + m] * __expf(b[t * ROW + m] - b[i * ROW + m]);
+#pragma unroll
+        for (int n = 0; n < N; n++) sum[n] += pairs.x[n][t * ROW + m] * weight;
+      }
     }
-    to[t * QUARTER + i] = narrow(sum);
+#pragma unroll
+    for (int n = 0; n < N; n++) pairs.to[n][t * QUARTER + i] = narrow(sum[n]);
   }
 }
 
@@ -306,16 +289,16 @@ template <bool BACKWARD> static __device__ __forceinline__ void slot_chunk(const
        *vm = arena.half(128 * HALF), *pe = arena.half(32 * HALF), *cs = arena.half(32 * QUARTER);
   float *b = arena.single(32 * ROW), *s = arena.single(32 * ROW), *y = arena.single(32 * ROW), *d = arena.single(32 * ROW),
         *qk = arena.single(32 * 33), *ov = arena.single(32 * 33);
-  Place p = place_of(blockIdx.x, gridDim.x, blockIdx.y, tokens);
-  i64 at = at_token(p, tokens, HEADS, p.head) * 128, at_kv = at_token(p, tokens, KV_HEADS, kv_head(p.head)) * 128;
+  Place p = place_of<CHUNK>(blockIdx.x, gridDim.x, blockIdx.y, tokens);
+  i64 at = at_token(p, tokens, HEADS, p.head, 128), at_kv = at_token(p, tokens, KV_HEADS, kv_head(p.head), 128);
   fetch<32, 128>(kv, k + at_kv, KV_HEADS * 128, p.many);
   fetch<32, 128>(kv + 32 * WIDE, v + at_kv, KV_HEADS * 128, p.many);
   fetch<32, 128>(qs, q + at, HEADS * 128, p.many);
   if (BACKWARD) fetch<32, 128>(os, d_o + at, HEADS * 128, p.many);
-  fetch<128, 64>(km, keys + at_chunk(p, 128), SLOTS, 128);
-  fetch<128, 64>(vm, values + at_chunk(p, 128), SLOTS, 128);
+  fetch<128, 64>(km, keys + at_chunk(p, 128, SLOTS), SLOTS, 128);
+  fetch<128, 64>(vm, values + at_chunk(p, 128, SLOTS), SLOTS, 128);
   gates_of(log_decay, p, tokens, b, s);
-  __syncthreads();
+  arrive();
   {
     Tile<32, 64> tile;
     tile.clear();
@@ -344,7 +327,7 @@ template <bool BACKWARD> static __device__ __forceinline__ void slot_chunk(const
   if (BACKWARD) add_inside(ov, b, s, d);
   __syncthreads();
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  i64 out = at_chunk(p, CHUNK);
+  i64 out = at_chunk(p, CHUNK, SLOTS);
   for (int t = warp; t < CHUNK; t += 8) {
     float y0 = y[t * ROW + lane], y1 = y[t * ROW + lane + 32], top = warp_max(fmaxf(y0, y1));
     float e0 = __expf(y0 - top), e1 = __expf(y1 - top), total = warp_sum(e0 + e1);
@@ -374,7 +357,7 @@ template <bool BACKWARD> static __device__ __forceinline__ void slot_chunk(const
   }
   if (BACKWARD) return;
   __syncthreads();
-  pair_sums(y, b, s, cs);
+  pair_sums<1>({{y}, {cs}}, b, s);
   __syncthreads();
   Tile<32, 128> result;
   result.clear();
@@ -408,9 +391,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_gradients(const bf16*
        *dye = arena.half(32 * HALF), *as = arena.half(32 * QUARTER), *cs = arena.half(32 * QUARTER);
   float *b = arena.single(32 * ROW), *s = arena.single(32 * ROW), *ps = arena.single(32 * ROW), *dy = arena.single(32 * ROW),
         *z = arena.single(32 * ROW), *qk = arena.single(32 * 33), *ov = arena.single(32 * 33), *sums = arena.single(512);
-  Place p = place_of(blockIdx.x, gridDim.x, blockIdx.y, tokens);
-  i64 at = at_token(p, tokens, HEADS, p.head) * 128, at_kv = at_token(p, tokens, KV_HEADS, kv_head(p.head)) * 128;
-  i64 at_slots = at_chunk(p, CHUNK), at_memory = at_chunk(p, 128);
+  Place p = place_of<CHUNK>(blockIdx.x, gridDim.x, blockIdx.y, tokens);
+  i64 at = at_token(p, tokens, HEADS, p.head, 128), at_kv = at_token(p, tokens, KV_HEADS, kv_head(p.head), 128);
+  i64 at_slots = at_chunk(p, CHUNK, SLOTS), at_memory = at_chunk(p, 128, SLOTS);
   fetch<32, 128>(kv, k + at_kv, KV_HEADS * 128, p.many);
   fetch<32, 128>(kv + 32 * WIDE, v + at_kv, KV_HEADS * 128, p.many);
   fetch<32, 128>(qs, q + at, HEADS * 128, p.many);
@@ -422,12 +405,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_gradients(const bf16*
   fetch<32, 64>(ws, weights + at_slots, SLOTS, CHUNK);
   fetch<32, 64>(dye, dye_in + at_slots, SLOTS, CHUNK);
   gates_of(log_decay, p, tokens, b, s);
-  for (int i = threadIdx.x; i < CHUNK * SLOTS; i += THREADS) {
-    int t = i >> 6, m = i & 63;
+#pragma unroll
+  for (int n = 0; n < CHUNK * SLOTS / THREADS; n++) {
+    int i = n * THREADS + threadIdx.x, t = i >> 6, m = i & 63;
     ps[t * ROW + m] = wide(p_in[at_slots + i]);
     dy[t * ROW + m] = wide(dy_in[at_slots + i]);
   }
-  __syncthreads();
+  arrive();
   {
     Tile<32, 64> tile;
     tile.clear();
@@ -441,8 +425,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_gradients(const bf16*
     tile.add<128, AS_IS, AS_IS>(kv + 32 * WIDE, WIDE, dvm, HALF);
     tile.each([&](int i, int m, float& x, float& y) { z[i * ROW + m] = x; z[i * ROW + m + 1] = y; });
   }
-  pair_sums(dy, b, s, as);
-  pair_sums(ps, b, s, cs);
+  pair_sums<2>({{dy, ps}, {as, cs}}, b, s);
   {
     // What the memories' own decay contributes, a quarter of the channels a thread.
     int m = threadIdx.x & 63, part = threadIdx.x >> 6;
@@ -475,6 +458,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_gradients(const bf16*
     for (int i = threadIdx.x >> 6; i < CHUNK; i += 4) {
       float bi = b[i * ROW + m], sum = z[i * ROW + m] * __expf(end - bi);
       total += s[i * ROW + m] * sum;
+#pragma unroll 4
       for (int t = i; t < CHUNK; t++)
         sum += (qk[t * 33 + i] * dy[t * ROW + m] + ov[t * 33 + i] * ps[t * ROW + m]) * __expf(b[t * ROW + m] - bi);
       z[i * ROW + m] = sum;
@@ -485,16 +469,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_gradients(const bf16*
   // db_t = dy y + p dp - s ds, for b_C what its own exponentials give on top; F_t is in every b from t on, and in s.
   if (threadIdx.x < SLOTS) {
     int m = threadIdx.x;
-    float sum = 0.f;
+    i64 first = at_token(p, tokens, HEADS, p.head, SLOTS) + m;
+    // All loads under way before the sum that runs over them.
+    float own[CHUNK], f[CHUNK], sum = 0.f;
 #pragma unroll
-    for (int j = 0; j < 4; j++) sum += sums[256 + j * 64 + m] + sums[j * 64 + m] * ends[((i64)p.group * p.chunks + p.chunk) * SLOTS + m];
-    i64 first = at_token(p, tokens, HEADS, p.head) * SLOTS + m;
+    for (int t = 0; t < CHUNK; t++) {
+      own[t] = change[at_slots + t * SLOTS + m];
+      f[t] = t < p.many ? wide(log_decay[first + (i64)t * HEADS * SLOTS]) : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) sum += sums[256 + j * 64 + m] + sums[j * 64 + m] * ends[at_chunk(p, 1, SLOTS) + m];
+#pragma unroll
     for (int t = CHUNK - 1; t >= 0; t--) {
       float ds = z[t * ROW + m];
-      sum += change[at_slots + t * SLOTS + m] - s[t * ROW + m] * ds;
-      if (t >= p.many) continue;
-      i64 to = first + (i64)t * HEADS * SLOTS;
-      dlog_decay[to] = narrow(sum - ds * __expf(wide(log_decay[to])));
+      sum += own[t] - s[t * ROW + m] * ds;
+      if (t < p.many) dlog_decay[first + (i64)t * HEADS * SLOTS] = narrow(sum - ds * __expf(f[t]));
     }
   }
 }

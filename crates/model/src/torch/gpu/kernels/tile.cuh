@@ -23,6 +23,7 @@ template <int left> static __device__ __forceinline__ void copies_wait() { asm v
 // How a matrix lies in shared memory. Rows are padded by 8 elements: ldmatrix then meets every bank once.
 enum { AS_IS = 0, TURNED = 1 };
 #define PAD 8
+#define THREADS 256
 
 // The part of an M x N product that one warp holds: MT x NT at (row0, column0).
 template <int M, int N> struct Tile {
@@ -92,19 +93,12 @@ template <int M, int N> struct Tile {
   }
 };
 
-// ROWS x COLUMNS from rows of `stride` elements into rows of COLUMNS + PAD; zeros from row `rows` on.
+// ROWS x COLUMNS from rows of `stride` elements into rows of COLUMNS + PAD; zeros from row `rows` on. Does not wait: after copies_sent,
+// copies_wait and a barrier it is there.
 template <int ROWS, int COLUMNS> static __device__ __forceinline__ void fetch(bf16* to, const bf16* from, i64 stride, int rows) {
-  for (int i = threadIdx.x; i < ROWS * COLUMNS / 8; i += blockDim.x) {
-    int row = i / (COLUMNS / 8), column = i % (COLUMNS / 8) * 8;
-    Eight v = {{0, 0, 0, 0}};
-    if (row < rows) v = load8(from + row * stride + column);
-    store8(to + row * (COLUMNS + PAD) + column, v);
-  }
-}
-// The same without waiting; finish with copies_sent and copies_wait.
-template <int ROWS, int COLUMNS> static __device__ __forceinline__ void fetch_async(bf16* to, const bf16* from, i64 stride, int rows) {
-  for (int i = threadIdx.x; i < ROWS * COLUMNS / 8; i += blockDim.x) {
-    int row = i / (COLUMNS / 8), column = i % (COLUMNS / 8) * 8;
+#pragma unroll
+  for (int n = 0; n < ROWS * COLUMNS / 8 / THREADS; n++) {
+    int i = n * THREADS + threadIdx.x, row = i / (COLUMNS / 8), column = i % (COLUMNS / 8) * 8;
     if (row < rows) {
       copy_async(to + row * (COLUMNS + PAD) + column, from + row * stride + column);
     } else {
@@ -113,3 +107,53 @@ template <int ROWS, int COLUMNS> static __device__ __forceinline__ void fetch_as
     }
   }
 }
+// Everything that was fetched is there, for all threads.
+static __device__ __forceinline__ void arrive() {
+  copies_sent();
+  copies_wait<0>();
+  __syncthreads();
+}
+// The same from shared memory to rows of `stride` elements.
+template <int ROWS, int COLUMNS> static __device__ __forceinline__ void deliver(bf16* to, i64 stride, const bf16* from) {
+#pragma unroll
+  for (int n = 0; n < ROWS * COLUMNS / 8 / THREADS; n++) {
+    int i = n * THREADS + threadIdx.x, row = i / (COLUMNS / 8), column = i % (COLUMNS / 8) * 8;
+    store8(to + row * stride + column, load8(from + row * (COLUMNS + PAD) + column));
+  }
+}
+
+// Elements in a row of a tile of 128, 64 and 32 columns.
+#define WIDE (128 + PAD)
+#define HALF (64 + PAD)
+#define QUARTER (32 + PAD)
+
+// A chunk of CHUNK tokens of one head. A group is one head of one row; `many` tokens of the last chunk are real.
+struct Place {
+  int chunk, chunks, group, row, head, first, many;
+};
+template <int CHUNK> static __device__ __forceinline__ Place place_of(int chunk, int chunks, int group, int tokens) {
+  Place p;
+  p.chunk = chunk; p.chunks = chunks; p.group = group;
+  p.row = group / HEADS; p.head = group % HEADS;
+  p.first = chunk * CHUNK;
+  p.many = min(CHUNK, tokens - p.first);
+  return p;
+}
+// First element of the chunk's first token in a tensor [rows, tokens, heads, width], and of the chunk in an array
+// [groups, chunks, rows, width].
+static __device__ __forceinline__ i64 at_token(const Place& p, int tokens, int heads, int head, int width) {
+  return (((i64)p.row * tokens + p.first) * heads + head) * width;
+}
+static __device__ __forceinline__ i64 at_chunk(const Place& p, int rows, int width) {
+  return ((i64)p.group * p.chunks + p.chunk) * rows * width;
+}
+static __device__ __forceinline__ int kv_head(int head) { return head / (HEADS / KV_HEADS); }
+
+// Hands out dynamic shared memory.
+extern __shared__ __align__(16) unsigned char shared_memory[];
+struct Arena {
+  unsigned char* next;
+  __device__ Arena() : next(shared_memory) {}
+  __device__ bf16* half(int elements) { bf16* p = (bf16*)next; next += (elements * 2 + 15) / 16 * 16; return p; }
+  __device__ float* single(int elements) { float* p = (float*)next; next += (elements * 4 + 15) / 16 * 16; return p; }
+};

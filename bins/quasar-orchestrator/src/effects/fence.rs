@@ -1,0 +1,366 @@
+//! The writer lease: of all processes that hold the orchestrator's key, one writes.
+//!
+//! The lease is an object that moves by compare-and-swap. Its holder renews it each third of its time; whoever waits for it
+//! watches with its own clock that it stays as it is for the whole time, so no two clocks are compared and a clock that jumps
+//! hands out nothing. A holder that could not renew in time stops writing until it has (`Fence::hold`); one that finds somebody
+//! else's lease there has lost it for good. A write that was on its way meanwhile meets compare-and-swap (head, jobs, grants,
+//! snapshot) or a write-once key whose content the tape fixes.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use daemon::sequence::Sequence;
+use daemon::{Failure, Shutdown, clock};
+use protocol::documents::{WRITER_LEASE_MS, WriterLease};
+use protocol::envelope::{self, Context, Document, Expect, Verified, open_stored};
+use protocol::{KeyRef, Signer};
+use storage::{ObjectStore, PutCondition, StoreError};
+use tokio::time::Instant;
+
+/// The holder believes in its lease for this share of its time, in percent: it stops before anybody may take over.
+const TRUSTED_PERCENT: u32 = 80;
+/// Renewals within the time of a lease.
+const RENEWALS: u32 = 3;
+/// Looks at a lease that somebody else holds, within its time.
+const LOOKS: u32 = 15;
+const RETRY: Duration = Duration::from_millis(200);
+
+/// What the lease works with.
+pub struct FenceSettings {
+    pub store: Arc<dyn ObjectStore>,
+    pub key: String,
+    pub context: Context,
+    pub signer: Arc<dyn Signer>,
+    /// Keys that leases may be signed with: the signer's, and those before a rotation.
+    pub signers: Vec<KeyRef>,
+    pub sequence: Arc<Sequence>,
+    /// Of the journal at hand.
+    pub instance: [u8; 16],
+    pub host: String,
+    pub lease: Duration,
+}
+
+impl FenceSettings {
+    /// How long a lease lives in production.
+    pub const LEASE: Duration = Duration::from_millis(WRITER_LEASE_MS);
+}
+
+/// What to do about somebody else's lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Wait for it to end, but not for its holder to go on.
+    ForItsEnd,
+    /// Wait as long as it takes.
+    Standby,
+}
+
+/// A lease that is held, or was.
+pub struct Fence {
+    settings: FenceSettings,
+    held: tokio::sync::Mutex<(WriterLease, String)>,
+    /// Trusted until then, by two clocks: a machine that was suspended has slept through one of them.
+    trusted_until: Mutex<(Instant, u64)>,
+    lost: AtomicBool,
+}
+
+/// The lease is somebody else's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("another orchestrator writes to this run")]
+pub struct Lost;
+
+/// The lease of the run, if there is one, with the tag of its object.
+pub async fn read_lease(
+    store: &dyn ObjectStore,
+    key: &str,
+    context: &Context,
+    signers: &[KeyRef],
+) -> Result<Option<(Verified<WriterLease>, String)>, Failure> {
+    let object = match store.get(key, WriterLease::PURPOSE.limit() as u64 + 512).await {
+        Ok(object) => object,
+        Err(StoreError::NotFound { .. }) => return Ok(None),
+        Err(error) => return Err(Failure::unavailable(error)),
+    };
+    let lease = open_stored::<WriterLease>(&object.bytes, context, Expect::Any(signers))
+        .map_err(|error| Failure::configuration(error).context(key.to_owned()))?;
+    Ok(Some((lease, object.etag.unwrap_or_default())))
+}
+
+impl Fence {
+    /// Takes the lease: at once if nobody has it, if it was given back, or if its holder worked with this very journal; else
+    /// after its time. `None` if a stop was asked for meanwhile.
+    ///
+    /// # Errors
+    /// The store does not answer; or somebody else goes on holding it and `wait` does not say to stand by.
+    pub async fn acquire(settings: FenceSettings, wait: Wait, shutdown: &Shutdown) -> Result<Option<Self>, Failure> {
+        let mut watched: Option<(String, Instant)> = None;
+        loop {
+            let begun = (Instant::now(), clock::now_ms());
+            let found = read_lease(&*settings.store, &settings.key, &settings.context, &settings.signers).await?;
+            let (epoch, condition) = match &found {
+                None => (1, PutCondition::IfAbsent),
+                Some((lease, etag)) => {
+                    let is_free = lease.document.released || lease.document.instance == settings.instance;
+                    let is_over = watched.as_ref().is_some_and(|(tag, since)| tag == etag && since.elapsed() >= settings.lease);
+                    if !is_free && !is_over {
+                        if watched.as_ref().is_none_or(|(tag, _)| tag != etag) {
+                            if watched.is_some() && wait == Wait::ForItsEnd {
+                                return Err(held_by(&lease.document));
+                            }
+                            tracing::info!(
+                                holder = lease.document.host,
+                                epoch = lease.document.epoch,
+                                "waiting for the writer lease to end"
+                            );
+                            watched = Some((etag.clone(), Instant::now()));
+                        }
+                        if !shutdown.sleep(settings.lease / LOOKS).await {
+                            return Ok(None);
+                        }
+                        continue;
+                    }
+                    // Whatever its holder signed until its end, a number above it is told.
+                    let floor = lease.header.sequence + 2 * settings.lease.as_millis() as u64;
+                    settings.sequence.raise(floor).map_err(|error| Failure::new(error.exit(), error))?;
+                    (lease.document.epoch + 1, PutCondition::IfMatch(etag.clone()))
+                }
+            };
+            let lease = WriterLease { epoch, instance: settings.instance, host: settings.host.clone(), renewal: 0, released: false };
+            let bytes = settings.sign(&lease).map_err(|error| Failure::new(error.exit(), error))?;
+            match settings.store.put(&settings.key, bytes, condition).await {
+                Ok(etag) => {
+                    tracing::info!(epoch, "holding the writer lease");
+                    let fence = Self {
+                        held: tokio::sync::Mutex::new((lease, etag)),
+                        trusted_until: Mutex::new(begun),
+                        lost: AtomicBool::new(false),
+                        settings,
+                    };
+                    fence.trust_from(begun);
+                    return Ok(Some(fence));
+                }
+                // Somebody was quicker, or our own answer was lost; both are seen at the next look.
+                Err(StoreError::PreconditionFailed { .. }) => tokio::time::sleep(RETRY).await,
+                Err(error) => return Err(Failure::unavailable(error)),
+            }
+        }
+    }
+
+    fn trust_from(&self, (begun, begun_ms): (Instant, u64)) {
+        let time = self.settings.lease * TRUSTED_PERCENT / 100;
+        *self.trusted_until.lock().unwrap_or_else(PoisonError::into_inner) = (begun + time, begun_ms + time.as_millis() as u64);
+    }
+
+    /// The fencing epoch.
+    pub async fn epoch(&self) -> u64 {
+        self.held.lock().await.0.epoch
+    }
+
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Whether this process may write now.
+    pub fn is_trusted(&self) -> bool {
+        let (until, until_ms) = *self.trusted_until.lock().unwrap_or_else(PoisonError::into_inner);
+        !self.is_lost() && Instant::now() < until && clock::now_ms() < until_ms
+    }
+
+    /// Waits until this process may write. Once the lease is lost, that is never: the stop ends the wait.
+    pub async fn hold(&self) {
+        while !self.is_trusted() {
+            if self.is_lost() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Renews the lease now.
+    ///
+    /// # Errors
+    /// [`Lost`] if somebody else has it; a store that does not answer is no error, but the trust runs out.
+    pub async fn renew(&self) -> Result<(), Lost> {
+        let mut held = self.held.lock().await;
+        if self.is_lost() {
+            return Err(Lost);
+        }
+        let begun = (Instant::now(), clock::now_ms());
+        let next = WriterLease { renewal: held.0.renewal + 1, ..held.0.clone() };
+        let Ok(bytes) = self.settings.sign(&next) else { return Ok(()) };
+        match self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone())).await {
+            Ok(etag) => {
+                *held = (next, etag);
+                self.trust_from(begun);
+                Ok(())
+            }
+            Err(StoreError::PreconditionFailed { .. }) => self.look_again(&mut held).await,
+            Err(error) => {
+                tracing::warn!("the writer lease cannot be renewed: {error}");
+                Ok(())
+            }
+        }
+    }
+
+    /// The lease is not as it was left: an answer of ours was lost, or somebody else has it.
+    async fn look_again(&self, held: &mut (WriterLease, String)) -> Result<(), Lost> {
+        let settings = &self.settings;
+        match read_lease(&*settings.store, &settings.key, &settings.context, &settings.signers).await {
+            Ok(Some((lease, etag))) if (lease.document.epoch, lease.document.instance) == (held.0.epoch, settings.instance) => {
+                *held = (lease.document, etag);
+                Ok(())
+            }
+            Ok(found) => {
+                let (epoch, host) = found.map_or((0, "nobody".to_owned()), |(lease, _)| (lease.document.epoch, lease.document.host));
+                tracing::error!(epoch, host, "the writer lease is lost; this orchestrator stops writing");
+                self.lost.store(true, Ordering::Relaxed);
+                Err(Lost)
+            }
+            Err(failure) => {
+                tracing::warn!("the writer lease cannot be read: {failure}");
+                Ok(())
+            }
+        }
+    }
+
+    /// Renews until the stop, which it asks for once the lease is lost.
+    pub async fn keep(self: Arc<Self>, shutdown: Shutdown) {
+        while shutdown.sleep(self.settings.lease / RENEWALS).await {
+            if self.renew().await.is_err() {
+                return shutdown.trigger();
+            }
+        }
+    }
+
+    /// Gives the lease back, so that nobody has to wait for its end.
+    pub async fn release(&self) {
+        let mut held = self.held.lock().await;
+        if self.is_lost() {
+            return;
+        }
+        let last = WriterLease { renewal: held.0.renewal + 1, released: true, ..held.0.clone() };
+        let Ok(bytes) = self.settings.sign(&last) else { return };
+        match self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone())).await {
+            Ok(etag) => *held = (last, etag),
+            Err(error) => tracing::warn!("the writer lease could not be given back; it ends by itself: {error}"),
+        }
+    }
+}
+
+impl FenceSettings {
+    fn sign(&self, lease: &WriterLease) -> Result<Bytes, daemon::JournalError> {
+        let now_ms = clock::now_ms();
+        let sequence = self.sequence.next(now_ms)?;
+        Ok(Bytes::from(envelope::sign(lease, &self.context, &*self.signer, sequence, now_ms)))
+    }
+}
+
+fn held_by(lease: &WriterLease) -> Failure {
+    Failure::configuration(anyhow::anyhow!("the orchestrator on {} holds the writer lease of this run and renews it", lease.host))
+        .hint("run one orchestrator for a run; a second one with `run --standby` waits until the first is gone")
+}
+
+#[cfg(test)]
+mod tests {
+    use daemon::Journal;
+    use protocol::Ed25519Signer;
+    use protocol::envelope::RunId;
+    use storage::MemoryStore;
+
+    use super::*;
+
+    const LEASE: Duration = Duration::from_millis(300);
+
+    fn settings(store: &MemoryStore, instance: u8) -> FenceSettings {
+        let signer = Arc::new(Ed25519Signer::from_seed([1; 32]));
+        FenceSettings {
+            store: Arc::new(store.clone()),
+            key: "private/writer.qsr".into(),
+            context: Context { genesis: [2; 32], netuid: 24, run: RunId([3; 16]) },
+            signers: vec![signer.key()],
+            signer,
+            sequence: Arc::new(Sequence::open(Arc::new(Journal::in_memory().unwrap()), "orchestrator").unwrap()),
+            instance: [instance; 16],
+            host: format!("host-{instance}"),
+            lease: LEASE,
+        }
+    }
+
+    async fn take(store: &MemoryStore, instance: u8, wait: Wait) -> Result<Fence, Failure> {
+        Ok(Fence::acquire(settings(store, instance), wait, &Shutdown::new()).await?.unwrap())
+    }
+
+    #[tokio::test]
+    async fn the_same_journal_takes_its_lease_back_at_once_and_the_process_before_is_fenced() {
+        let store = MemoryStore::new();
+        let first = take(&store, 1, Wait::ForItsEnd).await.unwrap();
+        let begun = Instant::now();
+        let second = take(&store, 1, Wait::ForItsEnd).await.unwrap();
+        assert!(begun.elapsed() < LEASE / 2);
+        assert_eq!((first.epoch().await, second.epoch().await), (1, 2));
+        assert_eq!(first.renew().await, Err(Lost));
+        assert!(tokio::time::timeout(LEASE, first.hold()).await.is_err(), "a lost lease never lets anybody write again");
+        assert_eq!(second.renew().await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn another_journal_waits_for_the_end_of_a_lease_that_nobody_renews() {
+        let store = MemoryStore::new();
+        let first = take(&store, 1, Wait::ForItsEnd).await.unwrap();
+        let begun = Instant::now();
+        let second = take(&store, 2, Wait::ForItsEnd).await.unwrap();
+        assert!(begun.elapsed() >= LEASE, "{:?}", begun.elapsed());
+        assert!(!first.is_trusted(), "the old holder had stopped to trust its lease before");
+        assert_eq!(second.epoch().await, 2);
+    }
+
+    #[tokio::test]
+    async fn a_second_orchestrator_is_refused_while_the_first_goes_on_unless_it_stands_by() {
+        let store = MemoryStore::new();
+        let first = Arc::new(take(&store, 1, Wait::ForItsEnd).await.unwrap());
+        let (stop, keeper) = (Shutdown::new(), Shutdown::new());
+        let keeping = tokio::spawn(first.clone().keep(keeper.clone()));
+        let refused = take(&store, 2, Wait::ForItsEnd).await.err().unwrap();
+        assert_eq!(refused.exit, daemon::Exit::Configuration);
+        assert!(refused.to_string().contains("host-1") && refused.to_string().contains("--standby"), "{refused}");
+
+        let waiting = {
+            let (settings, stop) = (settings(&store, 3), stop.clone());
+            tokio::spawn(async move { Fence::acquire(settings, Wait::Standby, &stop).await.map(|fence| fence.unwrap()) })
+        };
+        tokio::time::sleep(LEASE * 2).await;
+        assert!(!waiting.is_finished(), "the first one renews");
+        // Killed: nobody renews any more, and nothing was given back.
+        keeper.trigger();
+        keeping.await.unwrap();
+        let begun = Instant::now();
+        let standby = waiting.await.unwrap().unwrap();
+        assert!(begun.elapsed() < LEASE * 2, "{:?}", begun.elapsed());
+        assert_eq!(standby.epoch().await, 2);
+        assert_eq!(first.renew().await, Err(Lost));
+    }
+
+    #[tokio::test]
+    async fn a_lease_that_was_given_back_is_free_at_once_and_numbers_go_on_above_it() {
+        let store = MemoryStore::new();
+        let first = take(&store, 1, Wait::ForItsEnd).await.unwrap();
+        first.release().await;
+        let before = read_lease(&store, &first.settings.key, &first.settings.context, &first.settings.signers).await.unwrap().unwrap().0;
+        let begun = Instant::now();
+        let second = take(&store, 2, Wait::ForItsEnd).await.unwrap();
+        assert!(begun.elapsed() < LEASE / 2);
+        assert!(second.settings.sequence.next(0).unwrap() > before.header.sequence + 2 * LEASE.as_millis() as u64);
+    }
+
+    #[tokio::test]
+    async fn a_lease_of_another_run_is_refused_and_left_alone() {
+        let store = MemoryStore::new();
+        take(&store, 1, Wait::ForItsEnd).await.unwrap();
+        let mut foreign = settings(&store, 2);
+        foreign.context.run = RunId([9; 16]);
+        let refused = Fence::acquire(foreign, Wait::Standby, &Shutdown::new()).await.err().unwrap();
+        assert_eq!(refused.exit, daemon::Exit::Configuration);
+        assert!(refused.to_string().contains("belongs to run"), "{refused}");
+    }
+}

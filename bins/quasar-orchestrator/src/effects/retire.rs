@@ -1,0 +1,35 @@
+//! Deletes what nobody needs any more. Tapes, manifests, commitments and receipts stay: they are small, and they are the record.
+
+use storage::StoreError;
+
+use super::{Service, persist};
+use crate::machine::Retired;
+
+impl Service {
+    pub(super) async fn retire(&self, retired: &Retired) {
+        let mut keys = Vec::new();
+        for (fragment, version) in &retired.versions {
+            keys.extend([self.run.keyframe(*fragment, *version), self.run.state(*fragment, *version)]);
+        }
+        keys.extend(retired.payloads.iter().map(|((hotkey, slot), t)| self.run.payload(hotkey, *slot, *t)));
+        for release in &retired.releases {
+            let prefix = self.keys.release_file(release, "");
+            let listed = persist(&prefix, || async { self.store.list(&prefix).await }).await;
+            // The manifest first: a release without it is none.
+            let (manifests, files): (Vec<_>, Vec<_>) =
+                listed.into_iter().map(|meta| meta.key).partition(|key| *key == self.keys.release_manifest(release));
+            keys.extend(manifests.into_iter().chain(files));
+        }
+        for key in &keys {
+            persist(key, || async {
+                self.fence.hold().await;
+                match self.store.delete(key).await {
+                    Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
+                    Err(error) => Err(error),
+                }
+            })
+            .await;
+        }
+        tracing::debug!(objects = keys.len(), "deleted what nobody needs any more");
+    }
+}

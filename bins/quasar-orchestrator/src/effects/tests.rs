@@ -1,0 +1,443 @@
+//! Two orchestrators on one bucket: whatever their order, one merge, one head, one set of bytes.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use chain::{Hyperparameters, MemoryChain, MemorySettings};
+use daemon::driver::recover;
+use daemon::sequence::Sequence;
+use daemon::{Exit, Journal, Machine, Shutdown};
+use fragments::codec::{self, PayloadHeader};
+use fragments::keyframe::{self, KeyframeId};
+use fragments::state::{FragmentState, StateHeader};
+use protocol::documents::{
+    AuditParameters, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, InnerOptimizer, Job, Lease, LrSchedule, MergeManifest,
+    ReleaseRef, RowRange, RunManifest, RunParameters, RunState, Tape, TapeInput,
+};
+use protocol::envelope::{Context, Document, RunId, sign};
+use protocol::log::{Frontier, LogRef};
+use protocol::paths::Keys;
+use protocol::{AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, Signer, Slice};
+use storage::{MemoryStore, ObjectStore, PutCondition, StoreError};
+use zeroize::Zeroizing;
+
+use super::Service;
+use super::fence::{Fence, FenceSettings, Wait};
+use crate::machine::{FragmentSetup, Input, Orchestrator, RunSetup};
+use crate::takeover;
+
+const NETUID: u16 = 24;
+const ELEMENTS: usize = 256;
+const LEASE: Duration = Duration::from_secs(2);
+
+fn plan() -> FragmentPlan {
+    let slice = |fragment: u64| Slice {
+        tensor: format!("layer{fragment}"),
+        row_start: 0,
+        row_end: 4,
+        row_elements: ELEMENTS as u64 / 4,
+        unit_rows: 4,
+        dtype: DType::Bf16,
+        rule: MergeRule::Rda,
+    };
+    FragmentPlan { fragments: vec![vec![slice(0)], vec![slice(1)]] }
+}
+
+fn parameters() -> RunParameters {
+    RunParameters {
+        fragments: 2,
+        inner_steps: 2,
+        overlap: 1,
+        grace_ppm: 800_000,
+        cycles: 0,
+        outer_lr_ppm: 700_000,
+        outer_momentum_ppm: 900_000,
+        step_target_ms: 0,
+        poll_ms: 100,
+        slots: 2,
+        quorum_min: 1,
+        pull_deadline_ms: 10_000,
+        learner_ttl_ms: 5_000,
+        sequence_length: 128,
+        batch_rows: 4,
+        lease_steps: 24,
+        codec_up: Codec::Bf16,
+        codec_down: Codec::Bf16,
+        release_every_cycles: 0,
+        inner: InnerOptimizer {
+            lr_nano: 1,
+            beta1_ppm: 1,
+            beta2_ppm: 1,
+            eps_pico: 1,
+            weight_decay_ppm: 0,
+            clip_norm_ppm: 1,
+            schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
+        },
+        audit: AuditParameters { loss_rows: 16, replay_steps: 4, replay_tolerance_ppm: 1, beacon_blocks: 3, opening_ms: 20_000 },
+    }
+}
+
+/// A bucket with a run that has just been created.
+struct Bucket {
+    store: MemoryStore,
+    context: Context,
+    signer: Arc<Ed25519Signer>,
+    setup: RunSetup,
+}
+
+fn chain() -> MemoryChain {
+    MemoryChain::new(MemorySettings {
+        netuid: NETUID,
+        seed: 1,
+        hyperparameters: Hyperparameters {
+            tempo: 30,
+            weights_rate_limit: 2,
+            min_allowed_weights: 1,
+            max_weight_limit: u16::MAX,
+            weights_version: 0,
+            commit_reveal: false,
+            stake_threshold: 0,
+        },
+        neurons: Vec::new(),
+        owner_hotkey: None,
+    })
+}
+
+fn miner(index: u8) -> AccountId {
+    Ed25519Signer::from_seed([index; 32]).key().account()
+}
+
+impl Bucket {
+    async fn new() -> Self {
+        let context = Context { genesis: [2; 32], netuid: NETUID, run: RunId([3; 16]) };
+        let mut bucket = Self {
+            store: MemoryStore::new(),
+            context,
+            signer: Arc::new(Ed25519Signer::from_seed([1; 32])),
+            setup: RunSetup {
+                run: context.run,
+                parameters: parameters(),
+                release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
+                fragments: Vec::new(),
+                shards: vec![("a".into(), 1_000, 128)],
+            },
+        };
+        let (plan, keys) = (plan(), Keys::new(NETUID).run(context.run));
+        let mut heads = Vec::new();
+        for fragment in 0..2u16 {
+            let theta: Vec<f32> = (0..ELEMENTS).map(|at| (at as f32 - 100.0) / 64.0 + f32::from(fragment)).collect();
+            let id = KeyframeId { plan: plan.digest(), fragment: u32::from(fragment), version: 0 };
+            let frame = keyframe::write(&plan, &id, &theta).unwrap();
+            let header = StateHeader { plan: plan.digest(), fragment: u64::from(fragment), version: 0, elements: ELEMENTS as u64 };
+            let state = FragmentState::new(theta).to_bytes(&header).unwrap();
+            let record = FileRecord::of_bytes(keys.keyframe(fragment, 0), &frame);
+            let setup = FragmentSetup {
+                keyframe: record.blake3,
+                keyframe_length: record.length,
+                state: Digest::blake3(&state),
+                payload_length: codec::payload_bytes(&plan, usize::from(fragment)),
+            };
+            heads.push(FragmentHead { version: 0, length: record.length, digest: record.blake3 });
+            let manifest = FragmentManifest { fragment, version: 0, t: u64::MAX, keyframe: record, state: setup.state };
+            bucket.setup.fragments.push(setup);
+            bucket.put(&keys.state(fragment, 0), state).await;
+            bucket.put(&keys.keyframe(fragment, 0), frame).await;
+            bucket.publish(&keys.fragment_manifest(fragment, 0), &manifest).await;
+        }
+        let head = Head {
+            epoch: 0,
+            state: RunState::Open,
+            outer_step: 0,
+            closed_below: 0,
+            block: 0,
+            run_step: 0,
+            pulls: Vec::new(),
+            fragments: heads,
+            release: bucket.setup.release.clone(),
+            ledger: Digest::ZERO,
+            log: LogRef::from(&Frontier::default()),
+            notices: Vec::new(),
+        };
+        bucket.publish(&keys.head(), &head).await;
+        bucket
+    }
+
+    async fn put(&self, key: &str, bytes: Vec<u8>) {
+        self.store.put(key, Bytes::from(bytes), PutCondition::Always).await.unwrap();
+    }
+
+    async fn publish<D: Document>(&self, key: &str, document: &D) {
+        self.put(key, sign(document, &self.context, &*self.signer, 1, 1_000)).await;
+    }
+
+    /// An orchestrator whose state is in `folder`, with the lease.
+    async fn orchestrator(&self, folder: &Path) -> (Arc<Service>, Arc<Journal>) {
+        let signers = vec![self.signer.key()];
+        let keys = Keys::new(NETUID).run(self.context.run);
+        let last = super::fence::read_lease(&self.store, &keys.writer_lease(), &self.context, &signers).await.unwrap();
+        let (journal, instance) = takeover::open_journal(folder, last.as_ref().map(|(lease, _)| &lease.document)).unwrap();
+        let journal = Arc::new(journal);
+        let sequence = Arc::new(Sequence::open(journal.clone(), "orchestrator").unwrap());
+        let shutdown = Shutdown::new();
+        let settings = FenceSettings {
+            store: Arc::new(self.store.clone()),
+            key: keys.writer_lease(),
+            context: self.context,
+            signer: self.signer.clone(),
+            signers: signers.clone(),
+            sequence: sequence.clone(),
+            instance,
+            host: folder.display().to_string(),
+            lease: LEASE,
+        };
+        let fence = Arc::new(Fence::acquire(settings, Wait::Standby, &shutdown).await.unwrap().unwrap());
+        for name in ["payloads", "states", "releases"] {
+            std::fs::create_dir_all(folder.join(name)).unwrap();
+        }
+        let plan = plan();
+        let service = Service {
+            store: Arc::new(self.store.clone()),
+            chain: Arc::new(chain()),
+            signer: self.signer.clone(),
+            sequence,
+            fence,
+            signers,
+            context: self.context,
+            keys: Keys::new(NETUID),
+            run: keys,
+            manifest: RunManifest {
+                run: self.context.run,
+                name: "test".into(),
+                protocol_min: 1,
+                protocol_max: 1,
+                created_ms: 0,
+                plan: plan.digest(),
+                base_release: "base".into(),
+                base_manifest: Digest::ZERO,
+                catalog: Vec::new(),
+                parameters: parameters(),
+            },
+            current: CurrentRun { root_version: 1, root_digest: Digest::ZERO, run: self.context.run, manifest_digest: Digest::ZERO },
+            plan_digest: plan.digest(),
+            plan: Arc::new(plan),
+            shards: Vec::new(),
+            base_files: Vec::new(),
+            opening_secret: Zeroizing::new([0; 32]),
+            base_tree: folder.join("base"),
+            state_dir: folder.to_owned(),
+            stopped: Default::default(),
+            shutdown,
+            watched: Default::default(),
+            records: Default::default(),
+            head_etag: Default::default(),
+            outbox: Default::default(),
+            recorded: Default::default(),
+        };
+        (Arc::new(service), journal)
+    }
+
+    /// Uploads what `miners` contribute to outer step `t`, and gives the tape of it.
+    async fn tape(&self, t: u64, base_version: u64, epoch: u64, miners: &[u8]) -> Tape {
+        let (plan, keys) = (plan(), Keys::new(NETUID).run(self.context.run));
+        let fragment = (t % 2) as u16;
+        let mut inputs = Vec::new();
+        for index in miners {
+            let values: Vec<f32> = (0..ELEMENTS).map(|at| ((at * 7 + usize::from(*index) * 13) % 29) as f32 / 512.0).collect();
+            let header = PayloadHeader::bf16(&plan, plan.digest(), usize::from(fragment), base_version);
+            let bytes = codec::encode(&header, &values).unwrap();
+            let (hotkey, payload, length) = (miner(*index), Digest::blake3(&bytes), bytes.len() as u64);
+            self.put(&keys.payload(&hotkey, 0, t), bytes).await;
+            let weight_ppm = 1_000_000 / miners.len() as u64;
+            inputs.push(TapeInput {
+                hotkey,
+                slot: 0,
+                commitment: Digest::derive("commitment", &[&[*index], &t.to_le_bytes()]),
+                payload,
+                length,
+                base_version,
+                steps: 4,
+                tokens: 2_048,
+                weight_ppm,
+            });
+        }
+        inputs.sort_by_key(|input| (input.hotkey, input.slot));
+        Tape { t, fragment, epoch, base_version, base_state: Digest::ZERO, block: 5, closing: false, restores: None, inputs }
+    }
+
+    fn fresh(&self) -> Orchestrator {
+        Orchestrator::new(self.setup.clone())
+    }
+
+    /// Everything that lies there, for comparison.
+    async fn objects(&self) -> Vec<(String, Option<String>)> {
+        self.store.list("quasar/").await.unwrap().into_iter().map(|meta| (meta.key, meta.etag)).collect()
+    }
+}
+
+#[tokio::test]
+async fn a_writer_that_lost_its_lease_never_moves_the_head_again() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (first, journal) = bucket.orchestrator(folder.path()).await;
+    let claimed = first.claim_head(first.fence.epoch().await).await.unwrap();
+    assert_eq!(claimed.epoch, 1);
+    first.publish_head(&Head { outer_step: 3, ..claimed.clone() }).await;
+    drop(journal);
+    // The same disk in a new process, while the old one still runs somewhere: a paused virtual machine.
+    let journal_of = folder.path().join("twin");
+    std::fs::create_dir_all(&journal_of).unwrap();
+    let (second, _journal) = bucket.orchestrator(&journal_of).await;
+    let taken = second.claim_head(second.fence.epoch().await).await.unwrap();
+    assert_eq!((taken.epoch, taken.outer_step), (2, 3), "what the first one wrote until then stands");
+    second.publish_head(&Head { outer_step: 4, ..taken }).await;
+
+    let key = first.run.head();
+    let before = bucket.store.get(&key, 1 << 20).await.unwrap().bytes;
+    let late = Head { outer_step: 99, ..claimed };
+    let write = first.publish_head(&late);
+    assert!(tokio::time::timeout(Duration::from_secs(1), write).await.is_err(), "it waits for ever, and stops");
+    assert_eq!(bucket.store.get(&key, 1 << 20).await.unwrap().bytes, before);
+    assert!(first.fence.renew().await.is_err() && !second.fence.is_lost());
+    assert!(
+        tokio::time::timeout(Duration::from_secs(1), first.put_latest("quasar/job", 1, || Ok(Bytes::from_static(b"x")))).await.is_err()
+    );
+    assert!(matches!(bucket.store.head("quasar/job").await, Err(StoreError::NotFound { .. })));
+}
+
+#[tokio::test]
+async fn whoever_completes_a_step_from_its_tape_writes_the_same_bytes() {
+    let (bucket, one, two) = (Bucket::new().await, tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, _journal) = bucket.orchestrator(one.path()).await;
+    let wanted = bucket.tape(0, 0, 1, &[11, 12, 13]).await;
+    let tape = first.write_tape(&wanted).await;
+    let (manifest, id, length) = first.merge(tape.clone(), Vec::new(), (Digest::ZERO, 0)).await;
+    assert_eq!((manifest.version, manifest.accepted().count()), (1, 3));
+    let other = bucket.tape(0, 0, 2, &[11]).await;
+    let objects = bucket.objects().await;
+    first.fence.release().await;
+
+    // A successor decides otherwise: the tape stands, and the merge comes out the same, from objects in the bucket alone.
+    let (second, _journal) = bucket.orchestrator(two.path()).await;
+    let stands = second.write_tape(&other).await;
+    assert_eq!(stands, tape);
+    let (again, same_id, same_length) = second.merge(stands, Vec::new(), (Digest::ZERO, 0)).await;
+    assert_eq!((again, same_id, same_length), (manifest.clone(), id, length));
+    let after: Vec<_> = bucket.objects().await;
+    let changed: Vec<&String> = after.iter().filter(|object| !objects.contains(object)).map(|(key, _)| key).collect();
+    assert_eq!(changed, [&second.run.writer_lease()], "nothing but the lease moved");
+    let state = bucket.store.get(&second.run.state(0, 1), 1 << 20).await.unwrap().bytes;
+    assert_eq!(Digest::blake3(&state), manifest.state);
+}
+
+#[tokio::test]
+async fn a_rollback_publishes_the_earlier_state_bit_for_bit() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    for (t, version) in [(0, 0), (2, 1)] {
+        let tape = bucket.tape(t, version, 1, &[11, 12]).await;
+        service.merge(tape, Vec::new(), (Digest::ZERO, 0)).await;
+    }
+    let (before, after) = (service.state(0, 1).await, service.state(0, 2).await);
+    assert_ne!(before.theta, after.theta);
+    let tape = Tape { t: 4, base_version: 2, restores: Some(1), inputs: Vec::new(), ..bucket.tape(4, 2, 1, &[]).await };
+    let (manifest, ..) = service.merge(tape, Vec::new(), (Digest::ZERO, 0)).await;
+    assert_eq!((manifest.version, manifest.contributions.len()), (3, 0));
+    let restored = service.state(0, 3).await;
+    assert_eq!((&restored.theta, &restored.momentum), (&before.theta, &before.momentum));
+}
+
+#[tokio::test]
+async fn a_successor_without_the_disk_goes_on_from_the_bucket_alone() {
+    let (bucket, one, two) = (Bucket::new().await, tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, journal) = bucket.orchestrator(one.path()).await;
+    let head = first.claim_head(1).await.unwrap();
+    let (recovered, _) = takeover::recover(&first, &journal, head.clone(), bucket.fresh()).await.unwrap();
+    let snapshot = recovered.machine.to_snapshot(5_000).unwrap();
+    first.put_latest(&first.run.snapshot(), 1, || Ok(Bytes::from(snapshot.clone()))).await;
+    // After the snapshot: one merge whole, one taped only, two leases, and the head knows of three steps.
+    let merged = first.write_tape(&bucket.tape(0, 0, 1, &[11, 12]).await).await;
+    let (manifest, ..) = first.merge(merged, Vec::new(), (Digest::ZERO, 0)).await;
+    first.write_tape(&bucket.tape(1, 0, 1, &[11]).await).await;
+    for (id, start) in [(1u64, 0u64), (2, 96)] {
+        let rows = vec![RowRange { shard: "a".into(), start, end: start + 96 }];
+        let lease = Lease { id, rows, seed: Digest::ZERO, batch_rows: 4, steps: 24, schedule_start: 0, deadline_ms: 0 };
+        first.publish_job(id, &Job { hotkey: miner(id as u8), slot: 0, session_epoch: 7, leases: vec![lease] }).await;
+    }
+    first.publish_head(&Head { outer_step: 3, ..head }).await;
+    first.fence.release().await;
+    drop(journal);
+
+    let (second, journal) = bucket.orchestrator(two.path()).await;
+    let head = second.claim_head(second.fence.epoch().await).await.unwrap();
+    let (recovered, input) = takeover::recover(&second, &journal, head.clone(), bucket.fresh()).await.unwrap();
+    assert!(matches!(input, Input::Claimed { epoch: 2 }));
+    let machine = &recovered.machine;
+    assert_eq!((machine.fragment_versions(), machine.closed_below()), (vec![1, 0], 1));
+    assert_eq!(machine.ledger().totals().leased_rows, 192);
+    assert_eq!(machine.status().contributions, manifest.accepted().count() as u64);
+    // A crash right here finds the journal complete: the same machine, and the taped step is merged.
+    drop(recovered);
+    let mut again = recover(&journal, || -> Orchestrator { unreachable!() }).unwrap();
+    assert_eq!((again.machine.fragment_versions(), again.machine.ledger().totals().leased_rows), (vec![1, 0], 192));
+    again.machine.handle(again.last_ms, input);
+    let merges = std::iter::from_fn(|| again.machine.poll_effect())
+        .filter(|effect| matches!(effect, crate::machine::Effect::Merge { tape, .. } if tape.t == 1))
+        .count();
+    assert_eq!(merges, 1);
+}
+
+#[tokio::test]
+async fn objects_that_contradict_each_other_are_refused_and_left_alone() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, journal) = bucket.orchestrator(folder.path()).await;
+    let head = service.claim_head(1).await.unwrap();
+    let tape = service.write_tape(&bucket.tape(0, 0, 1, &[11]).await).await;
+    let manifest = MergeManifest {
+        t: 0,
+        fragment: 1,
+        base_version: 0,
+        version: 1,
+        block: 0,
+        closing: false,
+        contributions: Vec::new(),
+        keyframe: Digest::ZERO,
+        state: Digest::ZERO,
+        step_norm: 0,
+    };
+    bucket.publish(&service.run.merge(tape.t), &manifest).await;
+    let before = bucket.objects().await;
+    let refused = takeover::recover(&service, &journal, head.clone(), bucket.fresh()).await.err().unwrap();
+    assert_eq!(refused.exit, Exit::Configuration);
+    assert!(refused.to_string().contains("contradicts its tape") && refused.to_string().contains("hint:"), "{refused}");
+    assert_eq!(bucket.objects().await, before);
+    // A snapshot of a newer version, and one that is damaged.
+    let mut snapshot = bucket.fresh().to_snapshot(1).unwrap();
+    snapshot[16] += 1;
+    bucket.put(&service.run.snapshot(), snapshot.clone()).await;
+    let refused = takeover::recover(&service, &journal, head.clone(), bucket.fresh()).await.err().unwrap();
+    assert_eq!(refused.exit, Exit::Configuration);
+    assert!(refused.to_string().contains("layout"), "{refused}");
+    bucket.put(&service.run.snapshot(), b"not a snapshot".to_vec()).await;
+    assert!(takeover::recover(&service, &journal, head, bucket.fresh()).await.is_err());
+    assert!(journal.is_empty().unwrap(), "nothing was begun");
+}
+
+#[tokio::test]
+async fn a_journal_that_others_have_written_past_is_put_aside() {
+    let (bucket, one, two) = (Bucket::new().await, tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, journal) = bucket.orchestrator(one.path()).await;
+    let head = first.claim_head(1).await.unwrap();
+    takeover::recover(&first, &journal, head, bucket.fresh()).await.unwrap();
+    first.fence.release().await;
+    drop((first, journal));
+    let (second, _journal) = bucket.orchestrator(two.path()).await;
+    second.claim_head(2).await.unwrap();
+    second.fence.release().await;
+    // Back on the first machine: its journal knows nothing of the second one's time.
+    let (_third, journal) = bucket.orchestrator(one.path()).await;
+    assert!(journal.is_empty().unwrap());
+    let aside =
+        std::fs::read_dir(one.path()).unwrap().flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("journal-until-"));
+    assert_eq!(aside.count(), 1, "it is kept under another name");
+}

@@ -1,0 +1,166 @@
+//! What the machine is told: its run, and the inputs.
+
+use protocol::documents::{Head, Job, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape, VerdictResult};
+use protocol::envelope::RunId;
+use protocol::log::LogHead;
+use protocol::{AccountId, Digest, Reason};
+use serde::{Deserialize, Serialize};
+
+/// A slot of a hotkey.
+pub type Slot = (AccountId, u8);
+
+/// A registered hotkey.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Guest {
+    pub hotkey: AccountId,
+    pub validator: bool,
+    /// The X25519 key that its grants are sealed to; `None` where it needs a key certificate first.
+    pub recipient: Option<[u8; 32]>,
+}
+
+/// What the machine has to know about its run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunSetup {
+    pub run: RunId,
+    pub parameters: RunParameters,
+    pub release: ReleaseRef,
+    pub fragments: Vec<FragmentSetup>,
+    /// Shards to train on: id, rows, row tokens.
+    pub shards: Vec<(String, u64, u32)>,
+}
+
+/// A fragment at the start of the run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FragmentSetup {
+    pub keyframe: Digest,
+    pub keyframe_length: u64,
+    pub state: Digest,
+    /// Bytes of an encoded payload.
+    pub payload_length: u64,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Fragment {
+    pub version: u64,
+    pub keyframe: Digest,
+    pub keyframe_length: u64,
+    pub state: Digest,
+    pub payload_length: u64,
+    /// When this version came into being.
+    pub published_ms: u64,
+    /// Payloads against older versions do not count: a rollback took those back.
+    pub base_min: u64,
+    /// Objects of older versions are deleted.
+    pub kept_from: u64,
+}
+
+/// A fact.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Input {
+    /// A process begins to run this machine.
+    Started,
+    /// As [`Input::Started`], by a process that holds the writer lease with this epoch.
+    Claimed {
+        epoch: u64,
+    },
+    /// As [`Input::Claimed`], by a process without the journal of its predecessor: what the bucket holds beyond the snapshot
+    /// that this machine was read from.
+    Recovered {
+        facts: Box<BucketFacts>,
+    },
+    Tick,
+    Block {
+        number: u64,
+    },
+    Metagraph {
+        guests: Vec<Guest>,
+    },
+    /// A verified progress record; `id` is that of its envelope.
+    Progress {
+        slot: Slot,
+        id: Digest,
+        record: Box<Progress>,
+    },
+    /// The commitment of `slot` for outer step `t` lies write-once in the bucket, in the envelope `id`.
+    CommitmentStored {
+        slot: Slot,
+        t: u64,
+        id: Digest,
+    },
+    /// Static checks of an upload ended; [`Reason::None`] = passed.
+    PayloadChecked {
+        slot: Slot,
+        t: u64,
+        outcome: Reason,
+    },
+    /// The tape as it lies in the bucket, which may be one that an earlier process wrote.
+    TapeWritten {
+        tape: Box<Tape>,
+    },
+    /// `id` is that of the manifest's envelope.
+    Merged {
+        manifest: Box<MergeManifest>,
+        id: Digest,
+        keyframe_length: u64,
+    },
+    /// The receipt of a lease was read and checked: its envelope's id and the steps that were trained.
+    ReceiptChecked {
+        slot: Slot,
+        lease: u64,
+        outcome: Result<(Digest, Vec<u32>), Reason>,
+    },
+    HeadPublished,
+    Beacon {
+        cycle: u64,
+        block: u64,
+        hash: [u8; 32],
+    },
+    /// Public keys that openings are sealed to.
+    OpeningKeys {
+        keys: Vec<(Digest, [u8; 32])>,
+    },
+    AuditOrdered {
+        audit: Digest,
+    },
+    /// The revealed verdict of an ordered audit with the id of its envelope; `None` = not there yet.
+    Verdict {
+        audit: Digest,
+        verdict: Option<(Digest, VerdictResult)>,
+    },
+    /// The log head that was asked for lies in the bucket.
+    LogPublished,
+    /// An earlier process wrote another log head there, which stands.
+    LogTaken {
+        head: Box<LogHead>,
+    },
+    Released {
+        release: ReleaseRef,
+    },
+    /// The operator asks for the end of the run.
+    Drain,
+    /// The operator's next order.
+    Order {
+        order: Order,
+    },
+}
+
+/// What a successor reads in the bucket.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BucketFacts {
+    /// Of the writer that goes on.
+    pub epoch: u64,
+    pub head: Head,
+    /// Outer steps with a tape, from the first that the snapshot has not closed, by t.
+    pub steps: Vec<StepFact>,
+    /// Leases given out since the snapshot, each as a job of one lease.
+    pub leases: Vec<Job>,
+    /// Log heads published since the snapshot, oldest first.
+    pub log: Vec<LogHead>,
+}
+
+/// How far an outer step got.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum StepFact {
+    Taped(Tape),
+    Merged { manifest: Box<MergeManifest>, id: Digest, keyframe_length: u64 },
+}

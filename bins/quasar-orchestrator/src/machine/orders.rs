@@ -1,0 +1,166 @@
+//! What the operator orders: taken in the order of their numbers, each once.
+
+use protocol::AccountId;
+use protocol::Reason;
+use protocol::documents::{Action, Job, Order, RunState, Tape};
+use serde::{Deserialize, Serialize};
+
+use super::{Effect, OpenPull, Orchestrator, PullStage, Slot};
+
+/// Outcomes that the status shows.
+const OUTCOMES_SHOWN: usize = 16;
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Orders {
+    pub taken: u64,
+    pub outcomes: Vec<OrderOutcome>,
+}
+
+/// What came of an order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrderOutcome {
+    pub number: u64,
+    pub done: bool,
+    pub text: String,
+}
+
+/// A round in which each fragment goes back to an earlier state, as a new version.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Restoring {
+    pub version: u64,
+    /// Outer step after the round.
+    pub until: u64,
+}
+
+impl Orchestrator {
+    pub(super) fn on_order(&mut self, order: Order) {
+        if order.number != self.orders.taken + 1 {
+            return;
+        }
+        self.orders.taken = order.number;
+        let outcome = match order.action {
+            Action::Drain => self.order_drain(),
+            Action::Rollback { version } => self.order_rollback(version),
+            Action::Ban { hotkey } => Ok(self.ban(hotkey, &order.reason)),
+            Action::Unban { hotkey } => self.unban(&hotkey),
+            Action::Release => self.order_release(),
+        };
+        let (done, text) = match outcome {
+            Ok(text) => (true, text),
+            Err(text) => (false, text),
+        };
+        tracing::info!(number = order.number, done, reason = order.reason, "order: {text}");
+        self.orders.outcomes.push(OrderOutcome { number: order.number, done, text });
+        let superfluous = self.orders.outcomes.len().saturating_sub(OUTCOMES_SHOWN);
+        self.orders.outcomes.drain(..superfluous);
+        self.head_dirty = true;
+        self.pace.snapshot = true;
+    }
+
+    fn order_drain(&mut self) -> Result<String, String> {
+        match self.state {
+            RunState::Open => {
+                self.drain();
+                Ok("draining: no more leases, each fragment is merged once more, then the release".to_owned())
+            }
+            RunState::Draining => Ok("the run is draining already".to_owned()),
+            RunState::Complete => Err("the run is complete".to_owned()),
+        }
+    }
+
+    fn order_release(&mut self) -> Result<String, String> {
+        if self.state != RunState::Open {
+            return Err("the run is ending: its last release comes by itself".to_owned());
+        }
+        if self.releasing.is_some() {
+            return Err("a release is being made".to_owned());
+        }
+        self.release_now(false);
+        Ok("releasing what is merged now".to_owned())
+    }
+
+    fn order_rollback(&mut self, version: u64) -> Result<String, String> {
+        if self.state != RunState::Open || self.restoring.is_some() {
+            return Err("a run goes back only while it is open, and one step at a time".to_owned());
+        }
+        if version < self.rollback_from() {
+            return Err(format!("version {version} is deleted; the earliest one that is kept is {}", self.rollback_from()));
+        }
+        if self.fragments.iter().all(|fragment| fragment.version <= version) {
+            return Err(format!("no fragment is beyond version {version}"));
+        }
+        // What is open was trained on what is taken back.
+        let open: Vec<u64> = self.pulls.iter().filter(|(_, pull)| pull.stage == PullStage::Open).map(|(t, _)| *t).collect();
+        for t in open {
+            if let Some(pull) = self.pulls.get_mut(&t) {
+                pull.refuse_all(Reason::StaleBase);
+            }
+            self.close_pull(t);
+        }
+        self.restoring = Some(Restoring { version, until: self.next_t + u64::from(self.parameters().fragments) });
+        Ok(format!("each fragment beyond version {version} goes back to it, as a new version"))
+    }
+
+    /// The next step of a rollback. What is being merged comes first: the round begins from what that gives.
+    pub(super) fn restore_next(&mut self, fragment: u16) {
+        let Some(restoring) = self.restoring.clone() else { return };
+        let t = self.next_t;
+        let from = &self.fragments[usize::from(fragment)];
+        let (base_version, base_state) = (from.version, from.state);
+        let restores = (base_version > restoring.version).then_some(restoring.version);
+        let tape = Tape {
+            t,
+            fragment,
+            epoch: self.epoch,
+            base_version,
+            base_state,
+            block: self.block,
+            closing: false,
+            restores,
+            inputs: Vec::new(),
+        };
+        self.tape_at_once(tape);
+        if self.next_t >= restoring.until {
+            self.restoring = None;
+        }
+    }
+
+    /// An outer step that nobody is asked for.
+    pub(super) fn tape_at_once(&mut self, tape: Tape) {
+        let now_ms = self.volatile.now_ms;
+        let mut pull = OpenPull::new(tape.fragment, tape.base_version, now_ms, 0);
+        (pull.closed_ms, pull.stage) = (now_ms, PullStage::Taping(tape.clone()));
+        self.next_t = self.next_t.max(tape.t + 1);
+        self.pulls.insert(tape.t, pull);
+        self.emit(Effect::WriteTape { tape: Box::new(tape) });
+    }
+
+    fn ban(&mut self, hotkey: AccountId, reason: &str) -> String {
+        self.banned.insert(hotkey, reason.to_owned());
+        let slots: Vec<Slot> = self.learners.keys().filter(|slot| slot.0 == hotkey).copied().collect();
+        for slot in &slots {
+            self.end_leases(*slot);
+            for pull in self.pulls.values_mut().filter(|pull| pull.stage == PullStage::Open) {
+                pull.remove(slot);
+            }
+            let Some(learner) = self.learners.get_mut(slot) else { continue };
+            (learner.live, learner.last_reason) = (false, Reason::Banned);
+            let session_epoch = learner.session_epoch;
+            let revision = self.next_revision();
+            let job = Job { hotkey: slot.0, slot: slot.1, session_epoch, leases: Vec::new() };
+            self.emit(Effect::PublishJob { revision, job: Box::new(job) });
+        }
+        self.pace.survey = true;
+        format!("{hotkey} is banned: {} slots lost their leases; grants that are out end by themselves within the hour", slots.len())
+    }
+
+    fn unban(&mut self, hotkey: &AccountId) -> Result<String, String> {
+        match self.banned.remove(hotkey) {
+            Some(_) => {
+                self.standing.retain(|slot, _| slot.0 != *hotkey);
+                Ok(format!("{hotkey} may take part again"))
+            }
+            None => Err(format!("{hotkey} is not banned")),
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Going on without the journal of the process before: from a snapshot in the bucket, and from what lies write-once beside it.
+//!
+//! Tapes fix merges, lease records fix who got which rows, log heads fix the log. A snapshot that is older than these is brought
+//! up to them; what had not come so far (an open pull, an upload on its way) is asked for again, and the learners answer again.
+
+use bincode::config;
+use daemon::Machine;
+use protocol::Digest;
+use protocol::documents::{Head, Job, LearnerState, Lease, RunState};
+
+use super::{BucketFacts, Effect, Learner, LeaseRecord, OpenPull, Orchestrator, PullStage, ReceiptStage, StepFact};
+
+/// A snapshot follows the last one by at least so many polls.
+const SNAPSHOT_POLLS: u64 = 30;
+const MAGIC: &[u8; 16] = b"quasar-machine-1";
+/// Largest snapshot that is read.
+pub const SNAPSHOT_BYTES_MAX: u64 = 1 << 30;
+/// Lease ids of a writer that began without its predecessor's journal start at its epoch, shifted by this: none comes twice.
+pub const LEASE_EPOCH_SHIFT: u32 = 32;
+
+/// A snapshot that cannot be gone on from.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    #[error("the snapshot was written by a version with layout {found}, this one has {expected}\nhint: run the version that wrote it")]
+    Layout { found: u32, expected: u32 },
+    #[error("the snapshot is damaged: {0}\nhint: restore it from a version of the bucket's object, or run the process with the journal")]
+    Damaged(String),
+}
+
+impl Orchestrator {
+    pub(super) fn store_snapshot(&mut self) {
+        let now_ms = self.volatile.now_ms;
+        if !std::mem::take(&mut self.pace.snapshot) {
+            return;
+        }
+        self.pace.snapshot_ms = now_ms;
+        let revision = self.next_revision();
+        match self.to_snapshot(now_ms) {
+            Ok(bytes) => self.emit(Effect::StoreSnapshot { revision, bytes }),
+            Err(error) => tracing::error!("no snapshot for the bucket: {error}"),
+        }
+    }
+
+    /// A merge changed much: time for a snapshot, unless the last one is young.
+    pub(super) fn note_merge(&mut self) {
+        if self.volatile.now_ms >= self.pace.snapshot_ms + SNAPSHOT_POLLS * self.parameters().poll_ms {
+            self.pace.snapshot = true;
+        }
+    }
+
+    /// The whole state, for [`Orchestrator::from_snapshot`].
+    ///
+    /// # Errors
+    /// None that is known: a state always encodes.
+    pub fn to_snapshot(&self, now_ms: u64) -> Result<Vec<u8>, String> {
+        let body = bincode::serde::encode_to_vec((now_ms, self), config::standard()).map_err(|error| error.to_string())?;
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend_from_slice(&Self::LAYOUT.to_le_bytes());
+        bytes.extend_from_slice(&Digest::blake3(&body).0);
+        bytes.extend_from_slice(&body);
+        Ok(bytes)
+    }
+
+    /// The state of a snapshot, and the time at which it was taken.
+    ///
+    /// # Errors
+    /// The snapshot is damaged or of another version.
+    pub fn from_snapshot(bytes: &[u8]) -> Result<(u64, Self), SnapshotError> {
+        let damaged = |what: &str| SnapshotError::Damaged(what.to_owned());
+        let rest = bytes.strip_prefix(MAGIC).ok_or_else(|| damaged("it does not begin as one"))?;
+        let (layout, rest) = rest.split_first_chunk::<4>().ok_or_else(|| damaged("it is cut off"))?;
+        let (digest, body) = rest.split_first_chunk::<32>().ok_or_else(|| damaged("it is cut off"))?;
+        let found = u32::from_le_bytes(*layout);
+        if found != Self::LAYOUT {
+            return Err(SnapshotError::Layout { found, expected: Self::LAYOUT });
+        }
+        if Digest::blake3(body).0 != *digest {
+            return Err(damaged("its digest is another one"));
+        }
+        let limit = config::standard().with_limit::<{ SNAPSHOT_BYTES_MAX as usize }>();
+        let ((now_ms, machine), _) = bincode::serde::decode_from_slice(body, limit).map_err(|error| damaged(&error.to_string()))?;
+        Ok((now_ms, machine))
+    }
+
+    /// Epochs and lease ids from which lease records are looked for: those that this machine does not know yet.
+    pub fn unknown_leases_from(&self, epoch: u64) -> Vec<u64> {
+        let later = (self.epoch + 1..=epoch).map(|epoch| epoch << LEASE_EPOCH_SHIFT).filter(|first| *first > self.next_lease);
+        std::iter::once(self.next_lease).chain(later).collect()
+    }
+
+    pub(super) fn on_recovered(&mut self, facts: BucketFacts) {
+        let now_ms = self.volatile.now_ms;
+        for head in facts.log {
+            self.log.adopt(head);
+        }
+        for job in facts.leases {
+            self.adopt_lease(job);
+        }
+        self.next_lease = self.next_lease.max(facts.epoch << LEASE_EPOCH_SHIFT);
+        self.epoch = facts.epoch;
+        for step in facts.steps {
+            let (t, fragment, closing) = match &step {
+                StepFact::Taped(tape) => (tape.t, tape.fragment, tape.closing),
+                StepFact::Merged { manifest, .. } => (manifest.t, manifest.fragment, manifest.closing),
+            };
+            if closing && self.state == RunState::Open {
+                (self.state, self.closing_from) = (RunState::Draining, Some(t));
+            }
+            let version = self.fragments[usize::from(fragment)].version;
+            let pull = self.pulls.entry(t).or_insert_with(|| OpenPull::new(fragment, version, now_ms, 0));
+            pull.closed_ms = now_ms;
+            match step {
+                StepFact::Taped(tape) => pull.stage = PullStage::Merging(tape),
+                StepFact::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),
+            }
+            self.next_t = self.next_t.max(t + 1);
+        }
+        self.take_over(&facts.head);
+    }
+
+    fn take_over(&mut self, head: &Head) {
+        let now_ms = self.volatile.now_ms;
+        self.next_t = self.next_t.max(head.outer_step);
+        let fragments = self.parameters().fragments;
+        // Opened, and not decided: asked for again.
+        for t in self.closed_below..self.next_t {
+            if !self.closed.contains(&t) && !self.pulls.contains_key(&t) {
+                let fragment = protocol::schedule::fragment_of(t, fragments);
+                let version = self.fragments[usize::from(fragment)].version;
+                let deadline_ms = self.parameters().pull_deadline_ms;
+                self.pulls.insert(t, OpenPull::new(fragment, version, now_ms, deadline_ms));
+            }
+        }
+        if head.state as u8 > self.state as u8 {
+            // The round has begun with no tape yet: what is open belongs to it.
+            self.state = head.state;
+            self.closing_from.get_or_insert(self.pulls.keys().next().copied().unwrap_or(self.next_t));
+        }
+        let known = std::iter::once(&self.setup.release.release).chain(&self.releases).any(|name| *name == head.release.release);
+        if !known {
+            self.releases.push(head.release.release.clone());
+            self.release = head.release.clone();
+        }
+        self.block = self.block.max(head.block);
+    }
+
+    /// A lease that the machine does not know: its learner trains on these rows.
+    fn adopt_lease(&mut self, job: Job) {
+        let now_ms = self.volatile.now_ms;
+        let slot = (job.hotkey, job.slot);
+        for lease in job.leases {
+            let id = lease.id;
+            self.next_lease = self.next_lease.max(id + 1);
+            if self.leases.contains_key(&id) {
+                continue;
+            }
+            if !self.ledger.adopt_lease(id, &lease.rows) {
+                tracing::error!(lease = id, "rows of this lease are booked otherwise; the books stand");
+            }
+            let is_older = |learner: &Learner| learner.session_epoch > job.session_epoch;
+            if self.learners.get(&slot).is_some_and(is_older) {
+                self.ledger.end_lease_whole(id, &lease.rows, false);
+                continue;
+            }
+            if self.learners.get(&slot).is_none_or(|learner| learner.session_epoch < job.session_epoch) {
+                self.end_leases(slot);
+                self.learners.insert(slot, Learner::of_session(job.session_epoch, now_ms));
+            }
+            if let Some(learner) = self.learners.get_mut(&slot) {
+                learner.leases.push(id);
+                learner.state = LearnerState::Training;
+                learner.live = true;
+            }
+            self.leases.insert(id, LeaseRecord::new(lease, slot));
+        }
+    }
+}
+
+impl LeaseRecord {
+    pub(super) fn new(lease: Lease, slot: super::Slot) -> Self {
+        Self { lease, slot, evidence: 0, committed: Vec::new(), reported: 0, receipt: ReceiptStage::Awaited, ended: false }
+    }
+}

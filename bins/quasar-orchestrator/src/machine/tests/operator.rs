@@ -1,0 +1,172 @@
+//! Orders of the operator, releases on schedule, and learners that are not as they should be.
+
+use protocol::documents::{Action, Order};
+
+use super::*;
+
+fn order(number: u64, action: Action) -> Input {
+    Input::Order { order: Order { number, action, reason: "for the test".into() } }
+}
+
+#[test]
+fn a_rollback_gives_every_fragment_the_earlier_state_as_a_new_version() {
+    let mut world = World::new(0, 3);
+    world.run(30_000);
+    let before = world.machine.fragment_versions();
+    let target = before.iter().min().unwrap() - 1;
+    assert!(target >= world.machine.rollback_from());
+    let steps = world.tapes.len();
+    world.input(order(1, Action::Rollback { version: target }));
+    world.run(4_000);
+    let restored: Vec<&Tape> = world.tapes.values().filter(|tape| tape.restores.is_some()).collect();
+    assert_eq!(restored.iter().map(|tape| tape.fragment).collect::<BTreeSet<_>>().len(), usize::from(P));
+    assert!(restored.iter().all(|tape| tape.restores == Some(target) && tape.inputs.is_empty()));
+    for (fragment, version) in world.machine.fragment_versions().into_iter().enumerate() {
+        assert!(version > before[fragment], "versions only go up");
+    }
+    // What was trained on the versions that were taken back does not come in again.
+    for (t, tape) in world.tapes.iter().skip(steps) {
+        for input in &tape.inputs {
+            let restored = restored.iter().find(|restored| restored.fragment == tape.fragment && restored.t < *t);
+            assert!(restored.is_none_or(|restored| input.base_version > restored.base_version), "{tape:?}");
+        }
+    }
+    world.run(20_000);
+    let merged = world.tapes.values().filter(|tape| tape.t > restored_last(&world) && !tape.inputs.is_empty()).count();
+    assert!(merged > 0, "training goes on from there");
+    assert_eq!(world.machine.status().outcomes[0].done, true);
+}
+
+fn restored_last(world: &World) -> u64 {
+    world.tapes.values().filter(|tape| tape.restores.is_some()).map(|tape| tape.t).max().unwrap()
+}
+
+#[test]
+fn a_rollback_to_what_is_deleted_or_not_there_yet_is_refused_and_changes_nothing() {
+    let mut world = World::new(0, 2);
+    world.run(10_000);
+    let versions = world.machine.fragment_versions();
+    world.input(order(1, Action::Rollback { version: 1_000 }));
+    world.machine.fragments[0].kept_from = 2;
+    world.input(order(2, Action::Rollback { version: 1 }));
+    assert_eq!(world.machine.fragment_versions(), versions);
+    let outcomes = world.machine.status().outcomes;
+    assert!(!outcomes[0].done && outcomes[0].text.contains("no fragment is beyond"), "{outcomes:?}");
+    assert!(!outcomes[1].done && outcomes[1].text.contains("is deleted"), "{outcomes:?}");
+}
+
+#[test]
+fn an_order_is_taken_once_and_in_its_turn() {
+    let mut world = World::new(0, 2);
+    world.run(2_000);
+    world.input(order(2, Action::Drain));
+    assert_eq!((world.machine.state(), world.machine.orders_taken()), (RunState::Open, 0), "number 1 comes first");
+    world.input(order(1, Action::Unban { hotkey: miner(1) }));
+    world.input(order(1, Action::Drain));
+    assert_eq!((world.machine.state(), world.machine.orders_taken()), (RunState::Open, 1));
+    world.input(order(2, Action::Drain));
+    assert_eq!((world.machine.state(), world.machine.orders_taken()), (RunState::Draining, 2));
+    world.until_complete(30_000);
+    assert_eq!(world.released, 1);
+}
+
+#[test]
+fn a_banned_hotkey_gets_no_rows_and_does_not_count_until_it_is_unbanned() {
+    let mut world = World::new(0, 3);
+    world.run(5_000);
+    let slot = world.learners[0].slot;
+    world.input(order(1, Action::Ban { hotkey: slot.0 }));
+    let from = world.machine.next_t;
+    let leased = world.machine.ledger.totals().leased_rows;
+    assert!(world.machine.leases.values().filter(|record| record.slot == slot).all(|record| record.ended));
+    world.run(10_000);
+    assert!(world.machine.ledger.totals().leased_rows <= leased + 2 * 24 * 4);
+    assert!(world.tapes.range(from..).all(|(_, tape)| tape.inputs.iter().all(|input| input.hotkey != slot.0)), "it does not count");
+    assert!(world.tapes.range(from..).any(|(_, tape)| !tape.inputs.is_empty()), "the others do");
+    world.input(order(2, Action::Unban { hotkey: slot.0 }));
+    world.run(10_000);
+    let last = world.machine.next_t;
+    assert!(world.tapes.range(from..last).any(|(_, tape)| tape.inputs.iter().any(|input| input.hotkey == slot.0)), "it does again");
+}
+
+#[test]
+fn releases_come_on_schedule_while_everybody_trains_and_reset_nobody() {
+    let mut world = World::new(0, 3);
+    world.machine.setup.parameters.release_every_cycles = 2;
+    world.run(40_000);
+    let cycles = world.machine.fragment_versions().into_iter().min().unwrap();
+    assert!(world.released >= 2 && u64::from(world.released) <= cycles / 2, "{} releases in {cycles} cycles", world.released);
+    assert!(world.machine.learners.values().all(|learner| learner.session_epoch == 500 && learner.live));
+    assert!(world.learners.iter().all(|sim| sim.record.local_step > 60), "training went on");
+    assert_eq!(world.machine.state(), RunState::Open);
+}
+
+#[test]
+fn a_release_that_is_under_way_is_asked_for_again_after_a_crash_and_the_last_one_waits_for_it() {
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    world.holds_releases = true;
+    world.input(order(1, Action::Release));
+    assert!(world.machine.releasing.is_some());
+    world.input(Input::Drain);
+    world.run(10_000);
+    assert_eq!((world.machine.state(), world.released), (RunState::Draining, 0), "the last release waits for the one under way");
+    world.holds_releases = false;
+    world.input(Input::Started);
+    world.until_complete(10_000);
+    assert_eq!(world.released, 2);
+}
+
+#[test]
+fn old_versions_payloads_and_releases_are_let_go_of_when_no_audit_needs_them() {
+    let mut world = World::new(0, 3);
+    world.machine.setup.parameters.release_every_cycles = 1;
+    world.run(200_000);
+    let versions = world.machine.fragment_versions();
+    let retired: BTreeSet<(u16, u64)> = world.retired.iter().flat_map(|retired| retired.versions.clone()).collect();
+    assert!(!retired.is_empty(), "{versions:?}");
+    for (fragment, version) in &retired {
+        assert!(version + 8 <= versions[usize::from(*fragment)] + 1, "version {version} of {fragment} is still needed");
+    }
+    assert_eq!(retired.len(), world.retired.iter().map(|retired| retired.versions.len()).sum::<usize>(), "each once");
+    let payloads: Vec<u64> = world.retired.iter().flat_map(|retired| retired.payloads.iter().map(|(_, t)| *t)).collect();
+    assert!(!payloads.is_empty() && payloads.iter().all(|t| *t + 4 * u64::from(P) <= world.machine.closed_below()));
+    let kept = world.machine.releases.iter().filter(|name| !name.is_empty()).count();
+    let made = world.machine.releases.len();
+    assert!(made > 12 && kept == 3 + (made - 3) / 10, "{kept} of {made} releases are kept");
+}
+
+#[test]
+fn a_learner_that_counts_its_steps_as_it_likes_moves_no_schedule() {
+    let honest = |liar: bool| {
+        let mut world = World::new(0, 5);
+        if liar {
+            world.liar = Some(0);
+        }
+        world.run(30_000);
+        (world.machine.timing.step_ms(), world.tapes.len())
+    };
+    let ((before, merges), (after, merges_with_liar)) = (honest(false), honest(true));
+    assert!(after * 10 >= before * 8 && after * 10 <= before * 12, "{before} ms became {after} ms");
+    assert!(merges_with_liar <= merges * 5 / 4, "H does not collapse: {merges} merges became {merges_with_liar}");
+}
+
+#[test]
+fn learners_that_never_answer_are_not_waited_for_again_and_again() {
+    let mut world = World::new(0, 6);
+    // Four of six say that they train and answer nothing: the quorum of three cannot be reached at first.
+    for index in 0..4 {
+        world.learners[index].mute = true;
+    }
+    world.run(60_000);
+    let before = world.tapes.len();
+    world.run(20_000);
+    let merged = world.tapes.len() - before;
+    assert!(merged >= 20, "{merged} merges in 20 s: each still waits for the deadline of 10 s");
+    // They are pulled all the same, and count as soon as they answer.
+    world.learners.iter_mut().for_each(|sim| sim.mute = false);
+    let from = world.machine.next_t;
+    world.run(20_000);
+    let contributors = world.tapes.range(from + 8..).map(|(_, tape)| tape.inputs.len()).max().unwrap();
+    assert_eq!(contributors, 6);
+}

@@ -1,0 +1,189 @@
+//! A successor without the journal: what the bucket holds is enough.
+
+use super::*;
+use crate::machine::{BucketFacts, LEASE_EPOCH_SHIFT, StepFact};
+
+impl World {
+    /// What the edge does at a takeover: the machine of the newest snapshot, and everything write-once beyond it.
+    pub(super) fn recover_from_bucket(&mut self) -> Input {
+        self.epoch += 1;
+        let machine = match &self.snapshot {
+            Some(bytes) => Orchestrator::from_snapshot(bytes).unwrap().1,
+            None => Orchestrator::new(setup(self.machine.parameters().cycles)),
+        };
+        let head = self.head.clone().unwrap_or_else(|| machine.head());
+        let mut steps = Vec::new();
+        for (t, tape) in self.tapes.range(machine.closed_below()..).filter(|(t, _)| !machine.is_closed(**t)) {
+            steps.push(match self.merges.get(t) {
+                None => StepFact::Taped(tape.clone()),
+                Some(manifest) => {
+                    let id = Digest::blake3(&codec::encode(manifest));
+                    StepFact::Merged { manifest: Box::new(manifest.clone()), id, keyframe_length: 100 }
+                }
+            });
+        }
+        let mut leases = Vec::new();
+        for first in machine.unknown_leases_from(self.epoch) {
+            leases.extend((first..).map_while(|id| self.leases.get(&id)).cloned());
+        }
+        let mut log = Vec::new();
+        let mut size = head.log.size;
+        while size > machine.log_size() {
+            log.push(self.log[&size].clone());
+            size = self.log[&size].previous;
+        }
+        log.reverse();
+        self.machine = machine;
+        Input::Recovered { facts: Box::new(BucketFacts { epoch: self.epoch, head, steps, leases, log }) }
+    }
+
+    fn check_books(&self) {
+        let machine = &self.machine;
+        let totals = machine.ledger.totals();
+        assert_eq!(totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows, 10_000);
+        let mut leased = 0;
+        for record in machine.leases.values().filter(|record| !record.ended) {
+            for range in &record.lease.rows {
+                for row in range.start..range.end {
+                    assert_eq!(machine.ledger.row(&range.shard, row), Some(RowState::Leased(record.lease.id)), "{}", record.lease.id);
+                }
+                leased += range.rows();
+            }
+        }
+        assert_eq!(leased, totals.leased_rows, "every leased row belongs to a live lease");
+    }
+}
+
+#[test]
+fn a_successor_with_the_bucket_alone_loses_no_merge_and_makes_none_twice() {
+    let mut reference = World::new(1, 2);
+    reference.until_complete(60_000);
+    for crash_after in 3..=reference.inputs {
+        let mut world = World::new(1, 2);
+        world.crash_after = Some(crash_after);
+        world.loses_disk = true;
+        world.until_complete(60_000);
+        world.check_books();
+        assert_eq!(world.machine.fragment_versions(), vec![2; usize::from(P)], "crash after {crash_after}");
+        let steps: Vec<u64> = world.merges.keys().copied().collect();
+        assert_eq!(steps, (0..world.machine.closed_below()).collect::<Vec<_>>(), "crash after {crash_after}: a step is missing");
+        for (t, tape) in &world.tapes {
+            assert_eq!(world.merges[t].base_version, tape.base_version);
+            assert!(tape.epoch >= 1 && tape.epoch <= 2);
+        }
+        let of_tapes: usize = world.tapes.values().map(|tape| tape.inputs.len()).sum();
+        let counted = world.machine.status();
+        assert_eq!(counted.contributions, of_tapes as u64, "crash after {crash_after}: each contribution counts once");
+        assert_eq!((counted.merges + counted.empty_merges) as usize, world.merges.len());
+    }
+}
+
+#[test]
+fn rows_that_were_given_out_after_the_snapshot_are_given_to_nobody_else() {
+    let mut world = World::new(0, 3);
+    world.run(2_000);
+    // No snapshot from here on: the bucket's is old when the disk is lost.
+    let old = world.snapshot.clone();
+    world.run(20_000);
+    world.snapshot = old;
+    let before: BTreeMap<u64, Job> = world.leases.clone();
+    let known = Orchestrator::from_snapshot(world.snapshot.as_ref().unwrap()).unwrap().1.next_lease;
+    assert!(before.keys().any(|id| *id >= known), "leases were given out since");
+    let input = world.recover_from_bucket();
+    world.input(input);
+    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.check_books();
+    for (id, job) in before.iter().filter(|(id, _)| **id >= known) {
+        let record = &world.machine.leases[id];
+        assert_eq!((record.slot, &record.lease), ((job.hotkey, job.slot), &job.leases[0]));
+    }
+    world.run(20_000);
+    world.check_books();
+    let fresh: Vec<u64> = world.leases.keys().copied().filter(|id| !before.contains_key(id)).collect();
+    assert!(!fresh.is_empty() && fresh.iter().all(|id| id >> LEASE_EPOCH_SHIFT == 2), "numbers begin anew with the epoch: {fresh:?}");
+    // Learners went on with what they had: the same sessions, merged again.
+    assert!(world.machine.learners.values().all(|learner| learner.session_epoch == 500 && learner.live));
+}
+
+#[test]
+fn a_successor_logs_nothing_twice_and_goes_on_with_the_log() {
+    let mut world = World::new(0, 2);
+    world.run(3_000);
+    let old = world.snapshot.clone();
+    world.run(10_000);
+    world.snapshot = old;
+    let input = world.recover_from_bucket();
+    world.input(input);
+    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.run(20_000);
+    let entries = logged(&world);
+    let merges: Vec<Digest> = entries.iter().filter(|entry| entry.kind == LogKind::Merge).map(|entry| entry.document).collect();
+    assert_eq!(merges.iter().collect::<BTreeSet<_>>().len(), merges.len(), "each merge once");
+    let published: BTreeSet<Digest> = world.merges.values().map(|merge| Digest::blake3(&codec::encode(merge))).collect();
+    assert!(merges.len() + 12 >= published.len(), "{} of {} merges are logged", merges.len(), published.len());
+}
+
+#[test]
+fn a_log_head_of_an_earlier_writer_stands_and_what_it_lacks_follows() {
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    let machine = &mut world.machine;
+    // What this machine wants to publish next lies there already, with other entries.
+    let mine = LogEntry { kind: LogKind::Merge, document: Digest::blake3(b"mine") };
+    let theirs = LogEntry { kind: LogKind::Merge, document: Digest::blake3(b"theirs") };
+    machine.log.add(mine.kind, mine.document);
+    let taken = world.log.values().last().unwrap().frontier.clone();
+    let head = LogHead { previous: taken.size(), entries: vec![theirs], frontier: taken.extended(&[theirs]) };
+    if machine.log.published().size == taken.size() {
+        world.log.insert(head.frontier.size(), head.clone());
+        world.input(Input::LogTaken { head: Box::new(head) });
+        world.run(5_000);
+        let entries = logged(&world);
+        assert!(entries.contains(&mine) && entries.contains(&theirs));
+    } else {
+        panic!("the log was being published just then");
+    }
+}
+
+#[test]
+fn snapshots_of_other_versions_and_damaged_ones_are_refused_with_a_reason() {
+    let mut world = World::new(0, 2);
+    world.run(2_000);
+    let snapshot = world.snapshot.unwrap();
+    let (_, machine) = Orchestrator::from_snapshot(&snapshot).unwrap();
+    assert_eq!(machine.epoch(), 1);
+    let mut newer = snapshot.clone();
+    newer[16] += 1;
+    let error = Orchestrator::from_snapshot(&newer).unwrap_err();
+    assert!(error.to_string().contains("layout 3") && error.to_string().contains("hint:"), "{error}");
+    for at in [0, 30, snapshot.len() - 1] {
+        let mut damaged = snapshot.clone();
+        damaged[at] ^= 1;
+        assert!(matches!(Orchestrator::from_snapshot(&damaged), Err(crate::machine::SnapshotError::Damaged(_))), "byte {at}");
+    }
+    for at in [0, 10, 20, 51, snapshot.len() - 1] {
+        assert!(Orchestrator::from_snapshot(&snapshot[..at]).is_err(), "cut at {at}");
+    }
+}
+
+#[test]
+fn the_same_inputs_again_give_the_same_machine() {
+    // What a restart relies on: nothing that decides is kept outside of the state.
+    let mut world = World::new(2, 3);
+    let bytes = |machine: &Orchestrator| bincode::serde::encode_to_vec(machine, bincode::config::standard()).unwrap();
+    world.run(3_000);
+    let mut twin: Orchestrator = bincode::serde::decode_from_slice(&bytes(&world.machine), bincode::config::standard()).unwrap().0;
+    world.record = Some(Vec::new());
+    world.run(10_000);
+    for (now_ms, input) in world.record.take().unwrap() {
+        twin.handle(now_ms, input);
+        while twin.poll_effect().is_some() {}
+    }
+    assert_eq!(world.machine.leases.keys().collect::<Vec<_>>(), twin.leases.keys().collect::<Vec<_>>());
+    assert_eq!(world.machine.pulls.keys().collect::<Vec<_>>(), twin.pulls.keys().collect::<Vec<_>>());
+    assert_eq!(world.machine.ledger, twin.ledger);
+    assert_eq!(world.machine.log_size(), twin.log_size());
+    for (t, pull) in &world.machine.pulls {
+        assert_eq!((pull.opened_ms, &pull.stage), (twin.pulls[t].opened_ms, &twin.pulls[t].stage));
+    }
+}

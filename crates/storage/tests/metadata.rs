@@ -1,0 +1,292 @@
+//! The attacks on update metadata that TUF names, against the documents that lead to a run: what a reader refuses, and what it keeps
+//! as proof.
+
+extern crate quasar_storage as storage;
+
+use bytes::Bytes;
+use protocol::documents::{
+    AuditParameters, Bounds, CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, Head, InnerOptimizer, LrSchedule, ReleaseRef,
+    RunManifest, RunParameters, RunRoot, RunState,
+};
+use protocol::envelope::{Context, Document, EnvelopeError, RunId, sign};
+use protocol::log::{Frontier, LogRef};
+use protocol::paths::Keys;
+use protocol::{DType, Digest, Ed25519Signer, FragmentPlan, MergeRule, Signer, Slice};
+use storage::client::PublicReader;
+use storage::discovery::{DiscoveryError, RunReader};
+use storage::server::{Backend, S3Server, ServerSettings};
+use storage::{ObjectStore, PutCondition, S3Settings, S3Store};
+
+const NETUID: u16 = 24;
+const GENESIS: [u8; 32] = [2; 32];
+/// The readers' clock.
+const NOW_MS: u64 = 1_700_000_000_000;
+
+fn key(seed: u8) -> Ed25519Signer {
+    Ed25519Signer::from_seed([seed; 32])
+}
+
+/// A bucket in which an owner (key 1) and an orchestrator (key 2) have opened a run.
+struct Bucket {
+    server: S3Server,
+    store: S3Store,
+    keys: Keys,
+    outside: Context,
+    context: Context,
+    root: RunRoot,
+}
+
+impl Bucket {
+    async fn new() -> Self {
+        let server = S3Server::start(ServerSettings {
+            backend: Backend::Memory,
+            bucket: "quasar".into(),
+            access_key: "key".into(),
+            secret_key: "secret".into(),
+            public_prefixes: vec![protocol::paths::public_prefix(NETUID)],
+            listen: "127.0.0.1:0".parse().unwrap(),
+        })
+        .await
+        .unwrap();
+        let store = S3Store::new(S3Settings {
+            endpoint: Some(server.endpoint()),
+            region: "us-east-1".into(),
+            bucket: "quasar".into(),
+            access_key: Some("key".into()),
+            secret_key: Some("secret".into()),
+            path_style: true,
+        })
+        .unwrap();
+        let outside = Context { genesis: GENESIS, netuid: NETUID, run: RunId::NONE };
+        let root = RunRoot {
+            version: 1,
+            previous: Digest::ZERO,
+            owner: key(1).key(),
+            orchestrator: key(2).key(),
+            store_hosts: vec!["store.example:443".into()],
+            bounds: Bounds { fragments_max: 24, slots_max: 8, payload_bytes_max: 1 << 20, checkpoint_bytes_max: 1 << 20 },
+        };
+        let bucket = Self { server, store, keys: Keys::new(NETUID), outside, context: Context { run: RunId([3; 16]), ..outside }, root };
+        bucket.put(&bucket.keys.root(1), &sign(&bucket.root, &outside, &key(1), 1, NOW_MS)).await;
+        bucket.open_run(&key(2)).await;
+        bucket
+    }
+
+    async fn put(&self, at: &str, bytes: &[u8]) {
+        self.store.put(at, Bytes::copy_from_slice(bytes), PutCondition::Always).await.unwrap();
+    }
+
+    async fn publish<D: Document>(&self, at: &str, context: &Context, document: &D, signer: &Ed25519Signer, sequence: u64) -> Digest {
+        let bytes = sign(document, context, signer, sequence, NOW_MS);
+        self.put(at, &bytes).await;
+        Digest::blake3(&bytes)
+    }
+
+    /// Everything below the root, by `signer`; gives the current run.
+    async fn open_run(&self, signer: &Ed25519Signer) -> CurrentRun {
+        let run = self.keys.run(self.context.run);
+        let slice =
+            Slice { tensor: "w".into(), row_start: 0, row_end: 4, row_elements: 8, unit_rows: 1, dtype: DType::Bf16, rule: MergeRule::Rda };
+        let plan = FragmentPlan { fragments: vec![vec![slice]] };
+        self.publish(&run.plan(&plan.digest()), &self.context, &plan, signer, 1).await;
+        let digest = self.publish(&run.catalog(0), &self.context, &CatalogPage { page: 0, shards: Vec::new() }, signer, 1).await;
+        let manifest = self.manifest(plan.digest(), digest);
+        let manifest_digest = self.publish(&run.manifest(), &self.context, &manifest, signer, 1).await;
+        self.publish(&run.head(), &self.context, &head(1), signer, 10).await;
+        let current = CurrentRun { root_version: 1, root_digest: self.root_digest(), run: self.context.run, manifest_digest };
+        self.publish(&self.keys.current(), &self.outside, &current, signer, 10).await;
+        current
+    }
+
+    fn manifest(&self, plan: Digest, page: Digest) -> RunManifest {
+        RunManifest {
+            run: self.context.run,
+            name: "test".into(),
+            protocol_min: 1,
+            protocol_max: 1,
+            created_ms: NOW_MS,
+            plan,
+            base_release: "base".into(),
+            base_manifest: Digest::ZERO,
+            catalog: vec![CatalogRef { page: 0, digest: page }],
+            parameters: parameters(),
+        }
+    }
+
+    fn root_digest(&self) -> Digest {
+        Digest::blake3(&sign(&self.root, &self.outside, &key(1), 1, NOW_MS))
+    }
+
+    async fn discover(&self, now_ms: u64) -> Result<RunReader, DiscoveryError> {
+        let public = PublicReader::new(&self.server.endpoint(), "quasar").unwrap();
+        RunReader::discover(public, GENESIS, NETUID, key(1).key().account(), None, now_ms).await
+    }
+
+    /// The owner names another online key.
+    async fn rotate(&self, orchestrator: &Ed25519Signer, signer: &Ed25519Signer) -> Digest {
+        let root = RunRoot { version: 2, previous: self.root_digest(), orchestrator: orchestrator.key(), ..self.root.clone() };
+        self.publish(&self.keys.root(2), &self.outside, &root, signer, 2).await
+    }
+}
+
+fn head(outer_step: u64) -> Head {
+    Head {
+        epoch: 1,
+        state: RunState::Open,
+        outer_step,
+        closed_below: 0,
+        block: 0,
+        run_step: 0,
+        pulls: Vec::new(),
+        fragments: vec![FragmentHead { version: 0, length: 1, digest: Digest::ZERO }],
+        release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
+        ledger: Digest::ZERO,
+        log: LogRef::from(&Frontier::default()),
+        notices: Vec::new(),
+    }
+}
+
+fn parameters() -> RunParameters {
+    RunParameters {
+        fragments: 1,
+        inner_steps: 1,
+        overlap: 1,
+        grace_ppm: 1,
+        cycles: 1,
+        outer_lr_ppm: 1,
+        outer_momentum_ppm: 0,
+        step_target_ms: 0,
+        poll_ms: 100,
+        slots: 2,
+        quorum_min: 1,
+        pull_deadline_ms: 1,
+        learner_ttl_ms: 1,
+        sequence_length: 8,
+        batch_rows: 1,
+        lease_steps: 1,
+        codec_up: Codec::Bf16,
+        codec_down: Codec::Bf16,
+        release_every_cycles: 0,
+        inner: InnerOptimizer {
+            lr_nano: 1,
+            beta1_ppm: 1,
+            beta2_ppm: 1,
+            eps_pico: 1,
+            weight_decay_ppm: 0,
+            clip_norm_ppm: 1,
+            schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
+        },
+        audit: AuditParameters { loss_rows: 1, replay_steps: 1, replay_tolerance_ppm: 1, beacon_blocks: 1, opening_ms: 1 },
+    }
+}
+
+fn of_envelope(error: DiscoveryError) -> EnvelopeError {
+    match error {
+        DiscoveryError::Envelope { error, .. } => error,
+        other => panic!("{other}"),
+    }
+}
+
+#[tokio::test]
+async fn a_rotated_key_signs_what_changes_and_what_was_written_once_before_still_counts() {
+    let bucket = Bucket::new().await;
+    assert!(bucket.discover(NOW_MS).await.is_ok());
+    let root_digest = bucket.rotate(&key(5), &key(1)).await;
+    // Until the new key has signed the current run, there is none.
+    assert!(matches!(of_envelope(bucket.discover(NOW_MS).await.err().unwrap()), EnvelopeError::Signer { .. }));
+    let manifest = bucket.store.get(&bucket.keys.run(bucket.context.run).manifest(), 1 << 20).await.unwrap().bytes;
+    let current = CurrentRun { root_version: 2, root_digest, run: bucket.context.run, manifest_digest: Digest::blake3(&manifest) };
+    bucket.publish(&bucket.keys.current(), &bucket.outside, &current, &key(5), 11).await;
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    assert_eq!(reader.facts().orchestrators, [key(5).key(), key(2).key()]);
+    // The old key, stolen perhaps, moves no head any more.
+    assert!(matches!(of_envelope(reader.head(NOW_MS).await.unwrap_err()), EnvelopeError::Signer { .. }));
+    bucket.publish(&bucket.keys.run(bucket.context.run).head(), &bucket.context, &head(2), &key(5), 12).await;
+    assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 2);
+}
+
+#[tokio::test]
+async fn a_root_that_the_owner_before_did_not_sign_is_refused() {
+    let bucket = Bucket::new().await;
+    bucket.rotate(&key(5), &key(9)).await;
+    assert!(matches!(of_envelope(bucket.discover(NOW_MS).await.err().unwrap()), EnvelopeError::Signer { .. }));
+    // Signed by the owner, but not the successor of what is there.
+    let stray = RunRoot { version: 2, previous: Digest::blake3(b"another"), ..bucket.root.clone() };
+    bucket.publish(&bucket.keys.root(2), &bucket.outside, &stray, &key(1), 3).await;
+    assert!(matches!(bucket.discover(NOW_MS).await, Err(DiscoveryError::DigestMismatch { .. })));
+}
+
+#[tokio::test]
+async fn a_frozen_run_expires() {
+    let bucket = Bucket::new().await;
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    let late = NOW_MS + 20 * 60_000;
+    assert!(matches!(of_envelope(bucket.discover(late).await.err().unwrap()), EnvelopeError::Expired { .. }));
+    assert!(matches!(of_envelope(reader.head(late).await.unwrap_err()), EnvelopeError::Expired { .. }));
+}
+
+#[tokio::test]
+async fn an_older_head_that_is_put_back_is_refused() {
+    let bucket = Bucket::new().await;
+    let at = bucket.keys.run(bucket.context.run).head();
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    bucket.publish(&at, &bucket.context, &head(5), &key(2), 20).await;
+    assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 5);
+    bucket.publish(&at, &bucket.context, &head(4), &key(2), 15).await;
+    assert_eq!(of_envelope(reader.head(NOW_MS).await.unwrap_err()), EnvelopeError::Replayed { got: 15, seen: 20 });
+}
+
+#[tokio::test]
+async fn documents_of_different_times_do_not_mix() {
+    let bucket = Bucket::new().await;
+    let run = bucket.keys.run(bucket.context.run);
+    // A validly signed manifest that is not the one that the current run names.
+    let manifest = RunManifest { name: "other".into(), ..bucket.manifest(Digest::ZERO, Digest::ZERO) };
+    bucket.publish(&run.manifest(), &bucket.context, &manifest, &key(2), 1).await;
+    assert!(matches!(bucket.discover(NOW_MS).await, Err(DiscoveryError::DigestMismatch { key }) if key == run.manifest()));
+    // A catalog page that is not the one that the manifest names.
+    let current = bucket.open_run(&key(2)).await;
+    let page = CatalogPage { page: 7, shards: Vec::new() };
+    bucket.publish(&run.catalog(0), &bucket.context, &page, &key(2), 1).await;
+    assert!(matches!(bucket.discover(NOW_MS).await, Err(DiscoveryError::DigestMismatch { key }) if key == run.catalog(0)));
+    // A current run that names another root.
+    bucket.open_run(&key(2)).await;
+    let stray = CurrentRun { root_digest: Digest::blake3(b"another root"), ..current };
+    bucket.publish(&bucket.keys.current(), &bucket.outside, &stray, &key(2), 11).await;
+    assert!(matches!(bucket.discover(NOW_MS).await, Err(DiscoveryError::DigestMismatch { key }) if key == bucket.keys.current()));
+}
+
+#[tokio::test]
+async fn a_stolen_key_that_ran_ahead_with_the_numbers_locks_nobody_out_after_a_rotation() {
+    let bucket = Bucket::new().await;
+    let run = bucket.keys.run(bucket.context.run);
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    bucket.publish(&run.head(), &bucket.context, &head(9), &key(2), u64::MAX).await;
+    assert!(reader.head(NOW_MS).await.is_ok());
+    bucket.publish(&run.head(), &bucket.context, &head(10), &key(2), 30).await;
+    assert!(matches!(of_envelope(reader.head(NOW_MS).await.unwrap_err()), EnvelopeError::Replayed { seen: u64::MAX, .. }));
+    let root_digest = bucket.rotate(&key(5), &key(1)).await;
+    let manifest = bucket.store.get(&run.manifest(), 1 << 20).await.unwrap().bytes;
+    let current = CurrentRun { root_version: 2, root_digest, run: bucket.context.run, manifest_digest: Digest::blake3(&manifest) };
+    bucket.publish(&bucket.keys.current(), &bucket.outside, &current, &key(5), 31).await;
+    bucket.publish(&run.head(), &bucket.context, &head(11), &key(5), 32).await;
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 11);
+}
+
+#[tokio::test]
+async fn two_heads_with_one_number_are_kept_as_a_proof_that_convicts_their_signer() {
+    let bucket = Bucket::new().await;
+    let at = bucket.keys.run(bucket.context.run).head();
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    bucket.publish(&at, &bucket.context, &head(5), &key(2), 20).await;
+    reader.head(NOW_MS).await.unwrap();
+    // The same document again is nothing.
+    bucket.publish(&at, &bucket.context, &head(5), &key(2), 20).await;
+    assert!(reader.head(NOW_MS).await.is_ok());
+    bucket.publish(&at, &bucket.context, &head(6), &key(2), 20).await;
+    let Err(DiscoveryError::Equivocation { proof, .. }) = reader.head(NOW_MS).await else { panic!("it was accepted") };
+    let (convicted, sequence, ids) = proof.verify().unwrap();
+    assert_eq!((convicted, sequence), (key(2).key().account(), 20));
+    assert_ne!(ids[0], ids[1]);
+}
