@@ -34,8 +34,9 @@ impl Place {
         let chain = DevChain {
             netuid: NETUID,
             block_ms: 50,
-            tempo: 360,
-            weights_rate_limit: 1_000,
+            // So long that neither passes while a busy machine runs a test.
+            tempo: 10_000,
+            weights_rate_limit: 10_000,
             min_allowed_weights: 1,
             neurons: vec![neuron(own, 5_000_000_000), neuron(miner(1), 0), neuron(miner(2), 0)],
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
@@ -96,7 +97,7 @@ fn a_dry_run_shows_the_row_and_sends_nothing_and_a_real_one_is_read_back_from_th
     let place = Place::new(DevOptions::default());
     let (code, answer) = place.set("own", &["--dry-run"]);
     assert_eq!(code, 0, "{answer}");
-    assert_eq!(answer["row"][1], json!({ "uid": 2, "hotkey": miner(2).to_string(), "value": 65535, "share_ppm": 749_999 }));
+    assert_eq!(answer["row"][1], json!({ "uid": 2, "hotkey": miner(2).to_string(), "value": 65535, "share_ppm": 750_000 }));
     assert_eq!((&answer["dry_run"], &answer["refused_by"], &answer["reveal_round"]), (&json!(true), &Value::Null, &Value::Null));
     assert_eq!(place.node.weights(0, 0), []);
 
@@ -115,7 +116,7 @@ fn a_dry_run_shows_the_row_and_sends_nothing_and_a_real_one_is_read_back_from_th
     assert!(answer["refused_by"]["reason"].as_str().unwrap().contains("rate limit"), "{answer}");
     assert!(answer["stage"].as_str().unwrap().contains("rate limit lasts until block"), "{answer}");
     let (code, stdout, _) = place.run_as("own", &["status"]);
-    for part in ["uid 0, with a validator permit and 5 of stake", "rate limit 1000 blocks", "commit-reveal off", "it has not run here"] {
+    for part in ["uid 0, with a validator permit and 5 of stake", "rate limit 10000 blocks", "commit-reveal off", "it has not run here"] {
         assert!(code == 0 && stdout.contains(part), "{part}: {stdout}");
     }
 }
@@ -139,7 +140,7 @@ fn each_rule_that_stands_in_the_way_is_named_with_its_remedy_and_exit_code() {
     for (raise, lift, code, reason) in [
         (Change::ValidatorPermit { uid: 0, has_permit: false }, Change::ValidatorPermit { uid: 0, has_permit: true }, 78, "permit"),
         (Change::WeightsVersion(9), Change::WeightsVersion(0), 78, "version 9"),
-        (Change::Tempo(0), Change::Tempo(360), 78, "no epochs"),
+        (Change::Tempo(0), Change::Tempo(10_000), 78, "no epochs"),
     ] {
         place.change(raise);
         for arguments in [&["--dry-run"][..], &[]] {
