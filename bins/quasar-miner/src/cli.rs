@@ -14,6 +14,7 @@ use crate::commands::bench::{BenchArgs, PlanArgs};
 const EXAMPLES: &str = "\
 Examples:
   quasar-miner identity new --wallet-name miner --hotkey-name default
+  quasar-miner identity show --network finney --netuid 24 --wallet-name miner --hotkey-name default
   quasar-miner doctor --network finney --netuid 24 --wallet-name miner --hotkey-name default --s3-bucket BUCKET
   quasar-miner doctor --determinism --devices 0 --torch-cuda-dir /opt/torch/lib/python3.12/site-packages/torch
   quasar-miner run --worker-id home --owner-identity 5F… --wallet-name miner --hotkey-name default
@@ -132,7 +133,7 @@ impl From<Precision> for DType {
 
 #[derive(Debug, Subcommand)]
 enum IdentityCommand {
-    /// Print the hotkey's address and kind
+    /// Print the hotkey's address and kind; where a network is set, also its registration, what that costs, and its key certificate
     Show {
         /// Print one JSON object
         #[arg(long)]
@@ -140,9 +141,21 @@ enum IdentityCommand {
     },
     /// Make a hotkey; an existing one is never overwritten
     New {
-        /// Kind of key; grants can be sealed to ed25519 keys only
+        /// Kind of key; grants are sealed to an ed25519 key itself, an sr25519 key needs a certificate on chain
         #[arg(long, value_enum, default_value_t = Kind::Ed25519)]
         kind: Kind,
+        /// Encrypt the key file under a password: from --password-file, else asked for
+        #[arg(long)]
+        encrypt: bool,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Publish the key that grants of an sr25519 hotkey are sealed to; a running miner does so by itself
+    Certify {
+        /// Give up what the hotkey has committed on the subnet for another purpose
+        #[arg(long)]
+        replace: bool,
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -187,7 +200,12 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
             commands::checkpoint::init(&config, seed, dtype.into(), &out)
         }
         Command::Identity { command: IdentityCommand::Show { json }, common } => commands::identity::show(&common, json),
-        Command::Identity { command: IdentityCommand::New { kind, json }, common } => commands::identity::new(&common, kind.into(), json),
+        Command::Identity { command: IdentityCommand::New { kind, encrypt, json }, common } => {
+            commands::identity::new(&common, kind.into(), encrypt, json)
+        }
+        Command::Identity { command: IdentityCommand::Certify { replace, json }, common } => {
+            commands::identity::certify(&common, replace, json)
+        }
         Command::Inspect { file } => commands::inspect::main(&file),
         Command::Config { config, common } => commands::config::main(&common, &config),
     }
@@ -214,7 +232,8 @@ mod tests {
             "quasar-miner run --worker-id w --owner-identity 5F --hotkey h --devices 0,1 --first-slot 2 --max-jobs 3",
             "quasar-miner checkpoint init --config config.json --seed 7 --out fresh --dtype bf16",
             "quasar-miner identity show --wallet-path p --wallet-name w --hotkey-name h --json",
-            "quasar-miner identity new --wallet-path p --wallet-name w --hotkey-name h --kind sr25519",
+            "quasar-miner identity new --wallet-path p --wallet-name w --hotkey-name h --kind sr25519 --encrypt --password-file f",
+            "quasar-miner identity certify --network local --netuid 24 --wallet-name w --hotkey-name h --replace --json",
             "quasar-miner inspect head.qsr",
             "quasar-miner config show --json",
             "quasar-miner doctor --json",

@@ -4,20 +4,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use chain::{ChainError, ConnectSettings, Hotkey};
+use chain::{Hotkey, certificate};
 use daemon::health::{self, Health};
 use daemon::sequence::Sequence;
 use daemon::settings::{CommonArgs, MinerArgs, Role};
-use daemon::{Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, telemetry};
+use daemon::{Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, supervisor, telemetry};
 use protocol::envelope::RunId;
-use protocol::{AccountId, Signer};
+use protocol::{AccountId, KeyKind};
 use storage::client::{GrantClient, PublicReader};
 use storage::discovery::{RunFacts, RunReader};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
-use crate::commands::identity;
+use crate::commands::{chain_of, identity};
 use crate::device;
 use crate::edge::{BaseTrees, ChunkCache, Edge, Plane, Shared};
 use crate::machine::{End, Learner, LearnerSettings};
@@ -32,8 +32,6 @@ const STALE_AFTER: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
 enum RunError {
-    #[error("nothing can be sealed to the sr25519 hotkey {0}\nhint: {remedy}", remedy = protocol::Reason::NeedsCertificate.remedy())]
-    NeedsCertificate(AccountId),
     #[error(
         "the run has {slots} slots for a hotkey, but {learners} learners from slot {first} on do not fit\nhint: use fewer devices, a lower --first-slot, or another hotkey"
     )]
@@ -97,12 +95,6 @@ pub fn main(common: &CommonArgs, args: &MinerArgs) -> Result<Exit, Failure> {
     exit
 }
 
-/// Where the chain is.
-pub(crate) fn chain_of(settings: &Settings) -> Result<ChainLink, Failure> {
-    let network = settings.network()?;
-    Ok(ChainLink::new(ConnectSettings { endpoints: network.endpoints, genesis: network.genesis }))
-}
-
 /// A reader of the bucket's public part.
 pub(crate) fn public_reader(settings: &Settings) -> Result<PublicReader, Failure> {
     let store = settings.store()?;
@@ -119,12 +111,16 @@ impl Miner {
             None => None,
         };
         let public = public_reader(&settings)?;
-        let hotkey = identity::wallet(&settings)?.load_hotkey().map_err(Failure::configuration)?;
-        let account = hotkey.account();
-        let secret = hotkey.x25519_secret().ok_or_else(|| Failure::configuration(RunError::NeedsCertificate(account)))?;
+        let hotkey = identity::hotkey(&settings)?;
+        let (account, secret) = (hotkey.account(), hotkey.sealing_secret());
         let state_dir = settings.state_dir()?;
         let journal = Arc::new(Journal::open(&state_dir).map_err(|error| Failure::new(error.exit(), error))?);
         let health = Health::new();
+        health.probe("chain", {
+            let chain = chain.clone();
+            move || chain.trouble()
+        });
+        supervisor::report(&health, &shutdown);
         if let Some(address) = settings.health_listen() {
             let address = health::serve(address, health.clone(), shutdown.clone()).await?;
             tracing::info!(%address, "health pages");
@@ -157,6 +153,31 @@ impl Miner {
 
     async fn run(&self) -> Result<Exit, Failure> {
         let Some(genesis) = self.genesis().await? else { return Ok(Exit::Done) };
+        let following = self.follow(genesis);
+        tokio::pin!(following);
+        tokio::select! {
+            exit = &mut following => exit,
+            failure = self.attend_chain() => {
+                self.shutdown.trigger();
+                following.await?;
+                Err(failure)
+            }
+        }
+    }
+
+    /// Connects to the chain and publishes the key certificate that an sr25519 hotkey needs. Ends only where a person must change
+    /// something.
+    async fn attend_chain(&self) -> Failure {
+        if let Err(error) = self.chain.connect().await {
+            return Failure::configuration(error);
+        }
+        if self.hotkey.key().kind == KeyKind::Sr25519 && !self.settings.dry_run() {
+            certificate::publish_when_possible(&self.chain, &self.hotkey, self.netuid).await;
+        }
+        std::future::pending().await
+    }
+
+    async fn follow(&self, genesis: [u8; 32]) -> Result<Exit, Failure> {
         loop {
             let Some(reader) = self.discover(genesis).await? else { return Ok(Exit::Done) };
             match self.serve(genesis, reader).await? {
@@ -186,7 +207,7 @@ impl Miner {
         loop {
             match self.chain.genesis().await {
                 Ok(genesis) => return Ok(Some(genesis)),
-                Err(error @ (ChainError::Settings { .. } | ChainError::WrongGenesis { .. })) => return Err(Failure::configuration(error)),
+                Err(error) if error.needs_a_person() => return Err(Failure::configuration(error)),
                 Err(error) => waiting.log(&error.to_string()),
             }
             if !self.shutdown.sleep(RETRY).await {
@@ -308,7 +329,7 @@ impl Miner {
             TrainerThread::start(format!("learner-{slot}"), open, plane.clone(), inner, inputs.clone()).map_err(Failure::unavailable)?;
         let machine = Learner::new(LearnerSettings {
             worker: miner.worker_name(slot, self.devices.len()),
-            hotkey: self.hotkey.key().account(),
+            hotkey: self.hotkey.account(),
             slot,
             session_epoch,
             keys: facts.keys.clone(),

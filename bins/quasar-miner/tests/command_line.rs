@@ -108,15 +108,11 @@ fn grouped_launch_mode_is_refused_with_the_mode_to_use() {
 }
 
 #[test]
-fn a_missing_wallet_and_a_hotkey_that_nothing_can_be_sealed_to_are_configuration_errors() {
+fn a_missing_wallet_is_a_configuration_error() {
     let place = Place::new();
     let missing = place.run("nobody").output().unwrap();
     assert_eq!(missing.status.code(), Some(78));
     assert!(text(&missing.stderr).contains("nobody") && text(&missing.stderr).contains("hint: "), "{}", text(&missing.stderr));
-    place.new_hotkey("sr25519");
-    let unsealable = place.run("sr25519").output().unwrap();
-    assert_eq!(unsealable.status.code(), Some(78));
-    assert!(text(&unsealable.stderr).contains("ed25519"), "{}", text(&unsealable.stderr));
 }
 
 #[test]

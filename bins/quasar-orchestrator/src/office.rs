@@ -37,7 +37,9 @@ impl Office {
         let network = settings.network()?;
         let netuid = settings.netuid()?;
         let wallet = settings.wallet()?;
-        let signer = Wallet::new(&wallet.path, wallet.name, wallet.hotkey).load_hotkey().map_err(Failure::configuration)?;
+        let signer = Wallet::new(&wallet.path, wallet.name, wallet.hotkey)
+            .unlock_hotkey(wallet.password_file.as_deref())
+            .map_err(Failure::configuration)?;
         let store = settings.store()?;
         let url = BucketUrl::new(store.endpoint_url.as_deref(), &store.region, &store.bucket, store.path_style)
             .map_err(Failure::configuration)?;

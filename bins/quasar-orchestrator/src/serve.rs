@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 
-use chain::{ConnectSettings, SubtensorClient};
+use chain::{Chain, ConnectSettings, SubtensorClient};
 use daemon::driver::{Driver, DriverOptions};
 use daemon::health::{self, Health};
 use daemon::sequence::Sequence;
-use daemon::{Exit, Failure, Shutdown, clock};
+use daemon::{Exit, Failure, Shutdown, clock, supervisor};
 use fragments::codec::PayloadHeader;
 use protocol::documents::{CatalogPage, CurrentRun, FragmentManifest, ReleaseRef, RunManifest};
 use protocol::envelope::{Context, Expect, Purpose, open_stored};
@@ -59,13 +59,19 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     let network = office.settings.network()?;
     let chain = SubtensorClient::connect(ConnectSettings { endpoints: network.endpoints, genesis: Some(office.context.genesis) })
         .await
-        .map_err(Failure::unavailable)?;
+        .map_err(|error| if error.needs_a_person() { Failure::configuration(error) } else { Failure::unavailable(error) })?;
+    let chain: Arc<dyn Chain> = Arc::new(chain);
     let lease_key = run_keys.writer_lease();
     let last = fence::read_lease(&*office.store, &lease_key, &context, &roots.orchestrators).await?;
     let (journal, instance) = takeover::open_journal(&folder, last.as_ref().map(|(lease, _)| &lease.document))?;
     let journal = Arc::new(journal);
     let sequence = Arc::new(Sequence::open(journal.clone(), "orchestrator").map_err(|error| Failure::new(error.exit(), error))?);
     let health = Health::new();
+    health.probe("chain", {
+        let chain = chain.clone();
+        move || Some(chain.health()).filter(|health| !health.is_healthy()).map(|health| health.to_string())
+    });
+    supervisor::report(&health, &shutdown);
     if let Some(address) = office.settings.health_listen() {
         health::serve(address, health.clone(), shutdown.clone()).await.map_err(Failure::configuration)?;
     }
@@ -90,7 +96,7 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     let opening_secret = opening_secret(&office, &run_keys).await?;
     let service = Arc::new(Service {
         store: office.store.clone(),
-        chain: Arc::new(chain),
+        chain: chain.clone(),
         signer: office.signer.clone(),
         signers: roots.orchestrators,
         sequence,
@@ -110,6 +116,7 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
         stopped: Default::default(),
         shutdown: shutdown.clone(),
         watched: Default::default(),
+        certificates: Default::default(),
         records: Default::default(),
         head_etag: Default::default(),
         outbox: Default::default(),

@@ -228,7 +228,9 @@ fn a_machine_takes_the_inputs_of_a_thousand_learners() {
         elapsed_s: 0.0,
     };
     load.feed(Input::Started);
-    load.feed(Input::Metagraph { guests: (0..LEARNERS).map(|index| Guest { hotkey: hotkey(index), validator: false }).collect() });
+    load.feed(Input::Metagraph {
+        guests: (0..LEARNERS).map(|index| Guest { hotkey: hotkey(index), validator: false, recipient: Some([1; 32]) }).collect(),
+    });
     let (empty, before) = (load.machine.to_snapshot(0).unwrap().len(), resident());
     let slots: Vec<Slot> = load.records.keys().copied().collect();
     for slot in &slots {

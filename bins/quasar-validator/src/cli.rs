@@ -14,6 +14,8 @@ Examples:
   quasar-validator run --owner-identity 5F… --network finney --netuid 24 --wallet-name validator --hotkey-name default
   quasar-validator run --owner-identity 5F… --device cuda:0 --dry-run
   quasar-validator eval --checkpoint release/ --tokens held-out/tokens.bin --sequence-length 2048 --json
+  quasar-validator chain status --network finney --netuid 24 --wallet-name validator --hotkey-name default
+  quasar-validator chain set-weights --dry-run --network finney --netuid 24 --wallet-name validator --hotkey-name default
   quasar-validator identity show --wallet-path ~/.bittensor/wallets --wallet-name validator --hotkey-name default --json
   quasar-validator config show
   quasar-validator inspect verdict.qsr
@@ -41,6 +43,9 @@ enum Command {
         /// A `.qsr` file
         file: PathBuf,
     },
+    /// The chain: what it shows of this validator, and what would be sent
+    #[command(subcommand)]
+    Chain(ChainCommand),
     /// The hotkey
     #[command(subcommand)]
     Identity(IdentityCommand),
@@ -75,9 +80,44 @@ pub struct EvalArgs {
 }
 
 #[derive(Debug, Subcommand)]
+enum ChainCommand {
+    /// Print the connection, the subnet's rules, this validator's neuron, and how the daemon's weights stand
+    Status {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the row that the chain shows for this validator, and committed rows that wait to be opened
+    Weights {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Set weights once, by the scores that the daemon left in the state folder; with --dry-run, print what would be sent and which
+    /// rule would refuse it
+    SetWeights {
+        /// Scores from this file instead: {"SS58": number, …}
+        #[arg(long, value_name = "FILE")]
+        scores: Option<PathBuf>,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 enum IdentityCommand {
-    /// Print the hotkey's address and kind
+    /// Print the hotkey's address and kind; where a network is set, also its registration, what that costs, and its key certificate
     Show {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Publish the key that audit orders of an sr25519 hotkey are sealed to; a running validator does so by itself
+    Certify {
+        /// Give up what the hotkey has committed on the subnet for another purpose
+        #[arg(long)]
+        replace: bool,
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -102,7 +142,11 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
         Command::Run(validator) => crate::run::main(&cli.common, &validator),
         Command::Eval(eval) => commands::eval::main(&cli.common, &eval),
         Command::Inspect { file } => commands::inspect::main(&file),
+        Command::Chain(ChainCommand::Status { json }) => commands::chain::status(&cli.common, json),
+        Command::Chain(ChainCommand::Weights { json }) => commands::chain::weights(&cli.common, json),
+        Command::Chain(ChainCommand::SetWeights { scores, json }) => commands::chain::set_weights(&cli.common, scores.as_deref(), json),
         Command::Identity(IdentityCommand::Show { json }) => commands::identity::show(&cli.common, json),
+        Command::Identity(IdentityCommand::Certify { replace, json }) => commands::identity::certify(&cli.common, replace, json),
         Command::Config(config) => commands::config::main(&cli.common, &config),
     }
 }
@@ -124,6 +168,10 @@ mod tests {
             "quasar-validator run --owner-identity 5F --worker-id v0 --device cpu --threads 1 --poll-interval-sec 5 --dry-run",
             "quasar-validator eval --checkpoint c --tokens t --sequence-length 128 --device cuda:0 --max-rows 9 --json",
             "quasar-validator identity show --wallet-path p --wallet-name w --hotkey-name h --json",
+            "quasar-validator identity certify --replace --json",
+            "quasar-validator chain status --json --network local --local-chain f",
+            "quasar-validator chain weights --json",
+            "quasar-validator chain set-weights --dry-run --scores f --json",
             "quasar-validator config show --json",
             "quasar-validator config validate",
             "quasar-validator inspect verdict.qsr",

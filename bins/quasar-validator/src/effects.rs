@@ -14,7 +14,7 @@ mod trouble;
 pub mod verdicts;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use ::chain::Hotkey;
 use bytes::Bytes;
@@ -34,7 +34,6 @@ use zeroize::Zeroizing;
 
 use crate::audit::{Evidence, Judgement, Opening, Subject};
 use crate::machine::audits::{Judged, OrderRead, Written, compare};
-use crate::machine::weights::WeightsOutcome;
 use crate::machine::{Effect, HeadFacts, Input};
 use ::chain::ChainLink;
 use base::BaseTree;
@@ -59,14 +58,15 @@ pub struct EffectSettings<'a> {
     pub access: Arc<dyn GrantAccess>,
     pub link: Arc<ChainLink>,
     pub hotkey: Arc<Hotkey>,
-    /// Opens sealed grants; `None` for a hotkey that nothing can be sealed to.
-    pub secret: Option<Zeroizing<[u8; 32]>>,
+    /// Opens sealed grants.
+    pub secret: Zeroizing<[u8; 32]>,
     pub journal: Arc<Journal>,
     pub state_dir: &'a Path,
     pub open_engine: OpenEngine,
-    pub is_dry_run: bool,
+    /// The mechanism that weights are set on.
+    pub mechanism: u8,
     pub store_health: Component,
-    pub chain_health: Component,
+    pub weights_health: Component,
 }
 
 /// Executes the effects of one run's machine.
@@ -85,7 +85,6 @@ pub struct Effects {
     verdicts: VerdictDesk,
     chain: ChainDesk,
     store_health: Component,
-    chain_health: Component,
 }
 
 impl Effects {
@@ -101,9 +100,9 @@ impl Effects {
             journal,
             state_dir,
             open_engine,
-            is_dry_run,
+            mechanism,
             store_health,
-            chain_health,
+            weights_health,
         } = settings;
         let (facts, own) = (reader.facts().clone(), hotkey.account());
         let (reader, archive) = (Arc::new(tokio::sync::Mutex::new(reader)), Arc::new(archive));
@@ -126,23 +125,18 @@ impl Effects {
             sequence,
         };
         let evidence = state_dir.to_owned();
-        let chain = ChainDesk { link, hotkey: hotkey.clone(), netuid: facts.context.netuid, run: facts.context.run, journal, is_dry_run };
-        Ok(Self {
-            own,
-            hotkey,
-            evidence,
-            facts,
-            reader,
-            archive,
-            grants,
-            base,
-            keyframes,
-            bench,
-            verdicts,
-            chain,
-            store_health,
-            chain_health,
-        })
+        let chain = ChainDesk {
+            link,
+            hotkey: hotkey.clone(),
+            netuid: facts.context.netuid,
+            mechanism,
+            run: facts.context.run,
+            journal,
+            health: weights_health,
+            file: state_dir.join(chain::WEIGHTS_FILE),
+            shown: Mutex::default(),
+        };
+        Ok(Self { own, hotkey, evidence, facts, reader, archive, grants, base, keyframes, bench, verdicts, chain, store_health })
     }
 
     async fn head(&self) -> Option<Box<HeadFacts>> {
@@ -174,24 +168,12 @@ impl Effects {
         }
     }
 
-    /// Notes whether the chain answers.
-    fn of_chain<T, E: Into<Trouble>>(&self, answer: Result<T, E>) -> Option<T> {
-        match answer {
-            Ok(answer) => {
-                self.chain_health.ready();
-                Some(answer)
-            }
-            Err(error) => {
-                self.chain_health.not_ready(error.into().line());
-                None
-            }
-        }
+    /// The chain's answer. Where there is none the machine asks again; the connection itself reports how it is doing.
+    fn of_chain<T, E: Into<Trouble>>(answer: Result<T, E>) -> Option<T> {
+        answer.map_err(|error| tracing::debug!(error = error.into().line(), "the chain was not read")).ok()
     }
 
     async fn order(&self, selection: &Selection) -> OrderRead {
-        if !self.grants.can_open() {
-            return OrderRead::Absent;
-        }
         let key = self.facts.run.audit(&self.own, &selection.audit);
         let order = match self.archive.once::<AuditOrder>(&key, Expect::Any(&self.facts.orchestrators)).await {
             Ok(Some(order)) => order,
@@ -311,9 +293,9 @@ impl Executor for Effects {
                 }
                 return;
             }
-            Effect::ReadBlock => Input::Block(self.of_chain(self.chain.block().await)),
-            Effect::ReadChain => Input::Chain(self.of_chain(self.chain.view().await).map(Box::new)),
-            Effect::ReadBeacon { cycle, block } => Input::Beacon { cycle, hash: self.of_chain(self.chain.beacon(block).await).flatten() },
+            Effect::ReadBlock => Input::Block(Self::of_chain(self.chain.block().await)),
+            Effect::ReadChain => Input::Chain(Self::of_chain(self.chain.view().await).map(Box::new)),
+            Effect::ReadBeacon { cycle, block } => Input::Beacon { cycle, hash: Self::of_chain(self.chain.beacon(block).await).flatten() },
             Effect::ReadOrder(selection) => Input::Order { audit: selection.audit, read: self.order(&selection).await },
             Effect::Judge { subject, versions } => {
                 Input::Judged { audit: subject.selection.audit, judged: self.judge(*subject, versions).await }
@@ -333,13 +315,9 @@ impl Executor for Effects {
                 });
                 Input::Verdict { audit, verdict: verdict.map(Box::new) }
             }
-            Effect::SetWeights { scores, due, epoch } => {
-                let outcome = self.chain.set_weights(&scores, due).await;
-                if let WeightsOutcome::Set { block, weights } = &outcome {
-                    self.publish_scores(epoch, *block, weights.clone()).await;
-                }
-                Input::Weights(outcome)
-            }
+            Effect::Weights(effect) => Input::Weights(self.chain.weights(effect, &inputs).await),
+            Effect::PublishScores { epoch, block, scores } => return self.publish_scores(epoch, block, scores).await,
+            Effect::ShowWeights(standing) => return self.chain.show(*standing),
             Effect::ReadLog { size } => Input::LogHead { size, head: self.published(&self.facts.run.log(size)).await },
             Effect::CheckMoved => Input::Moved(self.moved().await),
         };

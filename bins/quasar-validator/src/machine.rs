@@ -2,7 +2,7 @@
 //!
 //! It follows the head, reads every merge manifest and checks it again ([`cycles`]), derives from the chain's beacon who audits
 //! what, takes its own audits from order to revealed verdict ([`audits`]), watches the verdicts of all others ([`verdicts`]), folds
-//! manifests and verdicts into scores ([`scores`]) and decides when weights are set ([`weights`]).
+//! manifests and verdicts into scores ([`scores`]) and has weights set from them ([`weights`]).
 //!
 //! Nothing of it is kept over a restart: all facts are public objects and are read again. What must not be lost (sequence
 //! numbers, verdicts that were decided, their salts) lies in the journal and belongs to the effects.
@@ -21,9 +21,10 @@ pub mod weights;
 
 use std::collections::VecDeque;
 
+use chain::setter;
 use daemon::Exit;
 use protocol::audits::Selection;
-use protocol::documents::{FragmentHead, Head, MergeManifest, RunParameters, RunState, Verdict};
+use protocol::documents::{FragmentHead, Head, MergeManifest, RunParameters, RunState, Score, Verdict};
 use protocol::envelope::RunId;
 use protocol::log::{LogHead, LogRef};
 use protocol::{AccountId, Digest};
@@ -36,7 +37,7 @@ use log::LogMonitor;
 use poller::Poller;
 use scores::ScoreLedger;
 use verdicts::{Looked, Verdicts};
-use weights::{Due, OwnNeuron, WeightSetter, WeightTimes, WeightsOutcome};
+use weights::{ScoreList, Standing, WeightSettings, Weights};
 
 /// Polls of the head between two looks at orders and verdicts.
 const SLOW_POLLS: u64 = 10;
@@ -59,7 +60,7 @@ pub struct MachineSettings {
     pub parameters: RunParameters,
     /// Longest pause between two looks at the head.
     pub poll_ms_max: u64,
-    pub weights: WeightTimes,
+    pub weights: WeightSettings,
 }
 
 /// The parts of the head that matter here.
@@ -75,6 +76,13 @@ impl From<Head> for HeadFacts {
     fn from(head: Head) -> Self {
         Self { state: head.state, closed_below: head.closed_below, fragments: head.fragments, log: head.log }
     }
+}
+
+/// Our neuron.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnNeuron {
+    pub uid: u16,
+    pub validator_permit: bool,
 }
 
 /// What the chain says, read now and then.
@@ -125,7 +133,7 @@ pub enum Input {
         audit: Digest,
         verdict: Option<Box<Verdict>>,
     },
-    Weights(WeightsOutcome),
+    Weights(setter::Input),
     /// `None` = absent or unreadable.
     LogHead {
         size: u64,
@@ -159,12 +167,15 @@ pub enum Effect {
     /// Publish the journaled verdict.
     Reveal(Digest),
     ReadVerdict(Box<Subject>),
-    SetWeights {
-        scores: Vec<(AccountId, u64)>,
-        due: Due,
-        /// Cycles whose merges are in the scores.
+    /// A look at the chain, or a row to send.
+    Weights(setter::Effect),
+    /// What weights on the chain were made from; `epoch` is the number of cycles whose merges are in the scores.
+    PublishScores {
         epoch: u64,
+        block: u64,
+        scores: Vec<Score>,
     },
+    ShowWeights(Box<Standing>),
     ReadLog {
         size: u64,
     },
@@ -195,7 +206,7 @@ pub struct Machine {
     verdicts: Verdicts,
     scores: ScoreLedger,
     log: LogMonitor,
-    weights: WeightSetter,
+    weights: Weights,
     unregistered_since_ms: Option<u64>,
     registration_hint_ms: u64,
     is_complete_logged: bool,
@@ -221,7 +232,7 @@ impl Machine {
             verdicts: Verdicts::new(slow_ms, opening_ms),
             scores: ScoreLedger::default(),
             log: LogMonitor::new(slow_ms),
-            weights: WeightSetter::new(settings.weights),
+            weights: Weights::new(settings.own, settings.weights, slow_ms.clamp(BLOCK_MS.0, BLOCK_MS.1)),
             unregistered_since_ms: None,
             registration_hint_ms: 0,
             is_complete_logged: false,
@@ -345,13 +356,12 @@ impl Machine {
 
     fn plan_weights(&mut self, now_ms: u64) {
         // Before the manifests are caught up after a restart, scores would be those of an earlier time.
-        let Some(head) = self.head.as_ref().filter(|head| self.cycles.folded_below() >= head.closed_below) else { return };
-        let is_complete = head.state == RunState::Complete && self.cycles.is_settled() && self.verdicts.is_settled();
-        let Some(ChainView { block, own: Some(own), .. }) = &self.chain else { return };
-        if let Some(due) = self.weights.begin(now_ms, *block, own, is_complete) {
-            let epoch = protocol::schedule::cycle_of(self.cycles.folded_below(), self.settings.parameters.fragments);
-            self.effects.push_back(Effect::SetWeights { scores: self.scores.scores(), due, epoch });
+        if let Some(head) = self.head.as_ref().filter(|head| self.cycles.folded_below() >= head.closed_below) {
+            let is_final = head.state == RunState::Complete && self.cycles.is_settled() && self.verdicts.is_settled();
+            let cycles = protocol::schedule::cycle_of(self.cycles.folded_below(), self.settings.parameters.fragments);
+            self.weights.score(now_ms, ScoreList { scores: self.scores.scores(), cycles, is_final }, &mut self.effects);
         }
+        self.weights.handle(now_ms, setter::Input::Tick, &mut self.effects);
         if self.weights.is_final_set() && !self.is_complete_logged {
             self.is_complete_logged = true;
             let tally = self.verdicts.tally();
@@ -408,10 +418,7 @@ impl daemon::Machine for Machine {
                 }
             }
             Input::Verdict { audit, verdict } => self.on_verdict(audit, verdict, now_ms),
-            Input::Weights(outcome) => {
-                self.weights.end(&outcome, now_ms);
-                self.chain_poll.hurry(now_ms);
-            }
+            Input::Weights(input) => self.weights.handle(now_ms, input, &mut self.effects),
             Input::LogHead { size, head } => {
                 if let Err(fault) = self.log.read(size, head.map(|head| *head), now_ms) {
                     tracing::error!(%fault, "the append-only log contradicts itself: keep the signed heads, they prove it");
@@ -434,7 +441,8 @@ impl daemon::Machine for Machine {
 
     fn deadline(&self) -> Option<u64> {
         let polls = [&self.head_poll, &self.block_poll, &self.chain_poll, &self.moved_poll];
-        let parts = [self.cycles.deadline(), self.audits.deadline(), self.verdicts.deadline(), self.log.deadline()];
+        let parts =
+            [self.cycles.deadline(), self.audits.deadline(), self.verdicts.deadline(), self.log.deadline(), self.weights.deadline()];
         polls.iter().filter_map(|poller| poller.deadline()).chain(parts.into_iter().flatten()).min()
     }
 

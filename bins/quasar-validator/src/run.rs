@@ -4,22 +4,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use chain::{ChainError, ConnectSettings, Hotkey};
+use chain::{Hotkey, certificate};
 use daemon::driver::{DriverOptions, Recovered};
 use daemon::health::{self, Health};
 use daemon::settings::{CommonArgs, Role, ValidatorArgs, ValidatorSettings};
-use daemon::{Driver, Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, telemetry};
+use daemon::{Driver, Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, supervisor, telemetry};
 use model::{QuasarEvaluator, QuasarTrainer, TrainError};
 use protocol::envelope::RunId;
-use protocol::{AccountId, FragmentPlan, Reason};
+use protocol::{AccountId, FragmentPlan, KeyKind, Reason};
 use storage::client::{GrantClient, PublicReader};
 use storage::discovery::RunReader;
 
 use crate::audit::Engine;
-use crate::commands::identity;
+use crate::commands::{chain_of, identity};
 use crate::effects::bench::OpenEngine;
 use crate::effects::{EffectSettings, Effects};
-use crate::machine::weights::WeightTimes;
+use crate::machine::weights::WeightSettings;
 use crate::machine::{Ended, Machine, MachineSettings};
 use chain::ChainLink;
 
@@ -29,6 +29,8 @@ const RETRY: Duration = Duration::from_secs(2);
 const STALE_AFTER: Duration = Duration::from_secs(30);
 /// How long effects under way may go on after a stop.
 const STOP_GRACE: Duration = Duration::from_secs(2);
+/// Longest time without a look at what stands on the chain.
+const LOOK_MAX_MS: u64 = 600_000;
 
 #[derive(Debug, thiserror::Error)]
 enum RunError {
@@ -104,34 +106,58 @@ fn public_reader(settings: &Settings) -> Result<PublicReader, Failure> {
 
 impl Validator {
     async fn start(settings: Settings, device: String, shutdown: Shutdown) -> Result<Self, Failure> {
-        let network = settings.network()?;
-        let link = Arc::new(ChainLink::new(ConnectSettings { endpoints: network.endpoints, genesis: network.genesis }));
+        let link = Arc::new(chain_of(&settings)?);
         let (netuid, owner) = (settings.netuid()?, settings.owner_identity()?);
         let pin = match settings.run_id() {
             Some(text) => Some(text.parse().map_err(|_| Failure::configuration(RunError::RunId(text.to_owned())))?),
             None => None,
         };
         let public = public_reader(&settings)?;
-        let hotkey = identity::wallet(&settings)?.load_hotkey().map_err(Failure::configuration)?;
-        if hotkey.x25519_secret().is_none() {
-            let reason = Reason::NeedsCertificate;
-            tracing::warn!(hint = reason.remedy(), "{}: no audits are possible, weights follow the verdicts of others", reason.sentence());
-        }
+        let hotkey = Arc::new(identity::hotkey(&settings)?);
         let state_dir = settings.state_dir()?;
         let journal = Arc::new(Journal::open(&state_dir).map_err(|error| Failure::new(error.exit(), error))?);
         let health = Health::new();
+        health.probe("chain", {
+            let link = link.clone();
+            move || link.trouble()
+        });
+        supervisor::report(&health, &shutdown);
         if let Some(address) = settings.health_listen() {
             let address = health::serve(address, health.clone(), shutdown.clone()).await?;
             tracing::info!(%address, "health pages");
         }
         let own = settings.validator();
         tracing::info!(hotkey = %hotkey.account(), device, name = own.worker_id, version = env!("CARGO_PKG_VERSION"), "validator started");
-        let hotkey = Arc::new(hotkey);
         Ok(Self { settings, own, hotkey, link, public, journal, state_dir, netuid, owner, pin, device, health, shutdown })
     }
 
     async fn run(&self) -> Result<Exit, Failure> {
         let Some(genesis) = self.genesis().await? else { return Ok(Exit::Done) };
+        let following = self.follow(genesis);
+        tokio::pin!(following);
+        tokio::select! {
+            exit = &mut following => exit,
+            failure = self.attend_chain() => {
+                self.shutdown.trigger();
+                following.await?;
+                Err(failure)
+            }
+        }
+    }
+
+    /// Connects to the chain and publishes the key certificate that an sr25519 hotkey needs. Ends only where a person must change
+    /// something.
+    async fn attend_chain(&self) -> Failure {
+        if let Err(error) = self.link.connect().await {
+            return Failure::configuration(error);
+        }
+        if self.hotkey.key().kind == KeyKind::Sr25519 && !self.settings.dry_run() {
+            certificate::publish_when_possible(&self.link, &self.hotkey, self.netuid).await;
+        }
+        std::future::pending().await
+    }
+
+    async fn follow(&self, genesis: [u8; 32]) -> Result<Exit, Failure> {
         loop {
             let Some(reader) = self.discover(genesis).await? else { return Ok(Exit::Done) };
             let Some(archive) = self.discover(genesis).await? else { return Ok(Exit::Done) };
@@ -152,7 +178,7 @@ impl Validator {
         loop {
             match self.link.genesis().await {
                 Ok(genesis) => return Ok(Some(genesis)),
-                Err(error @ (ChainError::Settings { .. } | ChainError::WrongGenesis { .. })) => return Err(Failure::configuration(error)),
+                Err(error) if error.needs_a_person() => return Err(Failure::configuration(error)),
                 Err(error) => waiting.log(&error.to_string()),
             }
             if !self.shutdown.sleep(RETRY).await {
@@ -192,10 +218,14 @@ impl Validator {
             own: self.hotkey.account(),
             parameters: facts.manifest.parameters.clone(),
             poll_ms_max: self.own.poll_interval_ms,
-            weights: WeightTimes {
+            weights: WeightSettings {
+                netuid: self.netuid,
+                mechanism: self.own.weight_mechanism,
                 refresh_ms: self.own.weight_refresh_ms,
                 retry_base_ms: self.own.weight_retry_base_ms,
                 retry_max_ms: self.own.weight_retry_max_ms,
+                look_max_ms: LOOK_MAX_MS,
+                is_dry_run: self.settings.dry_run(),
             },
         });
         let effects = Effects::new(EffectSettings {
@@ -204,13 +234,13 @@ impl Validator {
             access: Arc::new(GrantClient::new(facts.root.store_hosts.clone()).map_err(Failure::configuration)?),
             link: self.link.clone(),
             hotkey: self.hotkey.clone(),
-            secret: self.hotkey.x25519_secret(),
+            secret: self.hotkey.sealing_secret(),
             journal: self.journal.clone(),
             state_dir: &self.state_dir,
             open_engine: opener(self.device.clone(), facts.plan.clone(), self.own.threads),
-            is_dry_run: self.settings.dry_run(),
+            mechanism: self.own.weight_mechanism,
             store_health: self.health.component("store"),
-            chain_health: self.health.component("chain"),
+            weights_health: self.health.component("weights"),
         })
         .map_err(Failure::unavailable)?;
         // Public facts are the machine's memory: it starts fresh, and the driver's journal ends with the process.

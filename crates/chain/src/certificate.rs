@@ -4,22 +4,35 @@
 //! only the hotkey itself can write: the chain is what vouches for it. The secret half is derived from the hotkey's secret, so
 //! that nothing else has to be kept. A certificate on chain wins over the mapping of an Ed25519 key.
 
+use std::time::Duration;
+
 use protocol::AccountId;
 
 use crate::chain::Chain;
 use crate::error::ChainError;
 use crate::hotkey::Hotkey;
+use crate::link::ChainLink;
 use crate::types::BlockRef;
 
 /// What every certificate begins with: its name and version.
 const MAGIC: &[u8; 8] = b"QSRKEY\x00\x01";
 const BYTES: usize = MAGIC.len() + 32;
+/// First and longest pause between two tries to publish.
+const RETRY_FIRST: Duration = Duration::from_secs(2);
+const RETRY_LONGEST: Duration = Duration::from_secs(60);
 
 /// The key to seal to for the hotkey that committed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyCertificate {
     /// An X25519 public key.
     pub x25519: [u8; 32],
+}
+
+/// The key in hexadecimal.
+impl std::fmt::Display for KeyCertificate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&hex::encode(self.x25519))
+    }
 }
 
 impl KeyCertificate {
@@ -50,13 +63,40 @@ fn is_low_order(key: &[u8; 32]) -> bool {
 }
 
 /// Publishes the certificate of `hotkey` on the subnet, unless the chain shows it already. Gives the block that contains it, `None`
-/// where nothing had to be sent.
-pub async fn publish(chain: &dyn Chain, hotkey: &Hotkey, netuid: u16) -> Result<Option<BlockRef>, ChainError> {
-    let certificate = KeyCertificate::of(hotkey);
-    if read(chain, netuid, &hotkey.account()).await? == Some(certificate) {
-        return Ok(None);
+/// where nothing had to be sent. What the hotkey has committed for another purpose is lost only where the caller says so.
+pub async fn publish(chain: &dyn Chain, hotkey: &Hotkey, netuid: u16, may_replace: bool) -> Result<Option<BlockRef>, ChainError> {
+    let (certificate, account) = (KeyCertificate::of(hotkey), hotkey.account());
+    if let Some(committed) = chain.commitment(netuid, &account).await? {
+        match KeyCertificate::decode(&committed) {
+            Some(published) if published == certificate => return Ok(None),
+            None if !may_replace => return Err(ChainError::CommitmentTaken { hotkey: account, netuid, length: committed.len() }),
+            _ => {}
+        }
     }
     chain.set_commitment(hotkey, netuid, &certificate.encode()).await.map(Some)
+}
+
+/// Publishes the certificate of `hotkey` as soon as that can be: tries until the chain answers, the hotkey is registered and
+/// nothing else stands in the certificate's place. Dropping the future stops it.
+pub async fn publish_when_possible(link: &ChainLink, hotkey: &Hotkey, netuid: u16) {
+    let mut pause = RETRY_FIRST;
+    let mut complaint = String::new();
+    loop {
+        let published = async { publish(link.client().await?.as_ref(), hotkey, netuid, false).await };
+        match published.await {
+            Ok(None) => return tracing::info!("the key certificate is on chain"),
+            Ok(Some(block)) => return tracing::info!(%block, "the key certificate is published"),
+            Err(error) => {
+                let error = error.to_string().replace('\n', "; ");
+                if error != complaint {
+                    tracing::warn!(error, "the key certificate is not published yet");
+                    complaint = error;
+                }
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RETRY_LONGEST);
+    }
 }
 
 /// The certificate that `account` has published on the subnet.

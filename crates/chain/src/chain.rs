@@ -62,16 +62,6 @@ pub trait Chain: Send + Sync + 'static {
     /// How the connection is doing.
     fn health(&self) -> ChainHealth;
 
-    /// Sets the row of `hotkey` (pairs of uid and value) and returns the finalized block that contains it, after reading the
-    /// row back from it. `version_key` is the newest weights version that the caller's build knows.
-    async fn set_weights(
-        &self,
-        hotkey: &Hotkey,
-        netuid: u16,
-        weights: &[(u16, u16)],
-        version_key: u64,
-    ) -> Result<BlockRef, SetWeightsError>;
-
     /// The row that the chain holds for `uid`; empty if it never set weights.
     async fn weights(&self, netuid: u16, uid: u16) -> Result<Vec<(u16, u16)>, ChainError>;
 

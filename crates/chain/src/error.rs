@@ -44,6 +44,10 @@ pub enum ChainError {
     NotYetFinal { number: u64 },
     #[error("hotkey {hotkey} is not registered on subnet {netuid}\nhint: register it with `btcli subnet register`")]
     NotRegistered { hotkey: AccountId, netuid: u16 },
+    #[error(
+        "hotkey {hotkey} has committed something else on subnet {netuid} ({length} bytes), and a subnet keeps one commitment of a hotkey\nhint: `identity certify --replace` puts the key certificate in its place"
+    )]
+    CommitmentTaken { hotkey: AccountId, netuid: u16, length: usize },
     #[error("a commitment of {length} bytes is too long\nhint: at most {limit} bytes fit into one field")]
     CommitmentTooLong { length: usize, limit: usize },
     #[error(
@@ -64,6 +68,21 @@ impl ChainError {
     /// Whether the same call may well succeed a little later.
     pub fn is_retryable(&self) -> bool {
         matches!(self, Self::Unavailable { .. } | Self::Timeout { .. } | Self::NotFinalized { .. } | Self::NotYetFinal { .. })
+    }
+
+    /// Whether nothing is better before a person has changed something here: the settings name the wrong network or subnet, or
+    /// the chain has outgrown this build.
+    pub fn needs_a_person(&self) -> bool {
+        matches!(
+            self,
+            Self::Settings { .. }
+                | Self::WrongGenesis { .. }
+                | Self::SubnetMissing { .. }
+                | Self::Answer { .. }
+                | Self::StateForgotten { .. }
+                | Self::CommitmentTaken { .. }
+                | Self::CommitmentTooLong { .. }
+        )
     }
 }
 

@@ -54,14 +54,6 @@ impl Hotkey {
         self.key().account()
     }
 
-    /// The X25519 secret that opens what is sealed to this account; `None` for Sr25519, whose public key maps to none.
-    pub fn x25519_secret(&self) -> Option<Zeroizing<[u8; 32]>> {
-        match &self.0 {
-            Pair::Ed25519(signer) => Some(Zeroizing::new(signer.x25519_secret())),
-            Pair::Sr25519(_) => None,
-        }
-    }
-
     /// The X25519 secret that opens what is sealed to this hotkey: the mapped key of Ed25519, and for Sr25519 the one whose public
     /// half the hotkey publishes in its key certificate, derived from its secret.
     pub fn sealing_secret(&self) -> Zeroizing<[u8; 32]> {
@@ -128,12 +120,6 @@ mod tests {
         hex::decode_to_slice("e5be9a5092b81bca64be81d212e7f2f9eba183bb7a90954f7b76361f6edb5c0a", &mut seed).unwrap();
         let alice = Hotkey::from_seed(KeyKind::Sr25519, &seed);
         assert_eq!(alice.account().to_string(), "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY");
-    }
-
-    #[test]
-    fn only_an_ed25519_hotkey_can_open_sealed_bundles() {
-        assert!(Hotkey::from_seed(KeyKind::Ed25519, &[1; 32]).x25519_secret().is_some());
-        assert!(Hotkey::from_seed(KeyKind::Sr25519, &[1; 32]).x25519_secret().is_none());
     }
 
     #[test]

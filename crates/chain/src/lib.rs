@@ -17,6 +17,7 @@ pub mod epoch;
 pub mod error;
 pub mod health;
 pub mod hotkey;
+pub mod identity;
 pub mod link;
 pub mod memory;
 pub mod rules;

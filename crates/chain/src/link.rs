@@ -1,27 +1,34 @@
 //! A chain that is connected when it is first asked, because a daemon's other work goes on without it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use protocol::AccountId;
 use tokio::sync::OnceCell;
 
 use crate::{Chain, ChainError, ChainHealth, ConnectSettings, SubtensorClient};
 
+/// First and longest pause between two tries to connect.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_LONGEST: Duration = Duration::from_secs(30);
+
 /// A chain that may not be connected yet.
 pub struct ChainLink {
     settings: ConnectSettings,
     client: OnceCell<Arc<dyn Chain>>,
+    /// Why it is not connected.
+    failure: Mutex<String>,
 }
 
 impl ChainLink {
     pub fn new(settings: ConnectSettings) -> Self {
-        Self { settings, client: OnceCell::new() }
+        Self { settings, client: OnceCell::new(), failure: Mutex::new("not connected yet".to_owned()) }
     }
 
     /// A link that is connected already.
     pub fn connected(client: Arc<dyn Chain>) -> Self {
         let settings = ConnectSettings { endpoints: Vec::new(), genesis: Some(client.genesis()) };
-        Self { settings, client: OnceCell::new_with(Some(client)) }
+        Self { settings, client: OnceCell::new_with(Some(client)), failure: Mutex::default() }
     }
 
     /// The chain, connected now if it was not yet.
@@ -30,12 +37,39 @@ impl ChainLink {
             let client = SubtensorClient::connect(self.settings.clone()).await?;
             Ok::<Arc<dyn Chain>, ChainError>(Arc::new(client))
         };
-        self.client.get_or_try_init(connect).await.cloned()
+        let client = self.client.get_or_try_init(connect).await.cloned();
+        if let Err(error) = &client {
+            *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string().replace('\n', "; ");
+        }
+        client
+    }
+
+    /// Connects, and tries until that works; fails only where a person must change something. Whoever can do without the chain for a
+    /// while still wants to hear early that it is the wrong one.
+    pub async fn connect(&self) -> Result<(), ChainError> {
+        let mut pause = RETRY_FIRST;
+        loop {
+            match self.client().await {
+                Ok(_) => return Ok(()),
+                Err(error) if error.needs_a_person() => return Err(error),
+                Err(error) => tracing::debug!(%error, "the chain cannot be reached"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY_LONGEST);
+        }
     }
 
     /// How the connection is doing; `None` while it was never made.
     pub fn health(&self) -> Option<ChainHealth> {
         self.client.get().map(|client| client.health())
+    }
+
+    /// Why the chain cannot be worked with now; `None` while all is well.
+    pub fn trouble(&self) -> Option<String> {
+        match self.health() {
+            None => Some(self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+            Some(health) => (!health.is_healthy()).then(|| health.to_string()),
+        }
     }
 
     /// Genesis of the network: as configured, or as the chain says.

@@ -369,19 +369,6 @@ impl Chain for MemoryChain {
         Ok(self.subnet(netuid)?.settings.hyperparameters.clone())
     }
 
-    async fn set_weights(&self, hotkey: &Hotkey, netuid: u16, row: &[(u16, u16)], version_key: u64) -> Result<BlockRef, SetWeightsError> {
-        let mut inner = self.subnet(netuid)?;
-        let required = inner.settings.hyperparameters.weights_version;
-        let account = hotkey.account();
-        let is_registered = inner.settings.neurons.iter().any(|neuron| neuron.hotkey == account);
-        let is_empty = row.iter().all(|(_, value)| *value == 0);
-        if !is_empty && is_registered && required > version_key && !inner.settings.hyperparameters.commit_reveal {
-            return Err(SetWeightsError::Refused(WeightsRefusal::VersionTooOld { required, ours: version_key }));
-        }
-        let request = WeightsRequest { netuid, mechanism: 0, row: row.to_vec(), version_key, how: How::Plain };
-        Ok(inner.send(&account, &request).map_err(SetWeightsError::Refused)?.block)
-    }
-
     async fn weights(&self, netuid: u16, uid: u16) -> Result<Vec<(u16, u16)>, ChainError> {
         let inner = self.reach()?;
         let row = inner.rows.get(&uid).filter(|_| inner.settings.netuid == netuid);

@@ -39,8 +39,11 @@ impl From<HealthError> for crate::Failure {
     }
 }
 
+/// Asked whenever somebody wants to know: why a part is not ready, `None` while it is.
+type Probe = Arc<dyn Fn() -> Option<String> + Send + Sync>;
+
 /// What one part of the daemon says about itself.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 struct Condition {
     /// `None` while it is ready.
     reason: Option<String>,
@@ -50,8 +53,20 @@ struct Condition {
 }
 
 /// The conditions of all parts; clones share them.
-#[derive(Clone, Debug, Default)]
-pub struct Health(Arc<Mutex<BTreeMap<String, Condition>>>);
+#[derive(Clone, Default)]
+pub struct Health(Arc<Mutex<Parts>>);
+
+#[derive(Default)]
+struct Parts {
+    conditions: BTreeMap<String, Condition>,
+    probes: BTreeMap<String, Probe>,
+}
+
+impl std::fmt::Debug for Health {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Health").field("unready", &self.unready()).finish()
+    }
+}
 
 /// One part's handle.
 #[derive(Clone, Debug)]
@@ -65,7 +80,7 @@ impl Health {
         Self::default()
     }
 
-    fn conditions(&self) -> MutexGuard<'_, BTreeMap<String, Condition>> {
+    fn parts(&self) -> MutexGuard<'_, Parts> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -79,9 +94,14 @@ impl Health {
         self.add(name, Some(stale_after))
     }
 
+    /// Adds a part that knows its own condition and is asked for it. The probe must not block, and must not ask this health.
+    pub fn probe(&self, name: &str, probe: impl Fn() -> Option<String> + Send + Sync + 'static) {
+        self.parts().probes.insert(name.to_owned(), Arc::new(probe));
+    }
+
     fn add(&self, name: &str, stale_after: Option<Duration>) -> Component {
         let condition = Condition { reason: Some("starting".to_owned()), stale_after, last_beat: Instant::now() };
-        self.conditions().insert(name.to_owned(), condition);
+        self.parts().conditions.insert(name.to_owned(), condition);
         Component { health: self.clone(), name: name.to_owned() }
     }
 
@@ -95,21 +115,22 @@ impl Health {
             let (limit, age) = (condition.stale_after?, now.saturating_duration_since(condition.last_beat));
             (age > limit).then(|| format!("{name}: no sign of life for {} s", age.as_secs()))
         };
-        self.conditions().iter().filter_map(stale).collect()
+        self.parts().conditions.iter().filter_map(stale).collect()
     }
 
     /// Why the process is not ready; empty if it is.
     pub fn unready(&self) -> Vec<String> {
         let mut reasons = self.dead();
-        let conditions = self.conditions();
-        reasons.extend(conditions.iter().filter_map(|(name, condition)| Some(format!("{name}: {}", condition.reason.as_ref()?))));
+        let parts = self.parts();
+        reasons.extend(parts.conditions.iter().filter_map(|(name, condition)| Some(format!("{name}: {}", condition.reason.as_ref()?))));
+        reasons.extend(parts.probes.iter().filter_map(|(name, probe)| Some(format!("{name}: {}", probe()?))));
         reasons
     }
 }
 
 impl Component {
     fn update(&self, change: impl FnOnce(&mut Condition)) {
-        if let Some(condition) = self.health.conditions().get_mut(&self.name) {
+        if let Some(condition) = self.health.parts().conditions.get_mut(&self.name) {
             condition.last_beat = Instant::now();
             change(condition);
         }
@@ -235,6 +256,19 @@ mod tests {
         let (status, text) = fetch(address, "/metrics").await;
         assert!(status == 200 && text.contains("quasar_test_total 3"), "{text}");
         shutdown.trigger();
+    }
+
+    #[test]
+    fn a_part_that_knows_its_own_condition_is_asked_for_it() {
+        let (health, trouble) = (Health::new(), Arc::new(Mutex::new(None)));
+        health.probe("chain", {
+            let trouble = trouble.clone();
+            move || trouble.lock().unwrap().clone()
+        });
+        assert!(health.unready().is_empty());
+        *trouble.lock().unwrap() = Some("no block for 200 s".to_owned());
+        assert_eq!(health.unready(), ["chain: no block for 200 s"]);
+        assert!(health.dead().is_empty(), "a chain that stands still is no reason to restart");
     }
 
     #[test]

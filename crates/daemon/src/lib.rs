@@ -1,4 +1,4 @@
-//! What the three daemons share: configuration, journal, driver, telemetry, health, signals and exit codes.
+//! What the three daemons share: configuration, journal, driver, telemetry, health, supervision by systemd, signals and exit codes.
 //!
 //! This is the only crate that reads the environment and parses configuration. The daemons' rules live in pure machines
 //! ([`Machine`]); [`driver`] runs one against the world and [`journal`] remembers every input, so that a crash at any point is
@@ -16,6 +16,7 @@ pub mod retry;
 pub mod sequence;
 pub mod settings;
 pub mod shutdown;
+pub mod supervisor;
 pub mod telemetry;
 pub mod waiting;
 

@@ -55,7 +55,7 @@ reasons! {
     ReceiptMismatch = 116, "the receipt is not for its lease, or contradicts what was committed before", "update the miner; rows without evidence count as lost";
     // Sessions and grants.
     NotRegistered = 200, "the hotkey is not registered on the subnet", "register it with btcli, then start again";
-    NeedsCertificate = 201, "nothing can be sealed to this sr25519 hotkey yet", "publish a key certificate on chain or use an ed25519 hotkey";
+    NeedsCertificate = 201, "nothing can be sealed to this sr25519 hotkey yet", "`identity certify` publishes its key certificate on chain, and so does a running miner";
     NoWork = 202, "no rows are waiting", "wait: rows return or shards are added";
     Draining = 203, "the run is draining and gives out no more work", "wait for the next run";
     ProtocolVersion = 204, "this build's protocol version lies outside the run's range", "install the version that the run asks for";

@@ -1,7 +1,7 @@
-//! Grant bundles: a list of presigned requests, sealed to one hotkey inside a signed envelope.
+//! Grant bundles: a list of presigned requests, sealed to the X25519 key of one hotkey inside a signed envelope.
 
 use protocol::envelope::{Context, Header, Purpose};
-use protocol::{AccountId, GrantBundle, SealedBytes, codec, x25519_public};
+use protocol::{GrantBundle, SealedBytes, codec};
 
 use crate::seal::{self, SealError};
 use zeroize::Zeroizing;
@@ -11,37 +11,32 @@ const BUNDLE_BYTES_MAX: usize = 1 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BundleError {
-    #[error(
-        "nothing can be sealed to {0}: its bytes are no Ed25519 point\nhint: publish a key certificate on chain or use an ed25519 hotkey"
-    )]
-    NeedsCertificate(AccountId),
     #[error(transparent)]
     Seal(#[from] SealError),
     #[error("the sealed bundle is damaged: {0}")]
     Malformed(protocol::codec::CodecError),
 }
 
-/// Seals `bundle` to `hotkey` for the envelope with `header`.
+/// Seals `bundle` to the X25519 key `recipient` for the envelope with `header`.
 pub fn seal_to(
     context: &Context,
     purpose: Purpose,
     header: &Header,
-    hotkey: &AccountId,
+    recipient: &[u8; 32],
     bundle: &GrantBundle,
 ) -> Result<SealedBytes, BundleError> {
-    seal_bytes(context, purpose, header, hotkey, &codec::encode(bundle))
+    seal_bytes(context, purpose, header, recipient, &codec::encode(bundle))
 }
 
-/// Seals any other secret to `hotkey` for the envelope with `header`.
+/// Seals any other secret to the X25519 key `recipient` for the envelope with `header`.
 pub fn seal_bytes(
     context: &Context,
     purpose: Purpose,
     header: &Header,
-    hotkey: &AccountId,
+    recipient: &[u8; 32],
     plaintext: &[u8],
 ) -> Result<SealedBytes, BundleError> {
-    let recipient = x25519_public(hotkey).ok_or(BundleError::NeedsCertificate(*hotkey))?;
-    Ok(seal::seal(&recipient, &context.seal_info(purpose), &header.digest().0, plaintext)?)
+    Ok(seal::seal(recipient, &context.seal_info(purpose), &header.digest().0, plaintext)?)
 }
 
 /// Opens a bundle that came in the envelope with `header`; `secret` is the hotkey's X25519 secret.
@@ -78,7 +73,8 @@ mod tests {
             expires_ms: 9,
         };
         let bundle = GrantBundle { requests: vec![request] };
-        let sealed = seal_to(&context, Purpose::StandingGrants, &header, &hotkey.key().account(), &bundle).unwrap();
+        let recipient = protocol::x25519_public(&hotkey.key().account()).unwrap();
+        let sealed = seal_to(&context, Purpose::StandingGrants, &header, &recipient, &bundle).unwrap();
         assert_eq!(open(&context, &header, &sealed, &hotkey.x25519_secret()).unwrap(), bundle);
         let other = header_for::<StandingGrants>(&context, orchestrator.key(), 2, 1_000);
         assert!(open(&context, &other, &sealed, &hotkey.x25519_secret()).is_err());

@@ -2,6 +2,7 @@
 
 use crate::arrows;
 use crate::error::Error;
+use crate::interop;
 use crate::libtorch::{self, State};
 use crate::seaweedfs;
 use crate::system;
@@ -48,6 +49,17 @@ pub fn test(filters: &[String]) -> Result<ExitCode, Error> {
         command.env(seaweedfs::VARIABLE, server);
     }
     run(command, "the failing tests are listed above; `cargo xtask test NAME` runs those whose name contains NAME")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `cargo xtask interop`: the tests against other people's software.
+pub fn interop(arguments: &[String]) -> Result<ExitCode, Error> {
+    if let Some(unknown) = arguments.first() {
+        return Err(Error::usage(format!("`interop` does not understand `{unknown}`"), "it takes no arguments"));
+    }
+    let root = root()?;
+    prepare(&root, None)?;
+    interop::test(&root, &cache(&root))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask setup | devnet | test | check | sim | bench`.
+//! Developer commands: `cargo xtask setup | devnet | test | interop | check | sim | bench`.
 //!
 //! A fresh clone can build nothing before libtorch is in place, so this crate is what a person runs first. It uses the
 //! standard library only and leans on tools that a build machine has anyway (cargo, pip, python3, sha256sum).
@@ -6,6 +6,7 @@
 //! - `setup` checks the system packages and installs the libtorch folder that `.cargo/config.toml` points to.
 //! - `devnet` is `setup`, a build of the three daemons, and `quasar-orchestrator devnet` with the given arguments.
 //! - `test` is `setup`, the same build, and the whole test suite: one profile, so that everything is compiled once.
+//! - `interop` is `setup`, an environment with the official Bittensor packages for Python, and the tests against them.
 //! - `check` is formatting, the walls between the crates, and clippy with warnings as errors.
 //! - `sim` is `setup`, the same build, and simulated worlds with seeded faults.
 //! - `bench` is `setup` and a measurement, of the learning algorithm or of a GPU, in the profile that the tests use.
@@ -13,6 +14,7 @@
 mod arrows;
 mod commands;
 mod error;
+mod interop;
 mod libtorch;
 mod seaweedfs;
 mod system;
@@ -32,6 +34,7 @@ usage: cargo xtask COMMAND [arguments]
   setup --s3               the S3 server that the end-to-end test runs against, into the cache folder
   devnet [ARGS…]           setup, build the daemons, run `quasar-orchestrator devnet ARGS…`
   test [FILTER…]           setup, build the daemons, run the whole test suite (or the tests that match)
+  interop                  setup, then the tests against the official Bittensor packages, installed into the cache
   check [STEP…]            setup, then the steps fmt, arrows, clippy (all when none is named)
   sim [ARGS…]              setup, then simulated worlds: `--seeds N --first-seed S --miners M --json`, `goodput`, `requests`, `crash-points`
   bench learning [ARGS…]   setup, then three learners against one and against data-parallel training (docs/benchmarks.md)
@@ -76,6 +79,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode, Error> {
         "setup" => commands::setup(libtorch_argument(rest)?),
         "devnet" => commands::devnet(rest),
         "test" => commands::test(rest),
+        "interop" => commands::interop(rest),
         "check" => commands::check(rest),
         "sim" => commands::sim(rest),
         "bench" => commands::bench(rest),

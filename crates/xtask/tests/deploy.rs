@@ -35,6 +35,20 @@ fn units_restart_what_may_pass_and_leave_down_what_needs_a_person() {
 }
 
 #[test]
+fn units_let_systemd_watch_over_the_daemons_and_name_the_credential_that_they_look_for() {
+    for role in ROLES {
+        let unit = unit(role);
+        assert_eq!(
+            (unit["Type"].as_slice(), unit["WatchdogSec"].as_slice()),
+            (&["notify".to_owned()][..], &["120".to_owned()][..]),
+            "{role}"
+        );
+        let text = fs::read_to_string(root().join(format!("deploy/systemd/quasar-{role}.service"))).expect("unit");
+        assert!(text.contains("# LoadCredential=hotkey-password:"), "{role}");
+    }
+}
+
+#[test]
 fn units_name_their_own_program_settings_and_state() {
     for role in ROLES {
         let unit = unit(role);

@@ -323,7 +323,11 @@ impl World {
             if (round.is_multiple_of(BLOCKS_PER_METAGRAPH) || guests.is_empty())
                 && let Some(Ok(metagraph)) = self.chain.metagraph(self.context.netuid).now_or_never()
             {
-                let guest = |neuron: &chain::Neuron| Guest { hotkey: neuron.hotkey, validator: neuron.validator_permit };
+                let guest = |neuron: &chain::Neuron| Guest {
+                    hotkey: neuron.hotkey,
+                    validator: neuron.validator_permit,
+                    recipient: chain::certificate::recipient(&neuron.hotkey, None),
+                };
                 let now: Vec<Guest> = metagraph.neurons.iter().map(guest).collect();
                 if now != guests {
                     guests.clone_from(&now);
@@ -621,7 +625,8 @@ impl World {
         let sealed = match self.plan.scheme {
             Scheme::Cheap => SealedBytes { encapsulated: [0; 32], ciphertext: codec::encode(&grants) },
             Scheme::Ed25519 => {
-                bundle::seal_to(&self.context, D::PURPOSE, &header, hotkey, &grants).expect("an Ed25519 hotkey can be sealed to")
+                let recipient = chain::certificate::recipient(hotkey, None).expect("an Ed25519 hotkey can be sealed to");
+                bundle::seal_to(&self.context, D::PURPOSE, &header, &recipient, &grants).expect("a point that is not weak")
             }
         };
         Bytes::from(envelope::sign_with_header(header, &document(sealed), &*self.office.signer))

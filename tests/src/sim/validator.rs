@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use bytes::Bytes;
-use chain::{Chain, Hotkey};
+use chain::{Chain, Hotkey, setter};
 use daemon::Machine as _;
 use futures::FutureExt;
 use protocol::audits::Selection;
@@ -17,8 +17,8 @@ use protocol::log::LogHead;
 use protocol::{Digest, GrantBundle, Method, Reason, SealedBytes, codec, steps};
 use quasar_validator::audit::{Judgement, Subject};
 use quasar_validator::machine::audits::{Judged, OrderRead, Written, compare};
-use quasar_validator::machine::weights::{OwnNeuron, WeightTimes, WeightsOutcome};
-use quasar_validator::machine::{ChainView, Effect, Ended, HeadFacts, Input, Machine, MachineSettings};
+use quasar_validator::machine::weights::WeightSettings;
+use quasar_validator::machine::{ChainView, Effect, Ended, HeadFacts, Input, Machine, MachineSettings, OwnNeuron};
 use storage::client::{GrantError, PutOutcome};
 use storage::{StoreError, bundle};
 
@@ -86,7 +86,15 @@ impl World {
             if node.machine.is_some() {
                 return;
             }
-            let weights = WeightTimes { refresh_ms: 3_600_000, retry_base_ms: 1_000, retry_max_ms: 30_000 };
+            let weights = WeightSettings {
+                netuid: self.context.netuid,
+                mechanism: 0,
+                refresh_ms: 3_600_000,
+                retry_base_ms: 1_000,
+                retry_max_ms: 30_000,
+                look_max_ms: 30_000,
+                is_dry_run: false,
+            };
             let settings = MachineSettings {
                 run: self.context.run,
                 own: node.identity.account,
@@ -214,10 +222,12 @@ impl World {
             Effect::ReadVerdict(subject) => {
                 Input::Verdict { audit: subject.selection.audit, verdict: self.revealed(id, &subject).await.map(Box::new) }
             }
-            Effect::SetWeights { scores, epoch, .. } => {
+            Effect::Weights(effect) => Input::Weights(self.weights(index, &effect).await),
+            Effect::PublishScores { epoch, scores, .. } => {
                 self.watch.borrow_mut().weights(self, &scores, epoch);
-                Input::Weights(self.set_weights(index, &scores).await)
+                return None;
             }
+            Effect::ShowWeights(_) => return None,
             Effect::ReadLog { size } => Input::LogHead { size, head: self.published::<LogHead>(id, &self.run.log(size)).await },
             Effect::CheckMoved => {
                 self.executor.sleep(self.plan.latency_ms).await;
@@ -228,36 +238,22 @@ impl World {
 
     fn view(&self, index: usize) -> Option<ChainView> {
         let metagraph = self.chain.metagraph(self.context.netuid).now_or_never()?.ok()?;
-        let hyperparameters = self.chain.hyperparameters(self.context.netuid).now_or_never()?.ok()?;
         let account = self.validators[index].borrow().identity.account;
-        let own = metagraph.by_hotkey(&account).map(|neuron| OwnNeuron {
-            uid: neuron.uid,
-            validator_permit: neuron.validator_permit,
-            last_update: neuron.last_update,
-            tempo: u64::from(hyperparameters.tempo),
-            rate_limit: hyperparameters.weights_rate_limit,
-        });
+        let own =
+            metagraph.by_hotkey(&account).map(|neuron| OwnNeuron { uid: neuron.uid, validator_permit: neuron.validator_permit });
         let validators = metagraph.neurons.iter().filter(|neuron| neuron.validator_permit).map(|neuron| neuron.hotkey).collect();
         Some(ChainView { block: metagraph.block.number, validators, own })
     }
 
-    async fn set_weights(&self, index: usize, scores: &[(protocol::AccountId, u64)]) -> WeightsOutcome {
-        self.executor.sleep(self.plan.block_ms).await;
-        let refused = |why: &str| WeightsOutcome::Refused { why: why.to_owned() };
-        let netuid = self.context.netuid;
-        let (Some(Ok(metagraph)), Some(Ok(hyperparameters))) =
-            (self.chain.metagraph(netuid).now_or_never(), self.chain.hyperparameters(netuid).now_or_never())
-        else {
-            return refused("the chain does not answer");
-        };
+    /// What the setter asks of the chain; a row takes a block.
+    async fn weights(&self, index: usize, effect: &setter::Effect) -> setter::Input {
+        let is_row = matches!(effect, setter::Effect::Send { .. });
+        self.executor.sleep(if is_row { self.plan.block_ms } else { self.plan.latency_ms }).await;
         let hotkey = self.validators[index].borrow().hotkey.clone();
-        let Some(own) = metagraph.by_hotkey(&hotkey.account()) else { return refused("not registered") };
-        let row = chain::weights::row(scores, &metagraph, &hyperparameters, own.uid);
-        match self.chain.set_weights(&hotkey, netuid, &row, 1).now_or_never() {
-            Some(Ok(block)) => WeightsOutcome::Set { block: block.number, weights: Vec::new() },
-            Some(Err(error)) => refused(&error.to_string()),
-            None => refused("the chain does not answer"),
-        }
+        // Nobody listens: how far a row is on its way changes nothing.
+        let (progress, _) = tokio::sync::mpsc::channel(1);
+        let answer = setter::execute(&self.chain, &hotkey, effect, (self.context.netuid, 0), &progress).now_or_never();
+        answer.unwrap_or_else(|| setter::Input::Unreachable { why: "the chain does not answer".to_owned() })
     }
 
     async fn read_head(&self, index: usize, id: NodeId) -> Option<Box<HeadFacts>> {

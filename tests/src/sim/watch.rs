@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use protocol::documents::{Commitment, Head, MergeManifest, Progress, RunState, Tape, VerdictResult, VerdictReveal};
+use protocol::documents::{Commitment, Head, MergeManifest, Progress, RunState, Score, Tape, VerdictResult, VerdictReveal};
 use protocol::envelope::{Document, peek};
 use protocol::ledger::LedgerTotals;
 use protocol::log::{Frontier, LogHead, LogKind};
@@ -314,8 +314,8 @@ impl Watch {
         }
     }
 
-    /// Scores are about to become weights.
-    pub fn weights(&mut self, world: &World, scores: &[(AccountId, u64)], epoch: u64) {
+    /// The chain shows weights that were made from these scores.
+    pub fn weights(&mut self, world: &World, scores: &[Score], epoch: u64) {
         let fragments = world.plan.parameters.fragments;
         let mut most: BTreeMap<AccountId, u64> = BTreeMap::new();
         let mut least: BTreeMap<AccountId, u64> = BTreeMap::new();
@@ -328,7 +328,7 @@ impl Watch {
                 }
             }
         }
-        for (account, score) in scores {
+        for Score { hotkey: account, tokens: score, .. } in scores {
             let (least, most) = (least.get(account).copied().unwrap_or(0), most.get(account).copied().unwrap_or(0));
             self.hold(world, "weights_follow_verdicts", (least..=most).contains(score), || {
                 format!("{}: {score}, between {least} and {most}", account.short())

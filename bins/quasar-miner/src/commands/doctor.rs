@@ -9,13 +9,14 @@ use daemon::{Exit, Failure, Settings, clock};
 use model::torch::determinism;
 use model::{TORCH_VERSION, TrainerOptions};
 use protocol::envelope::SKEW_MS;
-use protocol::{AccountId, Reason};
+use protocol::{KeyRef, Reason};
 use serde::Serialize;
 use storage::discovery::{DiscoveryError, RunReader};
 
-use super::identity;
+use super::{chain_of, identity};
 use crate::{device, run};
 use chain::ChainLink;
+use chain::identity::{Certified, Standing};
 
 /// A check that takes longer has failed.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -90,22 +91,17 @@ pub fn main(common: &CommonArgs, args: &MinerArgs, determinism: bool, json: bool
 
 async fn examine(settings: &Settings) -> Vec<Check> {
     let mut checks = Vec::new();
-    let account = match identity::wallet(settings).and_then(|wallet| wallet.load_hotkey().map_err(Failure::configuration)) {
-        Ok(hotkey) if hotkey.x25519_secret().is_none() => {
-            let reason = Reason::NeedsCertificate;
-            checks.push(Check::failed("hotkey", &format!("{}: {}\nhint: {}", hotkey.account(), reason.sentence(), reason.remedy())));
-            Some(hotkey.account())
-        }
+    let key = match identity::hotkey(settings) {
         Ok(hotkey) => {
             checks.push(Check::ok("hotkey", format!("{} ({})", hotkey.account(), hotkey.key().kind)));
-            Some(hotkey.account())
+            Some(hotkey.key())
         }
         Err(error) => {
             checks.push(Check::failed("hotkey", &error.to_string()));
             None
         }
     };
-    let chain = match run::chain_of(settings) {
+    let chain = match chain_of(settings) {
         Ok(chain) => Some(chain),
         Err(error) => {
             checks.push(Check::failed("chain", &error.to_string()));
@@ -115,8 +111,8 @@ async fn examine(settings: &Settings) -> Vec<Check> {
     let mut genesis = None;
     if let Some(chain) = &chain {
         checks.push(timed("chain", chain_check(chain, &mut genesis)).await);
-        if let (Ok(netuid), Some(account)) = (settings.netuid(), account) {
-            checks.push(timed("registration", registration(chain, netuid, account)).await);
+        if let (Ok(netuid), Some(key)) = (settings.netuid(), key) {
+            checks.push(timed("registration", registration(chain, netuid, key)).await);
         }
     }
     checks.push(timed("run", run_check(settings, genesis)).await);
@@ -220,13 +216,20 @@ async fn chain_check(chain: &ChainLink, genesis: &mut Option<[u8; 32]>) -> Check
     }
 }
 
-async fn registration(chain: &ChainLink, netuid: u16, account: AccountId) -> Check {
-    match chain.is_registered(netuid, &account).await {
-        Ok(true) => Check::ok("registration", format!("registered on subnet {netuid}")),
-        Ok(false) => {
+async fn registration(chain: &ChainLink, netuid: u16, key: KeyRef) -> Check {
+    let ask = async { Standing::read(chain.client().await?.as_ref(), netuid, &key).await };
+    match ask.await {
+        Ok(standing) if standing.uid.is_none() => {
             let reason = Reason::NotRegistered;
-            Check::failed("registration", &format!("{}\nhint: {}", reason.sentence(), reason.remedy()))
+            Check::failed("registration", &format!("{standing}\nhint: {}", reason.remedy()).replacen('\n', "; ", 1))
         }
+        Ok(standing) => match standing.certificate {
+            Certified::Published | Certified::NotNeeded => Check::ok("registration", standing.to_string().replace('\n', "; ")),
+            Certified::Missing | Certified::Taken => {
+                let reason = Reason::NeedsCertificate;
+                Check::warning("registration", standing.to_string().replace('\n', "; "), reason.remedy())
+            }
+        },
         Err(error) => Check::failed("registration", &error.to_string()),
     }
 }

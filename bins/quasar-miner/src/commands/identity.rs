@@ -1,35 +1,95 @@
-//! `identity show` and `identity new`.
+//! `identity new`, `show` and `certify`.
 
-use chain::Wallet;
+use chain::identity::{self, Certified, Standing};
+use chain::{Hotkey, KeyCertificate, Password, Wallet, certificate};
 use daemon::settings::{CommonArgs, Role};
-use daemon::{Exit, Failure};
+use daemon::{Exit, Failure, Settings};
 use protocol::{KeyKind, KeyRef};
 
+use super::{block_on, chain_failure, chain_of};
+
 /// The wallet that the settings name.
-pub fn wallet(settings: &daemon::Settings) -> Result<Wallet, Failure> {
+pub fn wallet(settings: &Settings) -> Result<Wallet, Failure> {
     let named = settings.wallet()?;
     Ok(Wallet::new(named.path, named.name, named.hotkey))
 }
 
-fn print(key: &KeyRef, json: bool) {
-    let address = key.account().to_string();
+/// The hotkey with its secret. The password of an encrypted one comes from the file that the settings or systemd name, or from the
+/// terminal.
+pub fn hotkey(settings: &Settings) -> Result<Hotkey, Failure> {
+    let password_file = settings.wallet()?.password_file;
+    wallet(settings)?.unlock_hotkey(password_file.as_deref()).map_err(Failure::configuration)
+}
+
+fn print(key: &KeyRef, standing: Option<&Standing>, json: bool) {
     if json {
-        println!("{}", serde_json::json!({ "ss58_address": address, "crypto_type": key.kind.to_string() }));
+        println!("{}", identity::json(key, standing));
     } else {
-        println!("{address} ({})", key.kind);
+        println!("{}", identity::text(key, standing));
     }
 }
 
-pub fn show(common: &CommonArgs, json: bool) -> Result<Exit, Failure> {
+/// Makes a hotkey; with `encrypt`, under a password from the file that the settings or systemd name, or asked for twice.
+pub fn new(common: &CommonArgs, kind: KeyKind, encrypt: bool, json: bool) -> Result<Exit, Failure> {
     let settings = common.settings(Role::Miner, ())?;
-    let key = wallet(&settings)?.load_hotkeypub().map_err(Failure::configuration)?;
-    print(&key, json);
+    let wallet = wallet(&settings)?;
+    let hotkey = if encrypt {
+        let password = Password::choose(settings.wallet()?.password_file.as_deref()).map_err(Failure::configuration)?;
+        wallet.create_encrypted_hotkey(kind, &password)
+    } else {
+        wallet.create_hotkey(kind)
+    };
+    print(&hotkey.map_err(Failure::configuration)?.key(), None, json);
     Ok(Exit::Done)
 }
 
-pub fn new(common: &CommonArgs, kind: KeyKind, json: bool) -> Result<Exit, Failure> {
+/// Prints the address; where a network is set, also whether the hotkey is registered, what that costs, and its key certificate.
+pub fn show(common: &CommonArgs, json: bool) -> Result<Exit, Failure> {
     let settings = common.settings(Role::Miner, ())?;
-    let hotkey = wallet(&settings)?.create_hotkey(kind).map_err(Failure::configuration)?;
-    print(&hotkey.key(), json);
+    let key = wallet(&settings)?.load_hotkeypub().map_err(Failure::configuration)?;
+    let ask = || {
+        let (link, netuid) = (chain_of(&settings)?, settings.netuid()?);
+        block_on(async { Standing::read(link.client().await.map_err(chain_failure)?.as_ref(), netuid, &key).await.map_err(chain_failure) })
+    };
+    let asked = settings.value("network").map(|_| ask()).transpose();
+    print(&key, asked.as_ref().ok().and_then(Option::as_ref), json);
+    asked.map(|_| Exit::Done)
+}
+
+/// Publishes the key certificate of the hotkey through the commitments pallet, unless the chain shows it already.
+pub fn certify(common: &CommonArgs, may_replace: bool, json: bool) -> Result<Exit, Failure> {
+    let settings = common.settings(Role::Miner, ())?;
+    let (link, netuid, hotkey) = (chain_of(&settings)?, settings.netuid()?, hotkey(&settings)?);
+    let key = KeyCertificate::of(&hotkey).to_string();
+    let published = block_on(async {
+        let client = link.client().await.map_err(chain_failure)?;
+        if settings.dry_run() {
+            let standing = Standing::read(client.as_ref(), netuid, &hotkey.key()).await.map_err(chain_failure)?;
+            return Ok(if standing.certificate == Certified::Published { Outcome::Shown } else { Outcome::DryRun });
+        }
+        let block = certificate::publish(client.as_ref(), &hotkey, netuid, may_replace).await.map_err(chain_failure)?;
+        Ok(block.map_or(Outcome::Shown, |block| Outcome::Published(block.number)))
+    })?;
+    let account = hotkey.account();
+    match published {
+        _ if json => {
+            let block = if let Outcome::Published(block) = published { Some(block) } else { None };
+            let is_on_chain = !matches!(published, Outcome::DryRun);
+            println!(
+                "{}",
+                serde_json::json!({ "ss58_address": account.to_string(), "x25519": key, "on_chain": is_on_chain, "block": block })
+            );
+        }
+        Outcome::Published(block) => println!("the key certificate of {account} is on chain since block {block}: x25519 {key}"),
+        Outcome::Shown => println!("the key certificate of {account} is on chain already: x25519 {key}"),
+        Outcome::DryRun => println!("dry run: the key certificate of {account} would be published: x25519 {key}"),
+    }
     Ok(Exit::Done)
+}
+
+enum Outcome {
+    Published(u64),
+    /// It was there already.
+    Shown,
+    DryRun,
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use daemon::clock;
 use protocol::documents::{Job, PullGrants, StandingGrants};
 use protocol::envelope::Header;
-use protocol::{GrantBundle, SealedBytes};
+use protocol::{GrantBundle, Reason, SealedBytes};
 use storage::bundle;
 use storage::discovery::{DiscoveryError, RunReader};
 
@@ -91,10 +91,16 @@ impl Edge {
     }
 
     fn unseal(&self, header: &Header, sealed: &SealedBytes) -> Option<GrantBundle> {
+        if sealed.ciphertext.is_empty() {
+            let reason = Reason::NeedsCertificate;
+            tracing::warn!(slot = self.slot, hint = reason.remedy(), "{}", reason.sentence());
+            return None;
+        }
         match bundle::open(&self.facts.context, header, sealed, &self.secret) {
             Ok(bundle) => Some(bundle),
             Err(error) => {
-                tracing::error!(slot = self.slot, %error, "a grant bundle does not open");
+                // Also what was sealed to an sr25519 key whose bytes happen to be an Ed25519 point, before its certificate was read.
+                tracing::warn!(slot = self.slot, %error, "a grant bundle does not open");
                 None
             }
         }

@@ -86,23 +86,26 @@ impl Place {
                     .hint("build all binaries (`cargo build --bins`), or name their folder with --bin-dir"));
             }
         }
-        let wallet = |name: &str| -> Result<(AccountId, AccountId), Failure> {
+        let wallet = |name: &str, kind: KeyKind| -> Result<(AccountId, AccountId), Failure> {
             let wallet = Wallet::new(root.join("wallets"), name, HOTKEY);
-            let hotkey = wallet.create_hotkey(KeyKind::Ed25519).map_err(Failure::unavailable)?;
+            let hotkey = wallet.create_hotkey(kind).map_err(Failure::unavailable)?;
             let coldkey = wallet.create_throwaway_coldkey().map_err(Failure::unavailable)?;
             Ok((hotkey.account(), coldkey))
         };
-        let owner = wallet("owner")?.0;
-        let orchestrator = wallet("orchestrator")?.0;
+        let owner = wallet("owner", KeyKind::Ed25519)?.0;
+        let orchestrator = wallet("orchestrator", KeyKind::Ed25519)?.0;
         let mut neurons = Vec::new();
         let (mut validators, mut miners) = (Vec::new(), Vec::new());
         for index in 0..arguments.validators {
-            let (hotkey, coldkey) = wallet(&format!("validator-{index}"))?;
+            let (hotkey, coldkey) = wallet(&format!("validator-{index}"), KeyKind::Ed25519)?;
             validators.push(hotkey);
             neurons.push(DevNeuron { hotkey, coldkey, stake: VALIDATOR_STAKE, validator_permit: true });
         }
         for index in 0..arguments.miners {
-            let (hotkey, coldkey) = wallet(&format!("miner-{index}"))?;
+            // Keys of both kinds, as on every subnet: the last of several miners has to publish a key certificate.
+            let is_last = arguments.miners > 1 && index + 1 == arguments.miners;
+            let kind = if is_last { KeyKind::Sr25519 } else { KeyKind::Ed25519 };
+            let (hotkey, coldkey) = wallet(&format!("miner-{index}"), kind)?;
             miners.push(hotkey);
             neurons.push(DevNeuron { hotkey, coldkey, stake: 0, validator_permit: false });
         }

@@ -5,7 +5,7 @@ use daemon::clock;
 use protocol::audits::Selection;
 use protocol::documents::{AuditOrder, Lease, OpenedPart, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES};
 use protocol::envelope::{self, Purpose, header_for};
-use protocol::{Digest, GrantBundle, codec};
+use protocol::{Digest, GrantBundle, Reason, codec};
 use storage::{Presign, bundle, seal_stream};
 use zeroize::Zeroizing;
 
@@ -53,19 +53,15 @@ impl Service {
                 wanted.iter().map(|request| self.store.presign(request)).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
             let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
             let header = header_for::<AuditOrder>(&self.context, self.signer.key(), sequence, now_ms);
-            let sealed = match bundle::seal_to(&self.context, Purpose::AuditOrder, &header, &selection.validator, &GrantBundle { requests })
-            {
-                Ok(sealed) => sealed,
-                Err(error) => {
-                    tracing::warn!(validator = %selection.validator, "audit not delivered: {error}");
-                    return Ok(());
-                }
+            let Some(recipient) = self.recipient(&selection.validator)? else {
+                tracing::warn!(validator = %selection.validator, "audit not delivered: {}", Reason::NeedsCertificate.sentence());
+                return Ok(());
             };
             let (secret, _) = self.opening_key(&selection.audit);
-            let opening_key = match bundle::seal_bytes(&self.context, Purpose::AuditOrder, &header, &selection.validator, &*secret) {
-                Ok(sealed) => sealed,
-                Err(error) => return Err(error.to_string()),
+            let seal = |plain: &[u8]| {
+                bundle::seal_bytes(&self.context, Purpose::AuditOrder, &header, &recipient, plain).map_err(|error| error.to_string())
             };
+            let (sealed, opening_key) = (seal(&codec::encode(&GrantBundle { requests }))?, seal(&*secret)?);
             let order = AuditOrder {
                 audit: selection.audit,
                 validator: selection.validator,

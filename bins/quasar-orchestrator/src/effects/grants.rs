@@ -1,6 +1,9 @@
 //! Sealed bundles of presigned requests.
 
+use std::sync::PoisonError;
+
 use bytes::Bytes;
+use chain::certificate;
 use daemon::clock;
 use protocol::documents::{Codec, PROGRESS_BYTES, PullGrants, SCORES_BYTES, StandingGrants};
 use protocol::envelope::{self, Document, Purpose, header_for};
@@ -94,6 +97,14 @@ impl Service {
         }
     }
 
+    /// The X25519 key to seal to for `hotkey`: its key certificate on chain, else that of an Ed25519 key; `None` where it needs a
+    /// certificate.
+    pub(super) fn recipient(&self, hotkey: &AccountId) -> Result<Option<[u8; 32]>, String> {
+        let certificates = self.certificates.lock().unwrap_or_else(PoisonError::into_inner);
+        let certificates = certificates.as_ref().ok_or("the chain's key certificates are not read yet")?;
+        Ok(certificate::recipient(hotkey, certificates.get(hotkey)))
+    }
+
     /// Presigns, seals to `hotkey` and signs.
     fn bundle<D: Document>(&self, hotkey: AccountId, wanted: &[Presign], document: impl Fn(SealedBytes) -> D) -> Result<Bytes, String> {
         let now_ms = clock::now_ms();
@@ -102,11 +113,11 @@ impl Service {
         let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
         let header = header_for::<D>(&self.context, self.signer.key(), sequence, now_ms);
         let purpose: Purpose = D::PURPOSE;
-        let sealed = match bundle::seal_to(&self.context, purpose, &header, &hotkey, &GrantBundle { requests }) {
-            Ok(sealed) => sealed,
-            // Nothing can be sealed to this hotkey: an empty bundle says that it was seen.
-            Err(bundle::BundleError::NeedsCertificate(_)) => SealedBytes { encapsulated: [0; 32], ciphertext: Vec::new() },
-            Err(error) => return Err(error.to_string()),
+        let sealed = match self.recipient(&hotkey)? {
+            Some(recipient) => bundle::seal_to(&self.context, purpose, &header, &recipient, &GrantBundle { requests })
+                .map_err(|error| error.to_string())?,
+            // Nothing can be sealed to this hotkey: an empty bundle says that it was seen, and that it needs a certificate.
+            None => SealedBytes { encapsulated: [0; 32], ciphertext: Vec::new() },
         };
         Ok(Bytes::from(envelope::sign_with_header(header, &document(sealed), &*self.signer)))
     }

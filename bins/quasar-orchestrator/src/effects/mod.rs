@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use chain::Chain;
+use chain::{Chain, KeyCertificate};
 use daemon::driver::{Executor, Inputs};
 use daemon::sequence::Sequence;
 use daemon::{Shutdown, clock};
@@ -29,7 +29,7 @@ use protocol::documents::{CurrentRun, RunManifest};
 use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, Verified, open_stored};
 use protocol::log::LogHead;
 use protocol::paths::{Keys, RunKeys};
-use protocol::{Digest, FragmentPlan, KeyRef, ShardManifest, Signer};
+use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest, Signer};
 use storage::{ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
@@ -70,6 +70,8 @@ pub struct Service {
     pub stopped: Mutex<Option<&'static str>>,
     pub shutdown: Shutdown,
     pub(crate) watched: Mutex<(Vec<Slot>, Vec<Slot>)>,
+    /// Key certificates of the subnet; `None` before the chain was asked, when nobody can know what to seal to.
+    pub(crate) certificates: Mutex<Option<HashMap<AccountId, KeyCertificate>>>,
     /// Newest progress envelope of each slot.
     pub(crate) records: Mutex<HashMap<Slot, (Digest, Bytes)>>,
     pub(crate) head_etag: tokio::sync::Mutex<Option<String>>,

@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use chain::{ChainError, KeyCertificate, certificate};
 use daemon::driver::Inputs;
 use daemon::{Shutdown, clock};
 use futures::StreamExt;
+use protocol::AccountId;
 use protocol::documents::{Order, Progress};
 use protocol::envelope::{Expect, Purpose, SequenceGuard, open};
 use storage::StoreError;
@@ -100,13 +102,22 @@ async fn poll_chain(service: Arc<Service>, inputs: Inputs<Input>, shutdown: Shut
             Err(error) => tracing::warn!("the chain's head cannot be read: {error}"),
         }
         if round.is_multiple_of(BLOCKS_PER_METAGRAPH) || guests.is_empty() {
-            match service.chain.metagraph(netuid).await {
-                Ok(metagraph) => {
+            let read = async {
+                Ok::<_, ChainError>((service.chain.metagraph(netuid).await?, certificate::read_all(&*service.chain, netuid).await?))
+            };
+            match read.await {
+                Ok((metagraph, certificates)) => {
+                    let certificates: HashMap<AccountId, KeyCertificate> = certificates.into_iter().collect();
                     let now: Vec<Guest> = metagraph
                         .neurons
                         .iter()
-                        .map(|neuron| Guest { hotkey: neuron.hotkey, validator: neuron.validator_permit })
+                        .map(|neuron| Guest {
+                            hotkey: neuron.hotkey,
+                            validator: neuron.validator_permit,
+                            recipient: certificate::recipient(&neuron.hotkey, certificates.get(&neuron.hotkey)),
+                        })
                         .collect();
+                    *service.certificates.lock().unwrap_or_else(PoisonError::into_inner) = Some(certificates);
                     if now != guests {
                         tracing::info!(hotkeys = now.len(), validators = now.iter().filter(|guest| guest.validator).count(), "metagraph");
                         guests.clone_from(&now);

@@ -14,6 +14,8 @@ pub type Slot = (AccountId, u8);
 pub struct Guest {
     pub hotkey: AccountId,
     pub validator: bool,
+    /// The X25519 key that its grants are sealed to; `None` where it needs a key certificate first.
+    pub recipient: Option<[u8; 32]>,
 }
 
 /// What the machine has to know about its run.

@@ -9,7 +9,7 @@ use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
 use super::timing::Average;
-use super::{Effect, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, ReceiptStage, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want};
+use super::{Effect, Guest, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, ReceiptStage, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want};
 
 /// Steps before the end of a learner's last lease at which it gets the next one.
 const LEASE_AHEAD_STEPS: u32 = 16;
@@ -273,17 +273,12 @@ impl Orchestrator {
     pub(super) fn refresh_standing_grants(&mut self) {
         let now_ms = self.volatile.now_ms;
         let versions = self.fragment_versions();
-        let slots: Vec<(Slot, bool)> = self
-            .guests
-            .iter()
-            .filter(|guest| !self.banned.contains_key(&guest.hotkey))
-            .flat_map(|guest| {
-                let slots = if guest.validator { 1 } else { self.setup.parameters.slots };
-                (0..slots).map(|slot| ((guest.hotkey, slot), guest.validator))
-            })
-            .collect();
-        for (slot, validator) in slots {
-            self.refresh_standing(slot, validator, &versions, now_ms);
+        let welcome: Vec<Guest> = self.guests.iter().filter(|guest| !self.banned.contains_key(&guest.hotkey)).cloned().collect();
+        for guest in welcome {
+            let slots = if guest.validator { 1 } else { self.setup.parameters.slots };
+            for slot in 0..slots {
+                self.refresh_standing((guest.hotkey, slot), &guest, &versions, now_ms);
+            }
         }
     }
 
@@ -298,7 +293,8 @@ impl Orchestrator {
         }
     }
 
-    fn refresh_standing(&mut self, slot: Slot, validator: bool, versions: &[u64], now_ms: u64) {
+    fn refresh_standing(&mut self, slot: Slot, guest: &Guest, versions: &[u64], now_ms: u64) {
+        let Guest { validator, recipient, .. } = *guest;
         let learner = self.learners.get(&slot);
         let live = validator || learner.is_some_and(|learner| learner.live);
         let session_epoch = learner.map_or(0, |learner| learner.session_epoch);
@@ -308,11 +304,12 @@ impl Orchestrator {
             || now_ms >= mark.published_ms + STANDING_REFRESH_MS
             || mark.live != live
             || mark.session_epoch != session_epoch
+            || mark.recipient != recipient
             || outrun;
         if !due {
             return;
         }
-        *mark = StandingMark { published_ms: now_ms.max(1), live, session_epoch, versions: versions.to_vec() };
+        *mark = StandingMark { published_ms: now_ms.max(1), live, session_epoch, recipient, versions: versions.to_vec() };
         let mark = mark.clone();
         let revision = self.next_revision();
         let cycle = protocol::schedule::cycle_of(self.closed_below, self.parameters().fragments);
@@ -404,5 +401,7 @@ pub struct StandingMark {
     pub published_ms: u64,
     pub live: bool,
     pub session_epoch: u64,
+    /// The X25519 key that they are sealed to; with another one they are sealed anew.
+    pub recipient: Option<[u8; 32]>,
     pub versions: Vec<u64>,
 }

@@ -25,6 +25,8 @@ pub struct Status {
     /// The same books for each source of data.
     pub sources: Vec<(String, LedgerTotals)>,
     pub learners: Vec<LearnerStatus>,
+    /// Registered hotkeys that nothing can be sealed to before they publish a key certificate.
+    pub needs_certificate: Vec<AccountId>,
     /// Cycle whose audits are selected next.
     pub audit_cycle: u64,
     pub audits_open: u64,
@@ -141,6 +143,7 @@ impl Orchestrator {
             rows: self.ledger.totals(),
             sources: self.ledger.sources().to_vec(),
             learners,
+            needs_certificate: self.guests.iter().filter(|guest| guest.recipient.is_none()).map(|guest| guest.hotkey).collect(),
             audit_cycle: self.audit_cycle,
             audits_open: self.audits.len() as u64,
             audits_ordered: self.audits_ordered,

@@ -265,3 +265,26 @@ fn draining_stops_leases_and_pulls_and_releases() {
     world.run(5_000);
     assert_eq!(world.machine.next_t, opened);
 }
+
+#[test]
+fn a_hotkey_that_publishes_its_certificate_gets_its_grants_sealed_anew_at_once() {
+    let mut machine = Orchestrator::new(setup(1));
+    let mut sealed = |now_ms: u64, input: Input| {
+        machine.handle(now_ms, input);
+        let mut slots = Vec::new();
+        while let Some(effect) = machine.poll_effect() {
+            if let Effect::PublishStanding { slot, mark, .. } = effect {
+                slots.push((slot, mark.recipient));
+            }
+        }
+        (slots, machine.status().needs_certificate)
+    };
+    let guests = |recipient| vec![Guest { hotkey: miner(1), validator: false, recipient }];
+    sealed(1_000, Input::Claimed { epoch: 1 });
+    let (first, waiting) = sealed(1_000, Input::Metagraph { guests: guests(None) });
+    assert_eq!((first.len(), waiting), (2, vec![miner(1)]), "an empty bundle for each slot says what is missing");
+    assert_eq!(sealed(2_000, Input::Tick).0, []);
+    let (again, waiting) = sealed(3_000, Input::Metagraph { guests: guests(Some([7; 32])) });
+    assert_eq!(again, [((miner(1), 0), Some([7; 32])), ((miner(1), 1), Some([7; 32]))]);
+    assert_eq!(waiting, []);
+}

@@ -1,29 +1,62 @@
-//! The chain's side: what is read of it, and weights with their read-back.
+//! The chain's side: what is read of it, rows that are sent, and how weights stand, for people and for the next command.
 
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use chain::{ChainError, ChainLink, Hotkey, Metagraph, SetWeightsError, weights};
-use daemon::Journal;
-use protocol::AccountId;
-use protocol::documents::Score;
+use chain::{ChainError, ChainLink, Hotkey, setter};
+use daemon::driver::Inputs;
+use daemon::health::Component;
+use daemon::{Journal, clock};
 use protocol::envelope::RunId;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 
 use super::trouble::Trouble;
 use super::verdicts::blocking;
-use crate::machine::ChainView;
-use crate::machine::weights::{Due, OwnNeuron, WeightsOutcome};
+use crate::machine::weights::Standing;
+use crate::machine::{ChainView, Input, OwnNeuron};
 
-/// The newest weights version that this build knows; a subnet that demands a newer one wants a newer build.
-pub const WEIGHTS_VERSION: u64 = 1;
+/// Steps of a sent row that wait to be told; there are four, and two more for each fork.
+const PROGRESS_MAX: usize = 32;
+/// Where the daemon leaves how weights stand, in its state folder.
+pub const WEIGHTS_FILE: &str = "weights.json";
+
+/// How weights stand, as the file says it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightsFile {
+    pub updated_ms: u64,
+    pub hotkey: String,
+    pub netuid: u16,
+    pub mechanism: u8,
+    pub run: String,
+    pub stage: String,
+    pub next: String,
+    pub needs_a_person: bool,
+    /// Merged tokens of each hotkey that no verdict failed, and how many cycles they are from.
+    pub scores: Vec<ScoreLine>,
+    pub cycles: u64,
+    pub is_final: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScoreLine {
+    pub hotkey: String,
+    pub tokens: u64,
+}
 
 /// What one validator reads from and writes to the chain.
 pub struct ChainDesk {
     pub link: Arc<ChainLink>,
     pub hotkey: Arc<Hotkey>,
     pub netuid: u16,
+    pub mechanism: u8,
     pub run: RunId,
     pub journal: Arc<Journal>,
-    pub is_dry_run: bool,
+    pub health: Component,
+    /// Where [`WEIGHTS_FILE`] lies.
+    pub file: PathBuf,
+    /// Revision of what was shown last.
+    pub shown: Mutex<u64>,
 }
 
 impl ChainDesk {
@@ -32,15 +65,10 @@ impl ChainDesk {
     }
 
     pub async fn view(&self) -> Result<ChainView, ChainError> {
-        let client = self.link.client().await?;
-        let (metagraph, hyperparameters) = (client.metagraph(self.netuid).await?, client.hyperparameters(self.netuid).await?);
-        let own = metagraph.by_hotkey(&self.hotkey.account()).map(|neuron| OwnNeuron {
-            uid: neuron.uid,
-            validator_permit: neuron.validator_permit,
-            last_update: neuron.last_update,
-            tempo: u64::from(hyperparameters.tempo),
-            rate_limit: hyperparameters.weights_rate_limit,
-        });
+        let metagraph = self.link.client().await?.metagraph(self.netuid).await?;
+        let own = metagraph
+            .by_hotkey(&self.hotkey.account())
+            .map(|neuron| OwnNeuron { uid: neuron.uid, validator_permit: neuron.validator_permit });
         let validators = metagraph.neurons.iter().filter(|neuron| neuron.validator_permit).map(|neuron| neuron.hotkey).collect();
         Ok(ChainView { block: metagraph.block.number, validators, own })
     }
@@ -60,53 +88,61 @@ impl ChainDesk {
         Ok(hash)
     }
 
-    /// Sets weights and reads them back.
-    pub async fn set_weights(&self, scores: &[(AccountId, u64)], due: Due) -> WeightsOutcome {
-        match self.try_set_weights(scores, due).await {
-            Ok(outcome) => outcome,
-            // The text of a refusal ends with its remedy.
-            Err(error) => WeightsOutcome::Refused { why: error.to_string().replace('\n', "; ") },
-        }
+    /// Does what the setter asks for; the machine hears of every step of a row that is sent.
+    pub async fn weights(&self, effect: setter::Effect, inputs: &Inputs<Input>) -> setter::Input {
+        let client = match self.link.client().await {
+            Ok(client) => client,
+            Err(error) => return effect.unreachable(error.to_string().replace('\n', "; ")),
+        };
+        let (tell, mut told) = mpsc::channel(PROGRESS_MAX);
+        let doing = async move {
+            let place = (self.netuid, self.mechanism);
+            setter::execute(client.as_ref(), &self.hotkey, &effect, place, &tell).await
+        };
+        let forwarding = async {
+            while let Some(step) = told.recv().await {
+                inputs.send(Input::Weights(step)).await;
+            }
+        };
+        tokio::join!(doing, forwarding).0
     }
 
-    async fn try_set_weights(&self, scores: &[(AccountId, u64)], due: Due) -> Result<WeightsOutcome, SetWeightsError> {
-        let client = self.link.client().await?;
-        let (metagraph, hyperparameters) = (client.metagraph(self.netuid).await?, client.hyperparameters(self.netuid).await?);
-        let hotkey = self.hotkey.account();
-        let own = metagraph.by_hotkey(&hotkey).ok_or(ChainError::NotRegistered { hotkey, netuid: self.netuid })?;
-        let row = weights::row(scores, &metagraph, &hyperparameters, own.uid);
-        let named: Vec<String> = row
-            .iter()
-            .map(|(uid, value)| {
-                let account = metagraph.by_uid(*uid).map_or_else(|| uid.to_string(), |neuron| neuron.hotkey.to_string());
-                format!("{account}={value}")
-            })
-            .collect();
-        let named = named.join(" ");
-        if self.is_dry_run {
-            tracing::info!(?due, weights = named, "weights (dry run: nothing is sent)");
-            return Ok(WeightsOutcome::DryRun);
+    /// Shows how weights stand, on the health page and in the state folder.
+    pub fn show(&self, standing: Standing) {
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if standing.revision <= *shown {
+            return;
         }
-        // After a restart the final row may be there already.
-        if due == Due::Final && client.weights(self.netuid, own.uid).await? == row {
-            tracing::info!(weights = named, "the final weights are on the chain already");
-            return Ok(WeightsOutcome::Set { block: own.last_update, weights: named_scores(scores, &row, &metagraph) });
+        *shown = standing.revision;
+        let Standing { stage, from, .. } = standing;
+        let needs_a_person = stage.needs_a_person();
+        if needs_a_person {
+            self.health.not_ready(format!("{stage}; {}", stage.hint()));
+        } else {
+            self.health.ready();
         }
-        let block = client.set_weights(&self.hotkey, self.netuid, &row, WEIGHTS_VERSION).await?;
-        if client.weights(self.netuid, own.uid).await? != row {
-            return Err(SetWeightsError::ReadBackDiffers { block });
+        let file = WeightsFile {
+            updated_ms: clock::now_ms(),
+            hotkey: self.hotkey.account().to_string(),
+            netuid: self.netuid,
+            mechanism: self.mechanism,
+            run: self.run.to_string(),
+            stage: stage.to_string(),
+            next: stage.hint().to_owned(),
+            needs_a_person,
+            scores: from.scores.iter().map(|(hotkey, tokens)| ScoreLine { hotkey: hotkey.to_string(), tokens: *tokens }).collect(),
+            cycles: from.cycles,
+            is_final: from.is_final,
+        };
+        if let Err(error) = write(&self.file, &file) {
+            tracing::warn!(file = %self.file.display(), %error, "how weights stand cannot be written down");
         }
-        tracing::info!(?due, %block, weights = named, "weights are on the chain");
-        Ok(WeightsOutcome::Set { block: block.number, weights: named_scores(scores, &row, &metagraph) })
     }
 }
 
-/// The row with the hotkeys that it stands for, and their scores.
-fn named_scores(scores: &[(AccountId, u64)], row: &[(u16, u16)], metagraph: &Metagraph) -> Vec<Score> {
-    let named = |(uid, weight): &(u16, u16)| {
-        let hotkey = metagraph.by_uid(*uid)?.hotkey;
-        let tokens = scores.iter().find(|(account, _)| *account == hotkey).map_or(0, |(_, tokens)| *tokens);
-        Some(Score { hotkey, tokens, weight: *weight })
-    };
-    row.iter().filter_map(named).collect()
+/// Replaces the file: a reader finds the old or the new one, whole. It is a few kilobytes, and its loss does no harm.
+fn write(path: &std::path::Path, file: &WeightsFile) -> std::io::Result<()> {
+    let fresh = path.with_extension("tmp");
+    std::fs::write(&fresh, serde_json::to_vec_pretty(file)?)?;
+    std::fs::rename(&fresh, path)
 }

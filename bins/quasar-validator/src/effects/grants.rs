@@ -42,8 +42,7 @@ pub struct Grants {
     reader: Arc<tokio::sync::Mutex<RunReader>>,
     access: Arc<dyn GrantAccess>,
     own: AccountId,
-    /// `None` for a hotkey that nothing can be sealed to.
-    secret: Option<Zeroizing<[u8; 32]>>,
+    secret: Zeroizing<[u8; 32]>,
     bundles: Mutex<Bundles>,
 }
 
@@ -53,7 +52,7 @@ impl Grants {
         facts: Arc<RunFacts>,
         access: Arc<dyn GrantAccess>,
         own: AccountId,
-        secret: Option<Zeroizing<[u8; 32]>>,
+        secret: Zeroizing<[u8; 32]>,
     ) -> Self {
         Self { facts, reader, access, own, secret, bundles: Mutex::default() }
     }
@@ -62,21 +61,15 @@ impl Grants {
         self.bundles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether sealed grants can be opened at all.
-    pub fn can_open(&self) -> bool {
-        self.secret.is_some()
-    }
-
     pub fn access(&self) -> &dyn GrantAccess {
         self.access.as_ref()
     }
 
     /// Opens an order's bundle and keeps it.
     pub fn keep(&self, order: Verified<AuditOrder>) -> Result<(), Trouble> {
-        let Some(secret) = &self.secret else { return Err(Trouble::NoOrder) };
         let document = order.document;
-        let bundle = Arc::new(bundle::open(&self.facts.context, &order.header, &document.sealed, secret)?);
-        let key = bundle::open_bytes(&self.facts.context, &order.header, &document.opening_key, secret)?;
+        let bundle = Arc::new(bundle::open(&self.facts.context, &order.header, &document.sealed, &self.secret)?);
+        let key = bundle::open_bytes(&self.facts.context, &order.header, &document.opening_key, &self.secret)?;
         let key = <[u8; 32]>::try_from(key.as_slice()).map_err(|_| Trouble::malformed("the opening key", "it is not 32 bytes"))?;
         let opening_key = Arc::new(Zeroizing::new(key));
         let order = Order { leases: document.leases, opening: document.opening, opening_key, bundle };
@@ -112,7 +105,6 @@ impl Grants {
 
     /// Looks for newer standing grants, not too often.
     async fn refresh(&self) -> Result<(), Trouble> {
-        let Some(secret) = &self.secret else { return Ok(()) };
         let now_ms = clock::now_ms();
         {
             let mut bundles = self.lock();
@@ -123,7 +115,7 @@ impl Grants {
         }
         let key = self.facts.run.standing(&self.own, 0);
         let Some(grants) = self.reader.lock().await.poll::<StandingGrants>(&key, now_ms).await? else { return Ok(()) };
-        let standing = bundle::open(&self.facts.context, &grants.header, &grants.document.sealed, secret)?;
+        let standing = bundle::open(&self.facts.context, &grants.header, &grants.document.sealed, &self.secret)?;
         tracing::debug!(grants = standing.requests.len(), "standing grants");
         self.lock().standing = Arc::new(standing);
         Ok(())

@@ -25,7 +25,7 @@ use super::*;
 use crate::audit::Engine;
 use crate::audit::tests::{Case, Cheat, FRAGMENT, T, World, case, signer, token_file};
 use crate::machine::fixture::{contribution, merge};
-use crate::machine::weights::WeightTimes;
+use crate::machine::weights::WeightSettings;
 use crate::machine::{Machine, MachineSettings};
 
 const NETUID: u16 = 24;
@@ -88,6 +88,10 @@ fn base_file(world: &World) -> Vec<u8> {
 
 impl Published {
     async fn new(cheat: &Cheat) -> Self {
+        Self::with_key(cheat, KeyKind::Ed25519).await
+    }
+
+    async fn with_key(cheat: &Cheat, kind: KeyKind) -> Self {
         let settings = ServerSettings {
             backend: Backend::Memory,
             bucket: "quasar".into(),
@@ -106,7 +110,7 @@ impl Published {
             path_style: true,
         })
         .unwrap();
-        let hotkey = Arc::new(Hotkey::from_seed(KeyKind::Ed25519, &[4; 32]));
+        let hotkey = Arc::new(Hotkey::from_seed(kind, &[4; 32]));
         let chain = MemoryChain::new(MemorySettings {
             netuid: NETUID,
             seed: 1,
@@ -266,8 +270,14 @@ impl Published {
         let scores = (0..4).map(|epoch| self.put_grant(&self.run.scores(&own, epoch), SCORES_BYTES));
         let requests = standing.iter().map(|key| self.get_grant(key)).chain(scores).collect();
         let header = header_for::<StandingGrants>(&world.context, self.orchestrator.key(), 1, clock::now_ms());
-        let sealed =
-            bundle::seal_to(&world.context, protocol::envelope::Purpose::StandingGrants, &header, &own, &GrantBundle { requests }).unwrap();
+        let sealed = bundle::seal_to(
+            &world.context,
+            protocol::envelope::Purpose::StandingGrants,
+            &header,
+            &self.hotkey.sealing_public(),
+            &GrantBundle { requests },
+        )
+        .unwrap();
         let grants = StandingGrants { hotkey: own, slot: 0, session_epoch: 0, sealed };
         self.put(&self.run.standing(&own, 0), sign_with_header(header, &grants, &self.orchestrator)).await;
 
@@ -325,8 +335,9 @@ impl Published {
         }
         let header = header_for::<AuditOrder>(&self.world.context, self.orchestrator.key(), 1, clock::now_ms());
         let purpose = protocol::envelope::Purpose::AuditOrder;
-        let sealed = bundle::seal_to(&self.world.context, purpose, &header, &own, &GrantBundle { requests }).unwrap();
-        let opening_key = bundle::seal_bytes(&self.world.context, purpose, &header, &own, secret).unwrap();
+        let recipient = self.hotkey.sealing_public();
+        let sealed = bundle::seal_to(&self.world.context, purpose, &header, &recipient, &GrantBundle { requests }).unwrap();
+        let opening_key = bundle::seal_bytes(&self.world.context, purpose, &header, &recipient, secret).unwrap();
         let opened = |part: &Bytes| OpenedPart { length: part.len() as u64, sha256: Digest::sha256(part) };
         let mut order = AuditOrder {
             audit: *audit,
@@ -359,13 +370,13 @@ impl Published {
             access: Arc::new(GrantClient::new(self.hosts.clone()).unwrap()),
             link: Arc::new(ChainLink::connected(Arc::new(self.chain.clone()))),
             hotkey: self.hotkey.clone(),
-            secret: self.hotkey.x25519_secret(),
+            secret: self.hotkey.sealing_secret(),
             journal: self.journal.clone(),
             state_dir: self.state.path(),
             open_engine,
-            is_dry_run,
+            mechanism: 0,
             store_health: health.component("store"),
-            chain_health: health.component("chain"),
+            weights_health: health.component("weights"),
         })
         .unwrap();
         let machine = Machine::new(MachineSettings {
@@ -373,7 +384,16 @@ impl Published {
             own: self.hotkey.account(),
             parameters: self.world.parameters.clone(),
             poll_ms_max: 20,
-            weights: WeightTimes { refresh_ms: HOUR_MS, retry_base_ms: 100, retry_max_ms: 1_000 },
+            weights: WeightSettings {
+                netuid: NETUID,
+                mechanism: 0,
+                refresh_ms: HOUR_MS,
+                retry_base_ms: 100,
+                retry_max_ms: 1_000,
+                // The chain's blocks come much faster here than they say.
+                look_max_ms: 100,
+                is_dry_run,
+            },
         });
         let memory = Arc::new(Journal::in_memory().unwrap());
         let options = DriverOptions { stop_grace: Duration::from_secs(1), ..DriverOptions::default() };
@@ -449,6 +469,19 @@ async fn honest_work_passes_and_earns_the_weights() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_validator_with_an_sr25519_hotkey_audits_and_sets_weights_like_others() {
+    let published = Published::with_key(&Cheat::default(), KeyKind::Sr25519).await;
+    published.publish_order(true, |_| {}).await;
+    published
+        .live(toys(&published.world), false, async |published: &Published| {
+            published.reveal().await.is_some() && published.scores().await.is_some()
+        })
+        .await;
+    assert_eq!(published.reveal().await.unwrap().verdict.result, VerdictResult::Pass);
+    assert_eq!(published.row().await, [(MINER_UID, u16::MAX)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn work_on_other_rows_fails_and_the_weight_goes_to_the_validator_itself() {
     let published = Published::new(&Cheat { other_rows: true, ..Cheat::default() }).await;
     published.publish_order(true, |_| {}).await;
@@ -505,37 +538,56 @@ async fn models_that_do_not_open_end_as_not_evaluated() {
     assert_eq!(published.reveal().await.unwrap().verdict.result, VerdictResult::NotEvaluated);
 }
 
+impl Published {
+    fn desk(&self, health: &Health) -> ChainDesk {
+        ChainDesk {
+            link: Arc::new(ChainLink::connected(Arc::new(self.chain.clone()))),
+            hotkey: self.hotkey.clone(),
+            netuid: NETUID,
+            mechanism: 0,
+            run: self.world.context.run,
+            journal: self.journal.clone(),
+            health: health.component("weights"),
+            file: self.state.path().join(chain::WEIGHTS_FILE),
+            shown: Mutex::default(),
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_refused_row_says_why_and_what_to_do() {
+async fn a_beacon_that_was_seen_once_is_known_without_the_chain() {
     let published = Published::new(&Cheat::default()).await;
-    let desk = ChainDesk {
-        link: Arc::new(ChainLink::connected(Arc::new(published.chain.clone()))),
-        hotkey: published.hotkey.clone(),
-        netuid: NETUID,
-        run: published.world.context.run,
-        journal: published.journal.clone(),
-        is_dry_run: false,
-    };
-    let scores = [(signer().key().account(), 5)];
-    use crate::machine::weights::{Due, WeightsOutcome};
-    assert!(matches!(desk.set_weights(&scores, Due::Regular).await, WeightsOutcome::Set { .. }));
-    let WeightsOutcome::Refused { why } = desk.set_weights(&scores, Due::Regular).await else { panic!("too fast") };
-    assert!(why.contains("rate limit") && why.contains("hint: "), "{why}");
-    // What is on the chain already is not sent again as the final row.
-    assert!(matches!(desk.set_weights(&scores, Due::Final).await, WeightsOutcome::Set { .. }));
-    let mut hyperparameters = published.chain.hyperparameters(NETUID).await.unwrap();
-    hyperparameters.commit_reveal = true;
-    published.chain.set_hyperparameters(hyperparameters);
-    published.chain.advance(10);
-    let WeightsOutcome::Refused { why } = desk.set_weights(&scores, Due::Regular).await else { panic!("commit-reveal") };
-    assert!(why.contains("commit-reveal"), "{why}");
-    published.chain.set_reachable(false);
-    let WeightsOutcome::Refused { why } = desk.set_weights(&scores, Due::Regular).await else { panic!("no chain") };
-    assert!(why.contains("hint: "), "{why}");
-    // A beacon that was seen once is known without the chain.
-    published.chain.set_reachable(true);
+    let desk = published.desk(&Health::new());
     let hash = desk.beacon(8).await.unwrap();
     published.chain.set_reachable(false);
     assert_eq!(desk.beacon(8).await.unwrap(), hash);
     assert!(desk.beacon(9).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn how_weights_stand_is_on_the_health_page_and_in_the_state_folder() {
+    use ::chain::setter::{Obstacle, Stage};
+
+    use crate::machine::weights::{ScoreList, Standing};
+
+    let (published, health) = (Published::new(&Cheat::default()).await, Health::new());
+    let desk = published.desk(&health);
+    let standing = |revision, stage| Standing {
+        revision,
+        stage,
+        from: ScoreList { scores: vec![(signer().key().account(), 5)], cycles: 2, is_final: false },
+    };
+    let written = || -> chain::WeightsFile { serde_json::from_slice(&std::fs::read(&desk.file).unwrap()).unwrap() };
+    desk.show(standing(2, Stage::Blocked(Obstacle::NoPermit)));
+    let told = health.unready();
+    assert!(told.len() == 1 && told[0].contains("validator permit") && told[0].contains("stake"), "{told:?}");
+    let file = written();
+    assert!(file.needs_a_person && file.stage.contains("validator permit") && file.next.contains("stake"), "{file:?}");
+    assert_eq!(file.scores, [chain::ScoreLine { hotkey: signer().key().account().to_string(), tokens: 5 }]);
+    // What was overtaken on its way is not shown.
+    desk.show(standing(1, Stage::NoScores));
+    assert_eq!(written(), file);
+    desk.show(standing(3, Stage::OnChain { row: vec![(0, 65535)], block: 60 }));
+    assert!(health.unready().is_empty());
+    assert!(written().stage.contains("on chain since block 60"));
 }

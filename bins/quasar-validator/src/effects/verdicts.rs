@@ -9,7 +9,7 @@ use daemon::sequence::Sequence;
 use daemon::{Journal, JournalError, clock};
 use protocol::documents::{Verdict, VerdictCommit, VerdictReveal};
 use protocol::envelope::{Document, Expect, sign};
-use protocol::{Digest, Signer, codec};
+use protocol::{Digest, codec};
 use storage::client::{GrantError, PutOutcome};
 use storage::discovery::{RunFacts, RunReader};
 
@@ -95,12 +95,12 @@ impl VerdictDesk {
         })
     }
 
-    /// 32 bytes that nobody without the hotkey can know: a signature that is never published. Ed25519 signatures are
-    /// deterministic, so even a validator that lost its disk can open what it committed.
+    /// 32 bytes that nobody without the hotkey can know, the same every time, so that even a validator that lost its disk can open
+    /// what it committed.
     fn salt(&self, verdict: &Verdict) -> [u8; 32] {
         let message =
             Digest::derive("quasar/v1/verdict-salt", &[&self.facts.context.genesis, &self.facts.context.run.0, &codec::encode(verdict)]);
-        Digest::derive("quasar/v1/salt", &[&self.hotkey.sign(&message.0)]).0
+        Digest::derive("quasar/v1/salt", &[&*self.hotkey.sealing_secret(), &message.0]).0
     }
 
     async fn public_commit(&self, verdict: &Verdict) -> Result<Option<VerdictCommit>, Trouble> {

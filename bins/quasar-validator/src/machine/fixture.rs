@@ -1,5 +1,8 @@
 //! Small documents for the tests of the machine.
 
+use chain::drand::Beacon;
+use chain::epoch::EpochState;
+use chain::{BlockRef, Hyperparameters, Metagraph, Neuron, WeightsView};
 use protocol::audits::Selection;
 use protocol::documents::{
     AuditParameters, Codec, Contribution, InnerOptimizer, LrSchedule, Measurements, MergeManifest, RunParameters, Verdict, VerdictResult,
@@ -70,6 +73,50 @@ pub fn subject(hotkey: u8, slot: u8) -> Subject {
         beacon_block: 8,
     };
     Subject { selection, fragment: 0, contribution: contribution(hotkey, slot, 10, Reason::None) }
+}
+
+/// A chain whose epochs have 50 blocks, at `number`, on which these hotkeys have uids in their order, stake and permits.
+pub fn view(number: u64, hotkeys: &[u8]) -> WeightsView {
+    let neurons = (0u16..).zip(hotkeys).map(|(uid, hotkey)| Neuron {
+        uid,
+        hotkey: account(*hotkey),
+        coldkey: account(*hotkey),
+        stake: 1_000,
+        validator_permit: true,
+        last_update: 0,
+    });
+    let last_epoch_block = number - number % 50;
+    WeightsView {
+        metagraph: Metagraph { block: BlockRef { number, hash: [number as u8; 32] }, neurons: neurons.collect() },
+        hyperparameters: Hyperparameters {
+            tempo: 50,
+            weights_rate_limit: 10,
+            min_allowed_weights: 1,
+            max_weight_limit: u16::MAX,
+            weights_version: 0,
+            commit_reveal: false,
+            stake_threshold: 0,
+        },
+        timestamp_ms: 1_800_000_000_000 + number * 12_000,
+        block_ms: 12_000,
+        mechanisms: 1,
+        last_updates: vec![0; hotkeys.len()],
+        owner_hotkey: None,
+        is_null_consensus: false,
+        row: Vec::new(),
+        epoch: EpochState {
+            tempo: 50,
+            last_epoch_block,
+            pending_epoch_at: 0,
+            index: number / 50,
+            blocks_since_last_step: number - last_epoch_block,
+        },
+        reveal_period_epochs: 1,
+        commit_version: chain::timelock::COMMIT_REVEAL_VERSION,
+        beacon: Beacon::quicknet(),
+        last_stored_round: 0,
+        commits: Vec::new(),
+    }
 }
 
 pub fn verdict(cycle: u64, hotkey: u8, slot: u8, result: VerdictResult) -> Verdict {

@@ -4,11 +4,11 @@ use daemon::Machine as _;
 use protocol::Reason;
 use protocol::documents::VerdictResult;
 
-use super::fixture::{account, contribution, merge, parameters, verdict};
+use super::fixture::{account, contribution, merge, parameters, verdict, view};
 use super::*;
 use crate::audit::Judgement;
 
-const OWN: OwnNeuron = OwnNeuron { uid: 9, validator_permit: true, last_update: 0, tempo: 30, rate_limit: 10 };
+const OWN: OwnNeuron = OwnNeuron { uid: 2, validator_permit: true };
 
 fn machine() -> Machine {
     Machine::new(MachineSettings {
@@ -16,7 +16,15 @@ fn machine() -> Machine {
         own: account(9),
         parameters: parameters(),
         poll_ms_max: 1_000,
-        weights: WeightTimes { refresh_ms: 1_000_000, retry_base_ms: 100, retry_max_ms: 1_000 },
+        weights: WeightSettings {
+            netuid: 24,
+            mechanism: 0,
+            refresh_ms: 1_000_000,
+            retry_base_ms: 100,
+            retry_max_ms: 1_000,
+            look_max_ms: 1_000,
+            is_dry_run: false,
+        },
     })
 }
 
@@ -79,11 +87,26 @@ fn play(machine: &mut Machine, subject: &Subject, result: VerdictResult, now_ms:
     give(machine, now_ms, Input::Verdict { audit, verdict: Some(Box::new(public)) });
 }
 
-fn weights_wanted(effects: &[Effect]) -> Option<(Vec<(AccountId, u64)>, Due)> {
-    effects.iter().find_map(|effect| match effect {
-        Effect::SetWeights { scores, due, .. } => Some((scores.clone(), *due)),
+/// Shows the chain at `block` to a machine that looked, and gives the row that it sends, if it does.
+fn look(machine: &mut Machine, now_ms: u64, block: u64, row: &[(u16, u16)], last_update: u64) -> Option<(u64, Vec<(u16, u16)>)> {
+    let mut seen = view(block, &[1, 2, 9]);
+    seen.row = row.to_vec();
+    seen.last_updates[2] = last_update;
+    let effects = give(machine, now_ms, Input::Weights(setter::Input::View(Box::new(seen))));
+    effects.into_iter().find_map(|effect| match effect {
+        Effect::Weights(setter::Effect::Send { attempt, request }) => Some((attempt, request.row)),
         _ => None,
     })
+}
+
+/// The row of `attempt` was read back from this block.
+fn landed(machine: &mut Machine, now_ms: u64, attempt: u64, number: u64) {
+    let landed = chain::Landed { block: chain::BlockRef { number, hash: [1; 32] }, commit: None };
+    give(machine, now_ms, Input::Weights(setter::Input::Ended { attempt, outcome: setter::Outcome::Landed(landed) }));
+}
+
+fn looks(effects: &[Effect]) -> bool {
+    effects.contains(&Effect::Weights(setter::Effect::Look))
 }
 
 #[test]
@@ -93,21 +116,20 @@ fn a_fresh_machine_looks_at_head_chain_and_current_run() {
 }
 
 #[test]
-fn before_anything_is_merged_the_weights_are_set_for_nobody() {
+fn before_anything_is_merged_the_weight_goes_to_the_validator_itself() {
     let mut machine = machine();
-    give(&mut machine, 0, chain(20, Some(OWN)));
-    let effects = give(&mut machine, 0, head(RunState::Open, 0));
-    assert_eq!(weights_wanted(&effects), Some((vec![], Due::Regular)));
+    assert!(looks(&give(&mut machine, 0, head(RunState::Open, 0))));
+    assert_eq!(look(&mut machine, 0, 20, &[], 0).map(|(_, row)| row), Some(vec![(2, u16::MAX)]));
 }
 
 #[test]
 fn no_weights_are_set_before_all_published_manifests_are_read() {
     let mut machine = machine();
-    give(&mut machine, 0, chain(20, Some(OWN)));
-    assert_eq!(weights_wanted(&give(&mut machine, 0, head(RunState::Open, 2))), None);
-    assert_eq!(weights_wanted(&give(&mut machine, 0, merged(0))), None);
-    let wanted = weights_wanted(&give(&mut machine, 0, merged(1)));
-    assert_eq!(wanted, Some((vec![(account(1), 200), (account(2), 100)], Due::Regular)));
+    for input in [head(RunState::Open, 2), merged(0)] {
+        assert!(!looks(&give(&mut machine, 0, input)));
+    }
+    assert!(looks(&give(&mut machine, 0, merged(1))));
+    assert_eq!(look(&mut machine, 0, 20, &[], 0).map(|(_, row)| row), Some(vec![(0, 65535), (1, 32768)]));
 }
 
 #[test]
@@ -115,16 +137,20 @@ fn a_complete_run_is_audited_and_ends_with_final_weights_without_the_failed_lear
     let mut machine = machine();
     let subjects = audited(&mut machine, RunState::Complete);
     assert_eq!(subjects.len(), 2);
-    give(&mut machine, 10, Input::Weights(WeightsOutcome::Set { block: 21, weights: Vec::new() }));
+    let (attempt, regular) = look(&mut machine, 10, 20, &[], 0).expect("this epoch has no row yet");
+    landed(&mut machine, 10, attempt, 21);
     for (subject, result) in subjects.iter().zip([VerdictResult::Mismatch, VerdictResult::Pass]) {
-        assert_eq!(weights_wanted(&give(&mut machine, 20, Input::Tick)), None);
+        assert_eq!(look(&mut machine, 20, 22, &regular, 21), None);
         play(&mut machine, subject, result, 20);
     }
-    let effects = give(&mut machine, 30, Input::Block(Some(31)));
-    let honest = (subjects[1].selection.hotkey, if subjects[1].selection.hotkey == account(1) { 200 } else { 100 });
-    assert_eq!(weights_wanted(&effects), Some((vec![honest], Due::Final)));
-    give(&mut machine, 40, Input::Weights(WeightsOutcome::Set { block: 32, weights: Vec::new() }));
-    assert_eq!(weights_wanted(&give(&mut machine, 90_000, chain(500, Some(OWN)))), None);
+    // The last verdict changed the row: it is set once more in the same epoch, as soon as the rate limit allows.
+    assert_eq!(look(&mut machine, 20, 30, &regular, 21), None);
+    let honest = if subjects[1].selection.hotkey == account(1) { 0 } else { 1 };
+    let (attempt, last) = look(&mut machine, 30, 31, &regular, 21).expect("the final row");
+    assert_eq!(last, [(honest, u16::MAX)]);
+    landed(&mut machine, 40, attempt, 32);
+    assert!(machine.weights.is_final_set());
+    assert_eq!(look(&mut machine, 5_000, 45, &last, 32), None);
 }
 
 #[test]
@@ -177,7 +203,8 @@ fn facts_in_the_wrong_order_or_about_unknown_audits_change_nothing() {
         Input::Committed { audit, written: Written::Done },
         Input::Revealed { audit, written: Written::Done },
         Input::Verdict { audit, verdict: None },
-        Input::Weights(WeightsOutcome::DryRun),
+        Input::Weights(setter::Input::Tick),
+        Input::Weights(setter::Input::Unreachable { why: String::new() }),
         Input::Merge { t: 77, manifest: None },
     ] {
         give(&mut machine, 0, input);

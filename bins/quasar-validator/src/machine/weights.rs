@@ -1,202 +1,354 @@
-//! When weights are set: every tempo within the chain's rate limit, once more when the run is complete, and with growing pauses
-//! after refusals. A row counts as set only after it was read back from the chain; the chain's record of the last update, not
-//! our memory, says when that was.
+//! Weights. When a row is due, how the subnet wants it, what stands in the way and what became of it is decided by the chain's setter
+//! ([`chain::setter`]), a machine of its own. This part hands it the scores, remembers what each row was made from, and says what
+//! people should hear.
 
+use std::collections::VecDeque;
+
+use chain::Metagraph;
+use chain::setter::{self, Report, RevealOutcome, Setter, SetterSettings, Stage};
+use protocol::AccountId;
 use protocol::documents::Score;
 use serde::{Deserialize, Serialize};
 
-/// Upper bounds that the operator may choose.
+use super::Effect;
+
+/// The newest weights version that this build knows; a subnet that demands a newer one wants a newer build.
+pub const WEIGHTS_VERSION: u64 = 1;
+/// Rows that are remembered with what they were made from: those under way, and those that wait to be opened.
+const MADE_MAX: usize = 16;
+
+/// What the operator chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WeightTimes {
-    /// Weights are set again after this long, where the rate limit allows it.
+pub struct WeightSettings {
+    pub netuid: u16,
+    pub mechanism: u8,
+    /// Weights are set again within an epoch when they are older than this and the rate limit allows it.
     pub refresh_ms: u64,
-    /// First and longest pause after a failed attempt.
+    /// First and longest pause after a refusal or a lost row.
     pub retry_base_ms: u64,
     pub retry_max_ms: u64,
+    /// Longest time without a look at the chain.
+    pub look_max_ms: u64,
+    /// Nothing is sent.
+    pub is_dry_run: bool,
 }
 
-/// What the chain says about our neuron.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OwnNeuron {
-    pub uid: u16,
-    pub validator_permit: bool,
-    /// Block of the last weights, 0 = never.
-    pub last_update: u64,
-    /// Blocks of an epoch, and least blocks between two rows.
-    pub tempo: u64,
-    pub rate_limit: u64,
+/// Scores, and how many cycles' merges are in them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScoreList {
+    pub scores: Vec<(AccountId, u64)>,
+    pub cycles: u64,
+    /// Nothing will be added: the run is complete.
+    pub is_final: bool,
 }
 
-/// How an attempt ended.
+/// How weights stand, for health pages and the state folder. Later ones have higher revisions.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum WeightsOutcome {
-    /// The chain's record shows these weights since this block.
-    Set { block: u64, weights: Vec<Score> },
-    /// Nothing was sent because chain writes are switched off.
-    DryRun,
-    /// The text names the reason and what to do about it.
-    Refused { why: String },
-}
-
-/// Which row is due.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Due {
-    Regular,
-    /// The last row of a complete run.
-    Final,
+pub struct Standing {
+    pub revision: u64,
+    pub stage: Stage,
+    pub from: ScoreList,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct WeightSetter {
-    times: WeightTimes,
-    in_flight: Option<Due>,
-    failures: u32,
-    not_before_ms: u64,
-    last_set_ms: Option<u64>,
-    last_set_block: u64,
-    is_final_set: bool,
+pub struct Weights {
+    setter: Setter,
+    /// The newest scores; `None` before the first.
+    from: Option<ScoreList>,
+    /// Rows and what they were made from, oldest first.
+    made: VecDeque<(Vec<(u16, u16)>, ScoreList)>,
+    revision: u64,
 }
 
-impl WeightSetter {
-    pub fn new(times: WeightTimes) -> Self {
-        Self { times, in_flight: None, failures: 0, not_before_ms: 0, last_set_ms: None, last_set_block: 0, is_final_set: false }
+impl Weights {
+    /// For `own`; something that is awaited is looked for every `look_ms`.
+    pub fn new(own: AccountId, settings: WeightSettings, look_ms: u64) -> Self {
+        let setter = Setter::new(SetterSettings {
+            mechanism: settings.mechanism,
+            look_ms,
+            look_max_ms: settings.look_max_ms.max(look_ms),
+            retry_base_ms: settings.retry_base_ms,
+            retry_max_ms: settings.retry_max_ms,
+            refresh_ms: Some(settings.refresh_ms),
+            is_dry_run: settings.is_dry_run,
+            ..SetterSettings::new(settings.netuid, own, WEIGHTS_VERSION)
+        });
+        Self { setter, from: None, made: VecDeque::new(), revision: 0 }
     }
 
-    /// Whether to set weights now; the outcome is awaited from here on.
-    pub fn begin(&mut self, now_ms: u64, block: u64, own: &OwnNeuron, is_complete: bool) -> Option<Due> {
-        if self.in_flight.is_some() || now_ms < self.not_before_ms || self.is_final_set {
-            return None;
+    /// Rows are made from these scores from now on. Before the first ones the chain is not even looked at.
+    pub fn score(&mut self, now_ms: u64, from: ScoreList, effects: &mut VecDeque<Effect>) {
+        if self.from.as_ref() != Some(&from) {
+            let ScoreList { scores, is_final, .. } = from.clone();
+            self.from = Some(from);
+            self.handle(now_ms, setter::Input::Scores { scores, is_final }, effects);
+            self.show(effects);
         }
-        let last_update = own.last_update.max(self.last_set_block);
-        let passed = block.saturating_sub(last_update);
-        if last_update > 0 && passed < own.rate_limit {
-            return None;
-        }
-        let is_old = self.last_set_ms.is_some_and(|set_ms| set_ms + self.times.refresh_ms <= now_ms);
-        let due = if is_complete {
-            Some(Due::Final)
-        } else if last_update == 0 || passed >= own.tempo || is_old {
-            Some(Due::Regular)
-        } else {
-            None
-        };
-        self.in_flight = due;
-        due
     }
 
-    /// The attempt ended.
-    pub fn end(&mut self, outcome: &WeightsOutcome, now_ms: u64) {
-        let Some(due) = self.in_flight.take() else { return };
-        match outcome {
-            WeightsOutcome::Set { .. } | WeightsOutcome::DryRun => {
-                self.failures = 0;
-                self.last_set_ms = Some(now_ms);
-                if let WeightsOutcome::Set { block, .. } = outcome {
-                    self.last_set_block = self.last_set_block.max(*block);
-                } else {
-                    // Without a record on the chain the pause is kept by the clock.
-                    self.not_before_ms = now_ms + self.times.retry_max_ms;
+    /// A fact about the chain or a row under way, or just that time has passed.
+    pub fn handle(&mut self, now_ms: u64, input: setter::Input, effects: &mut VecDeque<Effect>) {
+        let Some(from) = &self.from else { return };
+        self.setter.handle(now_ms, input);
+        while let Some(effect) = self.setter.poll_effect() {
+            if let setter::Effect::Send { request, .. } = &effect {
+                if self.made.len() >= MADE_MAX {
+                    self.made.pop_front();
                 }
-                self.is_final_set = due == Due::Final;
+                self.made.push_back((chain::weights::as_stored(&request.row), from.clone()));
             }
-            WeightsOutcome::Refused { why } => {
-                let pause = self.times.retry_base_ms.saturating_mul(1 << self.failures.min(20)).min(self.times.retry_max_ms);
-                self.failures = self.failures.saturating_add(1);
-                self.not_before_ms = now_ms + pause;
-                tracing::warn!(why, failures = self.failures, pause_ms = pause, "weights were not set");
-            }
+            effects.push_back(Effect::Weights(effect));
+        }
+        while let Some(report) = self.setter.poll_report() {
+            self.tell(report, effects);
         }
     }
 
-    /// Whether the last row of the complete run is on the chain.
-    pub fn is_final_set(&self) -> bool {
-        self.is_final_set
+    pub fn deadline(&self) -> Option<u64> {
+        self.from.as_ref().and(self.setter.deadline())
     }
 
-    /// No attempt begins before this.
-    pub fn not_before_ms(&self) -> u64 {
-        self.not_before_ms
+    /// Whether the chain shows the row of the final scores.
+    pub fn is_final_set(&self) -> bool {
+        self.setter.is_final_set()
     }
+
+    fn tell(&mut self, report: Report, effects: &mut VecDeque<Effect>) {
+        match report {
+            Report::Stage(stage) => {
+                match &stage {
+                    // Told with more by the reports that follow.
+                    Stage::OnChain { .. } | Stage::Committed { .. } => {}
+                    stage if stage.needs_a_person() => tracing::warn!(hint = stage.hint(), "{stage}"),
+                    stage => tracing::info!(next = stage.hint(), "{stage}"),
+                }
+                self.show(effects);
+            }
+            Report::OnChain { row, block, .. } => {
+                let Some(view) = self.setter.view() else { return };
+                let own = view.metagraph.by_hotkey(self.setter.hotkey());
+                if own.is_some_and(|own| row == [(own.uid, u16::MAX)]) {
+                    let hint = "look at verdicts and merges if miners are at work";
+                    tracing::warn!(block, hint, "no work was accepted: the whole weight is on this validator itself");
+                }
+                tracing::info!(block, weights = spelled(&row, &view.metagraph), "weights are on the chain");
+                // A row that was sent in an earlier life is not known with its scores; it counts all the same.
+                if let Some(place) = self.made.iter().rposition(|(made, _)| *made == row) {
+                    let from = self.made[place].1.clone();
+                    self.made.drain(..=place);
+                    let scores = named_scores(&from.scores, &row, &view.metagraph);
+                    effects.push_back(Effect::PublishScores { epoch: from.cycles, block, scores });
+                }
+            }
+            Report::Committed(awaited) => {
+                tracing::info!(
+                    block = awaited.commit.block,
+                    round = awaited.commit.round,
+                    opened_from_block = awaited.reveal_block,
+                    "weights are committed"
+                );
+            }
+            Report::Reveal { awaited, outcome } => match outcome {
+                RevealOutcome::Revealed => {
+                    tracing::info!(committed_in = awaited.commit.block, "the chain has opened the committed weights")
+                }
+                RevealOutcome::Missed => tracing::error!(
+                    committed_in = awaited.commit.block,
+                    round = awaited.commit.round,
+                    hint = "permit, stake and registration are checked again when a row is opened; another process may use the same hotkey",
+                    "the chain has not opened the committed weights, or has dropped them"
+                ),
+                RevealOutcome::Unseen => tracing::warn!(
+                    committed_in = awaited.commit.block,
+                    "whether the committed weights were opened was not seen; the chain shows a later row by now"
+                ),
+            },
+        }
+    }
+
+    fn show(&mut self, effects: &mut VecDeque<Effect>) {
+        self.revision += 1;
+        let (stage, from) = (self.setter.stage().clone(), self.from.clone().unwrap_or_default());
+        effects.push_back(Effect::ShowWeights(Box::new(Standing { revision: self.revision, stage, from })));
+    }
+}
+
+/// A row with the hotkeys that its uids stand for.
+fn spelled(row: &[(u16, u16)], metagraph: &Metagraph) -> String {
+    let name = |uid: u16| metagraph.by_uid(uid).map_or_else(|| uid.to_string(), |neuron| neuron.hotkey.to_string());
+    row.iter().map(|(uid, value)| format!("{}={value}", name(*uid))).collect::<Vec<_>>().join(" ")
+}
+
+/// The row with the hotkeys that it stands for, and their scores.
+fn named_scores(scores: &[(AccountId, u64)], row: &[(u16, u16)], metagraph: &Metagraph) -> Vec<Score> {
+    let named = |(uid, weight): &(u16, u16)| {
+        let hotkey = metagraph.by_uid(*uid)?.hotkey;
+        let tokens = scores.iter().find(|(account, _)| *account == hotkey).map_or(0, |(_, tokens)| *tokens);
+        Some(Score { hotkey, tokens, weight: *weight })
+    };
+    row.iter().filter_map(named).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use chain::setter::{Input, Obstacle, Outcome};
+    use chain::{Landed, PendingCommit, WeightsRefusal};
+
     use super::*;
+    use crate::machine::fixture::{account, view};
 
-    const OWN: OwnNeuron = OwnNeuron { uid: 3, validator_permit: true, last_update: 0, tempo: 30, rate_limit: 10 };
+    const OWN: u8 = 9;
 
-    fn setter() -> WeightSetter {
-        WeightSetter::new(WeightTimes { refresh_ms: 1_000_000, retry_base_ms: 100, retry_max_ms: 1_000 })
+    fn settings() -> WeightSettings {
+        WeightSettings {
+            netuid: 24,
+            mechanism: 0,
+            refresh_ms: 1_000_000_000,
+            retry_base_ms: 100,
+            retry_max_ms: 1_000,
+            look_max_ms: 60_000,
+            is_dry_run: false,
+        }
     }
 
-    fn set_at(block: u64) -> WeightsOutcome {
-        WeightsOutcome::Set { block, weights: Vec::new() }
+    /// Machine and what it wants.
+    struct Desk {
+        weights: Weights,
+        effects: VecDeque<Effect>,
     }
 
-    fn refused() -> WeightsOutcome {
-        WeightsOutcome::Refused { why: "stake".into() }
+    impl Desk {
+        fn new(settings: WeightSettings) -> Self {
+            Self { weights: Weights::new(account(OWN), settings, 1_000), effects: VecDeque::new() }
+        }
+
+        fn score(&mut self, now_ms: u64, scores: &[(u8, u64)], cycles: u64) {
+            let scores = scores.iter().map(|(hotkey, score)| (account(*hotkey), *score)).collect();
+            self.weights.score(now_ms, ScoreList { scores, cycles, is_final: false }, &mut self.effects);
+        }
+
+        fn give(&mut self, now_ms: u64, input: Input) {
+            self.weights.handle(now_ms, input, &mut self.effects);
+        }
+
+        fn take<T>(&mut self, what: impl Fn(&Effect) -> Option<T>) -> Option<T> {
+            let found = self.effects.iter().position(|effect| what(effect).is_some())?;
+            what(&self.effects.remove(found)?)
+        }
+
+        fn sent(&mut self) -> (u64, Vec<(u16, u16)>) {
+            let sent = |effect: &Effect| match effect {
+                Effect::Weights(setter::Effect::Send { attempt, request }) => Some((*attempt, request.row.clone())),
+                _ => None,
+            };
+            self.take(sent).expect("a row is sent")
+        }
+
+        fn published(&mut self) -> Option<(u64, u64, Vec<Score>)> {
+            self.take(|effect| match effect {
+                Effect::PublishScores { epoch, block, scores } => Some((*epoch, *block, scores.clone())),
+                _ => None,
+            })
+        }
+
+        fn shown(&mut self) -> Option<Stage> {
+            let mut last = None;
+            while let Some(standing) = self.take(|effect| match effect {
+                Effect::ShowWeights(standing) => Some(standing.clone()),
+                _ => None,
+            }) {
+                last = Some(standing.stage);
+            }
+            last
+        }
+    }
+
+    fn landed(block: u64, commit: Option<PendingCommit>) -> Outcome {
+        Outcome::Landed(Landed { block: chain::BlockRef { number: block, hash: [1; 32] }, commit })
     }
 
     #[test]
-    fn weights_are_set_at_once_and_then_every_tempo() {
-        let mut setter = setter();
-        assert_eq!(setter.begin(0, 5, &OWN, false), Some(Due::Regular));
-        assert_eq!(setter.begin(0, 5, &OWN, false), None, "one at a time");
-        setter.end(&set_at(7), 1);
-        // The chain view may still be older than our own read-back.
-        assert_eq!(setter.begin(2, 36, &OWN, false), None);
-        assert_eq!(setter.begin(2, 37, &OWN, false), Some(Due::Regular));
+    fn nothing_is_asked_of_the_chain_before_there_are_scores() {
+        let mut desk = Desk::new(settings());
+        desk.give(0, Input::Tick);
+        assert!(desk.effects.is_empty() && desk.weights.deadline().is_none());
+        desk.score(0, &[], 0);
+        assert!(desk.effects.contains(&Effect::Weights(setter::Effect::Look)));
     }
 
     #[test]
-    fn after_a_restart_the_chains_record_paces_and_the_rate_limit_always_holds() {
-        let set = OwnNeuron { last_update: 100, ..OWN };
-        assert_eq!(setter().begin(0, 109, &set, true), None);
-        assert_eq!(setter().begin(0, 110, &set, false), None);
-        assert_eq!(setter().begin(0, 110, &set, true), Some(Due::Final));
-        let slow = OwnNeuron { rate_limit: 100, ..set };
-        assert_eq!(setter().begin(0, 199, &slow, true), None);
-        assert_eq!(setter().begin(0, 200, &slow, false), Some(Due::Regular));
+    fn a_row_that_was_read_back_is_published_with_the_scores_that_it_was_made_from() {
+        let mut desk = Desk::new(settings());
+        desk.score(0, &[(1, 10), (2, 20)], 3);
+        desk.give(0, Input::View(Box::new(view(100, &[1, 2, OWN]))));
+        let (attempt, row) = desk.sent();
+        assert_eq!(row, [(0, 32768), (1, 65535)]);
+        // Scores go on while the row is under way.
+        desk.score(1, &[(1, 99), (2, 20)], 4);
+        assert_eq!(desk.published(), None, "sent is not set");
+        desk.give(2, Input::Ended { attempt, outcome: landed(101, None) });
+        let scores = vec![Score { hotkey: account(1), tokens: 10, weight: 32768 }, Score { hotkey: account(2), tokens: 20, weight: 65535 }];
+        assert_eq!(desk.published(), Some((3, 101, scores)));
+        assert!(matches!(desk.shown(), Some(Stage::OnChain { block: 101, .. })));
     }
 
     #[test]
-    fn refusals_are_tried_again_with_growing_pauses() {
-        let mut setter = setter();
-        for (pause, now_ms) in [(100, 0), (200, 1_000), (400, 2_000), (800, 3_000), (1_000, 4_000), (1_000, 6_000)] {
-            assert!(setter.begin(now_ms, 50, &OWN, false).is_some());
-            setter.end(&refused(), now_ms);
-            assert_eq!(setter.not_before_ms(), now_ms + pause);
-            assert_eq!(setter.begin(now_ms + pause - 1, 50, &OWN, false), None);
+    fn without_accepted_work_the_whole_weight_is_set_on_the_validator_itself() {
+        for scores in [&[][..], &[(1, 0)], &[(77, 5)]] {
+            let mut desk = Desk::new(settings());
+            desk.score(0, scores, 0);
+            let mut alone = view(100, &[1, 2, OWN]);
+            // It needs no permit for that.
+            alone.metagraph.neurons[2].validator_permit = false;
+            desk.give(0, Input::View(Box::new(alone)));
+            assert_eq!(desk.sent().1, [(2, u16::MAX)]);
         }
     }
 
     #[test]
-    fn the_final_row_is_set_once_and_then_nothing_more() {
-        let mut setter = setter();
-        setter.begin(0, 50, &OWN, true);
-        setter.end(&refused(), 0);
-        assert!(!setter.is_final_set());
-        assert_eq!(setter.begin(200, 50, &OWN, true), Some(Due::Final));
-        setter.end(&set_at(51), 300);
-        assert!(setter.is_final_set());
-        assert_eq!(setter.begin(1_000_000, 900, &OWN, true), None);
+    fn where_commit_reveal_is_on_the_row_is_committed_and_published_when_the_chain_has_opened_it() {
+        let mut desk = Desk::new(settings());
+        let mut hidden = view(100, &[1, OWN]);
+        hidden.hyperparameters.commit_reveal = true;
+        desk.score(hidden.timestamp_ms, &[(1, 10)], 7);
+        desk.give(hidden.timestamp_ms, Input::View(Box::new(hidden.clone())));
+        let (attempt, row) = desk.sent();
+        let commit = PendingCommit { epoch: hidden.epoch.index, block: 102, round: 5 };
+        desk.give(hidden.timestamp_ms + 1, Input::Ended { attempt, outcome: landed(102, Some(commit)) });
+        assert_eq!(desk.published(), None);
+        assert!(matches!(desk.shown(), Some(Stage::Committed { block: 102, .. })));
+        let mut opened = view(200, &[1, OWN]);
+        opened.hyperparameters.commit_reveal = true;
+        opened.epoch.index = hidden.epoch.index + 1;
+        opened.row = row;
+        opened.last_updates[1] = 102;
+        desk.give(opened.timestamp_ms, Input::View(Box::new(opened)));
+        assert_eq!(desk.published().map(|(epoch, block, _)| (epoch, block)), Some((7, 200)));
     }
 
     #[test]
-    fn an_old_row_is_refreshed_before_its_tempo_if_the_operator_says_so() {
-        let mut setter = WeightSetter::new(WeightTimes { refresh_ms: 500, retry_base_ms: 100, retry_max_ms: 1_000 });
-        setter.begin(0, 50, &OWN, false);
-        setter.end(&set_at(50), 0);
-        assert_eq!(setter.begin(600, 59, &OWN, false), None);
-        assert_eq!(setter.begin(600, 60, &OWN, false), Some(Due::Regular));
+    fn what_stands_in_the_way_is_shown_with_its_remedy() {
+        let mut desk = Desk::new(settings());
+        desk.score(0, &[(1, 10)], 1);
+        let mut powerless = view(100, &[1, OWN]);
+        powerless.metagraph.neurons[1].validator_permit = false;
+        desk.give(0, Input::View(Box::new(powerless)));
+        let stage = desk.shown().unwrap();
+        assert_eq!(stage, Stage::Blocked(Obstacle::NoPermit));
+        assert!(stage.needs_a_person() && stage.hint().contains("stake"));
+        desk.give(60_000, Input::View(Box::new(view(105, &[1, OWN]))));
+        let (attempt, _) = desk.sent();
+        desk.give(60_001, Input::Ended { attempt, outcome: Outcome::Refused(WeightsRefusal::TooFast) });
+        let stage = desk.shown().unwrap();
+        assert!(stage.to_string().contains("rate limit") && !stage.needs_a_person(), "{stage}");
     }
 
     #[test]
-    fn a_dry_run_keeps_a_pause_of_its_own() {
-        let mut setter = setter();
-        setter.begin(0, 50, &OWN, false);
-        setter.end(&WeightsOutcome::DryRun, 0);
-        assert_eq!(setter.begin(999, 50, &OWN, false), None);
-        assert!(setter.begin(1_000, 50, &OWN, false).is_some());
+    fn a_dry_run_shows_the_row_and_sends_nothing() {
+        let mut desk = Desk::new(WeightSettings { is_dry_run: true, ..settings() });
+        desk.score(0, &[(1, 10)], 1);
+        desk.give(0, Input::View(Box::new(view(100, &[1, OWN]))));
+        assert!(matches!(desk.shown(), Some(Stage::DryRun { request }) if request.row == [(0, 65535)]));
+        assert!(!desk.effects.iter().any(|effect| matches!(effect, Effect::Weights(setter::Effect::Send { .. }))));
     }
 }

@@ -4,7 +4,7 @@ use parity_scale_codec::{Compact, Decode, Encode};
 use protocol::AccountId;
 
 use super::ledger::{Content, Ledger};
-use super::runtime::{METADATA_VERSION, SUBTENSOR};
+use super::runtime::SUBTENSOR;
 use super::state::State;
 use crate::types::{Hyperparameters, Neuron};
 
@@ -15,10 +15,10 @@ pub(super) fn call(ledger: &Ledger, method: &str, mut input: &[u8], content: &Co
     let bad_input = |error| format!("{method}: {error}");
     match method {
         "Core_version" => Ok(runtime.version.clone()),
-        "Metadata_metadata_versions" => Ok(vec![METADATA_VERSION].encode()),
+        "Metadata_metadata_versions" => Ok(vec![runtime.offered_version()].encode()),
         "Metadata_metadata_at_version" => {
             let version = u32::decode(&mut input).map_err(bad_input)?;
-            Ok((version == METADATA_VERSION).then_some(runtime.bytes()).encode())
+            Ok((version == runtime.offered_version()).then_some(runtime.offered()).encode())
         }
         "AccountNonceApi_account_nonce" => {
             let account = <[u8; 32]>::decode(&mut input).map_err(bad_input)?;

@@ -35,6 +35,8 @@ pub enum Change {
     Mechanisms(u8),
     /// The runtime is replaced by one with a later version and other error numbers.
     UpgradeRuntime,
+    /// The runtime is replaced by one that describes itself in a version of metadata that no client of today knows.
+    OutgrowMetadata,
 }
 
 /// Applies a change in `block`.
@@ -64,6 +66,7 @@ pub(super) fn apply(state: &mut State, netuid: u16, change: &Change, block: u64)
         Change::EpochAt(block) => state.put(SUBTENSOR, "PendingEpochAt", (netuid,), *block),
         Change::Mechanisms(count) => state.put(SUBTENSOR, "MechanismCountCurrent", (netuid,), *count),
         Change::UpgradeRuntime => state.upgrade(),
+        Change::OutgrowMetadata => state.outgrow(),
     }
 }
 

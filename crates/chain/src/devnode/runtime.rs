@@ -12,7 +12,9 @@ use subxt::ext::frame_metadata::{RuntimeMetadata, RuntimeMetadataPrefixed};
 
 /// V15 metadata; origin and licence in `data/README.md`.
 pub(super) const METADATA: &[u8] = include_bytes!("../../data/subtensor-461-v15.scale");
-pub(super) const METADATA_VERSION: u32 = 15;
+const METADATA_VERSION: u32 = 15;
+/// A version of metadata that nobody has defined yet.
+const FUTURE_VERSION: u8 = 99;
 
 pub(super) const SYSTEM: &str = "System";
 pub(super) const SUBTENSOR: &str = "SubtensorModule";
@@ -23,8 +25,10 @@ pub(super) const DRAND: &str = "Drand";
 /// metadata lacks is a mistake of ours, not of a caller, and panics.
 pub(super) struct Runtime {
     metadata: Metadata,
-    /// SCALE of the prefixed metadata, as `Metadata_metadata_at_version` answers it.
+    /// SCALE of the prefixed metadata.
     bytes: Vec<u8>,
+    /// What `Metadata_metadata_at_version` answers instead, and for which version.
+    future: Option<Vec<u8>>,
     pub(super) spec_version: u32,
     pub(super) transaction_version: u32,
     /// SCALE of `RuntimeVersion`, as `Core_version` answers it.
@@ -76,6 +80,15 @@ impl Runtime {
         }))
     }
 
+    /// A later runtime that describes itself in a version of metadata which clients of today do not know.
+    pub(super) fn outgrown(&self) -> Self {
+        let upgraded = self.upgraded();
+        let mut bytes = upgraded.bytes.clone();
+        // Behind the four bytes by which metadata is recognised.
+        bytes[4] = FUTURE_VERSION;
+        Self { future: Some(bytes), ..upgraded }
+    }
+
     fn of(bytes: Vec<u8>) -> Self {
         let metadata = Metadata::decode_from(&bytes).expect("the metadata in this crate is complete");
         let version = metadata
@@ -88,11 +101,22 @@ impl Runtime {
         Self {
             metadata,
             bytes,
+            future: None,
             spec_version: decoded.spec_version,
             transaction_version: decoded.transaction_version,
             version,
             apis: decoded.apis,
         }
+    }
+
+    /// The version of metadata that the node offers.
+    pub(super) fn offered_version(&self) -> u32 {
+        if self.future.is_some() { u32::from(FUTURE_VERSION) } else { METADATA_VERSION }
+    }
+
+    /// Metadata as the node gives it out.
+    pub(super) fn offered(&self) -> &[u8] {
+        self.future.as_deref().unwrap_or(&self.bytes)
     }
 
     /// SCALE of the prefixed metadata.

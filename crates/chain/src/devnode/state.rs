@@ -44,6 +44,10 @@ impl State {
     }
 
     /// The runtime is another one from here on; what is stored stays.
+    pub(super) fn outgrow(&mut self) {
+        self.runtime = Arc::new(self.runtime.outgrown());
+    }
+
     pub(super) fn upgrade(&mut self) {
         self.runtime = Arc::new(self.runtime.upgraded());
     }

@@ -26,8 +26,15 @@ impl Setter {
         self.look_at_ms = at.clamp(since_ms + self.settings.look_ms, since_ms + self.settings.look_max_ms);
     }
 
-    /// The row to send now, or why none is sent.
-    pub(super) fn judge(&self, now_ms: u64, view: &WeightsView) -> Result<WeightsRequest, Stage> {
+    /// The row by the newest view and how the subnet wants it, whether or not it is due or would be taken.
+    pub fn proposal(&self, now_ms: u64) -> Result<WeightsRequest, Stage> {
+        match &self.view {
+            Some(view) => self.propose(now_ms, view),
+            None => Err(Stage::Starting),
+        }
+    }
+
+    fn propose(&self, now_ms: u64, view: &WeightsView) -> Result<WeightsRequest, Stage> {
         let blocked = |obstacle| Err(Stage::Blocked(obstacle));
         let Some(scores) = &self.scores else { return Err(Stage::NoScores) };
         let Some(own) = view.metagraph.by_hotkey(&self.settings.hotkey) else { return blocked(Obstacle::NotRegistered) };
@@ -37,7 +44,9 @@ impl Setter {
             return blocked(Obstacle::VersionTooOld { required, ours });
         }
         let head = view.block().number;
-        let Some(next_epoch) = view.epoch.next_epoch_block(head) else { return blocked(Obstacle::NoEpochs) };
+        if view.epoch.next_epoch_block(head).is_none() {
+            return blocked(Obstacle::NoEpochs);
+        }
         let row = weights::row(&scores.list, &view.metagraph, parameters, own.uid);
         let how = if parameters.commit_reveal {
             if view.commit_version != COMMIT_REVEAL_VERSION {
@@ -55,7 +64,17 @@ impl Setter {
             How::Plain
         };
         let (netuid, mechanism) = (self.settings.netuid, self.settings.mechanism);
-        let request = WeightsRequest { netuid, mechanism, row, version_key: self.settings.version_key, how };
+        Ok(WeightsRequest { netuid, mechanism, row, version_key: self.settings.version_key, how })
+    }
+
+    /// The row to send now, or why none is sent.
+    pub(super) fn judge(&self, now_ms: u64, view: &WeightsView) -> Result<WeightsRequest, Stage> {
+        let blocked = |obstacle| Err(Stage::Blocked(obstacle));
+        let request = self.propose(now_ms, view)?;
+        // Both are there, or there were no request.
+        let Some(scores) = &self.scores else { return Err(Stage::NoScores) };
+        let Some(own) = view.metagraph.by_hotkey(&self.settings.hotkey) else { return blocked(Obstacle::NotRegistered) };
+        let (parameters, head) = (&view.hyperparameters, view.block().number);
         let last_update = view.last_update(own).max(self.last_row.as_ref().map_or(0, |last| last.block));
         let is_due = self.is_due(now_ms, view, &request.row, last_update, scores.is_final);
         let from_block = last_update + parameters.weights_rate_limit;
@@ -70,8 +89,12 @@ impl Setter {
             Err(WeightsRefusal::TooFast) if is_due => Err(Stage::TooSoon { from_block }),
             Err(WeightsRefusal::StakeTooLow) => blocked(Obstacle::StakeTooLow { stake: own.stake, threshold: parameters.stake_threshold }),
             Err(WeightsRefusal::NoValidatorPermit) => blocked(Obstacle::NoPermit),
-            Err(WeightsRefusal::MechanismMissing) => blocked(Obstacle::NoMechanism { mechanism, count: view.mechanisms }),
-            Ok(()) | Err(WeightsRefusal::TooFast) if !is_due => Err(Stage::NotDue { from_block: next_epoch }),
+            Err(WeightsRefusal::MechanismMissing) => {
+                blocked(Obstacle::NoMechanism { mechanism: self.settings.mechanism, count: view.mechanisms })
+            }
+            Ok(()) | Err(WeightsRefusal::TooFast) if !is_due => {
+                Err(Stage::NotDue { from_block: view.epoch.next_epoch_block(head).unwrap_or(head) })
+            }
             Ok(()) => Ok(request),
             Err(reason) => blocked(Obstacle::Rule(reason)),
         }

@@ -22,7 +22,6 @@ mod drive;
 mod judge;
 mod reveal;
 mod stage;
-mod task;
 #[cfg(test)]
 mod tests;
 
@@ -32,7 +31,6 @@ use serde::{Deserialize, Serialize};
 pub use drive::execute;
 pub use reveal::{AwaitedReveal, RevealOutcome};
 pub use stage::{Obstacle, Stage};
-pub use task::SetterTask;
 
 use crate::error::WeightsRefusal;
 use crate::view::{How, Landed, PendingCommit, Progress, WeightsRequest, WeightsView};
@@ -127,6 +125,16 @@ pub enum Effect {
     Send { attempt: u64, request: WeightsRequest },
 }
 
+impl Effect {
+    /// The answer where the chain cannot even be asked.
+    pub fn unreachable(&self, why: String) -> Input {
+        match self {
+            Self::Look => Input::Unreachable { why },
+            Self::Send { attempt, .. } => Input::Ended { attempt: *attempt, outcome: Outcome::NotSent { why } },
+        }
+    }
+}
+
 /// Something that happened once and is worth a line in the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Report {
@@ -214,6 +222,16 @@ impl Setter {
 
     pub fn stage(&self) -> &Stage {
         &self.stage
+    }
+
+    /// Whose weights are set.
+    pub fn hotkey(&self) -> &AccountId {
+        &self.settings.hotkey
+    }
+
+    /// The chain as it was seen last.
+    pub fn view(&self) -> Option<&WeightsView> {
+        self.view.as_deref()
     }
 
     /// The subnet and the mechanism that weights are set on.

@@ -62,6 +62,8 @@ fn is_transport(error: &subxt::Error) -> bool {
     match error {
         E::BackendError(_) | E::OtherRpcClientError(_) | E::OnlineClientError(_) => true,
         E::TransactionProgressError(_) | E::TransactionStatusError(_) => true,
+        // Metadata that came and cannot be read is not the connection's fault: only the reason tells the two apart.
+        E::OnlineClientAtBlockError(OnlineClientAtBlockError::CannotGetMetadata { reason, .. }) => reason.starts_with("Error calling"),
         E::OnlineClientAtBlockError(error) => matches!(
             error,
             OnlineClientAtBlockError::CannotGetCurrentBlock { .. }
@@ -70,7 +72,6 @@ fn is_transport(error: &subxt::Error) -> bool {
                 | OnlineClientAtBlockError::CannotGetBlockHash { .. }
                 | OnlineClientAtBlockError::BlockNotFound { .. }
                 | OnlineClientAtBlockError::CannotGetSpecVersion { .. }
-                | OnlineClientAtBlockError::CannotGetMetadata { .. }
         ),
         E::StorageError(error) => {
             matches!(error, StorageError::CannotFetchValue(_) | StorageError::CannotIterateValues(_) | StorageError::StreamFailure(_))

@@ -28,11 +28,11 @@ use tokio::time::{Instant, sleep};
 use crate::COMMITMENT_MAX;
 use crate::chain::Chain;
 use crate::drand::Pulse;
-use crate::error::{ChainError, SetWeightsError, WeightsRefusal};
+use crate::error::{ChainError, SetWeightsError};
 use crate::health::ChainHealth;
 use crate::hotkey::Hotkey;
 use crate::types::{BlockRef, Hyperparameter, Hyperparameters, Metagraph, Registration};
-use crate::view::{How, Landed, Progress, WeightsRequest, WeightsView};
+use crate::view::{Landed, Progress, WeightsRequest, WeightsView};
 use cache::Cache;
 use connection::Connections;
 pub use connection::Deadlines;
@@ -281,32 +281,6 @@ impl Chain for SubtensorClient {
 
     fn health(&self) -> ChainHealth {
         self.connections.health()
-    }
-
-    async fn set_weights(&self, hotkey: &Hotkey, netuid: u16, row: &[(u16, u16)], version_key: u64) -> Result<BlockRef, SetWeightsError> {
-        let refuse = |reason| Err(SetWeightsError::Refused(reason));
-        // The chain would take a row of zeros, and nobody would earn anything by it.
-        if row.iter().all(|(_, value)| *value == 0) {
-            return refuse(WeightsRefusal::EmptyRow);
-        }
-        let account = &hotkey.account();
-        let (parameters, uid) = self
-            .at_head("set_weights", |at| async move {
-                Ok((read::hyperparameters(&at, netuid).await?, read::uid_of(&at, netuid, account).await?))
-            })
-            .await?;
-        let Some(parameters) = parameters else { return Err(ChainError::SubnetMissing { netuid }.into()) };
-        if uid.is_none() {
-            return refuse(WeightsRefusal::NotRegistered);
-        }
-        if parameters.commit_reveal {
-            return refuse(WeightsRefusal::CommitRevealEnabled);
-        }
-        if parameters.weights_version > version_key {
-            return refuse(WeightsRefusal::VersionTooOld { required: parameters.weights_version, ours: version_key });
-        }
-        let request = WeightsRequest { netuid, mechanism: 0, row: row.to_vec(), version_key, how: How::Plain };
-        Ok(self.send(hotkey, &request, &|_| {}).await?.block)
     }
 
     async fn weights(&self, netuid: u16, uid: u16) -> Result<Vec<(u16, u16)>, ChainError> {

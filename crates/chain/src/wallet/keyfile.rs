@@ -11,9 +11,11 @@ use zeroize::Zeroizing;
 use super::password::{self, NACL_PREFIX, Password, SealedError};
 use crate::hotkey::Hotkey;
 
+/// What the form that is opened here is called.
+pub(super) const OPENED_FORM: &str = "NaCl secret box";
 /// Prefixes of encrypted files and what they are called. Only the first is opened here; the others were written by packages before
 /// 2022.
-const ENCRYPTED_FORMS: [(&[u8], &str); 3] = [(NACL_PREFIX, "NaCl secret box"), (b"$ANSIBLE_VAULT", "Ansible vault"), (b"gAAAAA", "Fernet")];
+const ENCRYPTED_FORMS: [(&[u8], &str); 3] = [(NACL_PREFIX, OPENED_FORM), (b"$ANSIBLE_VAULT", "Ansible vault"), (b"gAAAAA", "Fernet")];
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum KeyfileError {
@@ -111,9 +113,9 @@ impl Keyfile {
     }
 }
 
-/// Whether a key file wants a password.
-pub(super) fn is_encrypted(bytes: &[u8]) -> bool {
-    ENCRYPTED_FORMS.iter().any(|(prefix, _)| bytes.starts_with(prefix))
+/// Whether a key file wants a password, in the form that is opened here.
+pub(super) fn wants_password(bytes: &[u8]) -> bool {
+    bytes.starts_with(NACL_PREFIX)
 }
 
 /// The hotkey of a key file, which may be encrypted.

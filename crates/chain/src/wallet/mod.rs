@@ -6,7 +6,7 @@ mod keyfile;
 mod password;
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal as _, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -19,6 +19,8 @@ use keyfile::KeyfileError;
 pub use password::Password;
 use password::SealedError;
 
+/// Name of the credential under which systemd hands a service the hotkey's password.
+pub const CREDENTIAL: &str = "hotkey-password";
 /// Largest key file that is read; genuine ones stay under 1 kB.
 const KEYFILE_MAX: u64 = 64 * 1024;
 
@@ -38,8 +40,12 @@ pub enum WalletError {
     Missing { path: PathBuf },
     #[error("cannot read or write {}: {source}\nhint: the key file must belong to the user that runs this process, with mode 600", path.display())]
     Io { path: PathBuf, source: io::Error },
-    #[error("{} is encrypted ({form})\nhint: daemons need a plain hotkey; `btcli wallet regen-hotkey --no-use-password` writes one", path.display())]
+    #[error("{} is encrypted ({form}), in a form that is not opened here\nhint: `btcli wallet regen-hotkey` writes it in today's form, with or without a password", path.display())]
     Encrypted { path: PathBuf, form: &'static str },
+    #[error("{} is encrypted, and its password is not given\nhint: at a terminal it is asked for; hand the password to the service as the systemd credential `{CREDENTIAL}`, or name a file that only this user can read with --password-file", path.display())]
+    PasswordNeeded { path: PathBuf },
+    #[error("the password cannot be read{}: {source}\nhint: the file's first line is the password; it must belong to the user that runs this process, with mode 600", of_file(path.as_deref()))]
+    Password { path: Option<PathBuf>, source: io::Error },
     #[error("the password does not open {}\nhint: check capital letters, the keyboard layout and the end of the password's file", path.display())]
     WrongPassword { path: PathBuf },
     #[error("{} cannot be decrypted or encrypted here: the password's hash needs 512 MiB of memory\nhint: free memory, or raise the service's MemoryMax=", path.display())]
@@ -54,10 +60,15 @@ pub enum WalletError {
     Exists { path: PathBuf },
 }
 
+fn of_file(path: Option<&Path>) -> String {
+    path.map_or_else(String::new, |path| format!(" from {}", path.display()))
+}
+
 impl WalletError {
     fn of_keyfile(path: &Path, error: KeyfileError) -> Self {
         let path = path.to_owned();
         match error {
+            KeyfileError::Encrypted(keyfile::OPENED_FORM) => Self::PasswordNeeded { path },
             KeyfileError::Encrypted(form) => Self::Encrypted { path, form },
             KeyfileError::Malformed(reason) => Self::Malformed { path, reason },
             KeyfileError::Unsupported(what) => Self::Unsupported { path, what },
@@ -106,10 +117,25 @@ impl Wallet {
         self.read_hotkey(Some(password))
     }
 
-    /// Whether the hotkey's file wants a password.
+    /// Reads the hotkey with its secret. Where it is encrypted the password is the first line of `password_file`, or is asked for
+    /// at the terminal, if there is one.
+    pub fn unlock_hotkey(&self, password_file: Option<&Path>) -> Result<Hotkey, WalletError> {
+        if !self.is_hotkey_encrypted()? {
+            return self.load_hotkey();
+        }
+        let password = match password_file {
+            Some(file) => Password::from_file(file).map_err(|source| WalletError::Password { path: Some(file.to_owned()), source })?,
+            None if io::stdin().is_terminal() => Password::prompt(&format!("Password of {}: ", self.hotkey_path().display()))
+                .map_err(|source| WalletError::Password { path: None, source })?,
+            None => return Err(WalletError::PasswordNeeded { path: self.hotkey_path() }),
+        };
+        self.load_hotkey_with(&password)
+    }
+
+    /// Whether the hotkey's file wants a password, in the form that is opened here.
     pub fn is_hotkey_encrypted(&self) -> Result<bool, WalletError> {
         self.check_names()?;
-        Ok(keyfile::is_encrypted(&read_keyfile(&self.hotkey_path())?))
+        Ok(keyfile::wants_password(&read_keyfile(&self.hotkey_path())?))
     }
 
     fn read_hotkey(&self, password: Option<&Password>) -> Result<Hotkey, WalletError> {
@@ -295,7 +321,7 @@ mod tests {
         fs::create_dir_all(folder.path().join("w/hotkeys")).unwrap();
         fs::copy(fixture("x").path.join("test/coldkey"), wallet.hotkey_path()).unwrap();
         let error = wallet.load_hotkey().unwrap_err();
-        assert!(matches!(error, WalletError::Encrypted { .. }));
+        assert!(matches!(error, WalletError::PasswordNeeded { .. }));
         assert!(error.to_string().contains("\nhint: "));
     }
 
@@ -318,13 +344,33 @@ mod tests {
     }
 
     #[test]
+    fn an_encrypted_hotkey_is_unlocked_by_a_file_with_its_password() {
+        let folder = tempfile::tempdir().unwrap();
+        let wallet = Wallet::new(folder.path(), "w", "h");
+        fs::create_dir_all(folder.path().join("w/hotkeys")).unwrap();
+        fs::copy(fixture("x").path.join("test/coldkey"), wallet.hotkey_path()).unwrap();
+        let file = folder.path().join("password");
+        let missing = wallet.unlock_hotkey(Some(&file)).unwrap_err();
+        assert!(matches!(missing, WalletError::Password { path: Some(_), .. }), "{missing}");
+        fs::write(&file, "test-only-Passw0rd\n").unwrap();
+        let unlocked = wallet.unlock_hotkey(Some(&file)).unwrap();
+        assert_eq!(unlocked.key(), fixture("sr25519").load_coldkeypub().unwrap());
+        // A plain file asks for nothing.
+        assert_eq!(fixture("ed25519").unlock_hotkey(None).unwrap().key(), fixture("ed25519").load_hotkeypub().unwrap());
+        // Older forms are told apart from a wrong password.
+        fs::write(wallet.hotkey_path(), b"gAAAAABkxyz").unwrap();
+        let older = wallet.unlock_hotkey(Some(&file)).unwrap_err();
+        assert!(matches!(older, WalletError::Encrypted { form: "Fernet", .. }) && older.to_string().contains("\nhint: "), "{older}");
+    }
+
+    #[test]
     fn a_hotkey_that_was_created_encrypted_is_read_back() {
         let folder = tempfile::tempdir().unwrap();
         let wallet = Wallet::new(folder.path(), "w", "h");
         let password = Password::new("correct horse".to_owned());
         let created = wallet.create_encrypted_hotkey(KeyKind::Sr25519, &password).unwrap();
         assert!(fs::read(wallet.hotkey_path()).unwrap().starts_with(b"$NACL"));
-        assert!(matches!(wallet.load_hotkey(), Err(WalletError::Encrypted { .. })));
+        assert!(matches!(wallet.load_hotkey(), Err(WalletError::PasswordNeeded { .. })));
         assert_eq!(wallet.load_hotkey_with(&password).unwrap().key(), created.key());
         assert_eq!(wallet.load_hotkeypub().unwrap(), created.key());
     }

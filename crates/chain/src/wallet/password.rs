@@ -18,6 +18,8 @@ use crypto_secretbox::XSalsa20Poly1305;
 use crypto_secretbox::aead::{Aead as _, KeyInit as _};
 use zeroize::Zeroizing;
 
+use super::WalletError;
+
 pub(super) const NACL_PREFIX: &[u8] = b"$NACL";
 const NONCE_BYTES: usize = 24;
 const SALT: [u8; 16] = [0x13, 0x71, 0x83, 0xdf, 0xf1, 0x5a, 0x09, 0xbc, 0x9c, 0x90, 0xb5, 0x51, 0x87, 0x39, 0xe9, 0xb1];
@@ -55,6 +57,19 @@ impl Password {
     /// Asks at the terminal, without showing what is typed. Fails where there is no terminal.
     pub fn prompt(question: &str) -> io::Result<Self> {
         rpassword::prompt_password(question).map(Self::new)
+    }
+
+    /// A password for a new key file: the first line of `file`, or what is typed twice at the terminal.
+    pub fn choose(file: Option<&Path>) -> Result<Self, WalletError> {
+        let fail = |source| WalletError::Password { path: file.map(Path::to_owned), source };
+        if let Some(file) = file {
+            return Self::from_file(file).map_err(fail);
+        }
+        let (first, second) = (Self::prompt("New password: ").map_err(fail)?, Self::prompt("Once more: ").map_err(fail)?);
+        if *first.0 != *second.0 || first.0.is_empty() {
+            return Err(fail(io::Error::new(io::ErrorKind::InvalidInput, "the two are not the same, or empty")));
+        }
+        Ok(first)
     }
 }
 

@@ -5,7 +5,7 @@ use chain::devnode::{DevNode, DevOptions};
 use chain::{Chain, ChainError, KeyCertificate, MemoryChain, SetWeightsError, SubtensorClient, WeightsRefusal, certificate};
 use protocol::AccountId;
 
-use crate::world::{NETUID, RATE_LIMIT, STRANGER, connect, dev_chain, hotkey, hyperparameters, memory_chain, neurons};
+use crate::world::{NETUID, RATE_LIMIT, STRANGER, connect, dev_chain, hotkey, hyperparameters, memory_chain, neurons, set_row};
 
 /// A chain whose blocks a test can hurry along.
 trait Hurry {
@@ -124,9 +124,9 @@ async fn key_certificates_are_published_once(world: &impl Hurry) {
     assert_eq!(certificate::read(chain, NETUID, &miner.account()).await.unwrap(), None);
     // Commitments of one epoch are limited: those before are over.
     world.advance(60);
-    let block = certificate::publish(chain, &miner, NETUID).await.unwrap().expect("it was not there yet");
+    let block = certificate::publish(chain, &miner, NETUID, false).await.unwrap().expect("it was not there yet");
     assert!(chain.head().await.unwrap().number >= block.number);
-    assert_eq!(certificate::publish(chain, &miner, NETUID).await.unwrap(), None, "it is there");
+    assert_eq!(certificate::publish(chain, &miner, NETUID, false).await.unwrap(), None, "it is there");
     let published = certificate::read(chain, NETUID, &miner.account()).await.unwrap();
     assert_eq!(published, Some(KeyCertificate::of(&miner)));
     chain.set_commitment(&other, NETUID, b"something else").await.unwrap();
@@ -137,7 +137,13 @@ async fn key_certificates_are_published_once(world: &impl Hurry) {
     let mut expected = [miner.account(), hotkey(2).account(), other.account()];
     expected.sort_unstable();
     assert_eq!(all, expected);
-    assert!(matches!(certificate::publish(chain, &hotkey(STRANGER), NETUID).await, Err(ChainError::NotRegistered { netuid: NETUID, .. })));
+    let stranger = certificate::publish(chain, &hotkey(STRANGER), NETUID, false).await;
+    assert!(matches!(stranger, Err(ChainError::NotRegistered { netuid: NETUID, .. })));
+    // What a hotkey has committed for another purpose is kept unless its owner says otherwise.
+    let taken = certificate::publish(chain, &other, NETUID, false).await;
+    assert!(matches!(taken, Err(ChainError::CommitmentTaken { length: 14, .. })), "{taken:?}");
+    certificate::publish(chain, &other, NETUID, true).await.unwrap().expect("it was not there yet");
+    assert_eq!(certificate::read(chain, NETUID, &other.account()).await.unwrap(), Some(KeyCertificate::of(&other)));
 }
 
 async fn epochs_registration_and_the_past_are_read(world: &impl Hurry) {
@@ -171,7 +177,7 @@ async fn rows_are_set_read_back_and_scaled(world: &impl Hurry) {
         // No permit, but the row is on itself.
         (3, vec![(3, 65535)], vec![(3, 65535)]),
     ] {
-        let block = chain.set_weights(&hotkey(uid), NETUID, &row, 7).await.unwrap();
+        let block = set_row(chain, uid, &row, 7).await.unwrap();
         assert_eq!(chain.block_hash(block.number).await.unwrap(), Some(block.hash));
         assert!(chain.head().await.unwrap().number >= block.number);
         assert_eq!(chain.weights(NETUID, u16::from(uid)).await.unwrap(), stored);
@@ -179,11 +185,11 @@ async fn rows_are_set_read_back_and_scaled(world: &impl Hurry) {
         assert_eq!(metagraph.by_hotkey(&hotkey(uid).account()).unwrap().last_update, block.number);
     }
     // The rate limit, and its end.
-    let again = chain.set_weights(&hotkey(0), NETUID, &[(2, 65535), (3, 1)], 7).await;
+    let again = set_row(chain, 0, &[(2, 65535), (3, 1)], 7).await;
     assert_eq!(refusal(again), WeightsRefusal::TooFast);
     assert_eq!(chain.weights(NETUID, 0).await.unwrap(), [(1, 1), (2, 65535)]);
     world.advance(RATE_LIMIT);
-    chain.set_weights(&hotkey(0), NETUID, &[(2, 65535), (3, 1)], 8).await.unwrap();
+    set_row(chain, 0, &[(2, 65535), (3, 1)], 8).await.unwrap();
     assert_eq!(chain.weights(NETUID, 0).await.unwrap(), [(2, 65535), (3, 1)]);
 }
 
@@ -195,26 +201,22 @@ async fn rows_are_refused_with_their_reason(world: &impl Hurry) {
         (0, vec![], 7, WeightsRefusal::EmptyRow),
         (0, vec![(1, 0), (2, 0)], 7, WeightsRefusal::EmptyRow),
         (STRANGER, vec![(0, 1), (1, 1)], 7, WeightsRefusal::NotRegistered),
-        (0, vec![(1, 1), (2, 1)], 6, WeightsRefusal::VersionTooOld { required: 7, ours: 6 }),
+        (0, vec![(1, 1), (2, 1)], 6, WeightsRefusal::VersionKey),
         (2, vec![(0, 1), (1, 1)], 7, WeightsRefusal::NoValidatorPermit),
         (0, vec![(1, 1), (1, 1)], 7, WeightsRefusal::DuplicateUids),
         (0, vec![(1, 1), (9, 1)], 7, WeightsRefusal::UnknownUid),
         (0, vec![(1, 1)], 7, WeightsRefusal::TooFewWeights),
         (0, vec![(0, 1), (1, 1), (2, 1), (3, 1), (4, 1)], 7, WeightsRefusal::TooManyUids),
     ] {
-        let error = chain.set_weights(&hotkey(uid), NETUID, &row, version).await;
+        let error = set_row(chain, uid, &row, version).await;
         assert_eq!(refusal(error), reason, "uid {uid}, row {row:?}");
     }
-    assert!(matches!(
-        chain.set_weights(&hotkey(0), 99, &[(1, 1)], 7).await,
-        Err(SetWeightsError::Chain(ChainError::SubnetMissing { netuid: 99 }))
-    ));
     assert_eq!(chain.weights(NETUID, 0).await.unwrap(), before, "a refused row changes nothing");
 }
 
 /// One refusal that needs a subnet of its own.
 async fn first_row(world: &impl Hurry) -> WeightsRefusal {
-    refusal(world.chain().set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 1)], 7).await)
+    refusal(set_row(world.chain(), 0, &[(1, 1), (2, 1)], 7).await)
 }
 
 fn options() -> DevOptions {
@@ -240,7 +242,7 @@ async fn the_chain_in_memory_conforms() {
 async fn commit_reveal_is_refused_with_an_explanation() {
     let options = DevOptions { commit_reveal: true, ..options() };
     assert_eq!(first_row(&memory_chain(&options)).await, WeightsRefusal::CommitRevealEnabled);
-    let error = Loopback::start(options).await.client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 1)], 7).await.unwrap_err();
+    let error = set_row(&Loopback::start(options).await.client, 0, &[(1, 1), (2, 1)], 7).await.unwrap_err();
     let text = error.to_string();
     assert!(text.contains("commit-reveal") && text.contains("\nhint: "), "{text}");
     assert!(!error.is_retryable());
@@ -253,6 +255,6 @@ async fn too_little_stake_is_refused_except_for_the_owner() {
     assert_eq!(first_row(&Loopback::start(options.clone()).await).await, WeightsRefusal::StakeTooLow);
     let options = DevOptions { owner_hotkey: Some(hotkey(3).account()), ..options };
     let row = [(0, 1), (1, 65535)];
-    memory_chain(&options).set_weights(&hotkey(3), NETUID, &row, 7).await.unwrap();
-    Loopback::start(options).await.client.set_weights(&hotkey(3), NETUID, &row, 7).await.unwrap();
+    set_row(&memory_chain(&options), 3, &row, 7).await.unwrap();
+    set_row(&Loopback::start(options).await.client, 3, &row, 7).await.unwrap();
 }

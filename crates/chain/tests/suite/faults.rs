@@ -4,9 +4,10 @@ use std::time::{Duration, Instant};
 
 use chain::devnode::{Change, DevNeuron, DevNode, DevOptions};
 use chain::{Chain, ChainError, ConnectSettings, Deadlines, SetWeightsError, SubtensorClient};
+use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpListener;
 
-use crate::world::{NETUID, connect, deadlines, dev_chain, hotkey};
+use crate::world::{NETUID, connect, deadlines, dev_chain, hotkey, set_row};
 
 /// A listener that accepts connections and never says a word.
 async fn silent_endpoint() -> (String, tokio::task::JoinHandle<()>) {
@@ -68,7 +69,7 @@ async fn calls_go_on_after_the_node_dropped_its_connections() {
     client.head().await.unwrap();
     node.drop_connections();
     client.head().await.unwrap();
-    client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await.unwrap();
+    set_row(&client, 0, &[(1, 1), (2, 65535)], 0).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -129,7 +130,7 @@ async fn a_half_dead_connection_is_left_for_the_next_endpoint() {
     let started = Instant::now();
     assert!(client.head().await.unwrap().number >= before.number);
     assert!(started.elapsed() < Duration::from_secs(5));
-    client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await.unwrap();
+    set_row(&client, 0, &[(1, 1), (2, 65535)], 0).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,7 +141,7 @@ async fn a_row_whose_watch_broke_is_found_by_reading_back() {
     node.stall(true);
     let setting = tokio::spawn({
         let client = client.clone();
-        async move { client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await }
+        async move { set_row(client.as_ref(), 0, &[(1, 1), (2, 65535)], 0).await }
     });
     // The extrinsic waits in the pool of the stalled node; then the node restarts its server, then blocks come again.
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -159,7 +160,7 @@ async fn on_a_stalled_chain_the_setter_gives_up_at_its_deadline() {
     let client = SubtensorClient::connect_within(settings, quick).await.unwrap();
     node.stall(true);
     let head = client.head().await.unwrap();
-    let error = client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await.unwrap_err();
+    let error = set_row(&client, 0, &[(1, 1), (2, 65535)], 0).await.unwrap_err();
     assert!(matches!(error, SetWeightsError::NotFinalized { millis: 1_000 }), "{error}");
     assert!(error.is_retryable());
     assert_eq!(client.head().await.unwrap(), head, "reads are answered all the while");
@@ -206,7 +207,7 @@ async fn an_endpoint_that_comes_back_with_another_network_is_never_used() {
     node.impersonate(&other);
     let error = client.head().await.unwrap_err();
     assert!(matches!(&error, ChainError::WrongGenesis { found, .. } if *found == other.genesis()), "{error}");
-    let error = client.set_weights(&hotkey(0), NETUID, &[(1, 1), (2, 65535)], 0).await.unwrap_err();
+    let error = set_row(&client, 0, &[(1, 1), (2, 65535)], 0).await.unwrap_err();
     assert!(matches!(error, SetWeightsError::Chain(ChainError::WrongGenesis { .. })), "{error}");
     assert_eq!(other.weights(0, 0), [], "nothing was sent to the wrong place");
     assert!(!client.health().is_healthy());
@@ -267,4 +268,40 @@ async fn hashes_of_blocks_whose_state_was_forgotten_are_still_known() {
         node.produce();
     });
     assert_eq!(client.block_hash(early.number).await.unwrap(), Some(early.hash));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metadata_of_an_unknown_version_is_reported_with_the_remedy_and_nothing_is_sent() {
+    let node = DevNode::start(dev_chain(0)).await.unwrap();
+    let client = connect(&node).await;
+    client.head().await.unwrap();
+    node.change(Change::OutgrowMetadata);
+    node.produce();
+    let error = client.head().await.unwrap_err();
+    assert!(matches!(error, ChainError::Answer { .. }), "{error}");
+    assert!(error.needs_a_person() && !error.is_retryable() && error.to_string().contains("newer release"), "{error}");
+    assert!(set_row(&client, 0, &[(1, 1), (2, 65535)], 0).await.is_err());
+    node.produce();
+    assert_eq!(node.weights(0, 0), []);
+    // A fresh client meets it at its first question.
+    let fresh = connect(&node).await;
+    assert!(fresh.head().await.unwrap_err().needs_a_person());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_with_tls_is_spoken_to_in_tls() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let hello = tokio::spawn(async move {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let mut first = [0; 2];
+        socket.read_exact(&mut first).await.unwrap();
+        first
+    });
+    let settings = ConnectSettings { endpoints: vec![format!("wss://localhost:{port}")], genesis: None };
+    let quick = Deadlines { connect_ms: 5_000, ..deadlines() };
+    // Nobody answers the handshake.
+    let error = SubtensorClient::connect_within(settings, quick).await.err().expect("no connection");
+    assert!(error.is_retryable(), "{error}");
+    assert_eq!(hello.await.unwrap(), [0x16, 0x03], "a TLS record with a handshake");
 }

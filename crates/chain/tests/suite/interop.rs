@@ -1,7 +1,7 @@
 //! Against software that we did not write: the official Python SDK reads our node, sets weights on it and understands what our client
 //! sent; the official wallet package reads our key files and we read its.
 //!
-//! Needs the environment that `tests/interop/setup.sh` makes; without it these tests say so and pass.
+//! `cargo xtask interop` installs the packages and runs these tests; without them they say that they were skipped.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,20 +12,20 @@ use chain::{Chain, How, Password, Wallet, WeightsRequest};
 use protocol::{AccountId, KeyKind, Signer as _};
 use serde_json::{Value, json};
 
-use crate::world::{NETUID, connect, dev_chain, hotkey, neurons};
+use crate::world::{NETUID, connect, dev_chain, hotkey, neurons, set_row};
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop")
 }
 
 #[expect(clippy::disallowed_macros, reason = "a skipped test must be heard")]
+#[expect(clippy::disallowed_methods, reason = "the developer command that runs these tests names the Python")]
 fn python() -> Option<PathBuf> {
-    let python = folder().join(".venv/bin/python");
-    if python.exists() {
-        return Some(python);
+    let python = std::env::var_os("QUASAR_INTEROP_PYTHON").map(PathBuf::from);
+    if python.is_none() {
+        eprintln!("SKIPPED: no official packages to test against; `cargo xtask interop` installs them");
     }
-    eprintln!("SKIPPED: no official packages to test against; run crates/chain/tests/interop/setup.sh");
-    None
+    python
 }
 
 /// Runs a script and gives the JSON of its last line.
@@ -131,7 +131,7 @@ async fn the_official_packages_understand_rows_and_commits_of_our_client() {
     let Some(python) = python() else { return };
     let node = DevNode::start(dev_chain(250)).await.unwrap();
     let client = connect(&node).await;
-    client.set_weights(&hotkey(0), NETUID, &[(1, 21845), (3, 43690), (2, 65535)], 0).await.unwrap();
+    set_row(&client, 0, &[(1, 21845), (3, 43690), (2, 65535)], 0).await.unwrap();
     node.change(Change::CommitReveal(true));
     node.change(Change::RevealPeriod(20));
     node.produce();

@@ -1,12 +1,9 @@
 //! The setter over a real client and a development node: rows in the open and timelocked, and what can come in between.
 
-use std::time::Duration;
-
-use chain::devnode::{Change, DevBeacon, DevChain, DevNode, DevOptions, VirtualClock};
+use chain::devnode::{Change, DevBeacon, DevNode, DevOptions, VirtualClock};
 use chain::drand::{Beacon, Pulse};
-use chain::setter::{Input, Obstacle, Report, RevealOutcome, SetterTask, Stage};
-use chain::{Chain, ChainLink, ConnectSettings, Setter, SetterSettings, WeightsRefusal};
-use tokio::sync::mpsc;
+use chain::setter::{Obstacle, Report, RevealOutcome, Stage};
+use chain::{Chain, WeightsRefusal};
 
 use crate::runner::{BLOCK_MS, Runner, START_MS};
 use crate::world::{NETUID, connect, dev_chain, hotkey};
@@ -206,43 +203,4 @@ async fn a_runtime_upgrade_changes_error_numbers_and_nothing_else() {
 
 fn hotkey_account(upgrades: u32) -> protocol::AccountId {
     hotkey(upgrades as u8).account()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_daemons_task_sets_weights_by_itself_and_can_be_stopped_and_continued() {
-    let node = DevNode::start_with(DevChain { tempo: 20, weights_rate_limit: 5, ..dev_chain(50) }, DevOptions::default()).await.unwrap();
-    let link = std::sync::Arc::new(ChainLink::new(ConnectSettings { endpoints: vec![node.endpoint()], genesis: Some(node.genesis()) }));
-    let hotkey = std::sync::Arc::new(hotkey(0));
-    let settings = SetterSettings { look_ms: 50, look_max_ms: 200, ..SetterSettings::new(NETUID, hotkey.account(), 0) };
-    let mut setter = Setter::new(settings);
-    for target in [1, 2] {
-        let (scores, inputs) = mpsc::channel(4);
-        let (reports, mut heard) = mpsc::channel(256);
-        let (link, hotkey) = (link.clone(), hotkey.clone());
-        let task = SetterTask { setter, link, hotkey, now_ms: system_ms, inputs, reports };
-        let stored = std::sync::Arc::new(std::sync::Mutex::new(None));
-        let running = tokio::spawn({
-            let stored = stored.clone();
-            task.run(move |setter| *stored.lock().unwrap() = Some(setter.clone()))
-        });
-        let account = crate::world::hotkey(target).account();
-        scores.send(Input::Scores { scores: vec![(account, 1)], is_final: false }).await.unwrap();
-        let expected = u16::from(target);
-        loop {
-            let report = tokio::time::timeout(Duration::from_secs(30), heard.recv()).await.unwrap().unwrap();
-            if matches!(&report, Report::OnChain { row, .. } if row.contains(&(expected, 65535))) {
-                break;
-            }
-        }
-        assert!(node.weights(0, 0).contains(&(expected, 65535)));
-        drop(scores);
-        let stopped = tokio::time::timeout(Duration::from_secs(30), running).await.unwrap().unwrap();
-        setter = stored.lock().unwrap().take().unwrap();
-        assert_eq!(setter.place(), stopped.place());
-    }
-}
-
-#[expect(clippy::disallowed_methods, reason = "the daemons hand their clock in; this test is one")]
-fn system_ms() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
 }

@@ -3,7 +3,10 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use chain::devnode::{DevChain, DevNeuron, DevNode, DevOptions};
-use chain::{ConnectSettings, Deadlines, Hotkey, Hyperparameters, MemoryChain, MemorySettings, Neuron, SubtensorClient};
+use chain::{
+    BlockRef, Chain, ConnectSettings, Deadlines, Hotkey, How, Hyperparameters, MemoryChain, MemorySettings, Neuron, SetWeightsError,
+    SubtensorClient, WeightsRequest,
+};
 use protocol::{AccountId, KeyKind};
 
 pub const NETUID: u16 = 24;
@@ -82,4 +85,10 @@ pub fn memory_chain(options: &DevOptions) -> MemoryChain {
 pub async fn connect(node: &DevNode) -> SubtensorClient {
     let settings = ConnectSettings { endpoints: vec![node.endpoint()], genesis: Some(node.genesis()) };
     SubtensorClient::connect_within(settings, deadlines()).await.expect("the node answers")
+}
+
+/// Sends a row of the hotkey in the open, without asking first whether the chain would take it.
+pub async fn set_row(chain: &impl Chain, who: u8, row: &[(u16, u16)], version_key: u64) -> Result<BlockRef, SetWeightsError> {
+    let request = WeightsRequest { netuid: NETUID, mechanism: 0, row: row.to_vec(), version_key, how: How::Plain };
+    Ok(chain.send_weights(&hotkey(who), &request, &|_| {}).await?.block)
 }

@@ -41,6 +41,9 @@ pub struct CommonArgs {
     /// Name of the hotkey [env: QUASAR_HOTKEY_NAME]
     #[arg(long, alias = "hotkey", value_name = "NAME", global = true)]
     pub hotkey_name: Option<String>,
+    /// File with the password of an encrypted hotkey [env: QUASAR_HOTKEY_PASSWORD_FILE]
+    #[arg(long, value_name = "FILE", global = true)]
+    pub password_file: Option<String>,
     /// Bucket of the subnet [env: QUASAR_S3_BUCKET]
     #[arg(long, value_name = "NAME", global = true)]
     pub s3_bucket: Option<String>,
@@ -157,6 +160,7 @@ impl CommonArgs {
             ("wallet-path", &self.wallet_path),
             ("wallet-name", &self.wallet_name),
             ("hotkey-name", &self.hotkey_name),
+            ("password-file", &self.password_file),
             ("s3-bucket", &self.s3_bucket),
             ("s3-region", &self.s3_region),
             ("s3-endpoint-url", &self.s3_endpoint_url),

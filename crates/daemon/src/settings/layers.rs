@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use super::table::{self, Role, SETTINGS, Setting};
 use super::{SettingsError, value, variables};
 
+/// Where systemd puts a service's credentials.
+const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
 /// Longest configuration file that is read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -64,7 +66,7 @@ impl Sources {
         let mut environment = BTreeMap::new();
         for (name, text) in variables {
             let Ok(name) = name.into_string() else { continue };
-            if !(name.starts_with("QUASAR_") || name.starts_with("AWS_") || name == "HOME") {
+            if !(name.starts_with("QUASAR_") || name.starts_with("AWS_") || name == "HOME" || name == CREDENTIALS) {
                 continue;
             }
             match text.into_string() {
@@ -89,6 +91,10 @@ impl Sources {
 
     pub(super) fn home(&self) -> Option<&Path> {
         self.environment.get("HOME").map(Path::new)
+    }
+
+    pub(super) fn credentials(&self) -> Option<&Path> {
+        self.environment.get(CREDENTIALS).map(Path::new)
     }
 }
 

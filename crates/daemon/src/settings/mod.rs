@@ -71,6 +71,8 @@ pub struct Settings {
     role: Role,
     values: BTreeMap<&'static str, Value>,
     home: Option<PathBuf>,
+    /// Folder of the credentials that systemd has handed over.
+    credentials: Option<PathBuf>,
     /// Things worth saying that are not errors: variables without effect.
     pub notices: Vec<String>,
 }
@@ -85,14 +87,19 @@ impl Settings {
         if !layered.problems.is_empty() {
             return Err(layered.problems.swap_remove(0));
         }
-        Ok(Self { role, values: layered.values, home: sources.home().map(PathBuf::from), notices: layered.notices })
+        Ok(Self::of(role, sources, layered.values, layered.notices))
+    }
+
+    fn of(role: Role, sources: &Sources, values: BTreeMap<&'static str, Value>, notices: Vec<String>) -> Self {
+        let folder = |path: Option<&std::path::Path>| path.map(PathBuf::from);
+        Self { role, values, home: folder(sources.home()), credentials: folder(sources.credentials()), notices }
     }
 
     /// Everything that is wrong with the sources, and with what the role needs for `run`: what `config validate` prints.
     pub fn check(role: Role, sources: &Sources) -> Vec<SettingsError> {
         let layered = layers::resolve(role, sources);
         let mut problems = layered.problems;
-        let settings = Self { role, values: layered.values, home: sources.home().map(PathBuf::from), notices: Vec::new() };
+        let settings = Self::of(role, sources, layered.values, Vec::new());
         problems.extend(settings.network().err());
         problems.extend(settings.netuid().err());
         problems.extend(settings.wallet().err());

@@ -120,6 +120,14 @@ pub const SETTINGS: &[Setting] = &[
         .default("~/.bittensor/wallets"),
     Setting::new("wallet.name", &["QUASAR_WALLET_NAME"], ALL, Kind::Text, "name of the wallet").flag("wallet-name"),
     Setting::new("wallet.hotkey", &["QUASAR_HOTKEY_NAME"], ALL, Kind::Text, "name of the hotkey").flag("hotkey-name"),
+    Setting::new(
+        "wallet.password_file",
+        &["QUASAR_HOTKEY_PASSWORD_FILE"],
+        ALL,
+        Kind::Path,
+        "file with the password of an encrypted hotkey; default: systemd's credential `hotkey-password`",
+    )
+    .flag("password-file"),
     Setting::new("s3.bucket", &["QUASAR_S3_BUCKET"], ALL, Kind::Text, "bucket of the subnet").flag("s3-bucket"),
     Setting::new("s3.region", &["QUASAR_S3_REGION"], ALL, Kind::Text, "region of the bucket").flag("s3-region").default("us-east-1"),
     Setting::new("s3.endpoint_url", &["QUASAR_S3_ENDPOINT_URL"], ALL, Kind::Url, "S3 endpoint, if it is not AWS").flag("s3-endpoint-url"),
@@ -222,11 +230,19 @@ pub const SETTINGS: &[Setting] = &[
     .flag("poll-interval-sec")
     .default("30"),
     Setting::new(
+        "weights.mechanism",
+        &["QUASAR_WEIGHT_MECHANISM"],
+        VALIDATOR,
+        Kind::Integer(0, 15),
+        "the subnet's mechanism that weights are set on, counted from 0",
+    )
+    .default("0"),
+    Setting::new(
         "weights.refresh_sec",
         &["QUASAR_WEIGHT_REFRESH_SEC"],
         VALIDATOR,
         Kind::Seconds,
-        "weights are set again after this long at the latest",
+        "within an epoch weights are set again after this long",
     )
     .default("1800"),
     Setting::new(

@@ -194,3 +194,17 @@ fn learners_are_named_after_the_worker_or_the_prefix() {
     assert_eq!(named(&[("QUASAR_MINER_WORKER_ID", "w")]).worker_name(1, 2), "w-1");
     assert_eq!(named(&[]).worker_name(3, 1), "worker-3");
 }
+
+#[test]
+fn the_password_of_a_hotkey_comes_from_the_named_file_or_from_systemds_credential() {
+    let folder = tempfile::tempdir().unwrap();
+    let named = [("QUASAR_WALLET_NAME", "w"), ("QUASAR_HOTKEY_NAME", "h"), ("CREDENTIALS_DIRECTORY", folder.path().to_str().unwrap())];
+    let password_file = |sources: &Sources| Settings::load(Role::Miner, sources).unwrap().wallet().unwrap().password_file;
+    let mut sources = environment(&named);
+    assert_eq!(password_file(&sources), None, "the unit hands over no such credential");
+    let credential = folder.path().join("hotkey-password");
+    std::fs::write(&credential, "hush").unwrap();
+    assert_eq!(password_file(&sources), Some(credential));
+    sources.environment.insert("QUASAR_HOTKEY_PASSWORD_FILE".to_owned(), "/run/password".to_owned());
+    assert_eq!(password_file(&sources), Some("/run/password".into()));
+}

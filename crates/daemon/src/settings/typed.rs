@@ -35,12 +35,17 @@ pub struct Network {
     pub endpoints: Vec<String>,
 }
 
+/// Name of the credential in which systemd hands over the password of an encrypted hotkey (`LoadCredential=`).
+const PASSWORD_CREDENTIAL: &str = "hotkey-password";
+
 /// Which key signs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WalletSettings {
     pub path: PathBuf,
     pub name: String,
     pub hotkey: String,
+    /// Holds the password of an encrypted hotkey.
+    pub password_file: Option<PathBuf>,
 }
 
 /// The bucket. Credentials are present for an orchestrator only.
@@ -98,6 +103,7 @@ pub struct ValidatorSettings {
     pub device: String,
     pub threads: usize,
     pub poll_interval_ms: u64,
+    pub weight_mechanism: u8,
     pub weight_refresh_ms: u64,
     pub weight_retry_base_ms: u64,
     pub weight_retry_max_ms: u64,
@@ -171,6 +177,10 @@ impl Settings {
             path: self.path("wallet.path").unwrap_or_default(),
             name: self.required("wallet.name")?.to_owned(),
             hotkey: self.required("wallet.hotkey")?.to_owned(),
+            password_file: self.path("wallet.password_file").or_else(|| {
+                let credential = self.credentials.as_ref()?.join(PASSWORD_CREDENTIAL);
+                credential.is_file().then_some(credential)
+            }),
         })
     }
 
@@ -270,6 +280,7 @@ impl Settings {
             device: self.text("validator.device").unwrap_or("auto").to_owned(),
             threads: self.count("validator.threads"),
             poll_interval_ms: self.milliseconds("validator.poll_interval_sec").unwrap_or_default(),
+            weight_mechanism: self.integer("weights.mechanism").map_or(0, |mechanism| mechanism as u8),
             weight_refresh_ms: self.milliseconds("weights.refresh_sec").unwrap_or_default(),
             weight_retry_base_ms: self.milliseconds("weights.retry_base_sec").unwrap_or_default(),
             weight_retry_max_ms: self.milliseconds("weights.retry_max_sec").unwrap_or_default(),

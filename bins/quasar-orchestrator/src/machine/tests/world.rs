@@ -239,8 +239,9 @@ impl World {
             liar: None,
             record: None,
         };
-        let mut guests: Vec<Guest> = (1..=miners).map(|index| Guest { hotkey: miner(index), validator: false }).collect();
-        guests.push(Guest { hotkey: miner(200), validator: true });
+        let guest = |index| Guest { hotkey: miner(index), validator: false, recipient: Some([index; 32]) };
+        let mut guests: Vec<Guest> = (1..=miners).map(guest).collect();
+        guests.push(Guest { hotkey: miner(200), validator: true, recipient: Some([200; 32]) });
         world.guests = guests.clone();
         world.input(Input::Claimed { epoch: 1 });
         world.input(Input::Metagraph { guests });
