@@ -1,4 +1,10 @@
-//! Helpers of the tests over the whole system: the binaries under test, and the documents that a devnet leaves in its bucket.
+//! Helpers of the tests over the whole system: the binaries under test, and the documents that a devnet leaves in its bucket; and
+//! what the measurements of learning have in common ([`training`]).
+
+pub mod training;
+
+pub mod seaweed;
+pub mod sim;
 
 use std::path::{Path, PathBuf};
 
@@ -22,20 +28,26 @@ pub fn binary(name: &str) -> PathBuf {
 /// All signed documents of type `D` below a folder of the embedded store, with their signers, each with a valid signature.
 pub fn documents<D: Document>(folder: &Path) -> Vec<(AccountId, D)> {
     let mut found = Vec::new();
+    for path in files(folder).into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "qsr")) {
+        let bytes = std::fs::read(&path).expect("the bucket is readable");
+        let (envelope, _) = verify_as_stated(&bytes).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        if Purpose::from_number(envelope.header.purpose) == Some(D::PURPOSE) {
+            let document = codec::decode(&envelope.payload, D::PURPOSE.limit()).expect("a stored document decodes");
+            found.push((envelope.header.signer.account(), document));
+        }
+    }
+    found
+}
+
+/// All files below a folder.
+pub fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
     let mut folders = vec![folder.to_path_buf()];
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
             let path = entry.path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "qsr") {
-                let bytes = std::fs::read(&path).expect("the bucket is readable");
-                let (envelope, _) = verify_as_stated(&bytes).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-                if Purpose::from_number(envelope.header.purpose) == Some(D::PURPOSE) {
-                    let document = codec::decode(&envelope.payload, D::PURPOSE.limit()).expect("a stored document decodes");
-                    found.push((envelope.header.signer.account(), document));
-                }
-            }
+            let list = if path.is_dir() { &mut folders } else { &mut found };
+            list.push(path);
         }
     }
     found

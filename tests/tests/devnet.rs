@@ -4,8 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
+use fragments::delta;
+use fragments::keyframe::{self, KeyframeId};
+use protocol::FragmentPlan;
 use protocol::documents::{MergeManifest, Tape, VerdictResult, VerdictReveal};
-use quasar_tests::{bin_dir, binary, documents};
+use quasar_tests::{bin_dir, binary, documents, files};
 
 const CYCLES: u64 = 4;
 const FRAGMENTS: u64 = 24;
@@ -16,7 +19,8 @@ fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
     let dir = folder.path().join("devnet");
     let cycles = CYCLES.to_string();
     let output = Command::new(binary("quasar-orchestrator"))
-        .args(["devnet", "--miners", "2", "--validators", "1", "--cycles", &cycles, "--chaos", "--json", "--timeout-sec", "1500", "--dir"])
+        .args(["devnet", "--miners", "2", "--validators", "1", "--cycles", &cycles, "--chaos", "--json", "--timeout-sec", "1500"])
+        .args(["--codec-up", "int4", "--codec-down", "int4", "--dir"])
         .arg(&dir)
         .arg("--bin-dir")
         .arg(bin_dir())
@@ -60,9 +64,32 @@ fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
         let merged: BTreeSet<_> = merge.accepted().map(|contribution| contribution.payload).collect();
         assert!(merged.is_subset(&taped), "step {} merged something that its tape does not hold", merge.t);
     }
+    the_frames_lead_to_the_versions_of_the_merge_manifests(&bucket, &merges);
     let reveals: Vec<(_, VerdictReveal)> = documents(&bucket);
     assert!(reveals.iter().all(|(signer, reveal)| *signer == reveal.verdict.validator));
     assert!(reveals.iter().filter(|(_, reveal)| reveal.verdict.result == VerdictResult::Pass).count() >= 3, "{reveals:?}");
+}
+
+/// From the first keyframes along the published frames: every version that a merge manifest names, bit for bit.
+fn the_frames_lead_to_the_versions_of_the_merge_manifests(bucket: &Path, merges: &[MergeManifest]) {
+    let plan: FragmentPlan = documents(bucket).remove(0).1;
+    let find = |fragment: u16, version: u64, name: &str| {
+        let ending = format!("fragments/{fragment}/{version}/{name}");
+        let found = files(bucket).into_iter().find(|path| path.to_string_lossy().ends_with(&ending));
+        std::fs::read(found.unwrap_or_else(|| panic!("{ending} is missing"))).expect("the bucket is readable")
+    };
+    for fragment in 0..FRAGMENTS as u16 {
+        let mut id = KeyframeId { plan: plan.digest(), fragment: u32::from(fragment), version: 0 };
+        let mut keyframe = find(fragment, 0, "keyframe.safetensors");
+        let mut versions: Vec<_> = merges.iter().filter(|merge| merge.fragment == fragment && merge.version > merge.base_version).collect();
+        versions.sort_by_key(|merge| merge.version);
+        for merge in versions {
+            let replica = keyframe::read(&plan, &id, &keyframe).expect("a keyframe of this version");
+            let frame = find(fragment, merge.version, "delta.qfd");
+            keyframe = delta::follow(&plan, &id, replica, &[frame], &merge.keyframe).expect("the frame leads to the next version");
+            id.version = merge.version;
+        }
+    }
 }
 
 /// The executable specification in Python reads the released tree and finds the same loss; says so where it cannot run.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use fragments::codec::{self, CodecError, PayloadHeader};
+use fragments::codec::{self, CodecError};
 use fragments::t0::Committed;
 use model::{Batch, Contribution, Hyper, StateError, TrainError, Trainer};
 use protocol::Digest;
@@ -230,8 +230,7 @@ fn export(plane: &Plane, order: &Export, weights: &Contribution) -> Result<Expor
     for (base, weight) in change.iter_mut().zip(weights.values().map_err(|error| train_fault(&error))?) {
         *base -= weight;
     }
-    let header =
-        PayloadHeader::bf16(plane.keyframes.plan(), plane.keyframes.plan_digest(), usize::from(order.fragment), order.base_version);
+    let header = plane.keyframes.payload_header(order.fragment, order.base_version);
     let payload = codec::encode(&header, &change).map_err(|error| match error {
         CodecError::NotFinite { .. } => Fault::NotFinite,
         error => Fault::Broken(error.to_string()),

@@ -8,6 +8,7 @@ use daemon::driver::{Driver, DriverOptions};
 use daemon::health::{self, Health};
 use daemon::sequence::Sequence;
 use daemon::{Exit, Failure, Shutdown, clock};
+use fragments::codec::PayloadHeader;
 use protocol::documents::{CatalogPage, CurrentRun, FragmentManifest, ReleaseRef, RunManifest};
 use protocol::envelope::{Context, Expect, Purpose, open_stored};
 use protocol::{Digest, FragmentPlan, KeyRef, ShardManifest};
@@ -236,7 +237,8 @@ async fn setup(
             keyframe: first.keyframe.blake3,
             keyframe_length: first.keyframe.length,
             state: first.state,
-            payload_length: fragments::codec::payload_bytes(plan, fragment),
+            elements: plan.elements(fragment),
+            payload_length: PayloadHeader::new(manifest.parameters.codec_up, plan, manifest.plan, fragment, 0).payload_bytes(),
         });
     }
     Ok(RunSetup {

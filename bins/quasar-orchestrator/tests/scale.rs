@@ -52,7 +52,8 @@ fn setup() -> RunSetup {
         },
         audit: AuditParameters { loss_rows: 16, replay_steps: 4, replay_tolerance_ppm: 1, beacon_blocks: 3, opening_ms: 20_000 },
     };
-    let fragment = FragmentSetup { keyframe: Digest::ZERO, keyframe_length: 100, state: Digest::ZERO, payload_length: 1_000 };
+    let fragment =
+        FragmentSetup { keyframe: Digest::ZERO, keyframe_length: 100, state: Digest::ZERO, elements: 468, payload_length: 1_000 };
     RunSetup {
         run: RunId([7; 16]),
         parameters,
@@ -196,6 +197,8 @@ fn merge(tape: Tape, rejected: Vec<Contribution>, keyframe: Digest) -> MergeMani
         norm: 1,
         clip_ppm: 1_000_000,
         cosine_ppm: 1,
+        neighbour_ppm: 0,
+        rest_ppm: 0,
         outcome: Reason::None,
     });
     let contributions: Vec<Contribution> = rejected.into_iter().chain(accepted).collect();
@@ -210,6 +213,7 @@ fn merge(tape: Tape, rejected: Vec<Contribution>, keyframe: Digest) -> MergeMani
         keyframe,
         state: Digest::ZERO,
         step_norm: 1,
+        step_limit_ppm: 1_000_000,
     }
 }
 

@@ -22,7 +22,7 @@ use daemon::driver::Inputs;
 use daemon::health::Component;
 use daemon::sequence::Sequence;
 use daemon::{Executor, Journal, clock};
-use fragments::codec;
+use fragments::codec::PayloadHeader;
 use protocol::audits::Selection;
 use protocol::documents::{AuditOrder, OPENING_PARTS, PROGRESS_BYTES, Score, Scores, VerdictResult};
 use protocol::envelope::{Document, Expect};
@@ -238,7 +238,8 @@ impl Effects {
         let Selection { audit, hotkey, slot, t, .. } = &subject.selection;
         let order = self.grants.order(audit).ok_or(Trouble::NoOrder)?;
         let run = &self.facts.run;
-        let payload_bytes = codec::payload_bytes(&self.facts.plan, usize::from(subject.fragment));
+        let (codec, fragment) = (self.facts.manifest.parameters.codec_up, usize::from(subject.fragment));
+        let payload_bytes = PayloadHeader::new(codec, &self.facts.plan, self.facts.manifest.plan, fragment, 0).payload_bytes();
         let commitment = self.grants.get(Some(audit), &run.commitment(hotkey, *slot, *t), PROGRESS_BYTES as u64).await?;
         let payload = self.grants.get(Some(audit), &run.payload(hotkey, *slot, *t), payload_bytes).await?;
         let limit = (self.facts.plan.total_elements() * OPENING_BYTES_PER_ELEMENT).max(OPENING_BYTES_MIN);

@@ -91,6 +91,33 @@ pub fn apply(plan: &FragmentPlan, base: &KeyframeId, replica: &[f32], bytes: &[u
     Ok(replica)
 }
 
+/// The keyframe's digest that a frame claims to lead to: what [`apply`] is given where nobody trusted named it. A chain of frames is
+/// as good as the last of these digests.
+pub fn claimed_result(bytes: &[u8]) -> Option<Digest> {
+    bytes.get(HEADER_BYTES - 32..HEADER_BYTES)?.try_into().ok().map(Digest)
+}
+
+/// Follows frames one by one from Θ̂ of version `base.version` (`replica`) to the version whose keyframe has the digest `result`. Gives
+/// that keyframe, as a file, which is as if it had been fetched.
+pub fn follow(
+    plan: &FragmentPlan,
+    base: &KeyframeId,
+    replica: Vec<f32>,
+    frames: &[impl AsRef<[u8]>],
+    result: &Digest,
+) -> Result<Vec<u8>, DeltaError> {
+    let (mut id, mut replica) = (*base, replica);
+    for (number, frame) in frames.iter().enumerate() {
+        let is_last = number + 1 == frames.len();
+        let claimed = if is_last { *result } else { claimed_result(frame.as_ref()).unwrap_or(Digest::ZERO) };
+        replica = apply(plan, &id, &replica, frame.as_ref(), &claimed)?;
+        id = next(&id);
+    }
+    let keyframe = keyframe::write(plan, &id, &replica)?;
+    // Without a frame nothing has been compared yet.
+    if Digest::blake3(&keyframe) == *result { Ok(keyframe) } else { Err(DeltaError::Result) }
+}
+
 fn layout(plan: &FragmentPlan, base: &KeyframeId) -> Result<Layout, KeyframeError> {
     let slices = plan.fragments.get(base.fragment as usize).ok_or(KeyframeError::Fragment { fragment: base.fragment })?;
     Ok(Layout::new(Encoding::Int4, slices))
@@ -184,6 +211,29 @@ mod tests {
             assert_eq!(learner, frame.replica);
             server = frame.replica;
         }
+    }
+
+    #[test]
+    fn a_chain_is_followed_to_the_digest_at_its_end_and_to_no_other() {
+        let (plan, id, mut theta) = start();
+        let first = published(&plan, &id, &theta);
+        let (mut at, mut replica, mut frames, mut keyframe) = (id, first.clone(), Vec::new(), Vec::new());
+        for round in 0..4 {
+            theta.iter_mut().zip(fixture::values(50 + round, first.len())).for_each(|(value, by)| *value += 1e-3 * by);
+            let frame = write(&plan, &at, &replica, &theta).unwrap();
+            (replica, keyframe) = (frame.replica, frame.keyframe);
+            frames.push(frame.bytes);
+            at.version += 1;
+        }
+        let result = Digest::blake3(&keyframe);
+        assert_eq!(claimed_result(&frames[3]), Some(result));
+        assert_eq!(follow(&plan, &id, first.clone(), &frames, &result).unwrap(), keyframe);
+        let none: [Vec<u8>; 0] = [];
+        assert_eq!(follow(&plan, &at, replica, &none, &result).unwrap(), keyframe);
+        assert!(follow(&plan, &id, first.clone(), &frames[..3], &result).is_err(), "it ends one version early");
+        assert_eq!(follow(&plan, &id, first.clone(), &none, &result), Err(DeltaError::Result));
+        frames.swap(1, 2);
+        assert!(follow(&plan, &id, first, &frames, &result).is_err());
     }
 
     #[test]

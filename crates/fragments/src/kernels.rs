@@ -1,6 +1,7 @@
 //! The inner loops of sums over contributions, for each form in which elements lie in memory.
 //!
-//! Sums are in f64. Dot products have [`LANES`] interleaved partial sums, added in order, then what is left over.
+//! Sums are in f64, with multiplications fused into additions ([`f64::mul_add`]: rounded once, the same on every processor). Dot
+//! products have [`LANES`] interleaved partial sums, added in order, then what is left over.
 
 use crate::simd::vectorised;
 
@@ -37,13 +38,13 @@ macro_rules! element {
 
             vectorised! {
                 pub(super) fn squares(values: &[$type]) -> f64 {
-                    reduce(values, values, |left, right| f64::from(left.value()) * f64::from(right.value()))
+                    reduce(values, values, |left, right, sum| f64::from(left.value()).mul_add(f64::from(right.value()), sum))
                 }
             }
             vectorised! {
                 pub(super) fn add(sums: &mut [f64], values: &[$type], factor: f64) {
                     for (sum, value) in sums.iter_mut().zip(values) {
-                        *sum += factor * f64::from(value.value());
+                        *sum = factor.mul_add(f64::from(value.value()), *sum);
                     }
                 }
             }
@@ -52,17 +53,17 @@ macro_rules! element {
                     let [first, second, third, fourth] = values;
                     for ((((sum, first), second), third), fourth) in sums.iter_mut().zip(first).zip(second).zip(third).zip(fourth) {
                         let mut total = *sum;
-                        total += factors[0] * f64::from(first.value());
-                        total += factors[1] * f64::from(second.value());
-                        total += factors[2] * f64::from(third.value());
-                        total += factors[3] * f64::from(fourth.value());
+                        total = factors[0].mul_add(f64::from(first.value()), total);
+                        total = factors[1].mul_add(f64::from(second.value()), total);
+                        total = factors[2].mul_add(f64::from(third.value()), total);
+                        total = factors[3].mul_add(f64::from(fourth.value()), total);
                         *sum = total;
                     }
                 }
             }
             vectorised! {
                 pub(super) fn dot(values: &[$type], sums: &[f64]) -> f64 {
-                    reduce(values, sums, |value, sum| f64::from(value.value()) * sum)
+                    reduce(values, sums, |value, sum, total| f64::from(value.value()).mul_add(sum, total))
                 }
             }
             vectorised! {
@@ -75,7 +76,7 @@ macro_rules! element {
                         for (lanes, (values, _)) in lanes.iter_mut().zip(&cut) {
                             let values = &values[number];
                             for lane in 0..LANES {
-                                lanes[lane] += f64::from(values[lane].value()) * sums[lane];
+                                lanes[lane] = f64::from(values[lane].value()).mul_add(sums[lane], lanes[lane]);
                             }
                         }
                     }
@@ -85,7 +86,7 @@ macro_rules! element {
                             *total += lane;
                         }
                         for (value, sum) in values.iter().zip(rest) {
-                            *total += f64::from(value.value()) * sum;
+                            *total = f64::from(value.value()).mul_add(*sum, *total);
                         }
                     }
                     totals
@@ -148,12 +149,12 @@ element!(of_f32_bytes, [u8; 4], |element| f32::from_le_bytes(element));
 element!(of_bf16_bytes, [u8; 2], |element| f32::from_bits(u32::from(u16::from_le_bytes(element)) << 16));
 
 #[inline(always)]
-fn reduce<L: Copy, R: Copy>(left: &[L], right: &[R], product: impl Fn(L, R) -> f64) -> f64 {
+fn reduce<L: Copy, R: Copy>(left: &[L], right: &[R], add_product: impl Fn(L, R, f64) -> f64) -> f64 {
     let mut lanes = [0.0; LANES];
     let ((left, left_rest), (right, right_rest)) = (left.as_chunks::<LANES>(), right.as_chunks::<LANES>());
     for (left, right) in left.iter().zip(right) {
         for lane in 0..LANES {
-            lanes[lane] += product(left[lane], right[lane]);
+            lanes[lane] = add_product(left[lane], right[lane], lanes[lane]);
         }
     }
     let mut sum = 0.0;
@@ -161,7 +162,7 @@ fn reduce<L: Copy, R: Copy>(left: &[L], right: &[R], product: impl Fn(L, R) -> f
         sum += lane;
     }
     for (left, right) in left_rest.iter().zip(right_rest) {
-        sum += product(*left, *right);
+        sum = add_product(*left, *right, sum);
     }
     sum
 }
@@ -169,7 +170,7 @@ fn reduce<L: Copy, R: Copy>(left: &[L], right: &[R], product: impl Fn(L, R) -> f
 vectorised! {
     /// Sum of squares.
     pub(crate) fn squares_of_sums(sums: &[f64]) -> f64 {
-        reduce(sums, sums, |left, right| left * right)
+        reduce(sums, sums, |left, right, sum| f64::mul_add(left, right, sum))
     }
 }
 
@@ -191,7 +192,7 @@ vectorised! {
             for value in values.iter_mut() {
                 *value = (f64::from(*value) * factor) as f32;
             }
-            squares += reduce(values, values, |left, right| f64::from(left) * f64::from(right));
+            squares += reduce(values, values, |left, right, sum| f64::from(left).mul_add(f64::from(right), sum));
         }
         squares
     }

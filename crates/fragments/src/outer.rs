@@ -8,10 +8,10 @@ use crate::simd::vectorised;
 
 const TASK_ELEMENTS: usize = 1 << 16;
 
-/// A merged pseudo-gradient longer than this many times the running mean is shortened to it.
+/// A merged pseudo-gradient longer than this many times the mean of those before is shortened to it.
 pub const STEP_LIMIT: u64 = 2;
 
-/// The running mean moves by one part in so many with each step.
+/// Steps that the mean looks back on; the limit applies from then on.
 pub const MEAN_STEPS: u64 = 8;
 
 /// One outer step, element by element: `b ← μ b + d`, then `θ ← θ − lr (d + μ b)`.
@@ -44,24 +44,28 @@ pub fn momentum_fits(codec: Codec, mu: f32) -> bool {
     codec != Codec::TopK || mu == 0.0
 }
 
-/// The running mean of step norms (in units of 1e-6, as in merge manifests), in integers: whoever has the manifests has the
-/// same. `mean` is `None` before the first step.
+/// The mean of the step norms of a fragment (in units of 1e-6, as in merge manifests) after one more of norm `norm`, from the mean
+/// of the `steps` steps before; in integers: whoever has the manifests has the same.
 ///
-/// A norm counts for at most [`STEP_LIMIT`] times the mean, so that one wild merge does not lift the limit for the next.
-pub fn mean_norm(mean: Option<u64>, norm: u64) -> u64 {
-    let Some(mean) = mean else { return norm };
-    let norm = norm.min(mean.saturating_mul(STEP_LIMIT));
+/// Over the first [`MEAN_STEPS`] steps it is the plain mean. From then on it moves by one part in so many, and a norm counts for at
+/// most [`STEP_LIMIT`] times the mean, so that one wild merge does not lift the limit for the next.
+pub fn mean_norm(mean: u64, steps: u64, norm: u64) -> u64 {
+    let (before, norm) = match steps < MEAN_STEPS {
+        true => (steps, norm),
+        false => (MEAN_STEPS - 1, norm.min(mean.saturating_mul(STEP_LIMIT))),
+    };
     // Up by one at least, so that a mean of a few units can grow.
-    let change = (u128::from(mean) * u128::from(MEAN_STEPS - 1) + u128::from(norm)).div_ceil(u128::from(MEAN_STEPS));
-    change as u64
+    let sum = u128::from(mean) * u128::from(before) + u128::from(norm);
+    sum.div_ceil(u128::from(before + 1)) as u64
 }
 
-/// Shortens `delta` of norm `norm` to [`STEP_LIMIT`] times the running mean; returns the factor in parts per million
-/// (1,000,000 where nothing was done). Norms in units of 1e-6. There is no limit before the first step and none on a mean of 0.
-pub fn limit(delta: &mut [f32], norm: u64, mean: Option<u64>) -> u32 {
+/// Shortens `delta` of norm `norm` to [`STEP_LIMIT`] times the mean of the `steps` steps before; returns the factor in parts per
+/// million (1,000,000 where nothing was done). Norms in units of 1e-6. There is no limit in the first [`MEAN_STEPS`] steps, when
+/// norms grow with the learning rate and with the number of steps that learners have done, and none on a mean of 0.
+pub fn limit(delta: &mut [f32], norm: u64, mean: u64, steps: u64) -> u32 {
     const PPM: u128 = 1_000_000;
-    let Some(allowed) = mean.filter(|mean| *mean > 0).map(|mean| mean.saturating_mul(STEP_LIMIT)) else { return PPM as u32 };
-    if norm <= allowed {
+    let allowed = mean.saturating_mul(STEP_LIMIT);
+    if steps < MEAN_STEPS || allowed == 0 || norm <= allowed {
         return PPM as u32;
     }
     let factor_ppm = (u128::from(allowed) * PPM / u128::from(norm)) as u32;
@@ -94,20 +98,21 @@ mod tests {
 
     #[test]
     fn a_step_far_longer_than_those_before_is_shortened_to_twice_their_mean() {
-        let mut mean = None;
-        for norm in [4_000_000, 4_000_000, 4_000_000] {
-            assert_eq!(limit(&mut [1.0], norm, mean), 1_000_000);
-            mean = Some(mean_norm(mean, norm));
+        let mut mean = 0;
+        for steps in 0..MEAN_STEPS {
+            let norm = 1_000_000 * (steps + 1);
+            assert_eq!(limit(&mut [1.0], 50 * norm, mean, steps), 1_000_000, "no limit at the beginning");
+            mean = mean_norm(mean, steps, norm);
         }
-        assert_eq!(mean, Some(4_000_000));
+        assert_eq!(mean, 4_500_000, "the plain mean");
         let mut delta = [30.0, 40.0];
-        assert_eq!(limit(&mut delta, 50_000_000, mean), 160_000);
-        assert_eq!(delta, [4.8, 6.4]);
-        assert_eq!(mean_norm(mean, 50_000_000), 4_500_000, "a wild step counts as the limit");
-        assert_eq!(limit(&mut delta, 8_000_000, mean), 1_000_000);
-        assert_eq!(mean_norm(Some(1), 2), 2);
-        assert_eq!(mean_norm(Some(0), 7), 0);
-        assert_eq!(limit(&mut delta, u64::MAX, Some(u64::MAX)), 1_000_000);
+        assert_eq!(limit(&mut delta, 50_000_000, mean, 8), 180_000);
+        assert_eq!(delta, [5.4, 7.2]);
+        assert_eq!(mean_norm(mean, 8, 50_000_000), 5_062_500, "a wild step counts as the limit");
+        assert_eq!(limit(&mut delta, 9_000_000, mean, 8), 1_000_000);
+        assert_eq!(mean_norm(1, 9, 2), 2);
+        assert_eq!(mean_norm(0, 9, 7), 0);
+        assert_eq!(limit(&mut delta, u64::MAX, u64::MAX, 9), 1_000_000);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Vector code without a second implementation: a loop is written once and compiled for several instruction sets; the
 //! widest that the processor has is taken when the program runs.
 //!
-//! Rust neither reorders floating-point sums nor fuses multiplications into additions, so all versions of a loop give the
-//! same bits. Sums that shall use vector registers are therefore written with a fixed number of interleaved partial sums.
+//! Rust neither reorders floating-point sums nor fuses multiplications into additions by itself, so all versions of a loop give the
+//! same bits. Sums that shall use vector registers are therefore written with a fixed number of interleaved partial sums. Where a
+//! loop asks for a fused multiplication, processors without one compute the same bits in software, slowly.
 
 /// Defines a function whose body is compiled for AVX-512, for AVX2, and for what the target always has.
 macro_rules! vectorised {
@@ -18,7 +19,7 @@ macro_rules! vectorised {
                 fn avx512($($argument: $type),*) $(-> $output)? {
                     body($($argument),*)
                 }
-                #[target_feature(enable = "avx2")]
+                #[target_feature(enable = "avx2,fma")]
                 fn avx2($($argument: $type),*) $(-> $output)? {
                     body($($argument),*)
                 }
@@ -59,7 +60,7 @@ pub(crate) fn level() -> Level {
         && is_x86_feature_detected!("avx512vl");
     if wide {
         Level::Avx512
-    } else if is_x86_feature_detected!("avx2") {
+    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         Level::Avx2
     } else {
         Level::Baseline

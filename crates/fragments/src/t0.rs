@@ -56,6 +56,17 @@ pub fn verify(payload: &dyn Source, committed: &Committed, expected: &PayloadHea
     result.map_err(|error| reason(&error))
 }
 
+/// BLAKE3 of a payload, read once from the front to the back.
+pub fn blake3_of(payload: &dyn Source) -> std::io::Result<Digest> {
+    const PIECE_BYTES: u64 = 4 << 20;
+    let (mut hasher, mut scratch) = (blake3::Hasher::new(), Vec::new());
+    for start in (0..payload.length()).step_by(PIECE_BYTES as usize) {
+        let length = (payload.length() - start).min(PIECE_BYTES) as usize;
+        hasher.update(payload.read(start, length, &mut scratch)?);
+    }
+    Ok(Digest(*hasher.finalize().as_bytes()))
+}
+
 /// The reason code for a payload that is refused.
 pub fn reason(error: &CodecError) -> Reason {
     match error {
@@ -85,6 +96,7 @@ mod tests {
             checked
         };
         assert_eq!(both(&payload, &committed, &header(2, 1)), Ok(vec![0.5, -0.25]));
+        assert_eq!(blake3_of(&payload).unwrap(), committed.blake3);
         assert_eq!(both(&payload[1..], &committed, &header(2, 1)), Err(Reason::LengthMismatch));
         assert_eq!(both(&payload, &committed, &header(3, 1)), Err(Reason::LengthMismatch));
         let mut tampered = payload.clone();

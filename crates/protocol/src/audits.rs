@@ -82,6 +82,8 @@ mod tests {
             norm: 1,
             clip_ppm: 1,
             cosine_ppm: 1,
+            neighbour_ppm: 0,
+            rest_ppm: 0,
             outcome: *outcome,
         };
         MergeManifest {
@@ -95,6 +97,7 @@ mod tests {
             keyframe: Digest::ZERO,
             state: Digest::ZERO,
             step_norm: 0,
+            step_limit_ppm: 1_000_000,
         }
     }
 

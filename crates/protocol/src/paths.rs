@@ -126,6 +126,11 @@ impl RunKeys {
         format!("{}/fragments/{fragment}/{version}/keyframe.safetensors", self.restricted)
     }
 
+    /// The frame that leads to a version from the one before.
+    pub fn delta(&self, fragment: u16, version: u64) -> String {
+        format!("{}/fragments/{fragment}/{version}/delta.qfd", self.restricted)
+    }
+
     pub fn fragment_manifest(&self, fragment: u16, version: u64) -> String {
         format!("{}/fragments/{fragment}/{version}/manifest.qsr", self.restricted)
     }

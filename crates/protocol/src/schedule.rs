@@ -1,6 +1,18 @@
 //! The schedule of outer steps: which fragment, which quorum, how much grace, which weights (`docs/protocol.md`, outer step).
 
-use crate::documents::{PPM, RunParameters};
+use crate::documents::{Codec, PPM, RunParameters};
+
+/// Where fragments travel as frames, so many versions lie between two keyframes.
+pub const KEYFRAME_VERSIONS: u64 = 16;
+
+/// The newest version up to `version` whose keyframe is published: with a bf16 downlink every one, else each
+/// [`KEYFRAME_VERSIONS`]th. The versions after it are reached by their frames.
+pub fn keyframe_version(down: Codec, version: u64) -> u64 {
+    match down {
+        Codec::Bf16 => version,
+        Codec::Int4 | Codec::TopK => version - version % KEYFRAME_VERSIONS,
+    }
+}
 
 /// Fragment of outer step `t`: round robin.
 pub fn fragment_of(t: u64, fragments: u16) -> u16 {
@@ -102,6 +114,12 @@ mod tests {
             Work { tokens: 10, versions_behind: 0 },
         ]);
         assert!(weights[1] < weights[0] && weights[0] == weights[2]);
+    }
+
+    #[test]
+    fn keyframes_are_published_for_every_version_or_for_each_sixteenth() {
+        assert_eq!([0, 1, 17].map(|version| keyframe_version(Codec::Bf16, version)), [0, 1, 17]);
+        assert_eq!([0, 1, 15, 16, 17, 40].map(|version| keyframe_version(Codec::Int4, version)), [0, 0, 0, 16, 16, 32]);
     }
 
     proptest! {

@@ -33,7 +33,7 @@ pub enum DiscoveryError {
     )]
     ProtocolVersion { min: u16, max: u16 },
     #[error(
-        "the run's codecs are {up:?} up and {down:?} down, the programs of this build speak bf16 both ways\nhint: install a release of this software that speaks the run's codecs"
+        "the run's codecs are {up:?} up and {down:?} down, the programs of this build speak bf16 and int4\nhint: install a release of this software that speaks the run's codecs"
     )]
     Codecs { up: Codec, down: Codec },
     #[error("{key}: {error}")]
@@ -138,7 +138,7 @@ impl RunReader {
             return Err(DiscoveryError::ProtocolVersion { min: manifest.protocol_min, max: manifest.protocol_max });
         }
         let (up, down) = (manifest.parameters.codec_up, manifest.parameters.codec_down);
-        if (up, down) != (Codec::Bf16, Codec::Bf16) {
+        if up == Codec::TopK || down == Codec::TopK {
             return Err(DiscoveryError::Codecs { up, down });
         }
         let out_of_bounds = |what| DiscoveryError::OutOfBounds { key: run.manifest(), what };

@@ -112,6 +112,26 @@ impl S3Store {
         self.credentials.is_none()
     }
 
+    /// Creates the bucket, if it is not there, and lets the whole world read below `prefix` (which ends in `/`) and nowhere else.
+    ///
+    /// # Errors
+    /// The store refuses one of both, or does not answer.
+    pub async fn make_public_bucket(&self, prefix: &str) -> Result<(), StoreError> {
+        let bucket = &self.settings.bucket;
+        let created = within("", 0, self.client.create_bucket().bucket(bucket).send()).await?;
+        if let Err(error) = created
+            // 409: it is there already, ours or somebody else's; in the second case the policy is refused.
+            && error.raw_response().is_none_or(|response| response.status().as_u16() != 409)
+        {
+            return Err(self.sort("", Access::Write, error));
+        }
+        let policy = format!(
+            r#"{{"Version":"2012-10-17","Statement":[{{"Effect":"Allow","Principal":"*","Action":["s3:GetObject"],"Resource":["arn:aws:s3:::{bucket}/{prefix}*"]}}]}}"#
+        );
+        let set = within("", 0, self.client.put_bucket_policy().bucket(bucket).policy(policy).send()).await?;
+        set.map(drop).map_err(|error| self.sort("", Access::Write, error))
+    }
+
     /// Sorts an SDK error by HTTP status; the status is the only part on which stores agree.
     fn sort<E>(&self, key: &str, access: Access, error: SdkError<E>) -> StoreError
     where

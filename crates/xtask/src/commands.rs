@@ -3,6 +3,7 @@
 use crate::arrows;
 use crate::error::Error;
 use crate::libtorch::{self, State};
+use crate::seaweedfs;
 use crate::system;
 use crate::workspace::{answers, cargo, executables, root, run};
 use std::os::unix::process::CommandExt;
@@ -43,6 +44,9 @@ pub fn test(filters: &[String]) -> Result<ExitCode, Error> {
         cargo(&root, &kinds)
     };
     command.args(filters);
+    if let Some(server) = seaweedfs::installed(&cache(&root)) {
+        command.env(seaweedfs::VARIABLE, server);
+    }
     run(command, "the failing tests are listed above; `cargo xtask test NAME` runs those whose name contains NAME")?;
     Ok(ExitCode::SUCCESS)
 }
@@ -70,26 +74,39 @@ pub fn check(steps: &[String]) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// `cargo xtask bench NAME`: becomes the measurement, built in the profile that the tests use.
-pub fn bench(arguments: &[String]) -> Result<ExitCode, Error> {
-    match arguments.split_first() {
-        Some((name, rest)) if name == "learning" => bench_learning(rest),
-        Some((name, rest)) if name == "gpu" => bench_gpu(rest),
-        _ => {
-            let message = format!("there is no bench `{}`", arguments.join(" "));
-            Err(Error::usage(message, "there are two: `cargo xtask bench learning` and `cargo xtask bench gpu`"))
-        }
-    }
+/// `cargo xtask sim`: becomes the simulation.
+pub fn sim(arguments: &[String]) -> Result<ExitCode, Error> {
+    become_program("sim", arguments)
 }
 
-fn bench_learning(arguments: &[String]) -> Result<ExitCode, Error> {
+/// Builds everything and becomes one of the measurements.
+fn become_program(name: &str, arguments: &[String]) -> Result<ExitCode, Error> {
     let root = root()?;
     prepare(&root, None)?;
     build_programs(&root)?;
     // Exit code 1 says that a claim does not hold: it is handed through, and is no failure of ours to explain.
-    let program = executables()?.join("learning");
+    let program = executables()?.join(name);
     let cause = Command::new(&program).args(arguments).exec();
     Err(Error::io("cannot start", &program, cause))
+}
+
+/// `cargo xtask setup --s3`: the S3 server of the end-to-end test.
+pub fn setup_s3() -> Result<ExitCode, Error> {
+    let program = seaweedfs::install(&cache(&root()?))?;
+    eprintln!("ready: {}", program.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `cargo xtask bench NAME`: becomes the measurement, built in the profile that the tests use.
+pub fn bench(arguments: &[String]) -> Result<ExitCode, Error> {
+    match arguments.split_first() {
+        Some((name, rest)) if name == "learning" || name == "experiments" => become_program(name, rest),
+        Some((name, rest)) if name == "gpu" => bench_gpu(rest),
+        _ => {
+            let message = format!("there is no bench `{}`", arguments.join(" "));
+            Err(Error::usage(message, "there are `cargo xtask bench learning`, `… experiments` and `… gpu`"))
+        }
+    }
 }
 
 /// Builds the miner and becomes the script that measures it beside the Python peer; or, with `--pack DIR`, puts both into a folder that can

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask setup | devnet | test | check | bench`.
+//! Developer commands: `cargo xtask setup | devnet | test | check | sim | bench`.
 //!
 //! A fresh clone can build nothing before libtorch is in place, so this crate is what a person runs first. It uses the
 //! standard library only and leans on tools that a build machine has anyway (cargo, pip, python3, sha256sum).
@@ -7,13 +7,16 @@
 //! - `devnet` is `setup`, a build of the three daemons, and `quasar-orchestrator devnet` with the given arguments.
 //! - `test` is `setup`, the same build, and the whole test suite: one profile, so that everything is compiled once.
 //! - `check` is formatting, the walls between the crates, and clippy with warnings as errors.
+//! - `sim` is `setup`, the same build, and simulated worlds with seeded faults.
 //! - `bench` is `setup` and a measurement, of the learning algorithm or of a GPU, in the profile that the tests use.
 
 mod arrows;
 mod commands;
 mod error;
 mod libtorch;
+mod seaweedfs;
 mod system;
+mod wheels;
 mod workspace;
 
 use error::Error;
@@ -26,10 +29,13 @@ Developer commands of the Quasar workspace.
 usage: cargo xtask COMMAND [arguments]
 
   setup [--libtorch DIR]   check system packages, install libtorch (into .libtorch, or DIR)
+  setup --s3               the S3 server that the end-to-end test runs against, into the cache folder
   devnet [ARGS…]           setup, build the daemons, run `quasar-orchestrator devnet ARGS…`
   test [FILTER…]           setup, build the daemons, run the whole test suite (or the tests that match)
   check [STEP…]            setup, then the steps fmt, arrows, clippy (all when none is named)
+  sim [ARGS…]              setup, then simulated worlds: `--seeds N --first-seed S --miners M --json`, `goodput`, `requests`, `crash-points`
   bench learning [ARGS…]   setup, then three learners against one and against data-parallel training (docs/benchmarks.md)
+  bench experiments [PART…]   setup, then codecs, outer optimizers, merge rules under attack compared (docs/experiments.md)
   bench gpu TORCH_FOLDER [LAYERS] [BATCHES]   setup, then the miner's training steps beside PyTorch's on this GPU (docs/performance.md)
   bench gpu --pack DIR     the same, put into a folder for another machine
   help                     this text
@@ -45,6 +51,7 @@ examples:
   cargo xtask devnet --miners 3 --validators 1 --cycles 4 --chaos
   cargo xtask test a_torn_download_resumes
   cargo xtask check fmt arrows
+  cargo xtask sim --seeds 10000 --json
   cargo xtask bench learning --seeds 3 --cycles 8 --json
 ";
 
@@ -65,10 +72,12 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode, Error> {
         None => ("help", arguments),
     };
     match command {
+        "setup" if rest == ["--s3"] => commands::setup_s3(),
         "setup" => commands::setup(libtorch_argument(rest)?),
         "devnet" => commands::devnet(rest),
         "test" => commands::test(rest),
         "check" => commands::check(rest),
+        "sim" => commands::sim(rest),
         "bench" => commands::bench(rest),
         "help" | "--help" | "-h" => {
             print!("{USAGE}");
@@ -86,6 +95,6 @@ fn libtorch_argument(arguments: &[String]) -> Result<Option<PathBuf>, Error> {
             let folder = std::path::absolute(folder).map_err(|cause| Error::io("cannot resolve", folder, cause))?;
             Ok(Some(folder))
         }
-        _ => Err(Error::usage(format!("`setup` does not understand `{}`", arguments.join(" ")), "its only option is `--libtorch DIR`")),
+        _ => Err(Error::usage(format!("`setup` does not understand `{}`", arguments.join(" ")), "its options are `--libtorch DIR` and `--s3`")),
     }
 }

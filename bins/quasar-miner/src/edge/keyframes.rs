@@ -1,11 +1,18 @@
-//! Received fragment versions on disk: what the trainer applies, and Θ̂ of the base that payloads are taken against.
+//! Received fragment versions on disk: what the trainer applies, and Θ̂ of the base that payloads are taken against. They come as
+//! keyframes, or as frames from the version before; on disk each is a keyframe.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use fragments::codec::PayloadHeader;
+use fragments::delta;
 use fragments::keyframe::{self, KeyframeError, KeyframeId};
-use protocol::{Digest, FragmentPlan, GrantRequest};
+use protocol::documents::Codec;
+use protocol::paths::RunKeys;
+use protocol::schedule::keyframe_version;
+use protocol::{Digest, FragmentPlan, GrantRequest, Method};
 use storage::client::{GrantAccess, GrantError};
 
 use super::files;
@@ -26,8 +33,18 @@ pub enum KeyframeStoreError {
 /// Keyframes of one run in one folder.
 pub struct Keyframes {
     folder: PathBuf,
-    plan: FragmentPlan,
+    plan: Arc<FragmentPlan>,
     plan_digest: Digest,
+    /// Codec of the run's payloads, and how its versions come.
+    up: Codec,
+    down: Codec,
+}
+
+/// The way to objects of the run: their keys, the grants at hand, and the store.
+pub struct Route<'a> {
+    pub keys: &'a RunKeys,
+    pub grant: &'a (dyn Fn(Method, &str) -> Option<GrantRequest> + Sync),
+    pub access: &'a dyn GrantAccess,
 }
 
 /// Length and BLAKE3 that the head states of a keyframe.
@@ -38,18 +55,15 @@ pub struct Promise {
 }
 
 impl Keyframes {
-    pub fn open(folder: PathBuf, plan: FragmentPlan) -> io::Result<Self> {
+    pub fn open(folder: PathBuf, plan: FragmentPlan, (up, down): (Codec, Codec)) -> io::Result<Self> {
         fs::create_dir_all(&folder)?;
         let plan_digest = plan.digest();
-        Ok(Self { folder, plan, plan_digest })
+        Ok(Self { folder, plan: Arc::new(plan), plan_digest, up, down })
     }
 
-    pub fn plan(&self) -> &FragmentPlan {
-        &self.plan
-    }
-
-    pub fn plan_digest(&self) -> Digest {
-        self.plan_digest
+    /// Header of a payload against a version of a fragment.
+    pub fn payload_header(&self, fragment: u16, base_version: u64) -> PayloadHeader {
+        PayloadHeader::new(self.up, &self.plan, self.plan_digest, usize::from(fragment), base_version)
     }
 
     fn path(&self, fragment: u16, version: u64) -> PathBuf {
@@ -60,40 +74,88 @@ impl Keyframes {
         KeyframeId { plan: self.plan_digest, fragment: u32::from(fragment), version }
     }
 
-    /// Brings a keyframe to this disk, unless it is there already.
-    pub async fn fetch(
-        &self,
-        access: &dyn GrantAccess,
-        grant: &GrantRequest,
-        fragment: u16,
-        version: u64,
-        promise: Promise,
-    ) -> Result<(), Trouble> {
+    /// Brings a version to this disk, unless it is there already.
+    pub async fn fetch(&self, route: &Route<'_>, fragment: u16, version: u64, promise: Promise) -> Result<(), Trouble> {
         if keyframe::keyframe_bytes(&self.plan, &self.id(fragment, version)).ok() != Some(promise.length) {
             tracing::error!(fragment, version, length = promise.length, "the head states a length that the plan does not give");
             return Err(Trouble::Corrupt);
         }
-        let path = self.path(fragment, version);
-        if digest_of(&path).await.is_some_and(|digest| digest == promise.digest) {
+        if digest_of(&self.path(fragment, version)).await.is_some_and(|digest| digest == promise.digest) {
             return Ok(());
         }
+        if let Some(near) = self.near(fragment, version) {
+            match self.follow(route, fragment, near, version, promise.digest).await {
+                // What is here or a frame is damaged: the whole way from the keyframe.
+                Err(Trouble::Corrupt) => {}
+                result => return result,
+            }
+        }
+        let keyframe = keyframe_version(self.down, version);
+        if keyframe == version {
+            return self.fetch_keyframe(route, fragment, version, promise.length, Some(promise.digest)).await;
+        }
+        // Nobody states the digest of an older keyframe; the digest at the end of the chain vouches for it.
+        self.fetch_keyframe(route, fragment, keyframe, promise.length, None).await?;
+        self.follow(route, fragment, keyframe, version, promise.digest).await
+    }
+
+    /// The newest version on this disk from which frames lead to `version`.
+    fn near(&self, fragment: u16, version: u64) -> Option<u64> {
+        let before = version.checked_sub(1).filter(|_| self.down != Codec::Bf16)?;
+        (keyframe_version(self.down, before)..version).rev().find(|version| self.path(fragment, *version).exists())
+    }
+
+    /// From a version on this disk to another by the frames between them.
+    async fn follow(&self, route: &Route<'_>, fragment: u16, start: u64, version: u64, digest: Digest) -> Result<(), Trouble> {
+        let length = delta::delta_bytes(&self.plan, usize::from(fragment));
+        let mut frames = Vec::new();
+        for version in start + 1..=version {
+            let grant = (route.grant)(Method::Get, &route.keys.delta(fragment, version)).ok_or(Trouble::Grant)?;
+            frames.push(route.access.get(&grant, None, length).await.map_err(|error| grant_trouble(&error))?);
+        }
+        let (plan, id) = (self.plan.clone(), self.id(fragment, start));
+        let (from, to) = (self.path(fragment, start), self.path(fragment, version));
+        let work = move || -> Result<(), Trouble> {
+            let corrupt = |error: &dyn std::fmt::Display| {
+                tracing::error!(fragment, start, version, %error, "a chain of frames does not lead to the version that the head states");
+                Trouble::Corrupt
+            };
+            let base = fs::read(&from).map_err(|error| files::trouble(&error))?;
+            let base = keyframe::read(&plan, &id, &base).map_err(|error| corrupt(&error))?;
+            let keyframe = delta::follow(&plan, &id, base, &frames, &digest).map_err(|error| corrupt(&error))?;
+            files::write_whole(&to, &[&keyframe]).map_err(|error| files::trouble(&error))
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|_| Trouble::Unavailable)?
+    }
+
+    /// Fetches a keyframe; compares its digest where one is known.
+    async fn fetch_keyframe(
+        &self,
+        route: &Route<'_>,
+        fragment: u16,
+        version: u64,
+        length: u64,
+        digest: Option<Digest>,
+    ) -> Result<(), Trouble> {
+        let grant = (route.grant)(Method::Get, &route.keys.keyframe(fragment, version)).ok_or(Trouble::Grant)?;
+        let path = self.path(fragment, version);
         let partial = path.with_extension("part");
         let mut at = fs::metadata(&partial).map_or(0, |meta| meta.len());
-        if at > promise.length {
+        if at > length {
             fs::remove_file(&partial).map_err(|error| files::trouble(&error))?;
             at = 0;
         }
-        while at < promise.length {
-            let end = (at + PIECE_BYTES).min(promise.length);
-            let range = (end - at < promise.length).then_some((at, end));
-            let bytes = access.get(grant, range, end - at).await.map_err(|error| grant_trouble(&error))?;
+        while at < length {
+            let end = (at + PIECE_BYTES).min(length);
+            let range = (end - at < length).then_some((at, end));
+            let bytes = route.access.get(&grant, range, end - at).await.map_err(|error| grant_trouble(&error))?;
             if bytes.len() as u64 != end - at {
                 return Err(Trouble::Corrupt);
             }
             append(&partial, &bytes).map_err(|error| files::trouble(&error))?;
             at = end;
         }
-        if digest_of(&partial).await != Some(promise.digest) {
+        if digest.is_some() && digest_of(&partial).await != digest {
             tracing::error!(fragment, version, "a keyframe does not have the digest that the head states; it is fetched again");
             let _ = fs::remove_file(&partial);
             return Err(Trouble::Corrupt);
@@ -172,26 +234,79 @@ mod tests {
 
     use super::*;
 
+    fn keys() -> RunKeys {
+        protocol::paths::Keys::new(4).run(protocol::envelope::RunId([1; 16]))
+    }
+
+    /// A bucket of these objects, grants for all of them, and the store on this disk.
+    async fn bucket(objects: &[(String, &[u8])]) -> (MemoryStore, Vec<GrantRequest>) {
+        let bucket = MemoryStore::new();
+        let mut grants = Vec::new();
+        for (key, bytes) in objects {
+            bucket.put(key, Bytes::copy_from_slice(bytes), PutCondition::Always).await.unwrap();
+            grants.push(bucket.presign(&Presign::Get { key: key.clone(), now_ms: 0, expires_in_ms: 60_000 }).unwrap());
+        }
+        (bucket, grants)
+    }
+
+    #[tokio::test]
+    async fn versions_between_keyframes_come_as_frames() {
+        let folder = tempfile::tempdir().unwrap();
+        let (plan, keys) = (model::toy_plan(3), keys());
+        let store = Keyframes::open(folder.path().join("fragments"), plan.clone(), (Codec::Int4, Codec::Int4)).unwrap();
+        let mut theta: Vec<f32> = (0..plan.elements(1)).map(|at| (at as f32).sin()).collect();
+        let first = keyframe::write(&plan, &store.id(1, 0), &theta).unwrap();
+        let mut replica = keyframe::read(&plan, &store.id(1, 0), &first).unwrap();
+        let mut objects = vec![(keys.keyframe(1, 0), first)];
+        let mut promises = Vec::new();
+        for version in 1..=3 {
+            theta.iter_mut().for_each(|value| *value += 1e-3 * value.cos());
+            let frame = delta::write(&plan, &store.id(1, version - 1), &replica, &theta).unwrap();
+            promises.push(Promise { length: frame.keyframe.len() as u64, digest: Digest::blake3(&frame.keyframe) });
+            objects.push((keys.delta(1, version), frame.bytes));
+            replica = frame.replica;
+        }
+        let objects: Vec<(String, &[u8])> = objects.iter().map(|(key, bytes)| (key.clone(), bytes.as_slice())).collect();
+        let (bucket, grants) = bucket(&objects).await;
+        let access = MemoryGrants::new(bucket, || 1_000);
+        let find = |_: Method, key: &str| grants.iter().zip(&objects).find(|(_, (of, _))| of == key).map(|(grant, _)| grant.clone());
+        let route = Route { keys: &keys, grant: &find, access: &access };
+        // A newcomer takes the keyframe and all frames since; who has a version takes the frames behind it.
+        assert_eq!(store.fetch(&route, 1, 2, promises[1]).await, Ok(()));
+        let other = Promise { digest: Digest::ZERO, ..promises[2] };
+        assert_eq!(store.fetch(&route, 1, 3, other).await, Err(Trouble::Corrupt));
+        let no_keyframe = |method: Method, key: &str| find(method, key).filter(|_| key != keys.keyframe(1, 0));
+        let route = Route { grant: &no_keyframe, ..route };
+        assert_eq!(store.fetch(&route, 1, 3, promises[2]).await, Ok(()), "from version 2, which is here");
+        assert_eq!(store.load(1, 3).unwrap(), replica);
+        let nothing = |_: Method, _: &str| None;
+        let route = Route { grant: &nothing, ..route };
+        store.retire(1, 4);
+        assert_eq!(store.fetch(&route, 1, 3, promises[2]).await, Err(Trouble::Grant));
+    }
+
     #[tokio::test]
     async fn a_keyframe_is_fetched_once_and_only_with_the_promised_digest() {
         let folder = tempfile::tempdir().unwrap();
         let plan = model::toy_plan(3);
-        let store = Keyframes::open(folder.path().join("fragments"), plan.clone()).unwrap();
+        let store = Keyframes::open(folder.path().join("fragments"), plan.clone(), (Codec::Bf16, Codec::Bf16)).unwrap();
         let values = vec![0.5; plan.elements(1) as usize];
         let bytes = keyframe::write(&plan, &store.id(1, 7), &values).unwrap();
-        let bucket = MemoryStore::new();
-        bucket.put("k", Bytes::from(bytes.clone()), PutCondition::Always).await.unwrap();
-        let grant = bucket.presign(&Presign::Get { key: "k".into(), now_ms: 0, expires_in_ms: 60_000 }).unwrap();
+        let keys = keys();
+        let (bucket, grants) = bucket(&[(keys.keyframe(1, 7), bytes.as_slice())]).await;
         let access = MemoryGrants::new(bucket, || 1_000);
+        let find = |_: Method, key: &str| (key == keys.keyframe(1, 7)).then(|| grants[0].clone());
+        let route = Route { keys: &keys, grant: &find, access: &access };
         let promise = Promise { length: bytes.len() as u64, digest: Digest::blake3(&bytes) };
         let other = Promise { digest: Digest::ZERO, ..promise };
-        assert_eq!(store.fetch(&access, &grant, 1, 7, other).await, Err(Trouble::Corrupt));
-        assert_eq!(store.fetch(&access, &grant, 1, 7, Promise { length: 9, ..promise }).await, Err(Trouble::Corrupt));
-        assert_eq!(store.fetch(&access, &grant, 1, 7, promise).await, Ok(()));
+        assert_eq!(store.fetch(&route, 1, 7, other).await, Err(Trouble::Corrupt));
+        assert_eq!(store.fetch(&route, 1, 7, Promise { length: 9, ..promise }).await, Err(Trouble::Corrupt));
+        assert_eq!(store.fetch(&route, 1, 7, promise).await, Ok(()));
         assert_eq!(store.load(1, 7).unwrap(), values);
         let late = MemoryGrants::new(MemoryStore::new(), || 90_000);
-        assert_eq!(store.fetch(&late, &grant, 1, 7, promise).await, Ok(()), "it is on disk");
+        let route = Route { access: &late, ..route };
+        assert_eq!(store.fetch(&route, 1, 7, promise).await, Ok(()), "it is on disk");
         store.retire(1, 8);
-        assert_eq!(store.fetch(&late, &grant, 1, 7, promise).await, Err(Trouble::Grant));
+        assert_eq!(store.fetch(&route, 1, 7, promise).await, Err(Trouble::Grant));
     }
 }

@@ -32,7 +32,7 @@ use zeroize::Zeroizing;
 
 pub use base::BaseTrees;
 use book::GrantBook;
-pub use keyframes::{KeyframeStoreError, Keyframes, Promise};
+pub use keyframes::{KeyframeStoreError, Keyframes, Promise, Route};
 use looks::Looks;
 pub use openings::OpeningFiles;
 pub use spool::{Spool, SpoolError};
@@ -80,9 +80,11 @@ impl Plane {
     /// Opens the learner's folder for a new session.
     pub fn open(folder: &Path, session: u64, facts: &RunFacts) -> Result<Self, SpoolError> {
         let fail = |source: io::Error| SpoolError::Io { path: folder.to_owned(), source };
-        let steps_kept = SPOOLED_CYCLES * usize::from(facts.manifest.parameters.inner_steps);
+        let parameters = &facts.manifest.parameters;
+        let steps_kept = SPOOLED_CYCLES * usize::from(parameters.inner_steps);
+        let codecs = (parameters.codec_up, parameters.codec_down);
         Ok(Self {
-            keyframes: Keyframes::open(folder.join("fragments"), facts.plan.clone()).map_err(fail)?,
+            keyframes: Keyframes::open(folder.join("fragments"), facts.plan.clone(), codecs).map_err(fail)?,
             tokens: TokenStore::default(),
             payloads: Announced::default(),
             spool: Spool::open(folder.join("spool"), session, steps_kept.max(1))?,
@@ -190,13 +192,9 @@ impl Edge {
                 return None;
             }
             Effect::FetchKeyframe { fragment, version, length, digest } => {
-                let result = match self.grant(Method::Get, &run.keyframe(fragment, version)) {
-                    Some(grant) => {
-                        let promise = Promise { length, digest };
-                        self.plane.keyframes.fetch(&*self.shared.access, &grant, fragment, version, promise).await
-                    }
-                    None => Err(Trouble::Grant),
-                };
+                let grant = |method: Method, key: &str| self.grant(method, key);
+                let route = Route { keys: run, grant: &grant, access: &*self.shared.access };
+                let result = self.plane.keyframes.fetch(&route, fragment, version, Promise { length, digest }).await;
                 Input::KeyframeFetched { fragment, version, result }
             }
             Effect::FetchTokens(lease) => Input::TokensFetched { lease: lease.id, result: self.fetch_tokens(&lease).await },

@@ -124,12 +124,12 @@ impl Learner {
     pub(super) fn set_eager(&mut self, now_ms: u64) {
         let head_wants = self.head.as_ref().map(|head| self.fragments.wanted(head, now_ms)).unwrap_or_default();
         let misses_keyframe =
-            head_wants.iter().any(|(fragment, version)| !self.grants.can_get(&self.settings.run.keyframe(*fragment, *version), now_ms));
+            head_wants.iter().any(|(fragment, version)| !self.grants.can_get(&self.settings.fragment_key(*fragment, *version), now_ms));
         let is_complete = self.head.as_ref().is_some_and(|head| head.state == RunState::Complete);
         let standing = !self.grants.is_live(self.settings.session_epoch)
             || self.grants.is_renewing()
             || misses_keyframe
-            || !self.grants.can_put(&self.progress_key(), now_ms);
+            || !self.grants.can_put(&self.progress_key, now_ms);
         let pull = self.pulls.awaits_upload()
             || self.receipts.awaits_upload()
             || self.openings.awaits_upload(now_ms)

@@ -25,7 +25,7 @@ mod transfers;
 use std::collections::VecDeque;
 
 use daemon::{Exit, Machine};
-use protocol::documents::{Head, RunParameters};
+use protocol::documents::{Codec, Head, RunParameters};
 use protocol::paths::{Keys, RunKeys};
 use protocol::steps::Exchange;
 use protocol::{AccountId, Method, Reason};
@@ -71,6 +71,16 @@ pub struct LearnerSettings {
     pub shards: Vec<String>,
     /// Stop after so many leases.
     pub leases_max: Option<u64>,
+}
+
+impl LearnerSettings {
+    /// The object that a version of a fragment is fetched by: its keyframe, or the last frame on the way to it.
+    fn fragment_key(&self, fragment: u16, version: u64) -> String {
+        match self.parameters.codec_down {
+            Codec::Int4 if version > 0 => self.run.delta(fragment, version),
+            _ => self.run.keyframe(fragment, version),
+        }
+    }
 }
 
 /// Why a learner is over.
@@ -127,6 +137,8 @@ struct Registration {
 /// The machine of one learner.
 pub struct Learner {
     settings: LearnerSettings,
+    /// Where the record lies; asked for at every input.
+    progress_key: String,
     /// Time of the newest input.
     now_ms: u64,
     effects: VecDeque<Effect>,
@@ -170,6 +182,7 @@ impl Learner {
     pub fn new(settings: LearnerSettings) -> Self {
         let parameters = &settings.parameters;
         Self {
+            progress_key: settings.run.progress(&settings.hotkey, settings.slot),
             now_ms: 0,
             effects: VecDeque::new(),
             polls: Polls::new(parameters.poll_ms),
@@ -242,7 +255,7 @@ impl Learner {
             Input::TrainerOpened(Err(fault)) => self.give_up(fault, now_ms),
             Input::KeyframeFetched { fragment, version, result } => {
                 if result == Err(Trouble::Grant) {
-                    self.grants.refused(Method::Get, &self.settings.run.keyframe(fragment, version));
+                    self.grants.refused(Method::Get, &self.settings.fragment_key(fragment, version));
                 }
                 self.disk(&result, now_ms);
                 self.fragments.fetched(fragment, version, result, now_ms);
@@ -292,10 +305,6 @@ impl Learner {
 
     fn opening_key(&self, audit: &protocol::Digest, part: u8) -> String {
         self.settings.run.opening(&self.settings.hotkey, self.settings.slot, audit, part)
-    }
-
-    fn progress_key(&self) -> String {
-        self.settings.run.progress(&self.settings.hotkey, self.settings.slot)
     }
 
     fn decide(&mut self, now_ms: u64) {

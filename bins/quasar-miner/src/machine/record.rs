@@ -117,8 +117,7 @@ impl Learner {
 
     pub(super) fn progress_put(&mut self, put: Put, now_ms: u64) {
         if put == Put::Grant {
-            let key = self.progress_key();
-            self.grants.refused(Method::Put, &key);
+            self.grants.refused(Method::Put, &self.progress_key);
         }
         self.record.put(put, now_ms);
         if put == Put::DiskFull {
@@ -132,7 +131,7 @@ impl Learner {
     }
 
     pub(super) fn put_record(&mut self, now_ms: u64) {
-        if self.end().is_some() || !self.grants.can_put(&self.progress_key(), now_ms) {
+        if self.end().is_some() || !self.grants.can_put(&self.progress_key, now_ms) {
             return;
         }
         let progress = self.progress(now_ms);

@@ -78,7 +78,7 @@ impl Learner {
     pub(super) fn fetch_fragments(&mut self, now_ms: u64) {
         let Some(head) = &self.head else { return };
         for (fragment, version) in self.fragments.wanted(head, now_ms) {
-            if self.grants.can_get(&self.settings.run.keyframe(fragment, version), now_ms) {
+            if self.grants.can_get(&self.settings.fragment_key(fragment, version), now_ms) {
                 let known = &head.fragments[usize::from(fragment)];
                 self.fragments.fetching(fragment, version);
                 self.effects.push_back(Effect::FetchKeyframe { fragment, version, length: known.length, digest: known.digest });

@@ -210,7 +210,7 @@ impl World {
         let (keys, failures) = (Keys::new(24), Arc::new(AtomicU32::new(0)));
         let run = keys.run(RunId([7; 16]));
         let plane = Arc::new(Plane {
-            keyframes: Keyframes::open(folder.join("fragments"), toy_plan(FRAGMENTS)).unwrap(),
+            keyframes: Keyframes::open(folder.join("fragments"), toy_plan(FRAGMENTS), (Codec::Bf16, Codec::Bf16)).unwrap(),
             tokens: TokenStore::default(),
             payloads: Announced::default(),
             spool: Spool::open(folder.join("spool"), now_ms, 24).unwrap(),

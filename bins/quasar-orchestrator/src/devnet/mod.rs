@@ -4,6 +4,7 @@
 //! commands, starts the production binaries, and ends by loading the release back.
 
 mod children;
+mod kills;
 mod place;
 mod report;
 mod view;
@@ -15,6 +16,7 @@ use chain::{Chain, ConnectSettings, SubtensorClient};
 use daemon::{Exit, Failure, Shutdown};
 
 use children::{Child, Children};
+use kills::Kills;
 use place::Place;
 use report::Summary;
 use view::View;
@@ -30,6 +32,7 @@ const NOTICE_BLOCKS: u64 = 2;
 /// Blocks in which a validator notices the last verdict and, after its rate limit, sets its row.
 const CHANCE_BLOCKS: u64 = 25;
 const POLL: Duration = Duration::from_millis(250);
+const POLL_EAGER: Duration = Duration::from_millis(20);
 
 /// Train a small Quasar across real daemons on this machine, release a checkpoint, set weights
 #[derive(Debug, Clone, clap::Args)]
@@ -41,6 +44,12 @@ pub struct DevnetArgs {
     /// Merges of every fragment
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub cycles: u64,
+    /// Codec in which learners send their changes: bf16 or int4; default: that of configs/run-devnet.toml
+    #[arg(long, value_name = "CODEC")]
+    pub codec_up: Option<String>,
+    /// Codec in which new versions go out: bf16 or int4
+    #[arg(long, value_name = "CODEC")]
+    pub codec_down: Option<String>,
     /// Folder for everything; must be new or empty
     #[arg(long, value_name = "DIR", default_value = "devnet")]
     pub dir: PathBuf,
@@ -50,6 +59,9 @@ pub struct DevnetArgs {
     /// Kill one miner, one validator and the orchestrator once each, and start them again
     #[arg(long)]
     pub chaos: bool,
+    /// Kill the orchestrator each so many seconds, as often as the run lasts, and start it again at once
+    #[arg(long, value_name = "SECONDS")]
+    pub kill_every: Option<u64>,
     /// Print one JSON object as the last line
     #[arg(long)]
     pub json: bool,
@@ -59,6 +71,23 @@ pub struct DevnetArgs {
     /// Give up after this long
     #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
     pub timeout_sec: u64,
+    #[command(flatten)]
+    pub s3: ForeignStore,
+}
+
+/// A bucket elsewhere, in place of the embedded server. Its part below `quasar/` is made for this devnet and must be empty.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ForeignStore {
+    /// Use this S3 server instead of the embedded one, e.g. http://127.0.0.1:8333
+    #[arg(long, value_name = "URL", requires_all = ["s3_access_key", "s3_secret_key"])]
+    pub s3_endpoint: Option<String>,
+    #[arg(long, value_name = "NAME", default_value = "quasar")]
+    pub s3_bucket: String,
+    #[arg(long, value_name = "KEY", env = "QUASAR_DEVNET_S3_ACCESS_KEY")]
+    pub s3_access_key: Option<String>,
+    /// Best given by the environment, where other users do not see it
+    #[arg(long, value_name = "KEY", env = "QUASAR_DEVNET_S3_SECRET_KEY", hide_env_values = true)]
+    pub s3_secret_key: Option<String>,
 }
 
 /// Runs a devnet from nothing to its summary.
@@ -82,22 +111,25 @@ pub async fn run(arguments: DevnetArgs) -> Result<Exit, Failure> {
         .await
         .map_err(Failure::unavailable)?;
 
-    let outcome = supervise(&arguments, &place, &chain, &mut children, &mut view, &shutdown, begun).await;
+    let mut kills = Kills::new(arguments.kill_every);
+    let outcome = supervise(&arguments, &place, &chain, &mut children, &mut kills, &mut view, &shutdown, begun).await;
     children.stop_all().await;
     let status = outcome?;
     view.note("loading the release back");
-    let summary = Summary::collect(&arguments, &place, &chain, &status, begun).await?;
+    let summary = Summary::collect(&arguments, &place, &chain, &status, &kills, begun).await?;
     view.finish();
     summary.print(arguments.json);
     Ok(if summary.ok { Exit::Done } else { Exit::Unavailable })
 }
 
 /// Watches until the run is complete, audited and weighted.
+#[allow(clippy::too_many_arguments)]
 async fn supervise(
     arguments: &DevnetArgs,
     place: &Place,
     chain: &SubtensorClient,
     children: &mut Children,
+    kills: &mut Kills,
     view: &mut View,
     shutdown: &Shutdown,
     begun: Instant,
@@ -107,7 +139,7 @@ async fn supervise(
     let mut settling = Settling::default();
     let end = begun + Duration::from_secs(arguments.timeout_sec);
     loop {
-        if !shutdown.sleep(POLL).await {
+        if !shutdown.sleep(if kills.is_awaiting() { POLL_EAGER } else { POLL }).await {
             return Err(Failure::try_later(anyhow::anyhow!("stopped before the run was complete")));
         }
         if let Some(name) = children.unexpected_exit() {
@@ -124,6 +156,7 @@ async fn supervise(
             chaos.advance(&status, arguments, place, children, view).await?;
         }
         if status.state != protocol::documents::RunState::Complete {
+            kills.advance(place, children, view).await?;
             continue;
         }
         let since = *complete.get_or_insert_with(|| {

@@ -8,7 +8,7 @@ use chain::Wallet;
 use chain::devnode::{DevChain, DevNeuron, DevNode};
 use daemon::{Failure, Shutdown};
 use protocol::documents::{CurrentRun, VerdictReveal};
-use protocol::envelope::{Context, Expect, RunId, open_stored};
+use protocol::envelope::{Context, Expect, Purpose, RunId, open_stored};
 use protocol::paths::{Keys, RunKeys, public_prefix};
 use protocol::{AccountId, KeyKind};
 use storage::server::{Backend, S3Server, ServerSettings};
@@ -32,20 +32,44 @@ const VALIDATOR_STAKE: u64 = 1_000_000_000_000;
 /// The credentials of the embedded store: it listens on loopback and lives as long as this process.
 const ACCESS_KEY: &str = "devnet";
 
+/// Where the bucket is, and the credentials of its owner.
+struct Bucket {
+    endpoint: String,
+    name: String,
+    access_key: String,
+    secret_key: String,
+}
+
+impl Bucket {
+    fn store(&self) -> Result<S3Store, Failure> {
+        S3Store::new(S3Settings {
+            endpoint: Some(self.endpoint.clone()),
+            region: REGION.to_owned(),
+            bucket: self.name.clone(),
+            access_key: Some(self.access_key.clone()),
+            secret_key: Some(self.secret_key.clone()),
+            path_style: true,
+        })
+        .map_err(Failure::configuration)
+    }
+}
+
 pub struct Place {
     root: PathBuf,
     bins: PathBuf,
-    _server: S3Server,
+    /// The embedded server, where no other was named.
+    _server: Option<S3Server>,
     chain: DevNode,
     store: Arc<S3Store>,
-    endpoint: String,
-    secret: String,
+    bucket: Bucket,
     owner: AccountId,
     orchestrator: AccountId,
     validators: Vec<AccountId>,
     miners: Vec<AccountId>,
     run: RunId,
     fragments: u16,
+    /// Tokens in a row.
+    sequence_length: u32,
 }
 
 impl Place {
@@ -94,34 +118,18 @@ impl Place {
         })
         .await
         .map_err(Failure::unavailable)?;
-        let secret = protocol::Digest::derive("quasar devnet secret", &[&orchestrator.0, &chain.genesis()]).to_string();
-        let server = S3Server::start(ServerSettings {
-            backend: Backend::Disk(root.join("bucket")),
-            bucket: BUCKET.to_owned(),
-            access_key: ACCESS_KEY.to_owned(),
-            secret_key: secret.clone(),
-            public_prefixes: vec![public_prefix(NETUID)],
-            listen,
-        })
-        .await
-        .map_err(Failure::unavailable)?;
-        let endpoint = server.endpoint();
-        let store = S3Store::new(S3Settings {
-            endpoint: Some(endpoint.clone()),
-            region: REGION.to_owned(),
-            bucket: BUCKET.to_owned(),
-            access_key: Some(ACCESS_KEY.to_owned()),
-            secret_key: Some(secret.clone()),
-            path_style: true,
-        })
-        .map_err(Failure::unavailable)?;
+        let (server, bucket) = bucket(arguments, &root, &orchestrator, &chain).await?;
+        let store = bucket.store()?;
+        if server.is_none() {
+            store.make_public_bucket(&public_prefix(NETUID)).await.map_err(Failure::unavailable)?;
+        }
         let local = serde_json::json!({ "genesis": format!("0x{}", hex::encode(chain.genesis())), "endpoint": chain.endpoint() });
         write(&root.join("chain.json"), local.to_string().as_bytes())?;
         write(&root.join("model.json"), MODEL_FILE.as_bytes())?;
         write(&root.join("corpus/sotu.jsonl.xz"), CORPUS)?;
         write(&root.join("corpus/held_out.txt"), HELD_OUT.as_bytes())?;
         write(&root.join("corpus/tokenizer.json"), TOKENIZER)?;
-        let (run_file, fragments, sequence_length) = run_file(arguments.cycles)?;
+        let (run_file, fragments, sequence_length) = run_file(arguments)?;
         write(&root.join("run.toml"), run_file.as_bytes())?;
         for name in ["logs", "state"] {
             std::fs::create_dir_all(root.join(name)).map_err(Failure::unavailable)?;
@@ -132,26 +140,26 @@ impl Place {
             _server: server,
             chain,
             store: Arc::new(store),
-            endpoint,
-            secret,
+            bucket,
             owner,
             orchestrator,
             validators,
             miners,
             run: RunId::NONE,
             fragments,
+            sequence_length,
         };
-        place.open_run(arguments, sequence_length, shutdown).await?;
+        place.open_run(arguments, shutdown).await?;
         Ok(place)
     }
 
     /// The operator's path to a run.
-    async fn open_run(&mut self, arguments: &DevnetArgs, sequence_length: u32, shutdown: &Shutdown) -> Result<(), Failure> {
+    async fn open_run(&mut self, arguments: &DevnetArgs, shutdown: &Shutdown) -> Result<(), Failure> {
         let text = |path: PathBuf| path.to_string_lossy().into_owned();
         let at = |name: &str| text(self.root.join(name));
         let base = at("base");
         let seed = arguments.seed.to_string();
-        let length = sequence_length.to_string();
+        let length = self.sequence_length.to_string();
         let orchestrator = self.orchestrator.to_string();
         let (corpus, tokenizer, held_out, shards, model, run_file) = (
             at("corpus/sotu.jsonl.xz"),
@@ -228,9 +236,9 @@ impl Place {
             ("QUASAR_WALLET_NAME", wallet.to_owned()),
             ("QUASAR_HOTKEY_NAME", HOTKEY.to_owned()),
             ("QUASAR_OWNER_IDENTITY", self.owner.to_string()),
-            ("QUASAR_S3_BUCKET", BUCKET.to_owned()),
+            ("QUASAR_S3_BUCKET", self.bucket.name.clone()),
             ("QUASAR_S3_REGION", REGION.to_owned()),
-            ("QUASAR_S3_ENDPOINT_URL", self.endpoint.clone()),
+            ("QUASAR_S3_ENDPOINT_URL", self.bucket.endpoint.clone()),
             ("QUASAR_STATE_DIR", self.root.join("state").join(wallet).to_string_lossy().into_owned()),
         ]
         .into_iter()
@@ -240,8 +248,8 @@ impl Place {
 
     fn operator_environment(&self, wallet: &str) -> Vec<(String, String)> {
         let mut environment = self.environment(wallet);
-        environment.push(("QUASAR_S3_ACCESS_KEY".to_owned(), ACCESS_KEY.to_owned()));
-        environment.push(("QUASAR_S3_SECRET_KEY".to_owned(), self.secret.clone()));
+        environment.push(("QUASAR_S3_ACCESS_KEY".to_owned(), self.bucket.access_key.clone()));
+        environment.push(("QUASAR_S3_SECRET_KEY".to_owned(), self.bucket.secret_key.clone()));
         environment
     }
 
@@ -276,7 +284,7 @@ impl Place {
 
     /// Loss of a tree on the held-out shard, by `quasar-validator eval`.
     pub async fn eval(&self, tree: &Path, tokens: &Path) -> Result<f64, Failure> {
-        let length = self.sequence_length().to_string();
+        let length = self.sequence_length.to_string();
         let (tree, tokens) = (tree.to_string_lossy().into_owned(), tokens.to_string_lossy().into_owned());
         let arguments = ["eval", "--checkpoint", &tree, "--tokens", &tokens, "--sequence-length", &length, "--threads", "1", "--json"];
         let recipe = self.recipe(Child::Validator(0), "quasar-validator", &arguments, Vec::new());
@@ -304,6 +312,12 @@ impl Place {
         } else {
             Err(Failure::unavailable(anyhow::anyhow!("the release cannot be fetched: {}", String::from_utf8_lossy(&output.stderr).trim())))
         }
+    }
+
+    /// Sequence number of the head's envelope: it grows with every head that is published.
+    pub async fn head_sequence(&self) -> Option<u64> {
+        let object = self.store.get(&self.run_keys().head(), Purpose::Head.limit() as u64).await.ok()?;
+        protocol::envelope::peek(&object.bytes).ok().map(|(envelope, _, _)| envelope.header.sequence)
     }
 
     pub async fn status(&self) -> Option<Status> {
@@ -391,24 +405,53 @@ impl Place {
     pub fn shards(&self) -> PathBuf {
         self.root.join("shards")
     }
-
-    fn sequence_length(&self) -> u32 {
-        run_file(1).map_or(0, |(_, _, length)| length)
-    }
 }
 
-/// The run file with the wanted number of cycles; fragments and sequence length of it.
-fn run_file(cycles: u64) -> Result<(String, u16, u32), Failure> {
+/// The bucket that was named, or that of an embedded server.
+async fn bucket(
+    arguments: &DevnetArgs,
+    root: &Path,
+    orchestrator: &AccountId,
+    chain: &DevNode,
+) -> Result<(Option<S3Server>, Bucket), Failure> {
+    let s3 = &arguments.s3;
+    if let (Some(endpoint), Some(access_key), Some(secret_key)) = (&s3.s3_endpoint, &s3.s3_access_key, &s3.s3_secret_key) {
+        let (endpoint, name) = (endpoint.clone(), s3.s3_bucket.clone());
+        return Ok((None, Bucket { endpoint, name, access_key: access_key.clone(), secret_key: secret_key.clone() }));
+    }
+    let secret_key = protocol::Digest::derive("quasar devnet secret", &[&orchestrator.0, &chain.genesis()]).to_string();
+    let server = S3Server::start(ServerSettings {
+        backend: Backend::Disk(root.join("bucket")),
+        bucket: BUCKET.to_owned(),
+        access_key: ACCESS_KEY.to_owned(),
+        secret_key: secret_key.clone(),
+        public_prefixes: vec![public_prefix(NETUID)],
+        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+    })
+    .await
+    .map_err(Failure::unavailable)?;
+    let endpoint = server.endpoint();
+    Ok((Some(server), Bucket { endpoint, name: BUCKET.to_owned(), access_key: ACCESS_KEY.to_owned(), secret_key }))
+}
+
+/// The run file with the wanted number of cycles and codecs; fragments and sequence length of it.
+fn run_file(arguments: &DevnetArgs) -> Result<(String, u16, u32), Failure> {
     let broken = |what: &str| Failure::configuration(anyhow::anyhow!("the built-in run file is broken: {what}"));
     let mut table: toml::Table = RUN_FILE.parse().map_err(|_| broken("it does not parse"))?;
     let parameters = table.get_mut("parameters").and_then(toml::Value::as_table_mut).ok_or_else(|| broken("no [parameters]"))?;
-    parameters.insert("cycles".to_owned(), toml::Value::Integer(cycles as i64));
+    let cycles = arguments.cycles as i64;
+    parameters.insert("cycles".to_owned(), toml::Value::Integer(cycles));
+    for (key, codec) in [("codec_up", &arguments.codec_up), ("codec_down", &arguments.codec_down)] {
+        if let Some(codec) = codec {
+            parameters.insert(key.to_owned(), toml::Value::String(codec.clone()));
+        }
+    }
     let number = |key: &str| parameters.get(key).and_then(toml::Value::as_integer).ok_or_else(|| broken(key));
     let (fragments, length, inner_steps) = (number("fragments")?, number("sequence_length")?, number("inner_steps")?);
     // The learning rate falls over exactly this run.
     let schedule = parameters.get_mut("inner").and_then(|inner| inner.get_mut("schedule")).and_then(toml::Value::as_table_mut);
     let schedule = schedule.ok_or_else(|| broken("no [parameters.inner.schedule]"))?;
-    schedule.insert("total_steps".to_owned(), toml::Value::Integer(cycles as i64 * inner_steps));
+    schedule.insert("total_steps".to_owned(), toml::Value::Integer(cycles * inner_steps));
     Ok((table.to_string(), fragments as u16, length as u32))
 }
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 use storage::ObjectStore;
 
 use super::DevnetArgs;
+use super::kills::Kills;
 use super::place::Place;
 use crate::machine::Status;
 
@@ -30,6 +31,9 @@ pub struct Summary {
     release_dir: String,
     tokens: u64,
     seconds: f64,
+    /// Kills of the orchestrator, and the longest time from the start of its next process to a new head.
+    kills: usize,
+    slowest_recovery_seconds: f64,
     #[serde(skip)]
     problems: Vec<String>,
 }
@@ -47,6 +51,7 @@ impl Summary {
         place: &Place,
         chain: &SubtensorClient,
         status: &Status,
+        kills: &Kills,
         begun: Instant,
     ) -> Result<Self, Failure> {
         let mut problems = Vec::new();
@@ -111,6 +116,8 @@ impl Summary {
             release_dir: release.to_string_lossy().into_owned(),
             tokens: tokens / u64::from(place.fragments()),
             seconds: begun.elapsed().as_secs_f64(),
+            kills: kills.count(),
+            slowest_recovery_seconds: kills.slowest_seconds(),
             problems,
         })
     }
@@ -132,6 +139,9 @@ impl Summary {
                 println!("weight          {account} {weight}");
             }
             println!("tokens          {} in {:.1} s", self.tokens, self.seconds);
+            if self.kills > 0 {
+                println!("kills           {}, the slowest recovery took {:.2} s", self.kills, self.slowest_recovery_seconds);
+            }
             println!("release         {}", self.release_dir);
             for problem in &self.problems {
                 println!("problem         {problem}");

@@ -1,7 +1,7 @@
 //! Evidence that must outlive its writer: write-once copies of commitments, receipts of leases, revealed verdicts.
 
 use protocol::documents::{Lease, Progress, Receipt, VerdictResult, VerdictReveal};
-use protocol::envelope::{Document, Expect, Purpose, open_stored, peek};
+use protocol::envelope::{Document, Expect, Purpose, open_stored};
 use protocol::{AccountId, Digest, Reason};
 use storage::StoreError;
 
@@ -12,9 +12,10 @@ use crate::machine::Slot;
 const ENVELOPE_BYTES: u64 = 512;
 
 impl Service {
-    /// Copies the signed progress envelope that holds a commitment, and gives the id of the copy. `None` if the learner has
-    /// overwritten it meanwhile without that commitment.
-    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest) -> Option<Digest> {
+    /// Copies the signed progress envelope that holds a commitment, and gives the id of the copy; a reason if there is a copy
+    /// already, of a commitment to another payload. `None` if the learner has overwritten the record meanwhile without that
+    /// commitment.
+    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest) -> Option<Result<Digest, Reason>> {
         let key = self.run.commitment(&slot.0, slot.1, t);
         let known = self.records.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get(&slot).cloned();
         let bytes = match known {
@@ -25,11 +26,14 @@ impl Service {
             }
         };
         let record = open_stored::<Progress>(&bytes, &self.context, Expect::Account(&slot.0)).ok()?;
-        if !record.document.commitments.iter().any(|commitment| commitment.t == t) {
-            return None;
-        }
+        let payload = record.document.commitments.iter().find(|commitment| commitment.t == t)?.blake3;
         let stored = persist(&key, || self.put_bytes_once(&key, bytes.clone())).await;
-        peek(&stored).ok().map(|(_, _, id)| id)
+        let evidence = open_stored::<Progress>(&stored, &self.context, Expect::Account(&slot.0)).ok();
+        let holds = |record: &Progress| record.commitments.iter().any(|commitment| commitment.t == t && commitment.blake3 == payload);
+        Some(match evidence {
+            Some(evidence) if holds(&evidence.document) => Ok(evidence.id),
+            _ => Err(Reason::RepeatedCommitment),
+        })
     }
 
     /// Reads the uploaded receipt of a lease and checks it against the lease and the commitments made during it. Gives its id and

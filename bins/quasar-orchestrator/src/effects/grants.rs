@@ -2,8 +2,9 @@
 
 use bytes::Bytes;
 use daemon::clock;
-use protocol::documents::{PROGRESS_BYTES, PullGrants, SCORES_BYTES, StandingGrants};
+use protocol::documents::{Codec, PROGRESS_BYTES, PullGrants, SCORES_BYTES, StandingGrants};
 use protocol::envelope::{self, Document, Purpose, header_for};
+use protocol::schedule::keyframe_version;
 use protocol::{AccountId, GrantBundle, SealedBytes};
 use storage::{Presign, bundle};
 
@@ -43,7 +44,17 @@ impl Service {
                 for (fragment, version) in mark.versions.iter().enumerate() {
                     // Replays go back to older versions; learners look ahead.
                     let from = if validator { version.saturating_sub(VERSIONS_AHEAD / 2) } else { *version };
-                    wanted.extend((from..=version + VERSIONS_AHEAD).map(|version| read(self.run.keyframe(fragment as u16, version))));
+                    let (down, fragment) = (self.manifest.parameters.codec_down, fragment as u16);
+                    // Where frames travel, the way to a version begins at the keyframe before it.
+                    let from = keyframe_version(down, from);
+                    for version in from..=version + VERSIONS_AHEAD {
+                        if keyframe_version(down, version) == version {
+                            wanted.push(read(self.run.keyframe(fragment, version)));
+                        }
+                        if down != Codec::Bf16 && version > 0 {
+                            wanted.push(read(self.run.delta(fragment, version)));
+                        }
+                    }
                 }
             }
             self.bundle::<StandingGrants>(slot.0, &wanted, |sealed| StandingGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed })

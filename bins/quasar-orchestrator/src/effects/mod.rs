@@ -2,11 +2,13 @@
 //! now is tried again until it can, and everything is idempotent by key. Nothing is written without the writer lease
 //! ([`fence`]).
 
+mod arithmetic;
 mod audits;
 mod evidence;
 pub mod fence;
 mod grants;
 mod merge;
+mod payloads;
 mod pollers;
 mod publish;
 mod release;
@@ -234,8 +236,13 @@ impl Executor for Hands {
                 service.publish_pull_grants(revision, slot, session_epoch, &wants).await;
             }
             Effect::StoreCommitment { slot, t, id } => {
-                if let Some(id) = service.store_commitment(slot, t, id).await {
-                    inputs.send(Input::CommitmentStored { slot, t, id }).await;
+                match service.store_commitment(slot, t, id).await {
+                    Some(Ok(id)) => inputs.send(Input::CommitmentStored { slot, t, id }).await,
+                    Some(Err(reason)) => {
+                        tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, t, "commitment refused: {reason}");
+                        inputs.send(Input::CommitmentRefused { slot, t }).await;
+                    }
+                    None => {}
                 }
             }
             Effect::CheckPayload { slot, t, commitment } => {

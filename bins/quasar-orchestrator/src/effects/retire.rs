@@ -1,5 +1,6 @@
 //! Deletes what nobody needs any more. Tapes, manifests, commitments and receipts stay: they are small, and they are the record.
 
+use protocol::documents::Codec;
 use storage::StoreError;
 
 use super::{Service, persist};
@@ -10,6 +11,9 @@ impl Service {
         let mut keys = Vec::new();
         for (fragment, version) in &retired.versions {
             keys.extend([self.run.keyframe(*fragment, *version), self.run.state(*fragment, *version)]);
+            if self.manifest.parameters.codec_down != Codec::Bf16 {
+                keys.push(self.run.delta(*fragment, *version));
+            }
         }
         keys.extend(retired.payloads.iter().map(|((hotkey, slot), t)| self.run.payload(hotkey, *slot, *t)));
         for release in &retired.releases {

@@ -137,10 +137,11 @@ impl Bucket {
                 keyframe: record.blake3,
                 keyframe_length: record.length,
                 state: Digest::blake3(&state),
-                payload_length: codec::payload_bytes(&plan, usize::from(fragment)),
+                elements: ELEMENTS as u64,
+                payload_length: PayloadHeader::bf16(&plan, plan.digest(), usize::from(fragment), 0).payload_bytes(),
             };
             heads.push(FragmentHead { version: 0, length: record.length, digest: record.blake3 });
-            let manifest = FragmentManifest { fragment, version: 0, t: u64::MAX, keyframe: record, state: setup.state };
+            let manifest = FragmentManifest { fragment, version: 0, t: u64::MAX, keyframe: record, delta: None, state: setup.state };
             bucket.setup.fragments.push(setup);
             bucket.put(&keys.state(fragment, 0), state).await;
             bucket.put(&keys.keyframe(fragment, 0), frame).await;
@@ -263,7 +264,7 @@ impl Bucket {
             });
         }
         inputs.sort_by_key(|input| (input.hotkey, input.slot));
-        Tape { t, fragment, epoch, base_version, base_state: Digest::ZERO, block: 5, closing: false, restores: None, inputs }
+        Tape { t, fragment, epoch, base_version, base_state: Digest::ZERO, block: 5, closing: false, restores: None, step_mean: 0, inputs }
     }
 
     fn fresh(&self) -> Orchestrator {

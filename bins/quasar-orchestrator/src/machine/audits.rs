@@ -115,7 +115,7 @@ impl Orchestrator {
 
     /// Takes up announced and uploaded parts of openings.
     pub(super) fn on_openings(&mut self, slot: Slot, record: &Progress) {
-        let elements: u64 = self.fragments.iter().map(|fragment| fragment.payload_length / 2).sum();
+        let elements: u64 = self.setup.fragments.iter().map(|fragment| fragment.elements).sum();
         let limit = (elements * OPENING_BYTES_PER_ELEMENT).max(OPENING_BYTES_MIN);
         let mut changed = false;
         for part in &record.openings {

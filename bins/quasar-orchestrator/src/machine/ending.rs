@@ -127,12 +127,12 @@ impl Orchestrator {
         let audited_from = self.audited_from();
         let mut retired = Retired::default();
         let releasing = self.releasing.as_ref().map(|releasing| releasing.versions.clone());
+        let down = self.parameters().codec_down;
         for (index, fragment) in self.fragments.iter_mut().enumerate() {
             let needed = releasing.as_ref().map_or(u64::MAX, |versions| versions[index]);
-            while fragment.kept_from + VERSIONS_KEPT <= fragment.version
-                && fragment.kept_from + CYCLES_AFTER_AUDIT <= audited_from
-                && fragment.kept_from < needed
-            {
+            // The way to every version that stays begins at a keyframe.
+            let first = schedule::keyframe_version(down, (fragment.version + 1).saturating_sub(VERSIONS_KEPT));
+            while fragment.kept_from < first && fragment.kept_from + CYCLES_AFTER_AUDIT <= audited_from && fragment.kept_from < needed {
                 retired.versions.push((index as u16, fragment.kept_from));
                 fragment.kept_from += 1;
             }

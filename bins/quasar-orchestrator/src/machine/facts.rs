@@ -33,6 +33,7 @@ pub struct FragmentSetup {
     pub keyframe: Digest,
     pub keyframe_length: u64,
     pub state: Digest,
+    pub elements: u64,
     /// Bytes of an encoded payload.
     pub payload_length: u64,
 }
@@ -46,6 +47,8 @@ pub struct Fragment {
     pub payload_length: u64,
     /// When this version came into being.
     pub published_ms: u64,
+    /// Mean norm of its outer steps, in units of 1e-6.
+    pub step_mean: u64,
     /// Payloads against older versions do not count: a rollback took those back.
     pub base_min: u64,
     /// Objects of older versions are deleted.
@@ -84,6 +87,12 @@ pub enum Input {
         slot: Slot,
         t: u64,
         id: Digest,
+    },
+    /// In the bucket lies the commitment that an earlier session of the learner made for the same outer step: no other one can
+    /// be evidence.
+    CommitmentRefused {
+        slot: Slot,
+        t: u64,
     },
     /// Static checks of an upload ended; [`Reason::None`] = passed.
     PayloadChecked {

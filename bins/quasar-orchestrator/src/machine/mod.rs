@@ -112,13 +112,14 @@ pub struct Orchestrator {
     revision: u64,
     head_dirty: bool,
     pace: Pace,
-    #[serde(skip)]
     volatile: Volatile,
 }
 
-/// What a new process starts without: effects that wait, and when things were last done.
-#[derive(Debug, Default)]
+/// What a new process starts without: effects that wait, and when things were last done. It is part of a snapshot all the same,
+/// so that the inputs after it are replayed by the very machine that saw them first; a process that begins starts it anew.
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Volatile {
+    #[serde(skip)]
     effects: VecDeque<Effect>,
     head_in_flight: bool,
     head_ms: u64,
@@ -147,6 +148,7 @@ impl Orchestrator {
                 state: fragment.state,
                 payload_length: fragment.payload_length,
                 published_ms: 0,
+                step_mean: 0,
                 base_min: 0,
                 kept_from: 0,
             })
@@ -237,6 +239,11 @@ impl Orchestrator {
         self.fragments.iter().map(|fragment| fragment.version).collect()
     }
 
+    /// Pulls that are not merged yet, by outer step.
+    pub fn pulls(&self) -> &BTreeMap<u64, OpenPull> {
+        &self.pulls
+    }
+
     /// Outer steps below this are closed.
     pub fn closed_below(&self) -> u64 {
         self.closed_below
@@ -258,9 +265,12 @@ impl Orchestrator {
 
     /// Asks again for everything that was open when the last process ended.
     fn resume(&mut self) {
+        let now_ms = self.volatile.now_ms;
+        // A replay has left what the last process was told, asked for and waited for: nothing of that reached this one.
+        let effects = std::mem::take(&mut self.volatile.effects);
+        self.volatile = Volatile { effects, now_ms, ..Volatile::default() };
         self.head_dirty = true;
         self.standing.clear();
-        let now_ms = self.volatile.now_ms;
         for (slot, learner) in &mut self.learners {
             // The store was not read while no process ran: nobody is stale because of that.
             learner.seen_ms = learner.seen_ms.max(now_ms);
@@ -367,6 +377,7 @@ impl Machine for Orchestrator {
             Input::Metagraph { guests } => self.on_metagraph(guests),
             Input::Progress { slot, id, record } => self.on_progress(slot, id, *record),
             Input::CommitmentStored { slot, t, id } => self.on_commitment_stored(slot, t, id),
+            Input::CommitmentRefused { slot, t } => self.on_commitment_refused(slot, t),
             Input::PayloadChecked { slot, t, outcome } => self.on_payload_checked(slot, t, outcome),
             Input::TapeWritten { tape } => self.on_tape_written(*tape),
             Input::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),

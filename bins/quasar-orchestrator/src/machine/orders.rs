@@ -117,6 +117,7 @@ impl Orchestrator {
             block: self.block,
             closing: false,
             restores,
+            step_mean: 0,
             inputs: Vec::new(),
         };
         self.tape_at_once(tape);

@@ -39,7 +39,10 @@ impl Orchestrator {
     pub(super) fn note_input(&mut self, input: &Input) {
         match input {
             Input::Progress { .. } | Input::Block { .. } | Input::Verdict { verdict: None, .. } => {}
-            Input::CommitmentStored { .. } | Input::PayloadChecked { .. } | Input::ReceiptChecked { .. } => self.pace.pulls_changed = true,
+            Input::CommitmentStored { .. }
+            | Input::CommitmentRefused { .. }
+            | Input::PayloadChecked { .. }
+            | Input::ReceiptChecked { .. } => self.pace.pulls_changed = true,
             _ => self.pace.scan = true,
         }
     }

@@ -8,7 +8,7 @@ use protocol::schedule::{self, Work};
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
-use super::{Effect, Key, Orchestrator, Slot, Want};
+use super::{Effect, Fragment, Key, Orchestrator, Slot, Want};
 
 /// A learner's step is believed to take at least this share of the average, as one part in so many.
 const STEP_MS_SHARE_MIN: u64 = 4;
@@ -170,7 +170,7 @@ impl Orchestrator {
     /// answer for: every outer step has its manifest.
     fn pass_over(&mut self, fragment: u16, version: u64) {
         let t = self.next_t;
-        let state = self.fragments[usize::from(fragment)].state;
+        let Fragment { state, step_mean, .. } = self.fragments[usize::from(fragment)];
         let closing = self.is_closing(t);
         let tape = Tape {
             t,
@@ -181,6 +181,7 @@ impl Orchestrator {
             block: self.block,
             closing,
             restores: None,
+            step_mean,
             inputs: Vec::new(),
         };
         self.tape_at_once(tape);
@@ -259,6 +260,14 @@ impl Orchestrator {
         }
         self.log.add(LogKind::Commitment, id);
         self.grants_changed(slot);
+    }
+
+    pub(super) fn on_commitment_refused(&mut self, slot: Slot, t: u64) {
+        let Some(pull) = self.pulls.get_mut(&t) else { return };
+        let refused = OfferStage::Rejected(Reason::RepeatedCommitment);
+        if pull.advance(&slot, OfferStage::Committed, refused).is_some() {
+            self.note(slot, Reason::RepeatedCommitment);
+        }
     }
 
     pub(super) fn on_payload_checked(&mut self, slot: Slot, t: u64, outcome: Reason) {
@@ -365,6 +374,7 @@ impl Orchestrator {
             block,
             closing,
             restores: None,
+            step_mean: fragment.step_mean,
             inputs,
         };
         pull.closed_ms = now_ms;
@@ -405,6 +415,8 @@ impl Orchestrator {
                 norm: 0,
                 clip_ppm: 0,
                 cosine_ppm: 0,
+                neighbour_ppm: 0,
+                rest_ppm: 0,
                 outcome: match offer.stage {
                     OfferStage::Rejected(reason) => reason,
                     OfferStage::Committed | OfferStage::Granted => Reason::NotUploaded,
@@ -426,6 +438,9 @@ impl Orchestrator {
         debug_assert_eq!(fragment.version, manifest.base_version, "versions move one by one");
         if manifest.version > manifest.base_version {
             fragment.version = manifest.version;
+            if !manifest.closing && manifest.accepted().next().is_some() {
+                fragment.step_mean = fragments::outer::mean_norm(fragment.step_mean, manifest.base_version, manifest.step_norm);
+            }
             fragment.keyframe = manifest.keyframe;
             fragment.keyframe_length = keyframe_length;
             fragment.state = manifest.state;

@@ -67,6 +67,7 @@ fn setup(cycles: u64) -> RunSetup {
                 keyframe: Digest::blake3(&[fragment as u8]),
                 keyframe_length: 100,
                 state: Digest::blake3(&[fragment as u8, 1]),
+                elements: 468,
                 payload_length: 1_000,
             })
             .collect(),
@@ -194,6 +195,8 @@ struct World {
     /// What checks of receipts give for some slots.
     receipts: BTreeMap<Slot, Result<(Digest, Vec<u32>), Reason>>,
     rejects: BTreeMap<Slot, Reason>,
+    /// Learners whose commitments of an earlier session lie in the bucket.
+    answered_before: BTreeSet<Slot>,
     /// Crash and recover after so many inputs, once.
     crash_after: Option<u64>,
     inputs: u64,
@@ -228,6 +231,7 @@ impl World {
             log: BTreeMap::new(),
             receipts: BTreeMap::new(),
             rejects: BTreeMap::new(),
+            answered_before: BTreeSet::new(),
             crash_after: None,
             inputs: 0,
             trace: Vec::new(),
@@ -327,6 +331,7 @@ impl World {
                 }
                 None
             }
+            Effect::StoreCommitment { slot, t, .. } if self.answered_before.contains(&slot) => Some(Input::CommitmentRefused { slot, t }),
             Effect::StoreCommitment { slot, t, id } => Some(Input::CommitmentStored { slot, t, id }),
             Effect::CheckPayload { slot, t, .. } => {
                 let outcome = self.rejects.get(&slot).copied().unwrap_or(Reason::None);
@@ -449,6 +454,8 @@ fn merge(tape: &Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> M
         norm: 1,
         clip_ppm: 1_000_000,
         cosine_ppm: 1,
+        neighbour_ppm: 0,
+        rest_ppm: 0,
         outcome: Reason::None,
     });
     let merged = !tape.inputs.is_empty() || tape.restores.is_some();
@@ -463,6 +470,7 @@ fn merge(tape: &Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> M
         keyframe: if merged { Digest::blake3(&codec::encode(tape)) } else { previous.0 },
         state: Digest::blake3(&codec::encode(tape)),
         step_norm: 1,
+        step_limit_ppm: 1_000_000,
     }
 }
 
@@ -561,6 +569,51 @@ fn a_refused_upload_is_named_in_the_manifest_and_does_not_move_the_merge() {
         world.merges.values().flat_map(|merge| &merge.contributions).filter(|c| (c.hotkey, c.slot) == slot).map(|c| c.outcome).collect();
     assert!(!outcomes.is_empty() && outcomes.iter().all(|outcome| *outcome == Reason::NotFinite), "{outcomes:?}");
     assert_eq!(world.machine.learners[&slot].contributions, 0);
+}
+
+#[test]
+fn a_second_answer_to_a_pull_is_refused_where_the_first_is_in_evidence() {
+    let mut world = World::new(1, 3);
+    let slot = world.learners[0].slot;
+    world.answered_before.insert(slot);
+    world.until_complete(60_000);
+    let of_slot = |manifest: &MergeManifest| manifest.contributions.iter().find(|one| (one.hotkey, one.slot) == slot).map(|one| one.outcome);
+    let outcomes: Vec<Reason> = world.merges.values().filter_map(of_slot).collect();
+    assert!(!outcomes.is_empty() && outcomes.iter().all(|outcome| *outcome == Reason::RepeatedCommitment), "{outcomes:?}");
+}
+
+#[test]
+fn a_machine_that_a_replay_has_left_asks_again_for_all_that_its_last_process_had_asked_for() {
+    let mut world = World::new(0, 2);
+    world.run(3_000);
+    // The last process died while it published a head.
+    world.machine.head_dirty = true;
+    world.machine.handle(world.now_ms, Input::Tick);
+    while world.machine.poll_effect().is_some() {}
+    world.machine.handle(world.now_ms, Input::Started);
+    let effects: Vec<Effect> = std::iter::from_fn(|| world.machine.poll_effect()).collect();
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Watch { live, .. } if live.len() == 2)), "{effects:?}");
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::PublishHead { .. })), "{effects:?}");
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::PublishCurrent)), "{effects:?}");
+}
+
+#[test]
+fn inputs_after_a_snapshot_give_the_machine_that_saw_all_of_them() {
+    let encode = |machine: &Orchestrator| bincode::serde::encode_to_vec(machine, bincode::config::standard()).unwrap();
+    let mut world = World::new(0, 2);
+    world.run(2_900);
+    let snapshot = encode(&world.machine);
+    let mut replayed: Orchestrator = bincode::serde::decode_from_slice(&snapshot, bincode::config::standard()).unwrap().0;
+    // Entries of the log wait for their turn, which depends on when the last ones were published.
+    for step in 0..30 {
+        let now_ms = world.now_ms + step * 100;
+        for machine in [&mut world.machine, &mut replayed] {
+            machine.log.add(LogKind::Receipt, Digest::blake3(&now_ms.to_le_bytes()));
+            machine.handle(now_ms, if step % 7 == 6 { Input::LogPublished } else { Input::Tick });
+            while machine.poll_effect().is_some() {}
+        }
+        assert!(encode(&world.machine) == encode(&replayed), "different after {step} inputs");
+    }
 }
 
 #[test]

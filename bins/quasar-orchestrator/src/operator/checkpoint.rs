@@ -42,10 +42,15 @@ pub fn describe(tree: &Path) -> Result<Vec<FileRecord>, Failure> {
         .filter_map(Result::ok)
         .filter(|entry| entry.path().is_file())
         .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| protocol::paths::is_valid(name) && !name.ends_with(".qsr") && !name.starts_with('.'))
+        .filter(|name| is_part_of_release(name))
         .collect();
     names.sort();
     names.into_iter().map(|name| FileRecord::of_file(name.clone(), &tree.join(name)).map_err(unreadable)).collect()
+}
+
+/// Whether a file of a tree goes into its release, by its name.
+pub fn is_part_of_release(name: &str) -> bool {
+    protocol::paths::is_valid(name) && !name.contains('/') && !name.ends_with(".qsr") && !name.starts_with('.')
 }
 
 pub fn files_digest(files: &[FileRecord]) -> Digest {

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use daemon::{Failure, clock};
+use fragments::CheckpointTree;
+use fragments::codec::PayloadHeader;
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
-use fragments::{CheckpointTree, codec as payload};
 use protocol::documents::{
     CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest,
     RunParameters, RunRoot, RunState,
@@ -95,13 +96,19 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
         let number = fragment as u16;
         let key = run_keys.keyframe(number, 0);
         let record = FileRecord::of_bytes(key.clone(), &keyframe);
-        let manifest =
-            FragmentManifest { fragment: number, version: 0, t: u64::MAX, keyframe: record.clone(), state: Digest::blake3(&state) };
+        let manifest = FragmentManifest {
+            fragment: number,
+            version: 0,
+            t: u64::MAX,
+            keyframe: record.clone(),
+            delta: None,
+            state: Digest::blake3(&state),
+        };
         office.put_bytes_once(&run_keys.state(number, 0), Bytes::from(state)).await?;
         office.put_bytes_once(&key, Bytes::from(keyframe)).await?;
         office.put_once(&run_keys.fragment_manifest(number, 0), &manifest, &context).await?;
         heads.push(FragmentHead { version: 0, length: record.length, digest: record.blake3 });
-        if payload::payload_bytes(&plan, fragment) > root.bounds.payload_bytes_max {
+        if PayloadHeader::new(parameters.codec_up, &plan, digest, fragment, 0).payload_bytes() > root.bounds.payload_bytes_max {
             return Err(Failure::configuration(anyhow::anyhow!("fragment {fragment} exceeds the payload bound of the root")));
         }
     }
@@ -169,8 +176,8 @@ fn check(parameters: &RunParameters, root: &RunRoot) -> Result<(), Failure> {
     if parameters.audit.replay_steps == 0 {
         return wrong("audit.replay_steps must not be zero");
     }
-    if (parameters.codec_up, parameters.codec_down) != (Codec::Bf16, Codec::Bf16) {
-        return wrong("codec_up and codec_down must be \"bf16\": the programs of this release speak no other codec");
+    if parameters.codec_up == Codec::TopK || parameters.codec_down == Codec::TopK {
+        return wrong("codec_up and codec_down must be \"bf16\" or \"int4\": the programs of this release speak no other codec");
     }
     Ok(())
 }

@@ -19,7 +19,7 @@ pub struct Artifact {
 /// The header that the audited payload must have.
 pub(crate) fn header(inquiry: &Inquiry<'_>, base_version: u64) -> PayloadHeader {
     let rules = inquiry.rules;
-    PayloadHeader::bf16(rules.plan, rules.plan_digest, usize::from(inquiry.subject.fragment), base_version)
+    PayloadHeader::new(rules.parameters.codec_up, rules.plan, rules.plan_digest, usize::from(inquiry.subject.fragment), base_version)
 }
 
 /// Checks commitment and payload. A fault that the miner's signature proves is a mismatch; where the records of store and

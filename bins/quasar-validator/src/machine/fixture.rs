@@ -26,6 +26,8 @@ pub fn contribution(hotkey: u8, slot: u8, tokens: u64, outcome: Reason) -> Contr
         norm: 1,
         clip_ppm: 1_000_000,
         cosine_ppm: 0,
+        neighbour_ppm: 0,
+        rest_ppm: 0,
         outcome,
     }
 }
@@ -52,6 +54,7 @@ pub fn merge(t: u64, fragments: u16, mut contributions: Vec<Contribution>) -> Me
         keyframe: Digest::ZERO,
         state: Digest::ZERO,
         step_norm: 0,
+        step_limit_ppm: 1_000_000,
     }
 }
 

@@ -73,6 +73,33 @@ vectorised! {
 }
 
 vectorised! {
+    /// Σ v² over blocks that [`check`] accepted, of the exact products scale · (code − 8): integers within a block.
+    pub(crate) fn squares(bytes: &[u8]) -> f64 {
+        const LANES: usize = 32;
+        let mut sum = 0.0;
+        for block in bytes.chunks(BLOCK_BYTES) {
+            let (scale, codes) = block.split_at(SCALE_BYTES);
+            let scale = f64::from(f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]));
+            // At most 128 for each of four bytes. The half byte that an odd number of elements leaves free is a zero.
+            let square = |byte: u8| {
+                let (low, high) = (i16::from(byte & 15) - 8, i16::from(byte >> 4) - 8);
+                low * low + high * high
+            };
+            let mut lanes = [0i16; LANES];
+            let (pieces, rest) = codes.as_chunks::<LANES>();
+            for piece in pieces {
+                for lane in 0..LANES {
+                    lanes[lane] += square(piece[lane]);
+                }
+            }
+            let total = lanes.iter().map(|lane| i32::from(*lane)).sum::<i32>() + rest.iter().map(|byte| i32::from(square(*byte))).sum::<i32>();
+            sum += f64::from(total) * (scale * scale);
+        }
+        sum
+    }
+}
+
+vectorised! {
     /// Decodes blocks that [`check`] accepted; of others it makes some values.
     pub(crate) fn decode(bytes: &[u8], out: &mut [f32]) {
         for (bytes, out) in bytes.chunks(BLOCK_BYTES).zip(out.chunks_mut(BLOCK_ELEMENTS)) {

@@ -201,6 +201,20 @@ fn top_k_levels_indices_and_fillers_that_the_encoder_never_writes_are_refused() 
 }
 
 #[test]
+fn norms_of_int4_blocks_are_those_of_the_decoded_values_on_every_instruction_set() {
+    for count in [1, 2, 33, 255, 256, 257, 5000] {
+        let (header, values) = (header(Codec::Int4, count), uneven(count, count as usize));
+        let payload = encode(&header, &values).unwrap();
+        let decoded = decode(&payload, &header).unwrap();
+        let expected: f64 = decoded.iter().map(|value| f64::from(*value).powi(2)).sum();
+        for found in with_each_level(|| int4::squares(&payload[HEADER_BYTES..])) {
+            assert!((found - expected).abs() <= 1e-6 * expected, "{count}: {found}, {expected}");
+            assert_eq!(found.to_bits(), int4::squares(&payload[HEADER_BYTES..]).to_bits());
+        }
+    }
+}
+
+#[test]
 fn int4_is_within_half_a_step_and_top_k_sends_the_largest() {
     let values = uneven(3, 300_000);
     let header = header(Codec::Int4, 300_000);

@@ -7,15 +7,12 @@ use protocol::MergeRule;
 use rayon::prelude::*;
 
 use super::{MergeError, weighted_median};
-use crate::codec::{CodecError, Encoding, Layout, Source, Span, check_tile, cut_mut, decode_tile, top_k};
+use crate::codec::{CodecError, Encoding, Layout, Source, Span, check_tile, cut_mut, decode_tile, int4, top_k};
 use crate::gates::NormVerdict;
 use crate::kernels::{Element, narrow, scale, squares_of_sums};
 
 /// Mean directions shorter than this have cancelled: what is left of them is rounding.
 const CANCELLED: f64 = 1e-6;
-
-/// Largest block of any encoding.
-const BLOCK_ELEMENTS_MAX: usize = top_k::CHUNK_ELEMENTS;
 
 /// A contribution as the passes read it.
 #[derive(Clone, Copy)]
@@ -65,22 +62,19 @@ pub(super) fn norms(layout: &Layout, voice: &Voice) -> Result<Vec<f64>, CodecErr
     let spans = layout.spans();
     let of_spans: Vec<Result<f64, CodecError>> = spans
         .par_iter()
-        .map_init(
-            || (Vec::new(), vec![0.0f32; BLOCK_ELEMENTS_MAX]),
-            |(bytes, values), span| {
-                let mut sum = 0.0;
-                for tile in layout.tiles(*span) {
-                    let bytes = voice.tile(layout, tile, bytes)?;
-                    let squares = tile_squares(layout, tile, bytes, values)?;
-                    if !squares.is_finite() {
-                        // Says where.
-                        check_tile(layout, tile, bytes)?;
-                    }
-                    sum += squares;
+        .map_init(Vec::new, |bytes: &mut Vec<u8>, span| {
+            let mut sum = 0.0;
+            for tile in layout.tiles(*span) {
+                let bytes = voice.tile(layout, tile, bytes)?;
+                let squares = tile_squares(layout, tile, bytes)?;
+                if !squares.is_finite() {
+                    // Says where.
+                    check_tile(layout, tile, bytes)?;
                 }
-                Ok(sum)
-            },
-        )
+                sum += squares;
+            }
+            Ok(sum)
+        })
         .collect();
     let mut norms = vec![0.0; layout.units.len()];
     for (span, squares) in spans.iter().zip(of_spans) {
@@ -91,20 +85,14 @@ pub(super) fn norms(layout: &Layout, voice: &Voice) -> Result<Vec<f64>, CodecErr
 }
 
 /// Σ v² of a tile. What a sum cannot tell (of int4 and top-k) is checked before.
-fn tile_squares(layout: &Layout, tile: Span, bytes: &[u8], values: &mut [f32]) -> Result<f64, CodecError> {
+fn tile_squares(layout: &Layout, tile: Span, bytes: &[u8]) -> Result<f64, CodecError> {
     let block_elements = layout.encoding.block_elements();
     match layout.encoding {
         Encoding::F32 => Ok(bytes.as_chunks::<4>().0.chunks(block_elements).map(Element::squares).sum()),
         Encoding::Bf16 => Ok(bytes.as_chunks::<2>().0.chunks(block_elements).map(Element::squares).sum()),
         Encoding::Int4 => {
             check_tile(layout, tile, bytes)?;
-            let mut sum = 0.0;
-            for block in 0..tile.elements().div_ceil(block_elements) {
-                let (bytes, count) = dense_block(layout.encoding, bytes, tile.elements(), block);
-                decode_tile(layout.encoding, bytes, &mut values[..count]);
-                sum += f32::squares(&values[..count]);
-            }
-            Ok(sum)
+            Ok(int4::squares(bytes))
         }
         Encoding::TopK => {
             check_tile(layout, tile, bytes)?;

@@ -22,6 +22,8 @@ pub struct Tape {
     /// The run ends with this merge of the fragment: what it gives is the average of the learners' weights, by weighted mean and
     /// without outer optimizer.
     pub closing: bool,
+    /// Mean norm of the fragment's outer steps so far in units of 1e-6, which limits this one.
+    pub step_mean: u64,
     /// The result is the state of this earlier version again: a rollback. Nothing is merged then.
     pub restores: Option<u64>,
     pub inputs: Vec<TapeInput>,
@@ -59,8 +61,9 @@ pub struct MergeManifest {
     /// BLAKE3 of the resulting keyframe and of the resulting f32 state.
     pub keyframe: Digest,
     pub state: Digest,
-    /// ‖outer step‖₂ in units of 1e-6.
+    /// ‖merged pseudo-gradient‖₂ in units of 1e-6, before the limit on outer steps, and the factor of that limit.
     pub step_norm: u64,
+    pub step_limit_ppm: u32,
 }
 
 impl MergeManifest {
@@ -84,6 +87,9 @@ pub struct Contribution {
     pub clip_ppm: u32,
     /// Cosine to the merged direction.
     pub cosine_ppm: i32,
+    /// Mean cosine to the nearest other contributions, and cosine to the mean direction of all others; 0 where too few came.
+    pub neighbour_ppm: i32,
+    pub rest_ppm: i32,
     /// [`Reason::None`] = merged.
     pub outcome: Reason,
 }
@@ -95,7 +101,11 @@ pub struct FragmentManifest {
     pub version: u64,
     /// Outer step that made it; `u64::MAX` for version 0.
     pub t: u64,
+    /// The keyframe, which is published for some versions only where the run's downlink is int4
+    /// ([`crate::schedule::keyframe_version`]).
     pub keyframe: FileRecord,
+    /// The frame from the version before, where the downlink has them.
+    pub delta: Option<FileRecord>,
     pub state: Digest,
 }
 

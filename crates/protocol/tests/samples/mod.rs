@@ -112,6 +112,8 @@ fn contribution() -> Contribution {
         norm: 1_234_567,
         clip_ppm: 1_000_000,
         cosine_ppm: -12_345,
+        neighbour_ppm: 123_456,
+        rest_ppm: 54_321,
         outcome: Reason::None,
     }
 }
@@ -239,7 +241,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             versions: vec![3; 24],
             steps: vec![OpenedStep { local_step: 28, lease: 7, lease_step: 4, exchanged: exchanged(), loss: 6_100_000 }],
         }),
-        file_of(&FragmentManifest { fragment: 3, version: 4, t: 75, keyframe: file(), state: digest("state") }),
+        file_of(&FragmentManifest { fragment: 3, version: 4, t: 75, keyframe: file(), delta: Some(file()), state: digest("state") }),
         file_of(&MergeManifest {
             t: 75,
             fragment: 3,
@@ -251,6 +253,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             keyframe: digest("keyframe"),
             state: digest("state"),
             step_norm: 1_000_000,
+            step_limit_ppm: 900_000,
         }),
         file_of(&Release { release: "run-0011aabb".into(), versions: vec![8; 24], files: vec![file()], tokens: 294_912 }),
         file_of(&AuditOrder {
@@ -279,6 +282,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             base_state: digest("state"),
             block: 5_000_000,
             closing: true,
+            step_mean: 800_000,
             restores: None,
             inputs: vec![TapeInput {
                 hotkey: hotkey(),

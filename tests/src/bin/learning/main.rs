@@ -6,15 +6,14 @@
 
 mod arms;
 mod report;
-mod setting;
 mod speed;
 
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use quasar_tests::training::setting::Setting;
 use report::Report;
-use setting::Setting;
 
 /// Compare three learners with decoupled merges to one alone and to data-parallel training
 #[derive(Debug, Parser)]
@@ -51,7 +50,7 @@ fn main() -> ExitCode {
 fn bench(arguments: &Arguments) -> anyhow::Result<Report> {
     let start = Instant::now();
     model::tune_allocator();
-    let setting = Setting::prepare(arguments.cycles)?;
+    let setting = Setting::prepare(arguments.cycles, "configs/devnet-model.json", None)?;
     // First, while nothing else of ours computes.
     let speed = speed::measure(&setting)?;
     let mut runs = Vec::new();

@@ -8,9 +8,8 @@ use std::time::Instant;
 
 use anyhow::Context;
 use model::{Batch, Hyper, QuasarTrainer, Trainer};
+use quasar_tests::training::setting::{Base, Setting};
 use serde_json::Value;
-
-use crate::setting::{Base, Setting};
 
 /// Turns, and steps in each.
 const BLOCKS: usize = 6;
@@ -52,7 +51,7 @@ pub struct Measured {
 
 pub fn measure(setting: &Setting) -> anyhow::Result<Speed> {
     let base = setting.base(1)?;
-    let order = setting.order(1);
+    let order = setting.order(1, 1);
     let batches: Vec<Vec<u32>> = (0..(BLOCKS * BLOCK_STEPS) as u64).map(|step| setting.training.gather(order.of(step, 0))).collect();
     let tokens_file = setting.scratch("speed-tokens.bin");
     std::fs::write(&tokens_file, batches.iter().flatten().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>())?;

@@ -5,13 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use data::{Catalog, HeldOut, PrepareSettings, ShardReader, prepare};
 use fragments::CheckpointTree;
-use model::{Hyper, QuasarConfig, init};
+use model::{Batch, Evaluator, Hyper, QuasarConfig, QuasarEvaluator, QuasarTrainer, Trainer, init};
 use protocol::documents::{PPM, RunParameters};
 use protocol::lease::row_order;
 use protocol::{DType, Digest, FragmentPlan};
-
-/// Learners that merge.
-pub const LEARNERS: usize = 3;
 
 /// Rows that losses are measured on, spread evenly over the held-out text.
 const HELD_OUT_ROWS: usize = 64;
@@ -30,12 +27,12 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// Reads the repository's configuration and cuts its text into rows. The learning rate falls over exactly `cycles` cycles,
-    /// as on a devnet of that length.
-    pub fn prepare(cycles: u64) -> anyhow::Result<Self> {
+    /// Reads the repository's configuration and cuts its text into rows. The learning rate follows its schedule over exactly
+    /// `cycles` cycles, as on a devnet of that length. `model` is a configuration, as a path in the repository; `batch` the rows and the
+    /// tokens in each of a learner's step, where they are not the devnet's.
+    pub fn prepare(cycles: u64, model: &str, batch: Option<(u32, u32)>) -> anyhow::Result<Self> {
         // Asked at run time: clones may share one target folder.
-        let started =
-            std::env::var_os("CARGO_MANIFEST_DIR").context("the repository is unknown\nhint: use `cargo xtask bench learning`")?;
+        let started = std::env::var_os("CARGO_MANIFEST_DIR").context("the repository is unknown\nhint: use `cargo xtask bench …`")?;
         let root = Path::new(&started).ancestors().find(|folder| folder.join("Cargo.lock").is_file());
         let root = root.context("the package lies in no repository")?;
         let configs = root.join("configs");
@@ -48,6 +45,7 @@ impl Setting {
         anyhow::ensure!(u16::from(parameters.overlap) < parameters.fragments, "a fragment would be merged again before it is applied");
         let steps = cycles * u64::from(parameters.inner_steps);
         parameters.cycles = cycles;
+        (parameters.batch_rows, parameters.sequence_length) = batch.unwrap_or((parameters.batch_rows, parameters.sequence_length));
         parameters.inner.schedule.total_steps = steps;
 
         let folder = tempfile::tempdir()?;
@@ -70,7 +68,7 @@ impl Setting {
             training: Rows::read(&out, &catalog, false)?,
             held_out: Rows::read(&out, &catalog, true)?.spread(HELD_OUT_ROWS),
             script: root.join("tests/bench/pytorch_step.py"),
-            config: QuasarConfig::from_file(&configs.join("devnet-model.json"))?,
+            config: QuasarConfig::from_file(&root.join(model))?,
             parameters,
             steps,
             folder,
@@ -107,10 +105,29 @@ impl Setting {
         }
     }
 
-    /// The order in which a run with this seed reads the training rows.
-    pub fn order(&self, seed: u64) -> Order {
+    /// The order in which the learners of a run with this seed read the training rows.
+    pub fn order(&self, seed: u64, learners: usize) -> Order {
         let digest = Digest::derive("quasar learning bench rows", &[&seed.to_le_bytes()]);
-        Order { rows: row_order(&digest, self.training.count() as u32), batch_rows: self.parameters.batch_rows as usize }
+        let rows = row_order(&digest, self.training.count() as u32);
+        Order { rows, batch_rows: self.parameters.batch_rows as usize, learners }
+    }
+
+    /// Mean loss of a model on the held-out rows, in nats; of the base where there is no model.
+    pub fn held_out_loss(&self, base: &Base, model: Option<&Model>) -> anyhow::Result<f64> {
+        let mut judge = QuasarEvaluator::open(&base.folder, &base.plan, "cpu", 1)?;
+        for (fragment, values) in model.into_iter().flatten().enumerate() {
+            judge.apply(fragment, values)?;
+        }
+        let rows = &self.held_out;
+        let losses = judge.losses(&Batch { tokens: rows.tokens(), rows: rows.count(), row_tokens: rows.row_tokens })?;
+        Ok(losses.iter().sum::<f64>() / losses.len() as f64)
+    }
+
+    /// One step of a trainer on some rows; gives the training loss.
+    pub fn train(&self, trainer: &mut QuasarTrainer, step: u64, rows: impl Iterator<Item = u32>) -> anyhow::Result<f64> {
+        let (tokens, row_tokens) = (self.training.gather(rows), self.training.row_tokens);
+        let batch = Batch { tokens: &tokens, rows: tokens.len() / row_tokens, row_tokens };
+        Ok(trainer.step(&batch, &self.hyper(step), None, false)?.loss)
     }
 }
 
@@ -120,6 +137,9 @@ pub struct Base {
     pub tree: CheckpointTree,
     pub plan: FragmentPlan,
 }
+
+/// All values of a model by fragment.
+pub type Model = Vec<Vec<f32>>;
 
 /// Token rows of equal length in memory.
 pub struct Rows {
@@ -165,12 +185,13 @@ impl Rows {
 pub struct Order {
     rows: Vec<u32>,
     batch_rows: usize,
+    learners: usize,
 }
 
 impl Order {
     /// Rows of learner `learner` at step `step`: no two learners share one, and none comes again before all were read.
     pub fn of(&self, step: u64, learner: usize) -> impl Iterator<Item = u32> + '_ {
-        let start = (step as usize * LEARNERS + learner) * self.batch_rows;
+        let start = (step as usize * self.learners + learner) * self.batch_rows;
         (start..start + self.batch_rows).map(|at| self.rows[at % self.rows.len()])
     }
 }
@@ -181,9 +202,9 @@ mod tests {
 
     #[test]
     fn learners_share_no_row_and_every_row_is_read_before_one_comes_again() {
-        let order = Order { rows: row_order(&Digest::blake3(b"seed"), 24), batch_rows: 4 };
+        let order = Order { rows: row_order(&Digest::blake3(b"seed"), 24), batch_rows: 4, learners: 3 };
         let mut read: Vec<u32> =
-            (0..2).flat_map(|step| (0..LEARNERS).flat_map(move |learner| [(step, learner)])).flat_map(|(s, l)| order.of(s, l)).collect();
+            (0..2).flat_map(|step| (0..3).flat_map(move |learner| [(step, learner)])).flat_map(|(s, l)| order.of(s, l)).collect();
         read.sort_unstable();
         assert_eq!(read, (0..24).collect::<Vec<_>>());
     }

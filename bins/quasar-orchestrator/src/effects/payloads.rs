@@ -1,0 +1,121 @@
+//! Uploads: checked once, kept on the local disk until their merge, and read from there piece by piece.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use fragments::codec::{FileSource, PayloadHeader};
+use fragments::t0::{self, Committed};
+use protocol::documents::{Commitment, TapeInput};
+use protocol::{Digest, Reason};
+use storage::StoreError;
+
+use super::{Service, persist};
+use crate::machine::Slot;
+
+/// Bytes that are asked of the store at a time.
+const PIECE_BYTES: u64 = 16 << 20;
+
+impl Service {
+    /// Static checks of an upload; the payload stays on the local disk for the merge.
+    pub(super) async fn check_payload(&self, slot: Slot, t: u64, commitment: &Commitment) -> Reason {
+        let key = self.run.payload(&slot.0, slot.1, t);
+        let path = self.payload_path(&commitment.blake3);
+        match self.download(&key, commitment.length, &path).await {
+            Download::Done => {}
+            Download::Absent => return Reason::NotUploaded,
+            Download::OtherLength => return Reason::LengthMismatch,
+        }
+        let committed = Committed { length: commitment.length, sha256: commitment.sha256, blake3: commitment.blake3 };
+        let header = self.payload_header(commitment.fragment, commitment.base_version);
+        let checked = tokio::task::spawn_blocking(move || {
+            let payload = FileSource::open(&path).map_err(|_| Reason::NotEvaluated)?;
+            let checked = t0::verify(&payload, &committed, &header);
+            if checked.is_err() {
+                let _ = std::fs::remove_file(&path);
+            }
+            checked
+        })
+        .await;
+        match checked {
+            Ok(Ok(())) => Reason::None,
+            Ok(Err(reason)) => {
+                tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, t, "upload refused: {reason}");
+                reason
+            }
+            Err(_) => Reason::NotEvaluated,
+        }
+    }
+
+    pub(super) fn payload_header(&self, fragment: u16, base_version: u64) -> PayloadHeader {
+        let codec = self.manifest.parameters.codec_up;
+        PayloadHeader::new(codec, &self.plan, self.plan_digest, usize::from(fragment), base_version)
+    }
+
+    fn payload_path(&self, digest: &Digest) -> PathBuf {
+        self.state_dir.join("payloads").join(digest.to_string())
+    }
+
+    /// A payload of a tape, on the local disk: from the check of its upload, else from the bucket.
+    pub(super) async fn payload(&self, input: &TapeInput, t: u64) -> FileSource {
+        let path = self.payload_path(&input.payload);
+        if let Some(kept) = open_verified(&path, input.payload).await {
+            return kept;
+        }
+        let key = self.run.payload(&input.hotkey, input.slot, t);
+        persist(&key, || async {
+            match self.download(&key, input.length, &path).await {
+                Download::Done => {}
+                Download::Absent => return Err("it is not in the bucket".to_owned()),
+                Download::OtherLength => return Err("its length is not the committed one".to_owned()),
+            }
+            open_verified(&path, input.payload).await.ok_or_else(|| "its digest is not the committed one".to_owned())
+        })
+        .await
+    }
+
+    pub(super) fn drop_payloads(&self, inputs: &[TapeInput]) {
+        for input in inputs {
+            let _ = std::fs::remove_file(self.payload_path(&input.payload));
+        }
+    }
+
+    /// Brings an object of exactly `length` bytes to `path`, a piece at a time. What store or disk cannot do now is tried again.
+    pub(super) async fn download(&self, key: &str, length: u64, path: &Path) -> Download {
+        persist(key, || async {
+            match self.store.head(key).await {
+                Ok(meta) if meta.length == length => {}
+                Ok(_) => return Ok(Download::OtherLength),
+                Err(StoreError::NotFound { .. }) => return Ok(Download::Absent),
+                Err(error) => return Err(error.to_string()),
+            }
+            let partial = path.with_extension("part");
+            let spell = |error: io::Error| format!("{}: {error}", partial.display());
+            std::fs::create_dir_all(path.parent().unwrap_or(Path::new("."))).map_err(spell)?;
+            let mut file = File::create(&partial).map_err(spell)?;
+            for start in (0..length).step_by(PIECE_BYTES as usize) {
+                let piece = self.store.get_range(key, start, (start + PIECE_BYTES).min(length)).await;
+                file.write_all(&piece.map_err(|error| error.to_string())?).map_err(spell)?;
+            }
+            std::fs::rename(&partial, path).map_err(spell)?;
+            Ok(Download::Done)
+        })
+        .await
+    }
+}
+
+pub(super) enum Download {
+    Done,
+    Absent,
+    OtherLength,
+}
+
+/// The file, if it is there and has this BLAKE3.
+async fn open_verified(path: &Path, digest: Digest) -> Option<FileSource> {
+    let path = path.to_owned();
+    let open = move || {
+        let payload = FileSource::open(&path).ok()?;
+        (t0::blake3_of(&payload).ok()? == digest).then_some(payload)
+    };
+    tokio::task::spawn_blocking(open).await.ok()?
+}

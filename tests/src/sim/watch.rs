@@ -1,0 +1,434 @@
+//! What must always hold, whatever goes wrong: checked while the world runs, by looking at the bucket and at the machines.
+//!
+//! Each invariant has a name; a violation is reported with the time and with the command that replays its seed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use protocol::documents::{Commitment, Head, MergeManifest, Progress, RunState, Tape, VerdictResult, VerdictReveal};
+use protocol::envelope::{Document, peek};
+use protocol::ledger::LedgerTotals;
+use protocol::log::{Frontier, LogHead, LogKind};
+use protocol::schedule::cycle_of;
+use protocol::{AccountId, Digest, codec};
+use quasar_orchestrator::machine::{OfferStage, Orchestrator, PullStage, Slot};
+use storage::Presign;
+
+use super::net::Node;
+use super::plan::Behaviour;
+use super::tensors;
+use super::world::World;
+
+/// Violations that are told of one run.
+const TOLD_MAX: usize = 20;
+/// The ledger is added up after so many batches of inputs.
+const LEDGER_EVERY: u64 = 32;
+
+/// An invariant that did not hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    pub invariant: &'static str,
+    pub at_ms: u64,
+    pub what: String,
+}
+
+/// The names, for the documentation and for a test that keeps both together.
+pub const INVARIANTS: &[(&str, &str)] = &[
+    ("merged_once", "each (fragment, version) comes from exactly one outer step, and each outer step has one manifest"),
+    ("contribution_once", "a payload of a learner is merged at most once"),
+    ("accepted_is_merged", "what was accepted before a pull closed is in its tape, and what is in the tape is in the manifest"),
+    ("tape_fixes_merge", "a tape starts from the state that the step before it left, and is never contradicted"),
+    ("bit_identical", "the states and keyframes in the bucket are those that the tapes give, bit for bit, whoever completed them"),
+    ("head_monotone", "the head's versions, steps, log and state never go back"),
+    ("head_names_what_exists", "keyframes and log heads that the head names lie in the bucket, with these digests"),
+    ("one_pull_per_fragment", "at most one open pull of a fragment, and at most τ + 1 in all"),
+    ("ledger_conserves", "rows waiting, leased, done and lost add up to the rows of the shards; done tokens never fall"),
+    ("evidence_before_grant", "an upload grant for a payload follows the write-once copy of its commitment"),
+    ("evidence_holds_payload", "the commitment that a merged contribution names lies in the bucket and is one to that very payload"),
+    ("write_once", "a write-once object is written on the condition that it is absent"),
+    ("log_append_only", "each published head of the log extends the one before, and holds no entry twice"),
+    ("log_is_complete", "every merge is in the log in the end, with the commitments that it merged before it"),
+    ("journal_is_exact", "snapshot and journal give the very machine that crashed"),
+    ("honest_is_not_failed", "no honest miner is failed by a verdict, whatever goes wrong"),
+    ("lie_is_failed", "no verdict passes a payload that was not trained"),
+    ("weights_follow_verdicts", "scores are merged tokens without those that a revealed verdict fails, nothing else"),
+    ("only_writer", "an orchestrator that is alone is never fenced"),
+    ("nobody_cries", "no machine logs an error that accuses the orchestrator"),
+    ("run_completes", "once the faults are over, the run ends: every fragment merged, released, audited"),
+];
+
+/// See the module's text.
+#[derive(Default)]
+pub struct Watch {
+    pub violations: Vec<Violation>,
+    merged: BTreeMap<(u16, u64), u64>,
+    payloads: BTreeSet<(Slot, u64)>,
+    pub manifests: BTreeMap<u64, (Digest, MergeManifest)>,
+    tapes: BTreeMap<u64, Tape>,
+    accepted: BTreeMap<u64, BTreeSet<Slot>>,
+    head: Option<Head>,
+    heads: u64,
+    log: Frontier,
+    log_entries: BTreeSet<Digest>,
+    log_order: BTreeMap<Digest, u64>,
+    pub lies: BTreeSet<Digest>,
+    failed: BTreeSet<(u64, AccountId, u8)>,
+    pub verdicts: BTreeMap<&'static str, u64>,
+    crashed: Option<Vec<u8>>,
+    ledger: Option<LedgerTotals>,
+    batches: u64,
+    pub records_refused: u64,
+    newest_commitments: BTreeMap<AccountId, Commitment>,
+    /// Longest time between two heads that moved a fragment, after the first.
+    pub longest_stall_ms: u64,
+    moved_ms: Option<u64>,
+    pub longest_stall_before_ms: u64,
+    pub completed_ms: Option<u64>,
+}
+
+fn decoded<D: Document>(bytes: &[u8]) -> Option<(Digest, D)> {
+    let (envelope, _, id) = peek(bytes).ok()?;
+    codec::decode(&envelope.payload, D::PURPOSE.limit()).ok().map(|document| (id, document))
+}
+
+impl Watch {
+    pub fn violated(&mut self, world: &World, invariant: &'static str, what: String) {
+        debug_assert!(INVARIANTS.iter().any(|(name, _)| *name == invariant), "{invariant} is not in the list");
+        if self.violations.len() < TOLD_MAX {
+            self.violations.push(Violation { invariant, at_ms: world.executor.now_ms(), what });
+        }
+    }
+
+    fn hold(&mut self, world: &World, invariant: &'static str, holds: bool, what: impl FnOnce() -> String) {
+        if !holds {
+            self.violated(world, invariant, what());
+        }
+    }
+
+    /// An object was written into the bucket.
+    pub fn wrote(&mut self, world: &World, node: Node, key: &str, bytes: &Bytes, is_once: bool) {
+        let name = key.rsplit('/').next().unwrap_or_default();
+        let names = ["head.qsr", "current.qsr", "progress.qsr", "standing.qsr", "pull.qsr", "status.json", "snapshot.bin"];
+        let is_mutable = names.contains(&name) || key.contains("/jobs/");
+        self.hold(world, "write_once", is_once || is_mutable, || format!("node {node} wrote {key} without a condition"));
+        match name {
+            "head.qsr" => {
+                if let Some((_, head)) = decoded::<Head>(bytes) {
+                    self.moved(world, head);
+                }
+            }
+            "progress.qsr" if world.plan.behaviours.contains(&Behaviour::Copier) => {
+                if let Some((_, progress)) = decoded::<Progress>(bytes)
+                    && let Some(commitment) = progress.commitments.last()
+                    && let Ok((envelope, _, _)) = peek(bytes)
+                {
+                    self.newest_commitments.insert(envelope.header.signer.account(), commitment.clone());
+                }
+            }
+            name if name.ends_with(".reveal.qsr") => {
+                if let Some((_, reveal)) = decoded::<VerdictReveal>(bytes) {
+                    self.revealed(world, &reveal);
+                }
+            }
+            _ if key.contains("/merges/") => {
+                if let Some((id, manifest)) = decoded::<MergeManifest>(bytes) {
+                    self.merged(world, id, manifest);
+                }
+            }
+            _ if key.contains("/tape/") => {
+                if let Some((_, tape)) = decoded::<Tape>(bytes) {
+                    self.taped(world, tape);
+                }
+            }
+            _ if key.contains("/log/") => {
+                if let Some((_, head)) = decoded::<LogHead>(bytes) {
+                    self.logged(world, &head);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn taped(&mut self, world: &World, tape: Tape) {
+        let accepted = self.accepted.remove(&tape.t).unwrap_or_default();
+        for slot in accepted {
+            let is_in = tape.inputs.iter().any(|input| (input.hotkey, input.slot) == slot);
+            self.hold(world, "accepted_is_merged", is_in, || format!("step {}: {} was accepted and is not in the tape", tape.t, slot.0.short()));
+        }
+        let previous = self.manifests.values().map(|(_, merge)| merge).filter(|merge| merge.fragment == tape.fragment);
+        let newest = previous.max_by_key(|merge| merge.version).map(|merge| (merge.version, merge.state));
+        if let Some((version, state)) = newest {
+            let fits = (version, state) == (tape.base_version, tape.base_state);
+            self.hold(world, "tape_fixes_merge", fits, || {
+                format!("step {}: based on version {}, the newest is {version}", tape.t, tape.base_version)
+            });
+        }
+        self.tapes.insert(tape.t, tape);
+    }
+
+    fn merged(&mut self, world: &World, id: Digest, manifest: MergeManifest) {
+        let t = manifest.t;
+        if manifest.version > manifest.base_version {
+            let other = self.merged.insert((manifest.fragment, manifest.version), t);
+            self.hold(world, "merged_once", other.is_none(), || {
+                format!("fragment {} version {} comes from steps {other:?} and {t}", manifest.fragment, manifest.version)
+            });
+            self.hold(world, "merged_once", manifest.version == manifest.base_version + 1, || format!("step {t} skips a version"));
+        }
+        for contribution in manifest.accepted() {
+            let slot = (contribution.hotkey, contribution.slot);
+            let evidence = world.peek(&world.slot_keys(slot).commitment(t)).and_then(|bytes| decoded::<Progress>(&bytes));
+            let holds = evidence.is_some_and(|(id, record)| {
+                id == contribution.commitment && record.commitments.iter().any(|one| one.t == t && one.blake3 == contribution.payload)
+            });
+            self.hold(world, "evidence_holds_payload", holds, || format!("step {t}: {}", slot.0.short()));
+            let is_new = self.payloads.insert((slot, t));
+            self.hold(world, "contribution_once", is_new, || format!("{} is merged twice in step {t}", slot.0.short()));
+        }
+        match self.tapes.get(&t) {
+            None => self.violated(world, "tape_fixes_merge", format!("step {t} was merged without a tape")),
+            Some(tape) => {
+                let missing: Vec<AccountId> = tape
+                    .inputs
+                    .iter()
+                    .filter(|input| !manifest.contributions.iter().any(|one| one.hotkey == input.hotkey && one.payload == input.payload))
+                    .map(|input| input.hotkey)
+                    .collect();
+                let foreign = manifest.accepted().any(|one| !tape.inputs.iter().any(|input| input.payload == one.payload));
+                self.hold(world, "accepted_is_merged", missing.is_empty() && !foreign, || {
+                    format!("step {t}: {missing:?} of the tape are not in the manifest, or it has others")
+                });
+            }
+        }
+        let is_first = self.manifests.insert(t, (id, manifest)).is_none();
+        self.hold(world, "merged_once", is_first, || format!("step {t} has two manifests"));
+    }
+
+    fn moved(&mut self, world: &World, head: Head) {
+        self.heads += 1;
+        if let Some(before) = self.head.clone() {
+            let rank = |state: RunState| state as u8;
+            let versions = head.fragments.iter().zip(&before.fragments).all(|(now, then)| now.version >= then.version);
+            let rest = head.outer_step >= before.outer_step
+                && head.closed_below >= before.closed_below
+                && head.log.size >= before.log.size
+                && rank(head.state) >= rank(before.state);
+            let text = format!(
+                "step {} → {}, closed {} → {}, log {} → {}, {:?} → {:?}",
+                before.outer_step,
+                head.outer_step,
+                before.closed_below,
+                head.closed_below,
+                before.log.size,
+                head.log.size,
+                before.state,
+                head.state
+            );
+            self.hold(world, "head_monotone", versions && rest, || text);
+            if head.fragments != before.fragments {
+                let now_ms = world.executor.now_ms();
+                if let Some(moved_ms) = self.moved_ms {
+                    self.longest_stall_ms = self.longest_stall_ms.max(now_ms - moved_ms);
+                }
+                self.moved_ms = Some(now_ms);
+            }
+        }
+        let changed: Vec<(usize, u64, Digest)> = head
+            .fragments
+            .iter()
+            .enumerate()
+            .filter(|(index, now)| self.head.as_ref().is_none_or(|before| before.fragments[*index] != **now))
+            .map(|(index, now)| (index, now.version, now.digest))
+            .collect();
+        for (fragment, version, digest) in changed {
+            let there = world.peek(&world.run.keyframe(fragment as u16, version)).map(|bytes| Digest::blake3(&bytes));
+            self.hold(world, "head_names_what_exists", there == Some(digest), || format!("fragment {fragment} version {version}"));
+        }
+        let published = self.log.size();
+        let is_published = head.log.size < published || (head.log.size == published && (published == 0 || head.log.root == self.log.root()));
+        self.hold(world, "head_names_what_exists", is_published, || {
+            format!("log of size {} is not the published one of {published}", head.log.size)
+        });
+        let most = usize::from(world.plan.parameters.overlap) + 1;
+        let fragments: BTreeSet<u16> = head.pulls.iter().map(|pull| pull.fragment).collect();
+        self.hold(world, "one_pull_per_fragment", fragments.len() == head.pulls.len() && head.pulls.len() <= most, || format!("{:?}", head.pulls));
+        if head.state == RunState::Complete && self.completed_ms.is_none() {
+            self.completed_ms = Some(world.executor.now_ms());
+        }
+        self.head = Some(head);
+    }
+
+    fn logged(&mut self, world: &World, head: &LogHead) {
+        let size = self.log.size();
+        let extends = head.previous == size && self.log.extended(&head.entries) == head.frontier;
+        self.hold(world, "log_append_only", extends, || {
+            format!("a head of {} entries after {} does not extend the log of {size}", head.entries.len(), head.previous)
+        });
+        for entry in &head.entries {
+            let is_new = self.log_entries.insert(entry.document);
+            // One progress record may hold several commitments, each of which is an entry of its own.
+            self.hold(world, "log_append_only", is_new || entry.kind == LogKind::Commitment, || format!("{:?} {} is there twice", entry.kind, entry.document.short()));
+            let at = self.log_order.len() as u64;
+            self.log_order.entry(entry.document).or_insert(at);
+        }
+        self.log = head.frontier.clone();
+    }
+
+    fn revealed(&mut self, world: &World, reveal: &VerdictReveal) {
+        let verdict = &reveal.verdict;
+        let name = match verdict.result {
+            VerdictResult::Pass => "pass",
+            VerdictResult::Mismatch => "mismatch",
+            VerdictResult::Inconclusive => "inconclusive",
+            VerdictResult::NoOpening => "no opening",
+            VerdictResult::NotEvaluated => "not evaluated",
+        };
+        *self.verdicts.entry(name).or_default() += 1;
+        let is_lie = self.lies.contains(&verdict.payload);
+        if verdict.result == VerdictResult::Mismatch {
+            let behaviour = world.behaviour(&verdict.hotkey);
+            self.hold(world, "honest_is_not_failed", behaviour != Some(Behaviour::Honest), || {
+                format!("{} in cycle {}: {:?}", verdict.hotkey.short(), verdict.cycle, verdict.reason)
+            });
+            self.failed.insert((verdict.cycle, verdict.hotkey, verdict.slot));
+        }
+        self.hold(world, "lie_is_failed", !(is_lie && verdict.result == VerdictResult::Pass), || verdict.hotkey.short());
+    }
+
+    /// Upload grants are about to be published.
+    pub fn grants(&mut self, world: &World, wanted: &[Presign]) {
+        for request in wanted {
+            if let Presign::Put { key, .. } = request
+                && let Some(folder) = key.strip_suffix("payload.qfd")
+            {
+                let is_there = world.peek(&format!("{folder}commitment.qsr")).is_some();
+                self.hold(world, "evidence_before_grant", is_there, || key.clone());
+            }
+        }
+    }
+
+    /// Scores are about to become weights.
+    pub fn weights(&mut self, world: &World, scores: &[(AccountId, u64)], epoch: u64) {
+        let fragments = world.plan.parameters.fragments;
+        let mut most: BTreeMap<AccountId, u64> = BTreeMap::new();
+        let mut least: BTreeMap<AccountId, u64> = BTreeMap::new();
+        for (_, manifest) in self.manifests.values() {
+            let cycle = cycle_of(manifest.t, fragments);
+            for contribution in manifest.accepted() {
+                *most.entry(contribution.hotkey).or_default() += contribution.tokens;
+                if cycle < epoch && !self.failed.contains(&(cycle, contribution.hotkey, contribution.slot)) {
+                    *least.entry(contribution.hotkey).or_default() += contribution.tokens;
+                }
+            }
+        }
+        for (account, score) in scores {
+            let (least, most) = (least.get(account).copied().unwrap_or(0), most.get(account).copied().unwrap_or(0));
+            self.hold(world, "weights_follow_verdicts", (least..=most).contains(score), || {
+                format!("{}: {score}, between {least} and {most}", account.short())
+            });
+        }
+    }
+
+    /// The orchestrator has handled a batch.
+    pub fn orchestrator_is(&mut self, world: &World, machine: &Orchestrator) {
+        self.batches += 1;
+        for (t, pull) in machine.pulls() {
+            if pull.stage != PullStage::Open {
+                continue;
+            }
+            let accepted = pull.offers.iter().filter(|(_, offer)| offer.stage == OfferStage::Accepted).map(|(slot, _)| *slot);
+            let now: BTreeSet<Slot> = accepted.collect();
+            let before = self.accepted.entry(*t).or_default();
+            let lost = !before.is_subset(&now);
+            *before = now;
+            self.hold(world, "accepted_is_merged", !lost, || format!("step {t}: an accepted offer is gone"));
+        }
+        if !self.batches.is_multiple_of(LEDGER_EVERY) {
+            return;
+        }
+        let totals = machine.ledger().totals();
+        let rows: u64 = world.setup.shards.iter().map(|(_, rows, _)| rows).sum();
+        let sum = totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows;
+        self.hold(world, "ledger_conserves", sum == rows, || format!("{sum} rows of {rows}: {totals:?}"));
+        if let Some(before) = self.ledger {
+            let fell = totals.done_tokens < before.done_tokens;
+            self.hold(world, "ledger_conserves", !fell, || format!("{totals:?} after {before:?}"));
+        }
+        self.ledger = Some(totals);
+    }
+
+    /// The machine as it was when its process died.
+    pub fn crashed(&mut self, machine: Vec<u8>) {
+        self.crashed = Some(machine);
+    }
+
+    /// The machine as snapshot and journal give it.
+    pub fn recovered(&mut self, world: &World, machine: &[u8]) {
+        if let Some(crashed) = self.crashed.take() {
+            self.hold(world, "journal_is_exact", crashed == machine, || {
+                let at = crashed.iter().zip(machine).position(|(a, b)| a != b);
+                format!("{} and {} bytes, which differ from {at:?} on", crashed.len(), machine.len())
+            });
+        }
+    }
+
+    /// What was measured so far belongs to the time before.
+    pub fn stalls_from_here(&mut self) {
+        self.longest_stall_before_ms = std::mem::take(&mut self.longest_stall_ms);
+    }
+
+    pub fn fenced(&mut self, world: &World) {
+        self.violated(world, "only_writer", "the head was moved by somebody else".into());
+    }
+
+    /// Somebody else's newest commitment.
+    pub fn a_commitment(&self, not_of: &AccountId) -> Option<Commitment> {
+        self.newest_commitments.iter().find(|(account, _)| *account != not_of).map(|(_, commitment)| commitment.clone())
+    }
+
+    /// Makes every version once more from the tapes alone.
+    fn replay_tapes(&mut self, world: &World) {
+        let mut states: Vec<(u64, Digest)> =
+            (0..world.plan.parameters.fragments).map(|fragment| (0, tensors::first_state(fragment))).collect();
+        let tapes: Vec<Tape> = self.tapes.values().filter(|tape| !tape.inputs.is_empty()).cloned().collect();
+        for tape in tapes.iter().filter(|tape| self.manifests.contains_key(&tape.t)).cloned().collect::<Vec<_>>() {
+            let (version, state) = &mut states[usize::from(tape.fragment)];
+            (*version, *state) = (*version + 1, tensors::merged(state, &tape));
+            let (version, state) = (*version, *state);
+            let stored = world.peek(&world.run.state(tape.fragment, version));
+            let keyframe = world.peek(&world.run.keyframe(tape.fragment, version));
+            let agrees = stored == Some(tensors::state_bytes(&state))
+                && keyframe == Some(tensors::keyframe_bytes(tape.fragment, version, &state));
+            self.hold(world, "bit_identical", agrees, || format!("fragment {} version {version}", tape.fragment));
+        }
+    }
+
+    /// The run is over.
+    pub fn end(&mut self, world: &World) {
+        let parameters = &world.plan.parameters;
+        let Some(head) = self.head.clone() else {
+            return self.violated(world, "run_completes", "there is no head".into());
+        };
+        self.hold(world, "run_completes", head.state == RunState::Complete, || format!("{:?} at step {}", head.state, head.outer_step));
+        let lacking = head.fragments.iter().filter(|fragment| fragment.version < parameters.cycles).count();
+        self.hold(world, "run_completes", lacking == 0, || format!("{lacking} fragments lack merges"));
+        self.replay_tapes(world);
+        let missing: Vec<u64> = (0..head.outer_step).filter(|t| !self.manifests.contains_key(t)).collect();
+        self.hold(world, "merged_once", missing.is_empty(), || format!("steps without a manifest: {missing:?}"));
+        if head.state != RunState::Complete {
+            return;
+        }
+        let merges: Vec<(Digest, MergeManifest)> = self.manifests.values().cloned().collect();
+        for (id, manifest) in merges {
+            let Some(at) = self.log_order.get(&id).copied() else {
+                self.violated(world, "log_is_complete", format!("the merge of step {} is not in the log", manifest.t));
+                continue;
+            };
+            let unproven = manifest.accepted().find(|one| self.log_order.get(&one.commitment).is_none_or(|before| *before > at));
+            let text = unproven.map(|one| one.hotkey.short());
+            self.hold(world, "log_is_complete", text.is_none(), || {
+                format!("step {}: the commitment of {text:?} is not in the log before it", manifest.t)
+            });
+        }
+    }
+}

@@ -1,0 +1,429 @@
+//! The world: all nodes, the bucket, the chain and the weather, in one thread on one virtual clock.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use chain::memory::{MemoryChain, MemorySettings};
+use chain::{Chain, Hotkey, Hyperparameters, Neuron};
+use protocol::documents::{CurrentRun, Head, ReleaseRef};
+use protocol::envelope::{Context, Expect, RunId, SKEW_MS, Verified};
+use protocol::paths::{Keys, RunKeys};
+use protocol::{AccountId, Digest, KeyKind};
+use quasar_orchestrator::machine::{FragmentSetup, RunSetup, Slot};
+use storage::Object;
+use storage::memory::{MemoryGrants, MemoryStore};
+
+use super::executor::{Executor, WORLD};
+use super::net::{Net, Traffic};
+use super::paper::Identity;
+use super::plan::{Behaviour, Plan};
+use super::random::Random;
+use super::watch::{Violation, Watch};
+use super::{learner, orchestrator, tensors, validator};
+
+/// Unix time at the beginning of every world.
+pub const EPOCH_MS: u64 = 1_760_000_000_000;
+pub const BASE_RELEASE: &str = "base";
+pub const BASE_FILE: &str = "config.json";
+const NETUID: u16 = 24;
+/// Longest text of an event.
+const SAID_MAX: usize = 200;
+/// What is still to happen after the run is complete: verdicts, the last heads of the log, final weights.
+const SETTLE_MS: u64 = 150_000;
+
+/// Keys of one slot, spelt once: addresses are expensive to write.
+pub struct SlotKeys {
+    pub progress: String,
+    pub job: String,
+    pub standing: String,
+    pub pull: String,
+    folder: String,
+}
+
+impl SlotKeys {
+    fn of(run: &RunKeys, (hotkey, slot): Slot) -> Self {
+        let progress = run.progress(&hotkey, slot);
+        let folder = progress.trim_end_matches("progress.qsr").to_owned();
+        Self { folder, job: run.job(&hotkey, slot), standing: run.standing(&hotkey, slot), pull: run.pull_grants(&hotkey, slot), progress }
+    }
+
+    pub fn payload(&self, t: u64) -> String {
+        format!("{}{t}/payload.qfd", self.folder)
+    }
+
+    pub fn commitment(&self, t: u64) -> String {
+        format!("{}{t}/commitment.qsr", self.folder)
+    }
+}
+
+pub struct World {
+    me: Weak<Self>,
+    pub plan: Plan,
+    pub executor: Executor,
+    pub random: RefCell<Random>,
+    pub context: Context,
+    pub keys: Keys,
+    pub run: RunKeys,
+    head_key: String,
+    /// The orchestrator's identity.
+    pub office: Identity,
+    pub current: CurrentRun,
+    pub setup: RunSetup,
+    pub store: MemoryStore,
+    pub grants: MemoryGrants,
+    store_ms: Arc<AtomicU64>,
+    pub chain: MemoryChain,
+    pub net: RefCell<Net>,
+    pub orchestrator: RefCell<orchestrator::Node>,
+    pub learners: Vec<RefCell<learner::Node>>,
+    pub validators: Vec<RefCell<validator::Node>>,
+    pub watch: RefCell<Watch>,
+    slot_keys: RefCell<HashMap<Slot, Rc<SlotKeys>>>,
+    /// By node.
+    skews_ms: Vec<i64>,
+    newest_head: RefCell<Option<(Option<String>, Verified<Head>)>>,
+    trace: Cell<u64>,
+    events: Cell<u64>,
+    pub stepping: Cell<Stepping>,
+}
+
+/// Who trains just now.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stepping {
+    learners: u64,
+    first_ms: Option<u64>,
+    idle_since_ms: u64,
+    idle_ms: u64,
+    longest_idle_ms: u64,
+}
+
+impl Stepping {
+    pub fn begin(mut self, now_ms: u64) -> Self {
+        if self.first_ms.is_some() && self.learners == 0 {
+            let idle_ms = now_ms - self.idle_since_ms;
+            self.idle_ms += idle_ms;
+            // Between two steps of a lone learner lies its boundary.
+            self.longest_idle_ms = self.longest_idle_ms.max(idle_ms);
+        }
+        self.first_ms.get_or_insert(now_ms);
+        self.learners += 1;
+        self
+    }
+
+    pub fn end(mut self, now_ms: u64) -> Self {
+        self.learners -= 1;
+        self.idle_since_ms = now_ms;
+        self
+    }
+
+    fn total_ms(&self, now_ms: u64) -> u64 {
+        now_ms - self.first_ms.unwrap_or(now_ms)
+    }
+}
+
+/// How a run went.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub violations: Vec<Violation>,
+    /// Everything that every machine was told, in order.
+    pub trace: u64,
+    pub events: u64,
+    pub virtual_ms: u64,
+    pub completed_ms: Option<u64>,
+    pub merges: u64,
+    pub contributions: u64,
+    pub crashes: u64,
+    pub effects: u64,
+    pub longest_stall_ms: u64,
+    pub longest_stall_before_ms: u64,
+    /// Longest time in which nobody trained, after the first step.
+    pub longest_idle_ms: u64,
+    /// Share of all miners' time in steps that were not lost, and share of time in which some learner steps.
+    pub goodput: f64,
+    pub uptime: f64,
+    pub traffic: [Traffic; 3],
+    pub verdicts: Vec<(&'static str, u64)>,
+    /// BLAKE3 of all keyframes of the last versions.
+    pub model: Digest,
+    pub steps: u64,
+    /// What the orchestrator's `status` would say in the end.
+    pub status: serde_json::Value,
+    /// Miners by what they are doing in the end.
+    pub miners: Vec<String>,
+}
+
+impl World {
+    pub fn new(plan: Plan) -> Rc<Self> {
+        let mut random = Random::new(plan.seed);
+        let office = Identity::new(plan.scheme, "orchestrator", 0);
+        let miners: Vec<Identity> = (0..plan.miners as u64).map(|number| Identity::new(plan.scheme, "miner", number)).collect();
+        let validators: Vec<Identity> = (0..plan.validators as u64).map(|number| Identity::new(plan.scheme, "validator", number)).collect();
+        let neuron = |(uid, identity): (usize, &Identity)| {
+            let is_validator = uid >= miners.len();
+            Neuron {
+                uid: uid as u16,
+                hotkey: identity.account,
+                coldkey: AccountId([1; 32]),
+                stake: if is_validator { 1_000_000_000_000 } else { 0 },
+                validator_permit: is_validator,
+                last_update: 0,
+            }
+        };
+        let neurons = miners.iter().chain(&validators).enumerate().map(neuron).collect();
+        let hyperparameters = Hyperparameters {
+            tempo: 30,
+            weights_rate_limit: 10,
+            min_allowed_weights: 1,
+            max_weight_limit: u16::MAX,
+            weights_version: 0,
+            commit_reveal: false,
+            stake_threshold: 0,
+        };
+        let chain = MemoryChain::new(MemorySettings { netuid: NETUID, seed: plan.seed, hyperparameters, neurons, owner_hotkey: None });
+        chain.advance(1);
+        let run_id = RunId([7; 16]);
+        let context = Context { genesis: chain.genesis(), netuid: NETUID, run: run_id };
+        let keys = Keys::new(NETUID);
+        let run = keys.run(run_id);
+        let fragments = (0..plan.parameters.fragments).map(|fragment| {
+            let state = tensors::first_state(fragment);
+            let keyframe = tensors::keyframe_bytes(fragment, 0, &state);
+            FragmentSetup {
+                keyframe: Digest::blake3(&keyframe),
+                keyframe_length: keyframe.len() as u64,
+                state: Digest::blake3(&state.0),
+                payload_length: tensors::PAYLOAD_BYTES as u64,
+            }
+        });
+        let setup = RunSetup {
+            run: run_id,
+            parameters: plan.parameters.clone(),
+            release: ReleaseRef { release: BASE_RELEASE.into(), manifest: Digest::ZERO },
+            fragments: fragments.collect(),
+            shards: (0..4).map(|shard| (format!("s{shard}"), 20_000, 128)).collect(),
+        };
+        let store = MemoryStore::new();
+        let store_ms = Arc::new(AtomicU64::new(EPOCH_MS));
+        let clock = store_ms.clone();
+        let grants = MemoryGrants::new(store.clone(), move || clock.load(Ordering::Relaxed));
+        let mut net = Net::new(random.fork(), plan.faults.clone(), plan.latency_ms);
+        let skew = |_| random.below(2 * plan.faults.skew_ms + 1) as i64 - plan.faults.skew_ms as i64;
+        let skews_ms = (0..1 + plan.miners + plan.validators).map(skew).collect();
+        let mut learners = Vec::new();
+        for (index, identity) in miners.into_iter().enumerate() {
+            let keys = Rc::new(SlotKeys::of(&run, (identity.account, 0)));
+            let mut node = learner::Node::new(keys, identity, index + 1, plan.behaviours[index]);
+            node.step_ms = random.between(plan.step_ms * 7 / 10, plan.step_ms * 13 / 10);
+            if random.chance(plan.faults.slow_ppm) {
+                node.step_ms *= 5;
+                net.slow.push(index + 1);
+            }
+            learners.push(RefCell::new(node));
+        }
+        let mut judges = Vec::new();
+        for (index, identity) in validators.into_iter().enumerate() {
+            let hotkey = Rc::new(Hotkey::from_seed(KeyKind::Ed25519, &identity.seed));
+            judges.push(RefCell::new(validator::Node::new(identity, hotkey, plan.miners + 1 + index)));
+        }
+        let orchestrator = RefCell::new(orchestrator::Node::default());
+        let current = CurrentRun { root_version: 1, root_digest: Digest::ZERO, run: run_id, manifest_digest: Digest::ZERO };
+        let world = Rc::new_cyclic(|me| Self {
+            me: me.clone(),
+            executor: Executor::default(),
+            random: RefCell::new(random),
+            context,
+            head_key: run.head(),
+            keys,
+            run,
+            office,
+            current,
+            setup,
+            store,
+            grants,
+            store_ms,
+            chain,
+            net: RefCell::new(net),
+            orchestrator,
+            learners,
+            validators: judges,
+            watch: RefCell::default(),
+            slot_keys: RefCell::default(),
+            skews_ms,
+            newest_head: RefCell::default(),
+            trace: Cell::new(0xcbf2_9ce4_8422_2325),
+            events: Cell::new(0),
+            stepping: Cell::default(),
+            plan,
+        });
+        world.plant_run();
+        world
+    }
+
+    fn plant_run(&self) {
+        self.plant(&self.keys.release_manifest(BASE_RELEASE), Bytes::from_static(b"manifest"));
+        self.plant(&self.keys.release_file(BASE_RELEASE, BASE_FILE), Bytes::from_static(b"{}"));
+        for (shard, _, _) in &self.setup.shards {
+            self.plant(&self.keys.shard_tokens(shard), Bytes::from_static(b"tokens"));
+        }
+        for fragment in 0..self.plan.parameters.fragments {
+            let state = tensors::first_state(fragment);
+            self.plant(&self.run.state(fragment, 0), tensors::state_bytes(&state));
+            self.plant(&self.run.keyframe(fragment, 0), tensors::keyframe_bytes(fragment, 0, &state));
+        }
+    }
+
+    pub fn me(&self) -> Rc<Self> {
+        self.me.upgrade().expect("the world outlives its events")
+    }
+
+    /// What a node's clock shows.
+    pub fn clock_ms(&self, node: super::net::Node) -> u64 {
+        (EPOCH_MS + self.executor.now_ms()).saturating_add_signed(self.skews_ms[node])
+    }
+
+    pub fn head_key(&self) -> &str {
+        &self.head_key
+    }
+
+    /// Opens the head, which everybody reads: what is the same for all of them is done once.
+    pub fn open_head(&self, object: &Object, now_ms: u64) -> Option<Verified<Head>> {
+        let mut newest = self.newest_head.borrow_mut();
+        if newest.as_ref().is_none_or(|(etag, _)| *etag != object.etag) {
+            let expect = Expect::Account(&self.office.account);
+            let opened = self.plan.scheme.open::<Head>(&object.bytes, &self.context, expect, None).ok()?;
+            *newest = Some((object.etag.clone(), opened));
+        }
+        let (_, head) = newest.as_ref()?;
+        let is_fresh = head.header.issued_ms <= now_ms + SKEW_MS && now_ms <= head.header.expires_ms + SKEW_MS;
+        is_fresh.then(|| head.clone())
+    }
+
+    pub fn slot_keys(&self, slot: Slot) -> Rc<SlotKeys> {
+        self.slot_keys.borrow_mut().entry(slot).or_insert_with(|| Rc::new(SlotKeys::of(&self.run, slot))).clone()
+    }
+
+    /// Prints an event, if somebody wants to see them.
+    pub fn say(&self, node: super::net::Node, event: impl FnOnce() -> String) {
+        if self.plan.is_verbose {
+            let text: String = event().chars().take(SAID_MAX).collect();
+            println!("{:>9.3} node {node} {text}", self.executor.now_ms() as f64 / 1e3);
+        }
+    }
+
+    /// Adds an event to the trace.
+    pub fn trace(&self, numbers: &[u64]) {
+        let mut hash = self.trace.get();
+        for number in numbers {
+            hash = (hash ^ number).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(17);
+        }
+        self.trace.set(hash);
+        self.events.set(self.events.get() + 1);
+    }
+
+    pub fn behaviour(&self, hotkey: &AccountId) -> Option<Behaviour> {
+        let index = self.learners.iter().position(|node| node.borrow().identity.account == *hotkey)?;
+        Some(self.plan.behaviours[index])
+    }
+
+    /// Starts everybody and the weather.
+    pub fn begin(&self) {
+        self.start_orchestrator();
+        for index in 0..self.plan.validators {
+            self.start_validator(index);
+        }
+        for index in 0..self.plan.miners {
+            let mut random = self.random.borrow_mut();
+            let is_late = random.chance(self.plan.faults.late_ppm);
+            let delay_ms = if is_late { random.between(1_000, self.plan.faults.until_ms.max(2_000)) } else { random.below(2_000) };
+            drop(random);
+            let world = self.me();
+            self.executor.after(delay_ms, WORLD, move || world.start_miner(index));
+        }
+        let world = self.me();
+        self.executor.spawn(WORLD, async move { world.make_blocks().await });
+        super::weather::begin(&self.me());
+    }
+
+    async fn make_blocks(self: Rc<Self>) {
+        loop {
+            self.executor.sleep(self.plan.block_ms).await;
+            if self.net.borrow().chain_stalled_until_ms <= self.executor.now_ms() {
+                self.chain.set_reachable(true);
+                self.chain.advance(1);
+            }
+        }
+    }
+
+    /// From the beginning to the end.
+    pub fn live(self: &Rc<Self>) -> Outcome {
+        self.begin();
+        let outcome = self.finish();
+        // Tasks hold the world, and the world holds them.
+        self.executor.clear();
+        outcome
+    }
+
+    /// Runs to the end: complete and settled, or out of time.
+    pub fn finish(&self) -> Outcome {
+        loop {
+            if !self.executor.turn() {
+                break;
+            }
+            let now_ms = self.executor.now_ms();
+            self.store_ms.store(EPOCH_MS + now_ms, Ordering::Relaxed);
+            let completed_ms = self.watch.borrow().completed_ms;
+            let is_over = completed_ms.is_some_and(|completed_ms| now_ms > completed_ms + SETTLE_MS);
+            if (is_over && !self.plan.is_open_ended) || now_ms > self.plan.limit_ms {
+                break;
+            }
+        }
+        if !self.plan.is_open_ended {
+            self.watch.borrow_mut().end(self);
+        }
+        self.outcome()
+    }
+
+    fn outcome(&self) -> Outcome {
+        let watch = self.watch.borrow();
+        let mut newest: Vec<u8> = Vec::new();
+        for fragment in 0..self.plan.parameters.fragments {
+            let merges = watch.manifests.values().filter(|(_, merge)| merge.fragment == fragment);
+            let last = merges.max_by_key(|(_, merge)| merge.version);
+            newest.extend(last.map_or(Digest::ZERO, |(_, merge)| merge.keyframe).0);
+        }
+        let orchestrator = self.orchestrator.borrow();
+        let (now_ms, stepping) = (self.executor.now_ms(), self.stepping.get());
+        let useful_ms: u64 = self.learners.iter().map(|node| node.borrow().useful_ms).sum();
+        Outcome {
+            violations: watch.violations.clone(),
+            trace: self.trace.get(),
+            events: self.events.get(),
+            virtual_ms: self.executor.now_ms(),
+            completed_ms: watch.completed_ms,
+            merges: watch.manifests.values().filter(|(_, merge)| merge.version > merge.base_version).count() as u64,
+            contributions: watch.manifests.values().map(|(_, merge)| merge.accepted().count() as u64).sum(),
+            crashes: orchestrator.crashes,
+            effects: orchestrator.effects,
+            longest_stall_ms: watch.longest_stall_ms,
+            longest_stall_before_ms: watch.longest_stall_before_ms,
+            longest_idle_ms: stepping.longest_idle_ms,
+            goodput: useful_ms as f64 / (self.plan.miners as u64 * stepping.total_ms(now_ms)).max(1) as f64,
+            uptime: 1.0 - stepping.idle_ms as f64 / stepping.total_ms(now_ms).max(1) as f64,
+            traffic: self.net.borrow().traffic,
+            verdicts: watch.verdicts.iter().map(|(name, count)| (*name, *count)).collect(),
+            model: Digest::blake3(&newest),
+            status: orchestrator.machine().map(|machine| serde_json::json!(machine.status())).unwrap_or_default(),
+            miners: self.learners.iter().map(|node| node.borrow().describe()).collect(),
+            steps: self.learners.iter().map(|node| node.borrow().steps).sum(),
+        }
+    }
+}
+
+/// Runs one world.
+pub fn run(plan: Plan) -> Outcome {
+    World::new(plan).live()
+}

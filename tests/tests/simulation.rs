@@ -1,0 +1,103 @@
+//! Simulated worlds: every role's real machine, and everything that can go wrong. `cargo xtask sim` runs more of them.
+
+use quasar_tests::sim::paper::Scheme;
+use quasar_tests::sim::{self, Faults, INVARIANTS, Outcome, Plan};
+
+/// As `cargo xtask sim` would print it, with the command that replays the seed.
+fn must_hold(seed: u64, miners: usize, outcome: &Outcome) {
+    let told: Vec<String> = outcome
+        .violations
+        .iter()
+        .map(|violation| format!("{} at {} ms: {}", violation.invariant, violation.at_ms, violation.what))
+        .collect();
+    assert!(told.is_empty(), "{}\nreplay: cargo xtask sim --seeds 1 --first-seed {seed} --miners {miners}", told.join("\n"));
+}
+
+#[test]
+fn fifty_worlds_of_fifty_miners_hold_every_invariant() {
+    const MINERS: usize = 50;
+    let next = std::sync::atomic::AtomicU64::new(1);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    if seed > 50 {
+                        return;
+                    }
+                    must_hold(seed, MINERS, &sim::run(Plan::of_seed(seed, MINERS, 3)));
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn the_same_seed_gives_the_same_world_event_by_event() {
+    for seed in [3, 4] {
+        let [one, two] = [0, 1].map(|_| sim::run(Plan::of_seed(seed, 8, 2)));
+        assert_eq!((one.trace, one.events, one.model), (two.trace, two.events, two.model));
+    }
+    assert_ne!(sim::run(Plan::of_seed(3, 8, 2)).trace, sim::run(Plan::of_seed(4, 8, 2)).trace);
+}
+
+#[test]
+fn worlds_with_real_signatures_and_sealed_grants_hold_every_invariant() {
+    for seed in 1..=2 {
+        let plan = Plan { scheme: Scheme::Ed25519, ..Plan::of_seed(seed, 6, 2) };
+        must_hold(seed, 6, &sim::run(plan));
+    }
+}
+
+#[test]
+fn an_orchestrator_that_dies_at_any_effect_boundary_merges_everything_once() {
+    const EVERY: usize = 7;
+    let plan = sim::small(1, 3);
+    let whole = sim::run(plan.clone());
+    must_hold(1, 3, &whole);
+    assert_eq!(whole.crashes, 0);
+    assert!(whole.effects > 200, "{}", whole.effects);
+    for point in (1..=whole.effects).step_by(EVERY) {
+        let outcome = sim::run_crashing(plan.clone(), point);
+        assert_eq!(outcome.crashes, 1, "point {point}");
+        must_hold(1, 3, &outcome);
+    }
+}
+
+#[test]
+fn without_faults_everybody_takes_part_in_every_merge_and_every_audit_passes() {
+    let outcome = sim::run(Plan::calm(1, 10, 3));
+    must_hold(1, 10, &outcome);
+    // The first pulls find learners that have no step on the fragment yet.
+    let share = outcome.contributions as f64 / (outcome.merges * 10) as f64;
+    assert!(share > 0.9, "{share}");
+    assert!(outcome.verdicts.iter().all(|(name, _)| *name == "pass"), "{:?}", outcome.verdicts);
+    assert!(outcome.verdicts.iter().map(|(_, count)| count).sum::<u64>() >= 20, "{:?}", outcome.verdicts);
+}
+
+#[test]
+fn a_store_that_fails_every_fifth_request_and_loses_every_tenth_answer_loses_no_merge() {
+    let mut plan = Plan::calm(5, 6, 2);
+    plan.faults = Faults {
+        until_ms: u64::MAX,
+        error_ppm: 200_000,
+        lost_reply_ppm: 100_000,
+        duplicate_ppm: 100_000,
+        stale_ppm: 200_000,
+        partial_ppm: 100_000,
+        ..Faults::default()
+    };
+    must_hold(5, 6, &sim::run(plan));
+}
+
+#[test]
+fn each_invariant_has_one_name_and_one_sentence() {
+    let mut names: Vec<&str> = INVARIANTS.iter().map(|(name, _)| *name).collect();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), INVARIANTS.len());
+    let page = include_str!("../../docs/reliability.md");
+    for (name, sentence) in INVARIANTS {
+        assert!(page.contains(&format!("| `{name}` | {sentence} |")), "docs/reliability.md lacks `{name}`: {sentence}");
+    }
+}
