@@ -239,8 +239,7 @@ impl World {
     fn view(&self, index: usize) -> Option<ChainView> {
         let metagraph = self.chain.metagraph(self.context.netuid).now_or_never()?.ok()?;
         let account = self.validators[index].borrow().identity.account;
-        let own =
-            metagraph.by_hotkey(&account).map(|neuron| OwnNeuron { uid: neuron.uid, validator_permit: neuron.validator_permit });
+        let own = metagraph.by_hotkey(&account).map(|neuron| OwnNeuron { uid: neuron.uid, validator_permit: neuron.validator_permit });
         let validators = metagraph.neurons.iter().filter(|neuron| neuron.validator_permit).map(|neuron| neuron.hotkey).collect();
         Some(ChainView { block: metagraph.block.number, validators, own })
     }

@@ -408,6 +408,7 @@ async fn objects_that_contradict_each_other_are_refused_and_left_alone() {
         keyframe: Digest::ZERO,
         state: Digest::ZERO,
         step_norm: 0,
+        step_limit_ppm: 1_000_000,
     };
     bucket.publish(&service.run.merge(tape.t), &manifest).await;
     let before = bucket.objects().await;

@@ -147,7 +147,7 @@ pub fn merge_payloads(slices: &[Slice], offers: &[Offer]) -> Result<Merged, Merg
     let layout = checked_layout(codec.into(), slices)?;
     let mut voices = Vec::with_capacity(offers.len());
     for (input, offer) in offers.iter().enumerate() {
-        if offer.header.codec() != codec || *offer.header.layout() != layout {
+        if offer.header.codec() != codec || !offer.header.layout().has_places_of(&layout) {
             return Err(MergeError::Mixed { input });
         }
         let mut scratch = Vec::new();

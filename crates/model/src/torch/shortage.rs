@@ -32,7 +32,7 @@ pub(crate) fn shortage(text: &str) -> Option<Shortage> {
 fn size(text: &str) -> Option<u64> {
     let mut words = text.split_ascii_whitespace();
     let number: f64 = words.next()?.parse().ok()?;
-    let unit = match words.next()?.trim_end_matches(['.', ',']) {
+    let unit = match words.next()?.trim_end_matches(['.', ',', ':']) {
         "bytes" => 0,
         "KiB" => 10,
         "MiB" => 20,
