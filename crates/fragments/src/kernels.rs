@@ -170,7 +170,7 @@ fn reduce<L: Copy, R: Copy>(left: &[L], right: &[R], add_product: impl Fn(L, R, 
 vectorised! {
     /// Sum of squares.
     pub(crate) fn squares_of_sums(sums: &[f64]) -> f64 {
-        reduce(sums, sums, |left, right, sum| f64::mul_add(left, right, sum))
+        reduce(sums, sums, f64::mul_add)
     }
 }
 

@@ -396,6 +396,38 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
 }
 
 #[test]
+fn optimizer_steps_follow_the_published_formula() {
+    let Some(folder) = folder() else { return };
+    let mut trainer = open(folder, &TrainerOptions { moments: MomentType::F32, ..own() });
+    let hyper = Hyper { lr: 1e-3, clip_norm: 0.5, ..Hyper::default() };
+    let plan = trainer.plan().clone();
+    for step in 1..=3i32 {
+        let tokens = rows(step as u32);
+        let before = trainer.state().unwrap();
+        let (_, gradients) = trainer.loss_and_gradients(&batch(&tokens), None).unwrap();
+        let report = trainer.step(&batch(&tokens), &hyper, None, false).unwrap();
+        let norm = gradients.values().flatten().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+        assert!((norm / report.grad_norm - 1.0).abs() < 1e-3, "{norm} {}", report.grad_norm);
+        let (scale, after) = ((hyper.clip_norm / report.grad_norm).min(1.0), trainer.state().unwrap());
+        let (mut at, mut worst) = (0, 0f64);
+        for slice in plan.fragments.iter().flatten() {
+            let gradient = gradients.get(&slice.tensor);
+            for element in (slice.row_start * slice.row_elements) as usize..(slice.row_end * slice.row_elements) as usize {
+                let gradient = gradient.map_or(0.0, |values| f64::from(values[element]) * scale);
+                let first = hyper.beta1 * f64::from(before.first[at]) + (1.0 - hyper.beta1) * gradient;
+                let second = hyper.beta2 * f64::from(before.second[at]) + (1.0 - hyper.beta2) * gradient * gradient;
+                let (first, second) = (first / (1.0 - hyper.beta1.powi(step)), second / (1.0 - hyper.beta2.powi(step)));
+                let moved = f64::from(after.weights[at]) - f64::from(before.weights[at]);
+                worst = worst.max((moved + hyper.lr * first / (second.sqrt() + hyper.eps)).abs());
+                at += 1;
+            }
+        }
+        eprintln!("step {step}: furthest weight off by {:.1e} of the learning rate", worst / hyper.lr);
+        assert!(worst < 2e-2 * hyper.lr, "step {step}: {worst}");
+    }
+}
+
+#[test]
 fn training_learns_alike_with_8_bit_moments_f32_moments_and_libtorch() {
     if !has_gpu() {
         return;

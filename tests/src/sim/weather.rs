@@ -10,7 +10,8 @@ pub fn begin(world: &Rc<World>) {
     let faults = &world.plan.faults;
     let miners = world.plan.miners as u64;
     // Miners' times are those of one miner.
-    let kinds: [(u64, fn(&Rc<World>)); 6] = [
+    type Happen = fn(&Rc<World>);
+    let kinds: [(u64, Happen); 6] = [
         (faults.orchestrator_crash_ms, crash_orchestrator),
         (faults.miner_crash_ms.div_ceil(miners.max(1)), crash_a_miner),
         (faults.validator_crash_ms, crash_a_validator),

@@ -74,7 +74,7 @@ impl Rate {
     pub fn tokens_per_day(&self, now_ms: u64, tokens: u64) -> u64 {
         let Some((then_ms, before)) = self.older else { return 0 };
         let elapsed_ms = u128::from(now_ms.saturating_sub(then_ms));
-        if elapsed_ms == 0 { 0 } else { (u128::from(tokens.saturating_sub(before)) * DAY_MS / elapsed_ms) as u64 }
+        (u128::from(tokens.saturating_sub(before)) * DAY_MS).checked_div(elapsed_ms).unwrap_or(0) as u64
     }
 }
 

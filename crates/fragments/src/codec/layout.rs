@@ -111,8 +111,9 @@ pub(crate) struct Layout {
 impl Layout {
     /// Whether every element lies at the same place, whatever the rules by which units are merged.
     pub(crate) fn has_places_of(&self, other: &Self) -> bool {
-        let places = |layout: &Self| layout.units.iter().map(|unit| (unit.start, unit.end, unit.offset));
-        (self.encoding, self.elements, self.bytes) == (other.encoding, other.elements, other.bytes) && places(self).eq(places(other))
+        let place = |unit: &Unit| (unit.start, unit.end, unit.offset);
+        (self.encoding, self.elements, self.bytes) == (other.encoding, other.elements, other.bytes)
+            && self.units.iter().map(place).eq(other.units.iter().map(place))
     }
 
     /// The layout of `slices`, which are those of a checked plan. (A slice whose rows are not whole units, which no checked

@@ -3,7 +3,7 @@
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
-use crate::envelope::{EnvelopeError, Header, verify_as_stated};
+use crate::envelope::{EnvelopeError, verify_as_stated};
 use crate::{AccountId, Digest};
 
 /// Two signed documents of one signer with the same purpose, run and sequence that differ. The finder signs the whole, but
@@ -40,15 +40,15 @@ impl Equivocation {
             return Err(NoEquivocation::Same);
         }
         let (first, second) = (first.header, second.header);
-        let differs: [(fn(&Header, &Header) -> bool, &str); 6] = [
-            (|a, b| a.signer != b.signer, "their signer"),
-            (|a, b| a.purpose != b.purpose, "their purpose"),
-            (|a, b| a.genesis != b.genesis, "their network"),
-            (|a, b| a.netuid != b.netuid, "their subnet"),
-            (|a, b| a.run != b.run, "their run"),
-            (|a, b| a.sequence != b.sequence, "their sequence"),
+        let differs = [
+            (first.signer != second.signer, "their signer"),
+            (first.purpose != second.purpose, "their purpose"),
+            (first.genesis != second.genesis, "their network"),
+            (first.netuid != second.netuid, "their subnet"),
+            (first.run != second.run, "their run"),
+            (first.sequence != second.sequence, "their sequence"),
         ];
-        match differs.iter().find(|(differs, _)| differs(&first, &second)) {
+        match differs.iter().find(|(differs, _)| *differs) {
             Some((_, what)) => Err(NoEquivocation::Apart(what)),
             None => Ok((first.signer.account(), first.sequence, [first_id, second_id])),
         }
