@@ -5,9 +5,10 @@ use std::fmt;
 use protocol::{KeyKind, KeyRef};
 use serde::Serialize;
 
-use crate::certificate::KeyCertificate;
+use crate::certificate::{self, KeyCertificate};
 use crate::chain::Chain;
 use crate::error::ChainError;
+use crate::hotkey::Hotkey;
 
 /// Rao in one token.
 const RAO: u64 = 1_000_000_000;
@@ -92,6 +93,52 @@ impl fmt::Display for Standing {
                 "key certificate: missing, the hotkey has committed something else; `identity certify --replace` replaces it"
             }
         })
+    }
+}
+
+/// What came of publishing a key certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Certification {
+    /// In this block.
+    Published(u64),
+    /// It was there already.
+    Shown,
+    /// It would be published.
+    DryRun,
+}
+
+/// Publishes the key certificate of `hotkey` through the commitments pallet, unless the chain shows it already. A dry run only looks.
+pub async fn certify(
+    chain: &dyn Chain,
+    hotkey: &Hotkey,
+    netuid: u16,
+    may_replace: bool,
+    is_dry_run: bool,
+) -> Result<Certification, ChainError> {
+    if is_dry_run {
+        let standing = Standing::read(chain, netuid, &hotkey.key()).await?;
+        return Ok(if standing.certificate == Certified::Published { Certification::Shown } else { Certification::DryRun });
+    }
+    let block = certificate::publish(chain, hotkey, netuid, may_replace).await?;
+    Ok(block.map_or(Certification::Shown, |block| Certification::Published(block.number)))
+}
+
+impl Certification {
+    /// For people.
+    pub fn text(&self, hotkey: &Hotkey) -> String {
+        let (account, key) = (hotkey.account(), KeyCertificate::of(hotkey));
+        match self {
+            Self::Published(block) => format!("the key certificate of {account} is on chain since block {block}: x25519 {key}"),
+            Self::Shown => format!("the key certificate of {account} is on chain already: x25519 {key}"),
+            Self::DryRun => format!("dry run: the key certificate of {account} would be published: x25519 {key}"),
+        }
+    }
+
+    /// For programs.
+    pub fn json(&self, hotkey: &Hotkey) -> serde_json::Value {
+        let block = if let Self::Published(block) = self { Some(block) } else { None };
+        let (account, key) = (hotkey.account().to_string(), KeyCertificate::of(hotkey).to_string());
+        serde_json::json!({ "ss58_address": account, "x25519": key, "on_chain": *self != Self::DryRun, "block": block })
     }
 }
 

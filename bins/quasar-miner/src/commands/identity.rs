@@ -1,7 +1,7 @@
 //! `identity new`, `show` and `certify`.
 
-use chain::identity::{self, Certified, Standing};
-use chain::{Hotkey, KeyCertificate, Password, Wallet, certificate};
+use chain::identity::{self, Standing};
+use chain::{Hotkey, Password, Wallet};
 use daemon::settings::{CommonArgs, Role};
 use daemon::{Exit, Failure, Settings};
 use protocol::{KeyKind, KeyRef};
@@ -60,36 +60,14 @@ pub fn show(common: &CommonArgs, json: bool) -> Result<Exit, Failure> {
 pub fn certify(common: &CommonArgs, may_replace: bool, json: bool) -> Result<Exit, Failure> {
     let settings = common.settings(Role::Miner, ())?;
     let (link, netuid, hotkey) = (chain_of(&settings)?, settings.netuid()?, hotkey(&settings)?);
-    let key = KeyCertificate::of(&hotkey).to_string();
-    let published = block_on(async {
+    let done = block_on(async {
         let client = link.client().await.map_err(chain_failure)?;
-        if settings.dry_run() {
-            let standing = Standing::read(client.as_ref(), netuid, &hotkey.key()).await.map_err(chain_failure)?;
-            return Ok(if standing.certificate == Certified::Published { Outcome::Shown } else { Outcome::DryRun });
-        }
-        let block = certificate::publish(client.as_ref(), &hotkey, netuid, may_replace).await.map_err(chain_failure)?;
-        Ok(block.map_or(Outcome::Shown, |block| Outcome::Published(block.number)))
+        identity::certify(client.as_ref(), &hotkey, netuid, may_replace, settings.dry_run()).await.map_err(chain_failure)
     })?;
-    let account = hotkey.account();
-    match published {
-        _ if json => {
-            let block = if let Outcome::Published(block) = published { Some(block) } else { None };
-            let is_on_chain = !matches!(published, Outcome::DryRun);
-            println!(
-                "{}",
-                serde_json::json!({ "ss58_address": account.to_string(), "x25519": key, "on_chain": is_on_chain, "block": block })
-            );
-        }
-        Outcome::Published(block) => println!("the key certificate of {account} is on chain since block {block}: x25519 {key}"),
-        Outcome::Shown => println!("the key certificate of {account} is on chain already: x25519 {key}"),
-        Outcome::DryRun => println!("dry run: the key certificate of {account} would be published: x25519 {key}"),
+    if json {
+        println!("{}", done.json(&hotkey));
+    } else {
+        println!("{}", done.text(&hotkey));
     }
     Ok(Exit::Done)
-}
-
-enum Outcome {
-    Published(u64),
-    /// It was there already.
-    Shown,
-    DryRun,
 }
