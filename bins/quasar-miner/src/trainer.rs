@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use fragments::codec::{self, CodecError};
 use fragments::t0::Committed;
-use model::{Batch, Contribution, Hyper, StateError, TrainError, Trainer};
+use model::{Batch, HostValues, Hyper, StateError, TrainError, Trainer};
 use protocol::Digest;
 use protocol::documents::{InnerOptimizer, OpenedStep, PPM, micro_nats};
 use tokio::sync::mpsc;
@@ -138,6 +138,7 @@ impl Worker {
             }
             None => false,
         };
+        plane.staged.reach(trainer.host_memory());
         Ok((Self { trainer, plane, inner }, restored))
     }
 
@@ -156,8 +157,11 @@ impl Worker {
             load(&mut *self.trainer, &path).map_err(|error| train_fault(&error))?;
         }
         for (fragment, version) in &boundary.apply {
-            let values = self.plane.keyframes.load(*fragment, *version).map_err(|error| Fault::Broken(error.to_string()))?;
-            self.trainer.apply(usize::from(*fragment), &values).map_err(|error| train_fault(&error))?;
+            let values = match self.plane.staged.take(*fragment, *version) {
+                Some(values) => values,
+                None => self.plane.keyframes.load(*fragment, *version).map_err(|error| Fault::Broken(error.to_string()))?.into(),
+            };
+            self.trainer.receive(usize::from(*fragment), &values).map_err(|error| train_fault(&error))?;
             self.plane.keyframes.retire(*fragment, *version);
         }
         let snapshot = match &boundary.snapshot {
@@ -225,7 +229,7 @@ impl Worker {
 }
 
 /// Θ̂ of the base version minus the learner's weights, encoded.
-fn export(plane: &Plane, order: &Export, weights: &Contribution) -> Result<Exported, Fault> {
+fn export(plane: &Plane, order: &Export, weights: &HostValues) -> Result<Exported, Fault> {
     let mut change = plane.keyframes.load(order.fragment, order.base_version).map_err(|error| Fault::Broken(error.to_string()))?;
     for (base, weight) in change.iter_mut().zip(weights.values().map_err(|error| train_fault(&error))?) {
         *base -= weight;

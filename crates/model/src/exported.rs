@@ -4,60 +4,10 @@
 //! the version plus the change since the export (Decoupled DiLoCo, arXiv 2604.21428, leaves the choice open; overwriting loses τ of
 //! every H steps: `docs/benchmarks.md` has the difference).
 
-use std::any::Any;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use crate::TrainError;
-
-/// Weights of a fragment as they were exported, in slice order. They may still be on their way from the device: whoever looks waits.
-#[derive(Clone)]
-pub struct Contribution(Arc<dyn Held>);
-
-/// Where exported weights lie.
-pub(crate) trait Held: Any + Send + Sync {
-    /// Waits until they are there.
-    fn values(&self) -> Result<&[f32], TrainError>;
-}
-
-impl Held for Vec<f32> {
-    fn values(&self) -> Result<&[f32], TrainError> {
-        Ok(self)
-    }
-}
-
-impl Contribution {
-    pub(crate) fn new(held: impl Held) -> Self {
-        Self(Arc::new(held))
-    }
-
-    /// The weights.
-    ///
-    /// # Errors
-    /// The device failed meanwhile.
-    pub fn values(&self) -> Result<&[f32], TrainError> {
-        self.0.values()
-    }
-
-    /// What holds them, if it is a `T`.
-    #[cfg(feature = "libtorch")]
-    pub(crate) fn held<T: Held>(&self) -> Option<&T> {
-        (&*self.0 as &dyn Any).downcast_ref()
-    }
-}
-
-impl std::fmt::Debug for Contribution {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Contribution")
-    }
-}
-
-impl From<Vec<f32>> for Contribution {
-    fn from(values: Vec<f32>) -> Self {
-        Self::new(values)
-    }
-}
+use crate::{HostValues, TrainError};
 
 /// `now` becomes `version + (now - exported)`; all have the same length.
 pub(crate) fn carry(now: &mut [f32], version: &[f32], exported: &[f32]) {
@@ -68,15 +18,15 @@ pub(crate) fn carry(now: &mut [f32], version: &[f32], exported: &[f32]) {
 
 /// Exported weights of the fragments that got no newer version since, in slice order.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Exported(BTreeMap<usize, Contribution>);
+pub(crate) struct Exported(BTreeMap<usize, HostValues>);
 
 impl Exported {
-    pub fn put(&mut self, fragment: usize, values: Contribution) {
+    pub fn put(&mut self, fragment: usize, values: HostValues) {
         self.0.insert(fragment, values);
     }
 
     #[cfg(feature = "libtorch")]
-    pub fn get(&self, fragment: usize) -> Option<&Contribution> {
+    pub fn get(&self, fragment: usize) -> Option<&HostValues> {
         self.0.get(&fragment)
     }
 

@@ -11,6 +11,7 @@ mod adamw;
 mod config;
 mod error;
 mod exported;
+mod host;
 pub mod init;
 mod json;
 pub mod memory;
@@ -25,7 +26,7 @@ pub mod torch;
 
 pub use config::{Branch, ConfigError, QuasarConfig};
 pub use error::TrainError;
-pub use exported::Contribution;
+pub use host::{HostMemory, HostValues};
 pub use init::InitError;
 pub use ranges::PlanRanges;
 pub use state::{StateError, TrainerState, check_state};

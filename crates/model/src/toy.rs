@@ -12,7 +12,7 @@ use protocol::{DType, FragmentPlan, MergeRule, Slice};
 use crate::adamw::{self, Buffers};
 use crate::exported::Exported;
 use crate::ranges::Place;
-use crate::{Batch, Contribution, Evaluator, Hyper, PlanRanges, Routes, StepReport, TrainError, Trainer, TrainerState};
+use crate::{Batch, Evaluator, HostValues, Hyper, PlanRanges, Routes, StepReport, TrainError, Trainer, TrainerState};
 
 /// Token classes of the toy model.
 pub const CLASSES: usize = 32;
@@ -129,8 +129,8 @@ impl Trainer for ToyTrainer {
         self.ranges.export(fragment, &self.weights)
     }
 
-    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError> {
-        let values = Contribution::from(self.export(fragment)?);
+    fn contribute(&mut self, fragment: usize) -> Result<HostValues, TrainError> {
+        let values = HostValues::from(self.export(fragment)?);
         self.exported.put(fragment, values.clone());
         Ok(values)
     }

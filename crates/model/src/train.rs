@@ -8,7 +8,8 @@ use std::ops::Range;
 
 use protocol::{Digest, FragmentPlan};
 
-use crate::{Contribution, QuasarConfig, TrainError, TrainerState};
+use crate::host::OrdinaryMemory;
+use crate::{HostMemory, HostValues, QuasarConfig, TrainError, TrainerState};
 
 /// Token rows of equal length, one after the other. Rows are independent sequences that begin at position 0.
 #[derive(Clone, Copy, Debug)]
@@ -180,11 +181,21 @@ pub trait Trainer: Send {
 
     /// As [`Trainer::export`], and remembers them as exported until a version is applied. A device may copy them to the host while it takes
     /// the next step.
-    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError>;
+    fn contribute(&mut self, fragment: usize) -> Result<HostValues, TrainError>;
 
     /// A new version of a fragment: its weights become `values`, plus what was trained since they were last exported by
     /// [`Trainer::contribute`], if that is after the version before. Optimizer moments stay.
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError>;
+
+    /// As [`Trainer::apply`]. Values that [`Trainer::host_memory`] holds are taken from there.
+    fn receive(&mut self, fragment: usize, values: &HostValues) -> Result<(), TrainError> {
+        self.apply(fragment, values.values()?)
+    }
+
+    /// Where versions are brought while a step is under way.
+    fn host_memory(&self) -> Box<dyn HostMemory> {
+        Box::new(OrdinaryMemory)
+    }
 
     /// Optimizer steps taken.
     fn steps(&self) -> u64;

@@ -259,7 +259,10 @@ fn fragments_go_out_and_come_in_beside_the_steps_to_the_last_bit() {
                 let state = two.state().unwrap();
                 two.restore(&state).unwrap();
             }
-            two.apply(other, &version).unwrap();
+            // Brought there before, from another thread.
+            let memory = two.host_memory();
+            let held = std::thread::spawn(move || memory.hold(version).unwrap()).join().unwrap();
+            two.receive(other, &held).unwrap();
         }
         assert_eq!(one.state().unwrap().digest(), two.state().unwrap().digest());
     }

@@ -9,6 +9,7 @@ mod keyframes;
 mod looks;
 mod openings;
 mod spool;
+mod staged;
 mod tokens;
 
 use std::collections::HashMap;
@@ -36,6 +37,7 @@ pub use keyframes::{KeyframeStoreError, Keyframes, Promise, Route};
 use looks::Looks;
 pub use openings::OpeningFiles;
 pub use spool::{Spool, SpoolError};
+pub use staged::Staged;
 pub use tokens::{ChunkCache, LeaseTokens, TokenStore};
 
 use crate::machine::{Effect, Input, Put, Trouble};
@@ -71,6 +73,7 @@ impl Announced {
 /// What the trainer's thread and the network tasks of one learner share.
 pub struct Plane {
     pub keyframes: Keyframes,
+    pub staged: Staged,
     pub tokens: TokenStore,
     pub payloads: Announced,
     pub spool: Spool,
@@ -85,6 +88,7 @@ impl Plane {
         let codecs = (parameters.codec_up, parameters.codec_down);
         Ok(Self {
             keyframes: Keyframes::open(folder.join("fragments"), facts.plan.clone(), codecs).map_err(fail)?,
+            staged: Staged::default(),
             tokens: TokenStore::default(),
             payloads: Announced::default(),
             spool: Spool::open(folder.join("spool"), session, steps_kept.max(1))?,
@@ -195,6 +199,11 @@ impl Edge {
                 let grant = |method: Method, key: &str| self.grant(method, key);
                 let route = Route { keys: run, grant: &grant, access: &*self.shared.access };
                 let result = self.plane.keyframes.fetch(&route, fragment, version, Promise { length, digest }).await;
+                if result.is_ok() {
+                    let plane = self.plane.clone();
+                    let stage = move || plane.staged.put(fragment, version, || plane.keyframes.load(fragment, version));
+                    let _ = tokio::task::spawn_blocking(stage).await;
+                }
                 Input::KeyframeFetched { fragment, version, result }
             }
             Effect::FetchTokens(lease) => Input::TokensFetched { lease: lease.id, result: self.fetch_tokens(&lease).await },

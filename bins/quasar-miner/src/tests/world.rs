@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use daemon::Machine;
-use model::{Batch, Contribution, Hyper, Routes, StepReport, ToyTrainer, TrainError, Trainer, TrainerState, toy_plan};
+use model::{Batch, HostValues, Hyper, Routes, StepReport, ToyTrainer, TrainError, Trainer, TrainerState, toy_plan};
 use protocol::documents::{
     AuditParameters, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress, Pull, Receipt,
     ReleaseRef, RowRange, RunParameters, RunState,
@@ -17,7 +17,7 @@ use protocol::{AccountId, Digest, FragmentPlan, Method};
 use storage::seal_stream;
 use zeroize::Zeroizing;
 
-use crate::edge::{Announced, Keyframes, LeaseTokens, Plane, Spool, TokenStore};
+use crate::edge::{Announced, Keyframes, LeaseTokens, Plane, Spool, Staged, TokenStore};
 use crate::machine::{Boundary, Effect, End, Found, GrantInfo, Input, Learner, LearnerSettings, Look, PreparedPart, Put, Trouble};
 use crate::trainer::Worker;
 
@@ -107,7 +107,7 @@ impl Trainer for Moody {
         self.toy.export(fragment)
     }
 
-    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError> {
+    fn contribute(&mut self, fragment: usize) -> Result<HostValues, TrainError> {
         self.toy.contribute(fragment)
     }
 
@@ -211,6 +211,7 @@ impl World {
         let run = keys.run(RunId([7; 16]));
         let plane = Arc::new(Plane {
             keyframes: Keyframes::open(folder.join("fragments"), toy_plan(FRAGMENTS), (Codec::Bf16, Codec::Bf16)).unwrap(),
+            staged: Staged::default(),
             tokens: TokenStore::default(),
             payloads: Announced::default(),
             spool: Spool::open(folder.join("spool"), now_ms, 24).unwrap(),

@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use super::layout::Layout;
+use crate::host::OrdinaryMemory;
 use crate::state::Run;
-use crate::{Batch, Contribution, Hyper, QuasarConfig, Routes, TrainError, exported};
+use crate::{Batch, HostMemory, HostValues, Hyper, QuasarConfig, Routes, TrainError, exported};
 
 /// A step that was taken.
 pub(crate) struct Taken {
@@ -35,7 +36,7 @@ pub(crate) trait Learner: Send {
     fn write(&mut self, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError>;
 
     /// Master weights of ranges, one after the other, as they are now. They may be on their way still when this returns.
-    fn contribute(&mut self, ranges: &[Range<usize>]) -> Result<Contribution, TrainError> {
+    fn contribute(&mut self, ranges: &[Range<usize>]) -> Result<HostValues, TrainError> {
         let mut values = Vec::with_capacity(ranges.iter().map(Range::len).sum());
         for range in ranges {
             values.extend(self.read(range)?);
@@ -44,8 +45,8 @@ pub(crate) trait Learner: Send {
     }
 
     /// Overwrites master weights of ranges with `version`, plus what they changed since they were exported, if they were.
-    fn carry(&mut self, ranges: &[Range<usize>], version: &[f32], exported: Option<&Contribution>) -> Result<(), TrainError> {
-        let exported = exported.map(Contribution::values).transpose()?;
+    fn carry(&mut self, ranges: &[Range<usize>], version: &HostValues, exported: Option<&HostValues>) -> Result<(), TrainError> {
+        let (version, exported) = (version.values()?, exported.map(HostValues::values).transpose()?);
         let mut at = 0;
         for range in ranges {
             let part = at..at + range.len();
@@ -60,6 +61,11 @@ pub(crate) trait Learner: Send {
             at = part.end;
         }
         Ok(())
+    }
+
+    /// Memory from which [`Learner::carry`] takes values without a copy.
+    fn host_memory(&self) -> Box<dyn HostMemory> {
+        Box::new(OrdinaryMemory)
     }
 
     /// First and second moments of the whole layout, zero for frozen parameters.

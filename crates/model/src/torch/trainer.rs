@@ -16,7 +16,9 @@ use super::layout::Layout;
 use super::learner::Learner;
 use crate::exported::Exported;
 use crate::state::{RUN_MAX, Run, StateReader, StateWriter};
-use crate::{Batch, Contribution, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer, TrainerState};
+use crate::{
+    Batch, HostMemory, HostValues, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer, TrainerState,
+};
 
 /// How optimizer moments are kept on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -234,16 +236,24 @@ impl Trainer for QuasarTrainer {
         Ok(values)
     }
 
-    fn contribute(&mut self, fragment: usize) -> Result<Contribution, TrainError> {
+    fn contribute(&mut self, fragment: usize) -> Result<HostValues, TrainError> {
         let values = self.learner.contribute(self.ranges.of(fragment)?)?;
         self.exported.put(fragment, values.clone());
         Ok(values)
     }
 
     fn apply(&mut self, fragment: usize, values: &[f32]) -> Result<(), TrainError> {
-        self.learner.carry(self.ranges.check(fragment, values)?, values, self.exported.get(fragment))?;
+        self.receive(fragment, &HostValues::from(values.to_vec()))
+    }
+
+    fn receive(&mut self, fragment: usize, values: &HostValues) -> Result<(), TrainError> {
+        self.learner.carry(self.ranges.check(fragment, values.values()?)?, values, self.exported.get(fragment))?;
         self.exported.forget(fragment);
         Ok(())
+    }
+
+    fn host_memory(&self) -> Box<dyn HostMemory> {
+        self.learner.host_memory()
     }
 
     fn steps(&self) -> u64 {

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 use super::engine::{Constants, Pass};
 use super::kernels::Kernels;
 use super::mixture::{self, Routes};
-use super::pinned::Pinned;
+use super::pinned::PinnedMemory;
 use super::store::{Gradients, Store, to_slice};
 use crate::memory::{self, MemoryPlan, Strategy, plan_pass};
 use crate::state::Run;
@@ -19,7 +19,7 @@ use crate::torch::learner::{Learner, Taken};
 use crate::torch::ops;
 use crate::torch::trainer::{MomentType, TrainerOptions};
 use crate::train::Piece;
-use crate::{Batch, Contribution, Hyper, QuasarConfig, TrainError};
+use crate::{Batch, HostMemory, HostValues, Hyper, QuasarConfig, TrainError};
 
 /// A model in training on one GPU.
 pub(crate) struct GpuLearner {
@@ -336,24 +336,19 @@ impl Learner for GpuLearner {
         Ok(self.store.write(&self.kernels, range, values)?)
     }
 
-    fn contribute(&mut self, ranges: &[Range<usize>]) -> Result<Contribution, TrainError> {
-        self.store.contribute(&self.kernels, ranges).map(Contribution::new).map_err(|reason| TrainError::from(tch::TchError::Torch(reason)))
+    fn contribute(&mut self, ranges: &[Range<usize>]) -> Result<HostValues, TrainError> {
+        self.store.contribute(&self.kernels, ranges).map(HostValues::new).map_err(|reason| TrainError::from(tch::TchError::Torch(reason)))
     }
 
-    fn carry(&mut self, ranges: &[Range<usize>], version: &[f32], exported: Option<&Contribution>) -> Result<(), TrainError> {
-        let failed = |reason| TrainError::from(tch::TchError::Torch(reason));
-        // What a restored state holds is not pinned.
-        let copied = match exported.filter(|exported| exported.held::<Pinned>().is_none()) {
-            None => None,
-            Some(exported) => {
-                let values = exported.values()?;
-                let mut pinned = self.kernels.pool.take(&self.kernels.gpu, values.len()).map_err(failed)?;
-                pinned.fill(0, values);
-                Some(pinned)
-            }
-        };
-        let exported = copied.as_ref().or_else(|| exported.and_then(Contribution::held));
-        self.store.carry(&self.kernels, ranges, version, exported).map_err(failed)
+    fn carry(&mut self, ranges: &[Range<usize>], version: &HostValues, exported: Option<&HostValues>) -> Result<(), TrainError> {
+        let memory = PinnedMemory::of(&self.kernels);
+        let (version, exported) = (memory.reach(version)?, exported.map(|exported| memory.reach(exported)).transpose()?);
+        let (version, exported) = (version.held().expect("pinned"), exported.as_ref().and_then(HostValues::held));
+        self.store.carry(&self.kernels, ranges, version, exported).map_err(|reason| TrainError::from(tch::TchError::Torch(reason)))
+    }
+
+    fn host_memory(&self) -> Box<dyn HostMemory> {
+        Box::new(PinnedMemory::of(&self.kernels))
     }
 
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError> {

@@ -1,16 +1,17 @@
-//! Weights of a fragment in pinned memory of the host, and the buffers for them, which are costly to make and so used again.
+//! Values of a fragment in pinned memory of the host, and the buffers for them, which are costly to make and so used again.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::driver::{Event, Gpu, HostMemory, Stream};
-use crate::TrainError;
-use crate::exported::Held;
+use super::driver::{self, Event, Gpu, Stream};
+use super::kernels::Kernels;
+use crate::host::Held;
+use crate::{HostMemory, HostValues, TrainError};
 
-/// Buffers that are kept for later: one that goes out, one that comes in.
-const KEPT: usize = 2;
+/// Buffers that are kept for later: those that go out until their answer comes, and those that come in.
+const KEPT: usize = 4;
 
 /// A buffer, and when the device is done with it.
-type Used = (HostMemory, Option<Arc<Event>>);
+type Used = (driver::HostMemory, Option<Arc<Event>>);
 
 /// Buffers that nobody uses.
 #[derive(Clone, Default)]
@@ -32,7 +33,7 @@ impl Pool {
                 event.map_or(Ok(()), |event| event.wait())?;
                 memory
             }
-            None => HostMemory::new(gpu, 4 * elements)?,
+            None => driver::HostMemory::new(gpu, 4 * elements)?,
         };
         Ok(Pinned { memory: Some(memory), elements, event: Mutex::default(), pool: self.clone() })
     }
@@ -41,7 +42,7 @@ impl Pool {
 /// Values in pinned memory.
 pub(crate) struct Pinned {
     /// Absent only while it is dropped.
-    memory: Option<HostMemory>,
+    memory: Option<driver::HostMemory>,
     elements: usize,
     /// When the device is done with it.
     event: Mutex<Option<Arc<Event>>>,
@@ -49,7 +50,7 @@ pub(crate) struct Pinned {
 }
 
 impl Pinned {
-    fn memory(&self) -> &HostMemory {
+    fn memory(&self) -> &driver::HostMemory {
         self.memory.as_ref().expect("it is there until the end")
     }
 
@@ -65,10 +66,9 @@ impl Pinned {
         Ok(event)
     }
 
-    /// Overwrites values from number `at` on. Only before the device knows of them.
-    pub fn fill(&mut self, at: usize, values: &[f32]) {
-        let all = self.memory.as_mut().expect("it is there until the end").floats_mut(self.elements);
-        let to = &mut all[at..at + values.len()];
+    /// Overwrites all values. Only before the device knows of them.
+    fn fill(&mut self, values: &[f32]) {
+        let to = self.memory.as_mut().expect("it is there until the end").floats_mut(self.elements);
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let part = values.len().div_ceil(threads).max(1);
         std::thread::scope(|scope| {
@@ -96,5 +96,36 @@ impl Drop for Pinned {
         {
             free.push((memory, event));
         }
+    }
+}
+
+/// Pinned memory for whoever brings values to a learner.
+#[derive(Clone)]
+pub(crate) struct PinnedMemory {
+    gpu: Gpu,
+    pool: Pool,
+}
+
+impl PinnedMemory {
+    pub fn of(kernels: &Kernels) -> Self {
+        Self { gpu: kernels.gpu, pool: kernels.pool.clone() }
+    }
+
+    /// The same values in pinned memory: themselves if they lie there, otherwise a copy.
+    pub fn reach(&self, values: &HostValues) -> Result<HostValues, TrainError> {
+        if values.held::<Pinned>().is_some() { Ok(values.clone()) } else { self.copy(values.values()?) }
+    }
+
+    fn copy(&self, values: &[f32]) -> Result<HostValues, TrainError> {
+        let pinned = self.pool.take(&self.gpu, values.len());
+        let mut pinned = pinned.map_err(|reason| TrainError::from(tch::TchError::Torch(reason)))?;
+        pinned.fill(values);
+        Ok(HostValues::new(pinned))
+    }
+}
+
+impl HostMemory for PinnedMemory {
+    fn hold(&self, values: Vec<f32>) -> Result<HostValues, TrainError> {
+        self.copy(&values)
     }
 }

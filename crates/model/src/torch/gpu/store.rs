@@ -442,29 +442,26 @@ impl Store {
         Ok(pinned)
     }
 
-    /// Overwrites master weights of ranges with `version`, plus what they changed since they were `exported`, if they were. A piece goes over
-    /// the bus while the next is copied to pinned memory.
+    /// Overwrites master weights of ranges with `version`, plus what they changed since they were `exported`, if they were.
     pub fn carry(
         &mut self,
         kernels: &Kernels,
         ranges: &[Range<usize>],
-        version: &[f32],
+        version: &Pinned,
         exported: Option<&Pinned>,
     ) -> std::result::Result<(), String> {
         self.hold_for_readers().map_err(|error| error.to_string())?;
-        let mut staged = kernels.pool.take(&kernels.gpu, version.len())?;
         let mut begin = 0;
         for range in ranges {
             for (at, piece) in self.pieces(range) {
                 let (elements, at) = (piece.end - piece.start, begin + at);
-                staged.fill(at, &version[at..at + elements as usize]);
                 let of = |values: &Pinned| Argument::address(values.address(at));
                 let exported = exported.map_or(Argument::NULL, of);
-                self.write_values(kernels, of(&staged), exported, piece.start, elements).map_err(|error| error.to_string())?;
+                self.write_values(kernels, of(version), exported, piece.start, elements).map_err(|error| error.to_string())?;
             }
             begin += range.len();
         }
-        for pinned in [Some(&staged), exported].into_iter().flatten() {
+        for pinned in [Some(version), exported].into_iter().flatten() {
             pinned.used_by(&kernels.gpu, Stream::NULL)?;
         }
         Ok(())
