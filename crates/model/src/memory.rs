@@ -14,7 +14,7 @@ const LOGIT_ROWS: u64 = 4096;
 const FULL_TOKENS: u64 = 16_384;
 /// What libtorch, its libraries and the driver take for themselves, and what the allocator loses between blocks: bytes, and per mille.
 const RESERVE_BYTES: u64 = 1 << 30;
-const RESERVE_PER_MILLE: u64 = 30;
+const RESERVE_PER_MILLE: u64 = 45;
 
 /// How memory is saved, cheapest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
