@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]
-//! gpu TORCH_FOLDER moments TEXT_FILE STEPS        loss on real text (bytes as tokens) with 8-bit and with f32 moments
+//! gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS  loss on real text (bytes as tokens) with 8-bit and with f32 moments
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use protocol::DType;
 use quasar_model::torch::bench::{BenchOptions, bench};
 use quasar_model::{Batch, Hyper, MomentType, QuasarConfig, QuasarTrainer, Trainer, TrainerOptions};
 
-const USAGE: &str = "usage: gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]\n       gpu TORCH_FOLDER moments TEXT_FILE STEPS";
+const USAGE: &str = "usage: gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]\n       gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS";
 /// Shape of a batch of text.
 const ROWS: usize = 8;
 const ROW_TOKENS: usize = 512;
@@ -36,14 +36,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             println!("{}", serde_json::to_string(&bench(&options)?)?);
             Ok(())
         }
-        ("moments", [text, steps]) => moments(Path::new(text), steps.parse()?),
+        ("moments", [text, steps, seeds]) => moments(Path::new(text), steps.parse()?, seeds.parse()?),
         _ => Err(USAGE.into()),
     }
 }
 
-/// Trains the same small model on the same text twice.
-fn moments(text: &Path, steps: usize) -> Result<(), Box<dyn std::error::Error>> {
-    let text = std::fs::read(text)?;
+/// A small model of the released width with every branch, over bytes.
+fn byte_model() -> Result<QuasarConfig, Box<dyn std::error::Error>> {
     let mut keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&QuasarConfig::preview(4)?.to_json())?;
     for (key, value) in [
         ("vocab_size", 256),
@@ -57,30 +56,74 @@ fn moments(text: &Path, steps: usize) -> Result<(), Box<dyn std::error::Error>> 
         keys.insert(key.into(), value.into());
     }
     keys.insert("hybrid_layerwise_cycle".into(), ["quasar", "raven", "gla"].as_slice().into());
-    let folder = tempfile::tempdir()?;
-    quasar_model::init::fresh(&QuasarConfig::from_json(&serde_json::Value::Object(keys).to_string())?, 1, DType::F32, folder.path())?;
-    let plan = fragments::plan(fragments::CheckpointTree::open(folder.path())?.contract(), 4)?;
-    let mut curves = Vec::new();
-    for moments in [MomentType::Bytes, MomentType::F32] {
-        let options = TrainerOptions { device: "cuda:0".into(), moments, ..TrainerOptions::default() };
-        let mut trainer = QuasarTrainer::open_with(folder.path(), plan.clone(), &options)?;
-        let mut losses = Vec::new();
-        for step in 0..steps {
-            // Row starts spread over the whole text by a fixed stride.
-            let start = |row: usize| ((step * ROWS + row) * 104_729) % (text.len() - ROW_TOKENS);
-            let tokens: Vec<u32> = (0..ROWS).flat_map(|row| text[start(row)..][..ROW_TOKENS].iter().map(|byte| u32::from(*byte))).collect();
-            let warm = (step as f64 / 50.0).min(1.0);
-            let decay = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
-            let hyper = Hyper { lr: 6e-4 * warm * (0.1 + 0.9 * decay), ..Hyper::default() };
-            losses.push(trainer.step(&Batch { tokens: &tokens, rows: ROWS, row_tokens: ROW_TOKENS }, &hyper, None, false)?.loss);
-        }
-        curves.push(losses);
+    Ok(QuasarConfig::from_json(&serde_json::Value::Object(keys).to_string())?)
+}
+
+/// Training losses of one run over the text. `reversed`: rows of each batch in the other order, which changes nothing but rounding.
+fn curve(folder: &Path, text: &[u8], steps: usize, moments: MomentType, reversed: bool) -> Result<Vec<f64>, Box<dyn std::error::Error>> {
+    let plan = fragments::plan(fragments::CheckpointTree::open(folder)?.contract(), 4)?;
+    let options = TrainerOptions { device: "cuda:0".into(), moments, ..TrainerOptions::default() };
+    let mut trainer = QuasarTrainer::open_with(folder, plan, &options)?;
+    let mut losses = Vec::new();
+    for step in 0..steps {
+        // Row starts spread over the whole text by a fixed stride.
+        let start = |row: usize| ((step * ROWS + row) * 104_729) % (text.len() - ROW_TOKENS);
+        let place = |row: usize| if reversed { ROWS - 1 - row } else { row };
+        let tokens: Vec<u32> =
+            (0..ROWS).flat_map(|row| text[start(place(row))..][..ROW_TOKENS].iter().map(|byte| u32::from(*byte))).collect();
+        let warm = (step as f64 / 50.0).min(1.0);
+        let decay = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
+        let hyper = Hyper { lr: 6e-4 * warm * (0.1 + 0.9 * decay), ..Hyper::default() };
+        losses.push(trainer.step(&Batch { tokens: &tokens, rows: ROWS, row_tokens: ROW_TOKENS }, &hyper, None, false)?.loss);
     }
-    let mean = |curve: &[f64], at: usize, count: usize| curve[at..at + count].iter().sum::<f64>() / count as f64;
+    Ok(losses)
+}
+
+/// Trains models of several seeds on the same text: with 8-bit moments, with f32 moments, and with f32 moments and other rounding. The
+/// last pair says how far apart two runs are for no reason. Prints the mean loss of each tenth of the steps, and differences with their
+/// standard errors over the seeds.
+fn moments(text: &Path, steps: usize, seeds: u64) -> Result<(), Box<dyn std::error::Error>> {
+    let text = std::fs::read(text)?;
+    let config = byte_model()?;
     let window = (steps / 10).max(1);
-    for at in (0..steps - window + 1).step_by(window) {
-        let (bytes, floats) = (mean(&curves[0], at, window), mean(&curves[1], at, window));
-        println!("steps {at}..{}: {bytes:.5} 8-bit, {floats:.5} f32, {:+.3} %", at + window, 100.0 * (bytes / floats - 1.0));
+    // [tenth][seed]: 8-bit, f32, f32 rounded otherwise.
+    let mut tenths: Vec<Vec<[f64; 3]>> = vec![Vec::new(); steps / window];
+    for seed in 1..=seeds {
+        let folder = tempfile::tempdir()?;
+        quasar_model::init::fresh(&config, seed, DType::F32, folder.path())?;
+        let run = |moments, reversed| curve(folder.path(), &text, steps, moments, reversed);
+        let curves = [run(MomentType::Bytes, false)?, run(MomentType::F32, false)?, run(MomentType::F32, true)?];
+        let mean = |curve: &[f64], tenth: usize| curve[tenth * window..][..window].iter().sum::<f64>() / window as f64;
+        for (tenth, losses) in tenths.iter_mut().enumerate() {
+            losses.push([0, 1, 2].map(|of: usize| mean(&curves[of], tenth)));
+        }
+        eprintln!("seed {seed} of {seeds} is done");
     }
+    let difference = |losses: &[[f64; 3]], of: usize| {
+        let all: Vec<f64> = losses.iter().map(|losses| 100.0 * (losses[of] / losses[1] - 1.0)).collect();
+        let mean = all.iter().sum::<f64>() / all.len() as f64;
+        let variance = all.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (all.len().max(2) - 1) as f64;
+        format!("{mean:+.3} ± {:.3} %", (variance / all.len() as f64).sqrt())
+    };
+    println!("| steps | f32 | 8-bit | f32, other rounding |\n|---|---|---|---|");
+    for (tenth, losses) in tenths.iter().enumerate() {
+        let floats = losses.iter().map(|losses| losses[1]).sum::<f64>() / losses.len() as f64;
+        println!(
+            "| {} to {} | {floats:.5} | {} | {} |",
+            tenth * window,
+            (tenth + 1) * window,
+            difference(losses, 0),
+            difference(losses, 2)
+        );
+    }
+    let whole: Vec<[f64; 3]> = (0..seeds as usize)
+        .map(|seed| [0, 1, 2].map(|of: usize| tenths.iter().map(|losses| losses[seed][of]).sum::<f64>() / tenths.len() as f64))
+        .collect();
+    println!(
+        "| all | {:.5} | {} | {} |",
+        whole.iter().map(|l| l[1]).sum::<f64>() / whole.len() as f64,
+        difference(&whole, 0),
+        difference(&whole, 2)
+    );
     Ok(())
 }
