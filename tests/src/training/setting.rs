@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use data::{Catalog, HeldOut, PrepareSettings, ShardReader, prepare};
 use fragments::CheckpointTree;
-use model::{Batch, Evaluator, Hyper, QuasarConfig, QuasarEvaluator, QuasarTrainer, Trainer, init};
+use model::{Batch, ComputeType, Evaluator, Hyper, QuasarConfig, QuasarEvaluator, QuasarTrainer, Trainer, TrainerOptions, init};
 use protocol::documents::{PPM, RunParameters};
 use protocol::lease::row_order;
 use protocol::{DType, Digest, FragmentPlan};
@@ -23,6 +23,8 @@ pub struct Setting {
     /// Our training step in plain PyTorch.
     pub script: PathBuf,
     config: QuasarConfig,
+    /// Where models are trained and judged.
+    device: String,
     folder: tempfile::TempDir,
 }
 
@@ -71,8 +73,35 @@ impl Setting {
             config: QuasarConfig::from_file(&root.join(model))?,
             parameters,
             steps,
+            device: "cpu".into(),
             folder,
         })
+    }
+
+    /// Trains on another device from now on: `cuda:N`, with the libraries of the full torch installation that
+    /// `QUASAR_TORCH_CUDA_DIR` names.
+    pub fn on(mut self, device: &str) -> anyhow::Result<Self> {
+        if device != "cpu" {
+            let torch = std::env::var_os("QUASAR_TORCH_CUDA_DIR")
+                .context("a GPU needs QUASAR_TORCH_CUDA_DIR, the folder of a full torch installation")?;
+            model::load_cuda(Path::new(&torch))?;
+        }
+        device.clone_into(&mut self.device);
+        // libtorch loads parts of itself at their first use and fails if two threads do that at the same time.
+        let base = self.base(1)?;
+        self.train(&mut self.trainer(&base)?, 0, 0..1)?;
+        Ok(self)
+    }
+
+    /// A learner of this model: f32, through libtorch's operations on every device.
+    pub fn trainer(&self, base: &Base) -> anyhow::Result<QuasarTrainer> {
+        let options = TrainerOptions {
+            device: self.device.clone(),
+            own_kernels: false,
+            compute: Some(ComputeType::F32),
+            ..TrainerOptions::default()
+        };
+        Ok(QuasarTrainer::open_with(&base.folder, base.plan.clone(), &options)?)
     }
 
     /// A fresh model and the plan of its fragments, as `checkpoint init` and `run create` make them.
@@ -114,7 +143,7 @@ impl Setting {
 
     /// Mean loss of a model on the held-out rows, in nats; of the base where there is no model.
     pub fn held_out_loss(&self, base: &Base, model: Option<&Model>) -> anyhow::Result<f64> {
-        let mut judge = QuasarEvaluator::open(&base.folder, &base.plan, "cpu", 1)?;
+        let mut judge = QuasarEvaluator::open(&base.folder, &base.plan, &self.device, 1)?;
         for (fragment, values) in model.into_iter().flatten().enumerate() {
             judge.apply(fragment, values)?;
         }

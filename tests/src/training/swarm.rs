@@ -86,7 +86,7 @@ pub fn train(
     mut told: impl FnMut(u64, f64),
 ) -> anyhow::Result<Model> {
     let count = base.plan.fragments.len();
-    let mut learners = (0..scheme.learners).map(|_| Learner::open(base, &scheme)).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut learners = (0..scheme.learners).map(|_| Learner::open(setting, base, &scheme)).collect::<anyhow::Result<Vec<_>>>()?;
     let mut server = Server::new(base, scheme)?;
     let mut on_the_way: VecDeque<(u64, usize)> = VecDeque::new();
     for step in 0..setting.steps {
@@ -139,8 +139,8 @@ struct Learner {
 }
 
 impl Learner {
-    fn open(base: &Base, scheme: &Scheme) -> anyhow::Result<Self> {
-        let trainer = QuasarTrainer::open(&base.folder, base.plan.clone(), "cpu", 1)?;
+    fn open(setting: &Setting, base: &Base, scheme: &Scheme) -> anyhow::Result<Self> {
+        let trainer = setting.trainer(base)?;
         let count = base.plan.fragments.len();
         let feedback = |beta: f32| (0..count).map(|fragment| ErrorFeedback::new(base.plan.elements(fragment) as usize, beta)).collect();
         let feedback = scheme.feedback.map(feedback).unwrap_or_default();

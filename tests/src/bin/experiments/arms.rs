@@ -1,6 +1,6 @@
 //! The runs that are compared by the loss that they end with.
 
-use model::{QuasarTrainer, Trainer};
+use model::Trainer;
 use protocol::Reason;
 use protocol::documents::{Codec, RunParameters};
 use quasar_tests::training::attack::Attack;
@@ -136,7 +136,7 @@ fn merging(setting: &Setting, seed: u64, scheme: Scheme, name: &str) -> anyhow::
 
 fn plain(setting: &Setting, seed: u64, learners: usize) -> anyhow::Result<Outcome> {
     let (base, order) = (setting.base(seed)?, setting.order(seed, learners));
-    let mut trainer = QuasarTrainer::open(&base.folder, base.plan.clone(), "cpu", 1)?;
+    let mut trainer = setting.trainer(&base)?;
     for step in 0..setting.steps {
         setting.train(&mut trainer, step, (0..learners).flat_map(|learner| order.of(step, learner)))?;
     }

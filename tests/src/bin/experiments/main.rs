@@ -41,6 +41,9 @@ struct Arguments {
     /// Tokens in a row
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..=4096))]
     row_tokens: u32,
+    /// Where to train: cpu, or cuda:N with QUASAR_TORCH_CUDA_DIR naming a full torch installation
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
     /// Model configuration, as a path in the repository
     #[arg(long, value_name = "FILE", default_value = "tests/bench/small-model.json")]
     model: String,
@@ -74,7 +77,8 @@ fn experiments(arguments: &Arguments) -> anyhow::Result<()> {
     model::tune_allocator();
     let start = Instant::now();
     let wanted = |part: Part| arguments.parts.is_empty() || arguments.parts.contains(&part);
-    let setting = Setting::prepare(arguments.cycles, &arguments.model, Some((arguments.rows, arguments.row_tokens)))?;
+    let setting =
+        Setting::prepare(arguments.cycles, &arguments.model, Some((arguments.rows, arguments.row_tokens)))?.on(&arguments.device)?;
     let learners = usize::from(arguments.learners);
     let groups = [(Part::Codecs, Group::Codecs), (Part::Outer, Group::Outer), (Part::Apply, Group::Apply), (Part::Attacks, Group::Attacks)];
     let groups: Vec<Group> = groups.into_iter().filter(|(part, _)| wanted(*part)).map(|(_, group)| group).collect();

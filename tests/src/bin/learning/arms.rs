@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use model::{QuasarTrainer, Trainer};
+use model::Trainer;
 use quasar_tests::training::setting::{Base, Model, Order, Setting};
 use quasar_tests::training::swarm::{self, Scheme};
 
@@ -50,7 +50,7 @@ pub fn run(setting: &Setting, seed: u64) -> anyhow::Result<Run> {
 
 /// One trainer that takes the rows of the first `learners` learners in each step.
 fn plain(setting: &Setting, base: &Base, order: &Order, learners: usize, name: &str) -> anyhow::Result<Model> {
-    let mut trainer = QuasarTrainer::open(&base.folder, base.plan.clone(), "cpu", 1)?;
+    let mut trainer = setting.trainer(base)?;
     let mut losses = Mean::default();
     for step in 0..setting.steps {
         losses.add(setting.train(&mut trainer, step, (0..learners).flat_map(|learner| order.of(step, learner)))?);
