@@ -344,7 +344,6 @@ impl Drop for SubtensorClient {
 
 /// The plain bytes that `account` committed on the subnet.
 async fn committed(at: &AtBlock, netuid: u16, account: &AccountId) -> Result<Option<Vec<u8>>, subxt::Error> {
-    let address = dynamic::storage::<(u16, [u8; 32]), Value>("Commitments", "CommitmentOf");
-    let Some(value) = at.storage().try_fetch(address, (netuid, account.0)).await? else { return Ok(None) };
-    Ok(commitment::plain_bytes(&value.decode()?))
+    let stored = read::fetch_of::<(u16, [u8; 32]), Value>(at, "Commitments", "CommitmentOf", (netuid, account.0)).await?;
+    Ok(stored.as_ref().and_then(commitment::plain_bytes))
 }
