@@ -144,7 +144,12 @@ pub fn status(common: &CommonArgs, json: bool) -> Result<Exit, Failure> {
                 block => format!("in block {block}"),
             };
             println!("hotkey      {} is uid {}, with {permit} and {} of stake", place.account, own.uid, tokens(own.stake));
-            println!("weights     last set {last}; {} committed rows wait to be opened", view.commits.len());
+            let waiting = match view.commits.len() {
+                0 => "nothing committed waits to be opened".to_owned(),
+                1 => "1 committed row waits to be opened".to_owned(),
+                count => format!("{count} committed rows wait to be opened"),
+            };
+            println!("weights     last set {last}; {waiting}");
         }
     }
     let parameters = &view.hyperparameters;
@@ -159,6 +164,9 @@ pub fn status(common: &CommonArgs, json: bool) -> Result<Exit, Failure> {
         tokens(parameters.stake_threshold)
     );
     match file {
+        Some(file) if file.hotkey != place.account.to_string() || file.netuid != place.netuid => {
+            println!("daemon      the state folder is that of {} on subnet {}", file.hotkey, file.netuid);
+        }
         Some(file) => {
             let age = clock::now_ms().saturating_sub(file.updated_ms) / 1000;
             println!("daemon      {age} s ago: {}", file.stage);

@@ -1,7 +1,7 @@
 //! The `chain` commands against a development node: what is on chain, what would be sent, which rule stands against it, and with
 //! which exit code a script hears of it.
 
-use chain::devnode::{Change, DevOptions};
+use chain::devnode::{Change, DevOptions, VirtualClock};
 use serde_json::{Value, json};
 
 use crate::place::{Place, miner};
@@ -35,6 +35,19 @@ fn a_dry_run_shows_the_row_and_sends_nothing_and_a_real_one_is_read_back_from_th
     for part in ["uid 0, with a validator permit and 5 of stake", "rate limit 10000 blocks", "commit-reveal off", "it has not run here"] {
         assert!(code == 0 && stdout.contains(part), "{part}: {stdout}");
     }
+    assert!(stdout.contains("nothing committed waits to be opened"), "{stdout}");
+    // A state folder of somebody else says nothing about this hotkey.
+    let file = json!({
+        "updated_ms": 0, "hotkey": miner(1).to_string(), "netuid": 24, "mechanism": 0, "run": "", "stage": "all is well", "next": "",
+        "needs_a_person": false, "scores": [], "cycles": 0, "is_final": false,
+    });
+    std::fs::create_dir_all(place.path("state")).unwrap();
+    std::fs::write(place.path("state/weights.json"), file.to_string()).unwrap();
+    let (code, stdout, _) = place.run_as("own", &["status"]);
+    assert!(
+        code == 0 && stdout.contains(&format!("the state folder is that of {}", miner(1))) && !stdout.contains("all is well"),
+        "{stdout}"
+    );
 }
 
 #[test]
@@ -48,6 +61,24 @@ fn where_commit_reveal_is_on_the_row_is_locked_and_committed() {
     let (_, stdout, _) = place.run_as("own", &["weights", "--json"]);
     let shown: Value = serde_json::from_str(&stdout).unwrap();
     assert_eq!(shown["waiting_commits"].as_array().map(Vec::len), Some(1), "{shown}");
+    // This epoch has its commit: another row is a matter of time.
+    std::fs::write(place.path("scores.json"), json!({ miner(1).to_string(): 10 }).to_string()).unwrap();
+    let (code, answer) = place.set("own", &[]);
+    assert!(code == 75 && answer["is_on_chain"] == false, "{code} {answer}");
+    assert!(place.run_as("own", &["status"]).1.contains("1 committed row waits to be opened"));
+}
+
+#[test]
+fn where_the_clocks_differ_nothing_is_committed_and_the_exit_code_asks_for_a_person() {
+    // The chain's blocks are dated years before this machine's clock.
+    let clock = VirtualClock { start_ms: 1_700_000_000_000, block_ms: 50 };
+    let place = Place::new(DevOptions { commit_reveal: true, clock: Some(clock), ..Default::default() });
+    for arguments in [&["--dry-run"][..], &[]] {
+        let (code, answer) = place.set("own", arguments);
+        assert!(code == 78 && answer["stage"].as_str().unwrap().contains("ahead of the chain's newest block"), "{code} {answer}");
+        assert!(answer["hint"].as_str().unwrap().contains("timedatectl"), "{answer}");
+    }
+    assert_eq!(place.node.last_update(0, 0), 0, "nothing was committed");
 }
 
 #[test]

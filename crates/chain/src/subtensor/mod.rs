@@ -301,8 +301,8 @@ impl Chain for SubtensorClient {
         }
         let _turn = self.writing.lock().await;
         let account = hotkey.account();
-        let registered = self.at_head("set_commitment", |at| async move { read::uid_of(&at, netuid, &account).await }).await?;
-        if registered.is_none() {
+        let registration = self.at_head("set_commitment", |at| async move { read::registration(&at, netuid, &account).await }).await?;
+        if registration.ok_or(ChainError::SubnetMissing { netuid })?.uid.is_none() {
             return Err(ChainError::NotRegistered { hotkey: account, netuid });
         }
         let call = dynamic::transaction("Commitments", "set_commitment", vec![Value::from(netuid), commitment::info(data)]);
