@@ -4,9 +4,10 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use daemon::identity::{self, IdentityCommand};
 use daemon::settings::{CommonArgs, ConfigArgs, MinerArgs};
-use daemon::{Exit, Failure};
-use protocol::{DType, KeyKind};
+use daemon::{Exit, Failure, Role};
+use protocol::DType;
 
 use crate::commands;
 use crate::commands::bench::{BenchArgs, PlanArgs};
@@ -131,52 +132,6 @@ impl From<Precision> for DType {
     }
 }
 
-#[derive(Debug, Subcommand)]
-enum IdentityCommand {
-    /// Print the hotkey's address and kind; where a network is set, also its registration, what that costs, and its key certificate
-    Show {
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
-    },
-    /// Make a hotkey; an existing one is never overwritten
-    New {
-        /// Kind of key; grants are sealed to an ed25519 key itself, an sr25519 key needs a certificate on chain
-        #[arg(long, value_enum, default_value_t = Kind::Ed25519)]
-        kind: Kind,
-        /// Encrypt the key file under a password: from --password-file, else asked for
-        #[arg(long)]
-        encrypt: bool,
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
-    },
-    /// Publish the key that grants of an sr25519 hotkey are sealed to; a running miner does so by itself
-    Certify {
-        /// Give up what the hotkey has committed on the subnet for another purpose
-        #[arg(long)]
-        replace: bool,
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
-    },
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Kind {
-    Ed25519,
-    Sr25519,
-}
-
-impl From<Kind> for KeyKind {
-    fn from(kind: Kind) -> Self {
-        match kind {
-            Kind::Ed25519 => Self::Ed25519,
-            Kind::Sr25519 => Self::Sr25519,
-        }
-    }
-}
-
 /// Runs the command that the arguments name.
 ///
 /// # Errors
@@ -199,13 +154,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
         Command::Checkpoint(CheckpointCommand::Init { config, seed, dtype, out }) => {
             commands::checkpoint::init(&config, seed, dtype.into(), &out)
         }
-        Command::Identity { command: IdentityCommand::Show { json }, common } => commands::identity::show(&common, json),
-        Command::Identity { command: IdentityCommand::New { kind, encrypt, json }, common } => {
-            commands::identity::new(&common, kind.into(), encrypt, json)
-        }
-        Command::Identity { command: IdentityCommand::Certify { replace, json }, common } => {
-            commands::identity::certify(&common, replace, json)
-        }
+        Command::Identity { command, common } => identity::run(&common, Role::Miner, command, |text| println!("{text}")),
         Command::Inspect { file } => commands::inspect::main(&file),
         Command::Config { config, common } => commands::config::main(&common, &config),
     }

@@ -4,20 +4,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use chain::{Hotkey, certificate};
+use chain::Hotkey;
 use daemon::health::{self, Health};
 use daemon::sequence::Sequence;
 use daemon::settings::{CommonArgs, MinerArgs, Role};
-use daemon::{Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, supervisor, telemetry};
+use daemon::{Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
+use protocol::AccountId;
 use protocol::envelope::RunId;
-use protocol::{AccountId, KeyKind};
 use storage::client::{GrantClient, PublicReader};
 use storage::discovery::{RunFacts, RunReader};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
-use crate::commands::{chain_of, identity};
 use crate::device;
 use crate::edge::{BaseTrees, ChunkCache, Edge, Plane, Shared};
 use crate::machine::{End, Learner, LearnerSettings};
@@ -104,7 +103,7 @@ pub(crate) fn public_reader(settings: &Settings) -> Result<PublicReader, Failure
 
 impl Miner {
     async fn start(settings: Settings, devices: Vec<String>, shutdown: Shutdown) -> Result<Self, Failure> {
-        let chain = Arc::new(chain_of(&settings)?);
+        let chain = Arc::new(network::link(&settings)?);
         let (netuid, owner) = (settings.netuid()?, settings.owner_identity()?);
         let pin = match settings.run_id() {
             Some(text) => Some(text.parse().map_err(|_| Failure::configuration(RunError::RunId(text.to_owned())))?),
@@ -152,29 +151,17 @@ impl Miner {
     }
 
     async fn run(&self) -> Result<Exit, Failure> {
-        let Some(genesis) = self.genesis().await? else { return Ok(Exit::Done) };
+        let Some(genesis) = network::genesis(&self.chain, &self.shutdown).await? else { return Ok(Exit::Done) };
         let following = self.follow(genesis);
         tokio::pin!(following);
         tokio::select! {
             exit = &mut following => exit,
-            failure = self.attend_chain() => {
+            failure = network::attend(&self.chain, &self.hotkey, self.netuid, self.settings.dry_run()) => {
                 self.shutdown.trigger();
                 following.await?;
                 Err(failure)
             }
         }
-    }
-
-    /// Connects to the chain and publishes the key certificate that an sr25519 hotkey needs. Ends only where a person must change
-    /// something.
-    async fn attend_chain(&self) -> Failure {
-        if let Err(error) = self.chain.connect().await {
-            return Failure::configuration(error);
-        }
-        if self.hotkey.key().kind == KeyKind::Sr25519 && !self.settings.dry_run() {
-            certificate::publish_when_possible(&self.chain, &self.hotkey, self.netuid).await;
-        }
-        std::future::pending().await
     }
 
     async fn follow(&self, genesis: [u8; 32]) -> Result<Exit, Failure> {
@@ -199,21 +186,6 @@ impl Miner {
             End::Stopped | End::LeasesDone | End::NextRun => RunError::Ended("the miner has ended".to_owned()),
         };
         Failure::new(exit, error)
-    }
-
-    /// The network's genesis; `None` if a stop comes first.
-    async fn genesis(&self) -> Result<Option<[u8; 32]>, Failure> {
-        let mut waiting = Waiting::default();
-        loop {
-            match self.chain.genesis().await {
-                Ok(genesis) => return Ok(Some(genesis)),
-                Err(error) if error.needs_a_person() => return Err(Failure::configuration(error)),
-                Err(error) => waiting.log(&error.to_string()),
-            }
-            if !self.shutdown.sleep(RETRY).await {
-                return Ok(None);
-            }
-        }
     }
 
     /// The current run; `None` if a stop comes first.

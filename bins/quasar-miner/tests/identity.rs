@@ -16,13 +16,15 @@ const NETUID: u16 = 24;
 struct Place {
     folder: tempfile::TempDir,
     node: Option<DevNode>,
+    /// The subnet that the commands are told.
+    netuid: u16,
     /// Outlives the node.
     runtime: tokio::runtime::Runtime,
 }
 
 impl Place {
     fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), runtime: tokio::runtime::Runtime::new().unwrap(), node: None }
+        Self { folder: tempfile::tempdir().unwrap(), runtime: tokio::runtime::Runtime::new().unwrap(), node: None, netuid: NETUID }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -43,7 +45,7 @@ impl Place {
         command.args(arguments).args(["--wallet-name", "w", "--hotkey-name", hotkey]).stdin(Stdio::null());
         command.arg("--wallet-path").arg(self.path("wallets"));
         if self.node.is_some() {
-            command.args(["--network", "local", "--netuid", &NETUID.to_string()]).arg("--local-chain").arg(self.path("chain.json"));
+            command.args(["--network", "local", "--netuid", &self.netuid.to_string()]).arg("--local-chain").arg(self.path("chain.json"));
         }
         command
     }
@@ -116,6 +118,12 @@ fn an_sr25519_hotkey_is_certified_once_and_shown_with_its_registration() {
 
     let (code, stdout, _) = place.run(&["identity", "show"], "stranger");
     assert!(code == 0 && stdout.contains("not registered on subnet 24; registering costs"), "{stdout}");
+    for arguments in [&["identity", "show"][..], &["identity", "certify"]] {
+        place.netuid = 9;
+        let (code, _, stderr) = place.run(arguments, "sr");
+        assert!(code == 78 && stderr.contains("subnet 9 does not exist"), "{code} {stderr}");
+        place.netuid = NETUID;
+    }
     let (code, _, stderr) = place.run(&["identity", "certify"], "stranger");
     assert!(code == 75 && stderr.contains("not registered") && stderr.contains("hint: "), "{code} {stderr}");
 }

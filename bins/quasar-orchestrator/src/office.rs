@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use chain::{Hotkey, Wallet};
+use chain::Hotkey;
 use daemon::settings::{CommonArgs, Settings};
-use daemon::{Failure, Role, clock};
+use daemon::{Failure, Role, clock, identity};
 use protocol::documents::CurrentRun;
 use protocol::envelope::{self, Context, Document, Expect, RunId, Verified, open_stored};
 use protocol::paths::Keys;
@@ -36,10 +36,7 @@ impl Office {
         }
         let network = settings.network()?;
         let netuid = settings.netuid()?;
-        let wallet = settings.wallet()?;
-        let signer = Wallet::new(&wallet.path, wallet.name, wallet.hotkey)
-            .unlock_hotkey(wallet.password_file.as_deref())
-            .map_err(Failure::configuration)?;
+        let signer = identity::hotkey(&settings)?;
         let store = settings.store()?;
         let url = BucketUrl::new(store.endpoint_url.as_deref(), &store.region, &store.bucket, store.path_style)
             .map_err(Failure::configuration)?;

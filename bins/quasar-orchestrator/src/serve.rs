@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use chain::{Chain, ConnectSettings, SubtensorClient};
 use daemon::driver::{Driver, DriverOptions};
 use daemon::health::{self, Health};
+use daemon::network::deadlines;
 use daemon::sequence::Sequence;
 use daemon::{Exit, Failure, Shutdown, clock, supervisor};
 use fragments::codec::PayloadHeader;
@@ -57,10 +58,8 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     drop(sources);
 
     let network = office.settings.network()?;
-    let chain = SubtensorClient::connect(ConnectSettings { endpoints: network.endpoints, genesis: Some(office.context.genesis) })
-        .await
-        .map_err(|error| if error.needs_a_person() { Failure::configuration(error) } else { Failure::unavailable(error) })?;
-    let chain: Arc<dyn Chain> = Arc::new(chain);
+    let place = ConnectSettings { endpoints: network.endpoints, genesis: Some(office.context.genesis) };
+    let chain: Arc<dyn Chain> = Arc::new(SubtensorClient::connect_within(place, deadlines(&office.settings)).await?);
     let lease_key = run_keys.writer_lease();
     let last = fence::read_lease(&*office.store, &lease_key, &context, &roots.orchestrators).await?;
     let (journal, instance) = takeover::open_journal(&folder, last.as_ref().map(|(lease, _)| &lease.document))?;

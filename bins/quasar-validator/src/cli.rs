@@ -4,8 +4,9 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use daemon::identity::{self, IdentityCommand};
 use daemon::settings::{CommonArgs, ConfigArgs, ValidatorArgs};
-use daemon::{Exit, Failure};
+use daemon::{Exit, Failure, Role};
 
 use crate::commands;
 
@@ -16,6 +17,7 @@ Examples:
   quasar-validator eval --checkpoint release/ --tokens held-out/tokens.bin --sequence-length 2048 --json
   quasar-validator chain status --network finney --netuid 24 --wallet-name validator --hotkey-name default
   quasar-validator chain set-weights --dry-run --network finney --netuid 24 --wallet-name validator --hotkey-name default
+  quasar-validator identity new --kind sr25519 --wallet-name validator --hotkey-name default
   quasar-validator identity show --wallet-path ~/.bittensor/wallets --wallet-name validator --hotkey-name default --json
   quasar-validator config show
   quasar-validator inspect verdict.qsr
@@ -105,25 +107,6 @@ enum ChainCommand {
     },
 }
 
-#[derive(Debug, Subcommand)]
-enum IdentityCommand {
-    /// Print the hotkey's address and kind; where a network is set, also its registration, what that costs, and its key certificate
-    Show {
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
-    },
-    /// Publish the key that audit orders of an sr25519 hotkey are sealed to; a running validator does so by itself
-    Certify {
-        /// Give up what the hotkey has committed on the subnet for another purpose
-        #[arg(long)]
-        replace: bool,
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
-    },
-}
-
 /// Runs the command that the arguments name.
 ///
 /// # Errors
@@ -145,8 +128,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
         Command::Chain(ChainCommand::Status { json }) => commands::chain::status(&cli.common, json),
         Command::Chain(ChainCommand::Weights { json }) => commands::chain::weights(&cli.common, json),
         Command::Chain(ChainCommand::SetWeights { scores, json }) => commands::chain::set_weights(&cli.common, scores.as_deref(), json),
-        Command::Identity(IdentityCommand::Show { json }) => commands::identity::show(&cli.common, json),
-        Command::Identity(IdentityCommand::Certify { replace, json }) => commands::identity::certify(&cli.common, replace, json),
+        Command::Identity(command) => identity::run(&cli.common, Role::Validator, command, |text| println!("{text}")),
         Command::Config(config) => commands::config::main(&cli.common, &config),
     }
 }
@@ -168,6 +150,7 @@ mod tests {
             "quasar-validator run --owner-identity 5F --worker-id v0 --device cpu --threads 1 --poll-interval-sec 5 --dry-run",
             "quasar-validator eval --checkpoint c --tokens t --sequence-length 128 --device cuda:0 --max-rows 9 --json",
             "quasar-validator identity show --wallet-path p --wallet-name w --hotkey-name h --json",
+            "quasar-validator identity new --kind sr25519 --encrypt --password-file f --json",
             "quasar-validator identity certify --replace --json",
             "quasar-validator chain status --json --network local --local-chain f",
             "quasar-validator chain weights --json",

@@ -135,6 +135,8 @@ impl Effects {
             health: weights_health,
             file: state_dir.join(chain::WEIGHTS_FILE),
             shown: Mutex::default(),
+            kept: Arc::default(),
+            genesis: facts.context.genesis,
         };
         Ok(Self { own, hotkey, evidence, facts, reader, archive, grants, base, keyframes, bench, verdicts, chain, store_health })
     }
@@ -316,6 +318,8 @@ impl Executor for Effects {
                 Input::Verdict { audit, verdict: verdict.map(Box::new) }
             }
             Effect::Weights(effect) => Input::Weights(self.chain.weights(effect, &inputs).await),
+            Effect::SendWeights { send, memory } => Input::Weights(self.chain.send(send, *memory, &inputs).await),
+            Effect::KeepWeights(memory) => return self.chain.keep(*memory).await,
             Effect::PublishScores { epoch, block, scores } => return self.publish_scores(epoch, block, scores).await,
             Effect::ShowWeights(standing) => return self.chain.show(*standing),
             Effect::ReadLog { size } => Input::LogHead { size, head: self.published(&self.facts.run.log(size)).await },

@@ -4,8 +4,8 @@
 //! what, takes its own audits from order to revealed verdict ([`audits`]), watches the verdicts of all others ([`verdicts`]), folds
 //! manifests and verdicts into scores ([`scores`]) and has weights set from them ([`weights`]).
 //!
-//! Nothing of it is kept over a restart: all facts are public objects and are read again. What must not be lost (sequence
-//! numbers, verdicts that were decided, their salts) lies in the journal and belongs to the effects.
+//! Almost nothing of it is kept over a restart: all facts are public objects and are read again. What must not be lost (sequence
+//! numbers, verdicts that were decided, their salts, rows of weights under way) lies in the journal and belongs to the effects.
 
 pub mod audits;
 pub mod cycles;
@@ -37,7 +37,7 @@ use log::LogMonitor;
 use poller::Poller;
 use scores::ScoreLedger;
 use verdicts::{Looked, Verdicts};
-use weights::{ScoreList, Standing, WeightSettings, Weights};
+use weights::{ScoreList, Standing, WeightSettings, Weights, WeightsMemory};
 
 /// Polls of the head between two looks at orders and verdicts.
 const SLOW_POLLS: u64 = 10;
@@ -167,8 +167,15 @@ pub enum Effect {
     /// Publish the journaled verdict.
     Reveal(Digest),
     ReadVerdict(Box<Subject>),
-    /// A look at the chain, or a row to send.
+    /// A look at the chain.
     Weights(setter::Effect),
+    /// A row to send, once the memory is durable.
+    SendWeights {
+        send: setter::Effect,
+        memory: Box<WeightsMemory>,
+    },
+    /// What the next life has to know of the rows under way.
+    KeepWeights(Box<WeightsMemory>),
     /// What weights on the chain were made from; `epoch` is the number of cycles whose merges are in the scores.
     PublishScores {
         epoch: u64,
@@ -232,7 +239,7 @@ impl Machine {
             verdicts: Verdicts::new(slow_ms, opening_ms),
             scores: ScoreLedger::default(),
             log: LogMonitor::new(slow_ms),
-            weights: Weights::new(settings.own, settings.weights, slow_ms.clamp(BLOCK_MS.0, BLOCK_MS.1)),
+            weights: Weights::new(settings.own, settings.run, settings.weights, slow_ms.clamp(BLOCK_MS.0, BLOCK_MS.1)),
             unregistered_since_ms: None,
             registration_hint_ms: 0,
             is_complete_logged: false,
@@ -240,6 +247,11 @@ impl Machine {
             effects: VecDeque::new(),
             settings,
         }
+    }
+
+    /// Goes on with the rows that an earlier life had under way; to be called before anything else.
+    pub fn recall_weights(&mut self, now_ms: u64, memory: WeightsMemory) {
+        self.weights.recall(now_ms, memory);
     }
 
     /// Set once this machine's life is over.

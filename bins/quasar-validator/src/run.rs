@@ -4,24 +4,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use chain::{Hotkey, certificate};
+use chain::{ChainLink, Hotkey};
 use daemon::driver::{DriverOptions, Recovered};
 use daemon::health::{self, Health};
 use daemon::settings::{CommonArgs, Role, ValidatorArgs, ValidatorSettings};
-use daemon::{Driver, Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, supervisor, telemetry};
+use daemon::{Driver, Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
 use model::{QuasarEvaluator, QuasarTrainer, TrainError};
 use protocol::envelope::RunId;
-use protocol::{AccountId, FragmentPlan, KeyKind, Reason};
+use protocol::{AccountId, FragmentPlan, Reason};
 use storage::client::{GrantClient, PublicReader};
 use storage::discovery::RunReader;
 
 use crate::audit::Engine;
-use crate::commands::{chain_of, identity};
 use crate::effects::bench::OpenEngine;
+use crate::effects::chain::recall;
 use crate::effects::{EffectSettings, Effects};
 use crate::machine::weights::WeightSettings;
 use crate::machine::{Ended, Machine, MachineSettings};
-use chain::ChainLink;
 
 /// Pause between two looks for a run, and between two tries to reach what does not answer.
 const RETRY: Duration = Duration::from_secs(2);
@@ -106,7 +105,7 @@ fn public_reader(settings: &Settings) -> Result<PublicReader, Failure> {
 
 impl Validator {
     async fn start(settings: Settings, device: String, shutdown: Shutdown) -> Result<Self, Failure> {
-        let link = Arc::new(chain_of(&settings)?);
+        let link = Arc::new(network::link(&settings)?);
         let (netuid, owner) = (settings.netuid()?, settings.owner_identity()?);
         let pin = match settings.run_id() {
             Some(text) => Some(text.parse().map_err(|_| Failure::configuration(RunError::RunId(text.to_owned())))?),
@@ -121,6 +120,11 @@ impl Validator {
             let link = link.clone();
             move || link.trouble()
         });
+        // Without the chain there are no audits and no weights, so a new process costs nothing and may help.
+        health.vital_probe("chain", {
+            let link = link.clone();
+            move || link.silence()
+        });
         supervisor::report(&health, &shutdown);
         if let Some(address) = settings.health_listen() {
             let address = health::serve(address, health.clone(), shutdown.clone()).await?;
@@ -132,29 +136,17 @@ impl Validator {
     }
 
     async fn run(&self) -> Result<Exit, Failure> {
-        let Some(genesis) = self.genesis().await? else { return Ok(Exit::Done) };
+        let Some(genesis) = network::genesis(&self.link, &self.shutdown).await? else { return Ok(Exit::Done) };
         let following = self.follow(genesis);
         tokio::pin!(following);
         tokio::select! {
             exit = &mut following => exit,
-            failure = self.attend_chain() => {
+            failure = network::attend(&self.link, &self.hotkey, self.netuid, self.settings.dry_run()) => {
                 self.shutdown.trigger();
                 following.await?;
                 Err(failure)
             }
         }
-    }
-
-    /// Connects to the chain and publishes the key certificate that an sr25519 hotkey needs. Ends only where a person must change
-    /// something.
-    async fn attend_chain(&self) -> Failure {
-        if let Err(error) = self.link.connect().await {
-            return Failure::configuration(error);
-        }
-        if self.hotkey.key().kind == KeyKind::Sr25519 && !self.settings.dry_run() {
-            certificate::publish_when_possible(&self.link, &self.hotkey, self.netuid).await;
-        }
-        std::future::pending().await
     }
 
     async fn follow(&self, genesis: [u8; 32]) -> Result<Exit, Failure> {
@@ -168,21 +160,6 @@ impl Validator {
                 Some(Ended::Moved) => tracing::info!("looking for the next run"),
                 Some(Ended::Unregistered) => return Err(Failure::try_later(RunError::Unregistered(self.hotkey.account()))),
                 None => return Ok(Exit::Done),
-            }
-        }
-    }
-
-    /// The network's genesis; `None` if a stop comes first.
-    async fn genesis(&self) -> Result<Option<[u8; 32]>, Failure> {
-        let mut waiting = Waiting::default();
-        loop {
-            match self.link.genesis().await {
-                Ok(genesis) => return Ok(Some(genesis)),
-                Err(error) if error.needs_a_person() => return Err(Failure::configuration(error)),
-                Err(error) => waiting.log(&error.to_string()),
-            }
-            if !self.shutdown.sleep(RETRY).await {
-                return Ok(None);
             }
         }
     }
@@ -213,7 +190,7 @@ impl Validator {
     async fn serve(&self, reader: RunReader, archive: RunReader) -> Result<Option<Ended>, Failure> {
         let facts = reader.facts().clone();
         tracing::info!(run = %facts.context.run, name = facts.manifest.name, "run found");
-        let machine = Machine::new(MachineSettings {
+        let mut machine = Machine::new(MachineSettings {
             run: facts.context.run,
             own: self.hotkey.account(),
             parameters: facts.manifest.parameters.clone(),
@@ -228,6 +205,11 @@ impl Validator {
                 is_dry_run: self.settings.dry_run(),
             },
         });
+        let place = (self.netuid, self.own.weight_mechanism);
+        let left = recall(&self.journal, &facts.context.genesis, place, &self.hotkey.account());
+        if let Some(memory) = left.map_err(|error| Failure::new(error.exit(), error))? {
+            machine.recall_weights(clock::now_ms(), memory);
+        }
         let effects = Effects::new(EffectSettings {
             reader,
             archive,

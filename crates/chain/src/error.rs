@@ -21,6 +21,10 @@ pub enum ChainError {
     )]
     Unavailable { endpoint: String, reason: String },
     #[error(
+        "chain endpoint {endpoint} cannot be trusted: {reason}\nhint: check the address and this machine's clock; authorities come from the system (package ca-certificates) or from the file that SSL_CERT_FILE names"
+    )]
+    Untrusted { endpoint: String, reason: String },
+    #[error(
         "chain endpoint {endpoint} did not answer {call} within {millis} ms\nhint: the node may be overloaded or the connection half dead; another endpoint helps"
     )]
     Timeout { endpoint: String, call: &'static str, millis: u64 },
@@ -67,7 +71,10 @@ pub enum ChainError {
 impl ChainError {
     /// Whether the same call may well succeed a little later.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Unavailable { .. } | Self::Timeout { .. } | Self::NotFinalized { .. } | Self::NotYetFinal { .. })
+        matches!(
+            self,
+            Self::Unavailable { .. } | Self::Untrusted { .. } | Self::Timeout { .. } | Self::NotFinalized { .. } | Self::NotYetFinal { .. }
+        )
     }
 
     /// Whether nothing is better before a person has changed something here: the settings name the wrong network or subnet, or

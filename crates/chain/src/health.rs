@@ -15,6 +15,10 @@ pub struct ChainHealth {
     pub block_age_ms: u64,
     /// Blocks have not arrived for so long that the connection was replaced, at least once, without success.
     pub is_stalled: bool,
+    /// Whether a block newer than the first one has come over this client.
+    pub has_moved: bool,
+    /// Whether the last failure was a silence: a socket that could be opened, or was open, and an answer that did not come.
+    pub is_silent: bool,
     /// Version of the runtime at that block.
     pub spec_version: u32,
     /// Connections opened after the first one.
@@ -32,6 +36,8 @@ impl ChainHealth {
             block: Some(block),
             block_age_ms: 0,
             is_stalled: false,
+            has_moved: false,
+            is_silent: false,
             spec_version: 0,
             reconnections: 0,
             trouble: String::new(),
@@ -40,6 +46,12 @@ impl ChainHealth {
 
     pub fn is_healthy(&self) -> bool {
         self.is_answering && !self.is_stalled
+    }
+
+    /// Whether blocks came once and come no more although sockets can be opened, on every endpoint and over new connections. What is
+    /// left to try is a new process. One that was started on a chain that stands still cannot cure it and does not count.
+    pub fn has_fallen_silent(&self) -> bool {
+        self.is_stalled && self.has_moved && (self.is_answering || self.is_silent)
     }
 }
 

@@ -88,7 +88,7 @@ impl fmt::Display for Standing {
         f.write_str(match self.certificate {
             Certified::Published => "key certificate: on chain",
             Certified::NotNeeded => "key certificate: not needed, grants are sealed to the ed25519 key itself",
-            Certified::Missing => "key certificate: missing; `identity certify` publishes it, and so does a running miner",
+            Certified::Missing => "key certificate: missing; `identity certify` publishes it, and so does a running miner or validator",
             Certified::Taken => {
                 "key certificate: missing, the hotkey has committed something else; `identity certify --replace` replaces it"
             }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use protocol::AccountId;
 use tokio::sync::OnceCell;
 
-use crate::{Chain, ChainError, ChainHealth, ConnectSettings, SubtensorClient};
+use crate::{Chain, ChainError, ChainHealth, ConnectSettings, Deadlines, SubtensorClient};
 
 /// First and longest pause between two tries to connect.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
@@ -15,26 +15,27 @@ const RETRY_LONGEST: Duration = Duration::from_secs(30);
 /// A chain that may not be connected yet.
 pub struct ChainLink {
     settings: ConnectSettings,
+    deadlines: Deadlines,
     client: OnceCell<Arc<dyn Chain>>,
     /// Why it is not connected.
     failure: Mutex<String>,
 }
 
 impl ChainLink {
-    pub fn new(settings: ConnectSettings) -> Self {
-        Self { settings, client: OnceCell::new(), failure: Mutex::new("not connected yet".to_owned()) }
+    pub fn new(settings: ConnectSettings, deadlines: Deadlines) -> Self {
+        Self { settings, deadlines, client: OnceCell::new(), failure: Mutex::new("not connected yet".to_owned()) }
     }
 
     /// A link that is connected already.
     pub fn connected(client: Arc<dyn Chain>) -> Self {
         let settings = ConnectSettings { endpoints: Vec::new(), genesis: Some(client.genesis()) };
-        Self { settings, client: OnceCell::new_with(Some(client)), failure: Mutex::default() }
+        Self { settings, deadlines: Deadlines::default(), client: OnceCell::new_with(Some(client)), failure: Mutex::default() }
     }
 
     /// The chain, connected now if it was not yet.
     pub async fn client(&self) -> Result<Arc<dyn Chain>, ChainError> {
         let connect = || async {
-            let client = SubtensorClient::connect(self.settings.clone()).await?;
+            let client = SubtensorClient::connect_within(self.settings.clone(), self.deadlines).await?;
             Ok::<Arc<dyn Chain>, ChainError>(Arc::new(client))
         };
         let client = self.client.get_or_try_init(connect).await.cloned();
@@ -70,6 +71,12 @@ impl ChainLink {
             None => Some(self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()),
             Some(health) => (!health.is_healthy()).then(|| health.to_string()),
         }
+    }
+
+    /// That blocks came once and come no more although sockets can be opened ([`ChainHealth::has_fallen_silent`]); `None` while that
+    /// is not so.
+    pub fn silence(&self) -> Option<String> {
+        self.health().filter(ChainHealth::has_fallen_silent).map(|health| health.to_string())
     }
 
     /// Genesis of the network: as configured, or as the chain says.

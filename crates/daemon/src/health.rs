@@ -60,6 +60,7 @@ pub struct Health(Arc<Mutex<Parts>>);
 struct Parts {
     conditions: BTreeMap<String, Condition>,
     probes: BTreeMap<String, Probe>,
+    vital: BTreeMap<String, Probe>,
 }
 
 impl std::fmt::Debug for Health {
@@ -99,6 +100,11 @@ impl Health {
         self.parts().probes.insert(name.to_owned(), Arc::new(probe));
     }
 
+    /// Adds a part that is asked whether it lives: while the probe gives a reason, the process counts as dead. The same rules.
+    pub fn vital_probe(&self, name: &str, probe: impl Fn() -> Option<String> + Send + Sync + 'static) {
+        self.parts().vital.insert(name.to_owned(), Arc::new(probe));
+    }
+
     fn add(&self, name: &str, stale_after: Option<Duration>) -> Component {
         let condition = Condition { reason: Some("starting".to_owned()), stale_after, last_beat: Instant::now() };
         self.parts().conditions.insert(name.to_owned(), condition);
@@ -115,7 +121,9 @@ impl Health {
             let (limit, age) = (condition.stale_after?, now.saturating_duration_since(condition.last_beat));
             (age > limit).then(|| format!("{name}: no sign of life for {} s", age.as_secs()))
         };
-        self.parts().conditions.iter().filter_map(stale).collect()
+        let parts = self.parts();
+        let lifeless = parts.vital.iter().filter_map(|(name, probe)| Some(format!("{name}: {}", probe()?)));
+        parts.conditions.iter().filter_map(stale).chain(lifeless).collect()
     }
 
     /// Why the process is not ready; empty if it is.
@@ -123,7 +131,10 @@ impl Health {
         let mut reasons = self.dead();
         let parts = self.parts();
         reasons.extend(parts.conditions.iter().filter_map(|(name, condition)| Some(format!("{name}: {}", condition.reason.as_ref()?))));
-        reasons.extend(parts.probes.iter().filter_map(|(name, probe)| Some(format!("{name}: {}", probe()?))));
+        let probed = parts.probes.iter().filter_map(|(name, probe)| Some(format!("{name}: {}", probe()?)));
+        // What is dead is named already.
+        let probed: Vec<String> = probed.filter(|reason| !reasons.contains(reason)).collect();
+        reasons.extend(probed);
         reasons
     }
 }

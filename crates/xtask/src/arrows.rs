@@ -15,7 +15,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("quasar-storage", &["quasar-protocol"]),
     ("quasar-data", &["quasar-protocol"]),
     ("quasar-chain", &["quasar-protocol"]),
-    ("quasar-daemon", &["quasar-protocol"]),
+    ("quasar-daemon", &["quasar-chain", "quasar-protocol"]),
     ("quasar-model", &["quasar-fragments", "quasar-protocol"]),
     ("quasar-orchestrator", LIBRARIES_WITHOUT_MODEL),
     ("quasar-miner", LIBRARIES),

@@ -17,7 +17,7 @@ use protocol::log::LogHead;
 use protocol::{Digest, GrantBundle, Method, Reason, SealedBytes, codec, steps};
 use quasar_validator::audit::{Judgement, Subject};
 use quasar_validator::machine::audits::{Judged, OrderRead, Written, compare};
-use quasar_validator::machine::weights::WeightSettings;
+use quasar_validator::machine::weights::{WeightSettings, WeightsMemory};
 use quasar_validator::machine::{ChainView, Effect, Ended, HeadFacts, Input, Machine, MachineSettings, OwnNeuron};
 use storage::client::{GrantError, PutOutcome};
 use storage::{StoreError, bundle};
@@ -34,6 +34,8 @@ const JUDGE_MS: u64 = 800;
 #[derive(Default)]
 struct Disk {
     verdicts: BTreeMap<Digest, VerdictReveal>,
+    /// Rows of weights under way.
+    weights: Option<WeightsMemory>,
     sequence: u64,
 }
 
@@ -102,10 +104,14 @@ impl World {
                 poll_ms_max: 2_000,
                 weights,
             };
-            node.machine = Some(Machine::new(settings));
             node.memory = Memory::default();
             node.life = life;
             node.last_ms = self.clock_ms(node.id);
+            let mut machine = Machine::new(settings);
+            if let Some(memory) = node.disk.weights.clone() {
+                machine.recall_weights(node.last_ms, memory);
+            }
+            node.machine = Some(machine);
         }
         self.tell_validator(index, life, Input::Tick);
     }
@@ -223,6 +229,14 @@ impl World {
                 Input::Verdict { audit: subject.selection.audit, verdict: self.revealed(id, &subject).await.map(Box::new) }
             }
             Effect::Weights(effect) => Input::Weights(self.weights(index, &effect).await),
+            Effect::SendWeights { send, memory } => {
+                self.validators[index].borrow_mut().disk.weights = Some(*memory);
+                Input::Weights(self.weights(index, &send).await)
+            }
+            Effect::KeepWeights(memory) => {
+                self.validators[index].borrow_mut().disk.weights = Some(*memory);
+                return None;
+            }
             Effect::PublishScores { epoch, scores, .. } => {
                 self.watch.borrow_mut().weights(self, &scores, epoch);
                 return None;

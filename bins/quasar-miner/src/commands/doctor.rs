@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use chain::ChainLink;
+use chain::identity::{Certified, Standing};
 use daemon::settings::{CommonArgs, MinerArgs, Role};
-use daemon::{Exit, Failure, Settings, clock};
+use daemon::{Exit, Failure, Settings, clock, identity, network};
 use model::torch::determinism;
 use model::{TORCH_VERSION, TrainerOptions};
 use protocol::envelope::SKEW_MS;
@@ -13,10 +15,7 @@ use protocol::{KeyRef, Reason};
 use serde::Serialize;
 use storage::discovery::{DiscoveryError, RunReader};
 
-use super::{chain_of, identity};
 use crate::{device, run};
-use chain::ChainLink;
-use chain::identity::{Certified, Standing};
 
 /// A check that takes longer has failed.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -101,7 +100,7 @@ async fn examine(settings: &Settings) -> Vec<Check> {
             None
         }
     };
-    let chain = match chain_of(settings) {
+    let chain = match network::link(settings) {
         Ok(chain) => Some(chain),
         Err(error) => {
             checks.push(Check::failed("chain", &error.to_string()));

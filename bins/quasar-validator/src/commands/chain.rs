@@ -7,14 +7,14 @@ use std::path::Path;
 use chain::identity::tokens;
 use chain::setter::{Input, Obstacle, Setter, SetterSettings, Stage};
 use chain::{Chain, ChainHealth, How, Hyperparameters, WeightsRequest, WeightsView, setter};
+use daemon::network::{self, block_on};
 use daemon::settings::{CommonArgs, Role};
-use daemon::{Exit, Failure, Settings, clock};
+use daemon::{Exit, Failure, Settings, clock, identity};
 use protocol::AccountId;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::{block_on, chain_failure, chain_of, identity};
 use crate::effects::chain::{WEIGHTS_FILE, WeightsFile};
 use crate::machine::weights::WEIGHTS_VERSION;
 
@@ -55,7 +55,7 @@ impl Place {
     }
 
     async fn view(&self, chain: &dyn Chain) -> Result<WeightsView, Failure> {
-        chain.weights_view(self.netuid, self.mechanism, &self.account).await.map_err(chain_failure)
+        Ok(chain.weights_view(self.netuid, self.mechanism, &self.account).await?)
     }
 }
 
@@ -98,11 +98,11 @@ fn read_limited(path: &Path) -> Result<Vec<u8>, String> {
 /// The connection, the rules, our neuron, and how the daemon's weights stand.
 pub fn status(common: &CommonArgs, json: bool) -> Result<Exit, Failure> {
     let settings = common.settings(Role::Validator, ())?;
-    let (place, link, file) = (Place::of(&settings)?, chain_of(&settings)?, daemon_file(&settings)?);
+    let (place, link, file) = (Place::of(&settings)?, network::link(&settings)?, daemon_file(&settings)?);
     let (health, genesis, view, list) = block_on(async {
-        let client = link.client().await.map_err(chain_failure)?;
+        let client = link.client().await?;
         let view = place.view(client.as_ref()).await?;
-        let list = client.hyperparameter_list(place.netuid).await.map_err(chain_failure)?;
+        let list = client.hyperparameter_list(place.netuid).await?;
         Ok((client.health(), client.genesis(), view, list))
     })?;
     let own = view.metagraph.by_hotkey(&place.account);
@@ -144,7 +144,12 @@ pub fn status(common: &CommonArgs, json: bool) -> Result<Exit, Failure> {
                 block => format!("in block {block}"),
             };
             println!("hotkey      {} is uid {}, with {permit} and {} of stake", place.account, own.uid, tokens(own.stake));
-            println!("weights     last set {last}; {} committed rows wait to be opened", view.commits.len());
+            let waiting = match view.commits.len() {
+                0 => "nothing committed waits to be opened".to_owned(),
+                1 => "1 committed row waits to be opened".to_owned(),
+                count => format!("{count} committed rows wait to be opened"),
+            };
+            println!("weights     last set {last}; {waiting}");
         }
     }
     let parameters = &view.hyperparameters;
@@ -159,6 +164,9 @@ pub fn status(common: &CommonArgs, json: bool) -> Result<Exit, Failure> {
         tokens(parameters.stake_threshold)
     );
     match file {
+        Some(file) if file.hotkey != place.account.to_string() || file.netuid != place.netuid => {
+            println!("daemon      the state folder is that of {} on subnet {}", file.hotkey, file.netuid);
+        }
         Some(file) => {
             let age = clock::now_ms().saturating_sub(file.updated_ms) / 1000;
             println!("daemon      {age} s ago: {}", file.stage);
@@ -201,9 +209,9 @@ fn hex(bytes: &[u8; 32]) -> String {
 /// The row that the chain shows for this validator.
 pub fn weights(common: &CommonArgs, json: bool) -> Result<Exit, Failure> {
     let settings = common.settings(Role::Validator, ())?;
-    let (place, link) = (Place::of(&settings)?, chain_of(&settings)?);
+    let (place, link) = (Place::of(&settings)?, network::link(&settings)?);
     let (health, view) = block_on(async {
-        let client = link.client().await.map_err(chain_failure)?;
+        let client = link.client().await?;
         let view = place.view(client.as_ref()).await?;
         Ok((client.health(), view))
     })?;
@@ -265,11 +273,11 @@ fn scores(settings: &Settings, file: Option<&Path>) -> Result<Vec<(AccountId, u6
 /// Sets weights once, or says what a run without `--dry-run` would send and what would become of it.
 pub fn set_weights(common: &CommonArgs, file: Option<&Path>, json: bool) -> Result<Exit, Failure> {
     let settings = common.settings(Role::Validator, ())?;
-    let (place, link, scores) = (Place::of(&settings)?, chain_of(&settings)?, scores(&settings, file)?);
+    let (place, link, scores) = (Place::of(&settings)?, network::link(&settings)?, scores(&settings, file)?);
     // The secret is needed for sending only.
     let hotkey = if settings.dry_run() { None } else { Some(identity::hotkey(&settings)?) };
     let (setter, view) = block_on(async {
-        let client = link.client().await.map_err(chain_failure)?;
+        let client = link.client().await?;
         let view = place.view(client.as_ref()).await?;
         let mut setter = Setter::new(SetterSettings {
             mechanism: place.mechanism,

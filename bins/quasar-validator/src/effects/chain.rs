@@ -6,14 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use chain::{ChainError, ChainLink, Hotkey, setter};
 use daemon::driver::Inputs;
 use daemon::health::Component;
-use daemon::{Journal, clock};
+use daemon::{Journal, JournalError, clock};
 use protocol::envelope::RunId;
+use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::trouble::Trouble;
 use super::verdicts::blocking;
-use crate::machine::weights::Standing;
+use crate::machine::weights::{Standing, WeightsMemory};
 use crate::machine::{ChainView, Input, OwnNeuron};
 
 /// Steps of a sent row that wait to be told; there are four, and two more for each fork.
@@ -57,6 +58,25 @@ pub struct ChainDesk {
     pub file: PathBuf,
     /// Revision of what was shown last.
     pub shown: Mutex<u64>,
+    /// Revision of what the journal keeps.
+    pub kept: Arc<Mutex<u64>>,
+    pub genesis: [u8; 32],
+}
+
+/// Where the journal keeps the rows under way. Another network, subnet, mechanism or hotkey has others.
+fn memory_key(genesis: &[u8; 32], (netuid, mechanism): (u16, u8), hotkey: &AccountId) -> String {
+    format!("weights/{}/{netuid}/{mechanism}/{hotkey}", Digest(*genesis))
+}
+
+/// The rows that an earlier life had under way, if there are any.
+///
+/// # Errors
+/// The journal cannot be read.
+pub fn recall(journal: &Journal, genesis: &[u8; 32], place: (u16, u8), hotkey: &AccountId) -> Result<Option<WeightsMemory>, JournalError> {
+    let Some(bytes) = journal.get(&memory_key(genesis, place, hotkey))? else { return Ok(None) };
+    let memory = serde_json::from_slice(&bytes);
+    // The chain's own rules still keep an epoch from having two rows.
+    Ok(memory.inspect_err(|error| tracing::warn!(%error, "rows that an earlier version had under way are not followed")).ok())
 }
 
 impl ChainDesk {
@@ -86,6 +106,36 @@ impl ChainDesk {
             blocking(move || journal.put(&name, &hash)).await?;
         }
         Ok(hash)
+    }
+
+    /// Sends a row when the next life is sure to know of it.
+    pub async fn send(&self, send: setter::Effect, memory: WeightsMemory, inputs: &Inputs<Input>) -> setter::Input {
+        match self.write_down(memory).await {
+            Ok(()) => self.weights(send, inputs).await,
+            Err(trouble) => send.unreachable(format!("the journal cannot be written: {}", trouble.line())),
+        }
+    }
+
+    /// Keeps what has become of rows under way.
+    pub async fn keep(&self, memory: WeightsMemory) {
+        if let Err(trouble) = self.write_down(memory).await {
+            tracing::warn!(error = trouble.line(), "what became of weights cannot be written down; it is found out again after a restart");
+        }
+    }
+
+    async fn write_down(&self, memory: WeightsMemory) -> Result<(), Trouble> {
+        let name = memory_key(&self.genesis, (self.netuid, self.mechanism), &self.hotkey.account());
+        let (journal, kept) = (self.journal.clone(), self.kept.clone());
+        blocking(move || {
+            let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+            if memory.revision > *kept {
+                // Numbers, lists and texts: this encoding cannot fail.
+                journal.put(&name, &serde_json::to_vec(&memory).unwrap_or_default())?;
+                *kept = memory.revision;
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Does what the setter asks for; the machine hears of every step of a row that is sent.

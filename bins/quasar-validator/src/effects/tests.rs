@@ -379,7 +379,7 @@ impl Published {
             weights_health: health.component("weights"),
         })
         .unwrap();
-        let machine = Machine::new(MachineSettings {
+        let mut machine = Machine::new(MachineSettings {
             run: self.world.context.run,
             own: self.hotkey.account(),
             parameters: self.world.parameters.clone(),
@@ -395,6 +395,10 @@ impl Published {
                 is_dry_run,
             },
         });
+        let place = (NETUID, 0);
+        if let Some(memory) = chain::recall(&self.journal, &self.chain.genesis(), place, &self.hotkey.account()).unwrap() {
+            machine.recall_weights(clock::now_ms(), memory);
+        }
         let memory = Arc::new(Journal::in_memory().unwrap());
         let options = DriverOptions { stop_grace: Duration::from_secs(1), ..DriverOptions::default() };
         let driver = Driver::with_options(Recovered::fresh(machine), memory, Arc::new(effects), options);
@@ -550,6 +554,8 @@ impl Published {
             health: health.component("weights"),
             file: self.state.path().join(chain::WEIGHTS_FILE),
             shown: Mutex::default(),
+            kept: Arc::default(),
+            genesis: self.chain.genesis(),
         }
     }
 }

@@ -94,7 +94,7 @@ fn look(machine: &mut Machine, now_ms: u64, block: u64, row: &[(u16, u16)], last
     seen.last_updates[2] = last_update;
     let effects = give(machine, now_ms, Input::Weights(setter::Input::View(Box::new(seen))));
     effects.into_iter().find_map(|effect| match effect {
-        Effect::Weights(setter::Effect::Send { attempt, request }) => Some((attempt, request.row)),
+        Effect::SendWeights { send: setter::Effect::Send { attempt, request }, .. } => Some((attempt, request.row)),
         _ => None,
     })
 }

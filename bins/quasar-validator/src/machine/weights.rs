@@ -8,6 +8,7 @@ use chain::Metagraph;
 use chain::setter::{self, Report, RevealOutcome, Setter, SetterSettings, Stage};
 use protocol::AccountId;
 use protocol::documents::Score;
+use protocol::envelope::RunId;
 use serde::{Deserialize, Serialize};
 
 use super::Effect;
@@ -50,19 +51,37 @@ pub struct Standing {
     pub from: ScoreList,
 }
 
+/// A row and what it was made from.
+pub type Made = (Vec<(u16, u16)>, ScoreList);
+
+/// What the journal keeps for the next life: rows that are under way or committed, and what they were made from. Later ones have
+/// higher revisions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightsMemory {
+    #[serde(skip)]
+    pub revision: u64,
+    pub run: RunId,
+    pub setter: setter::Memory,
+    /// Rows of this run, oldest first.
+    pub made: VecDeque<Made>,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Weights {
     setter: Setter,
+    run: RunId,
     /// The newest scores; `None` before the first.
     from: Option<ScoreList>,
     /// Rows and what they were made from, oldest first.
-    made: VecDeque<(Vec<(u16, u16)>, ScoreList)>,
+    made: VecDeque<Made>,
+    /// What the journal has of the setter.
+    kept: setter::Memory,
     revision: u64,
 }
 
 impl Weights {
     /// For `own`; something that is awaited is looked for every `look_ms`.
-    pub fn new(own: AccountId, settings: WeightSettings, look_ms: u64) -> Self {
+    pub fn new(own: AccountId, run: RunId, settings: WeightSettings, look_ms: u64) -> Self {
         let setter = Setter::new(SetterSettings {
             mechanism: settings.mechanism,
             look_ms,
@@ -73,7 +92,24 @@ impl Weights {
             is_dry_run: settings.is_dry_run,
             ..SetterSettings::new(settings.netuid, own, WEIGHTS_VERSION)
         });
-        Self { setter, from: None, made: VecDeque::new(), revision: 0 }
+        Self { setter, run, from: None, made: VecDeque::new(), kept: setter::Memory::default(), revision: 0 }
+    }
+
+    /// Goes on with what an earlier life has left, of this run or of one before it; to be called before anything else.
+    pub fn recall(&mut self, now_ms: u64, memory: WeightsMemory) {
+        if memory.run == self.run {
+            self.made = memory.made;
+        }
+        self.kept = memory.setter.clone();
+        self.setter.recall(now_ms, memory.setter);
+        for awaited in self.setter.awaited() {
+            let (committed_in, opened_from_block) = (awaited.commit.block, awaited.reveal_block);
+            tracing::info!(
+                committed_in,
+                opened_from_block,
+                "weights that were committed before the restart are followed until they are opened"
+            );
+        }
     }
 
     /// Rows are made from these scores from now on. Before the first ones the chain is not even looked at.
@@ -88,20 +124,40 @@ impl Weights {
 
     /// A fact about the chain or a row under way, or just that time has passed.
     pub fn handle(&mut self, now_ms: u64, input: setter::Input, effects: &mut VecDeque<Effect>) {
-        let Some(from) = &self.from else { return };
-        self.setter.handle(now_ms, input);
-        while let Some(effect) = self.setter.poll_effect() {
-            if let setter::Effect::Send { request, .. } = &effect {
-                if self.made.len() >= MADE_MAX {
-                    self.made.pop_front();
-                }
-                self.made.push_back((chain::weights::as_stored(&request.row), from.clone()));
-            }
-            effects.push_back(Effect::Weights(effect));
+        if self.from.is_none() {
+            return;
         }
+        self.setter.handle(now_ms, input);
+        // What has become of rows comes before the next one is sent.
         while let Some(report) = self.setter.poll_report() {
             self.tell(report, effects);
         }
+        while let Some(effect) = self.setter.poll_effect() {
+            if let (setter::Effect::Send { request, .. }, Some(from)) = (&effect, &self.from) {
+                // A row that is neither committed nor under way will never be seen.
+                let awaited = self.setter.awaited();
+                self.made.retain(|(row, _)| awaited.iter().any(|awaited| awaited.row == *row));
+                self.made.push_back((chain::weights::as_stored(&request.row), from.clone()));
+                if self.made.len() > MADE_MAX {
+                    self.made.pop_front();
+                }
+                let memory = self.memory();
+                effects.push_back(Effect::SendWeights { send: effect, memory: Box::new(memory) });
+            } else {
+                effects.push_back(Effect::Weights(effect));
+            }
+        }
+        if self.setter.memory() != self.kept {
+            let memory = self.memory();
+            effects.push_back(Effect::KeepWeights(Box::new(memory)));
+        }
+    }
+
+    /// What is to be kept from now on.
+    fn memory(&mut self) -> WeightsMemory {
+        self.revision += 1;
+        self.kept = self.setter.memory();
+        WeightsMemory { revision: self.revision, run: self.run, setter: self.kept.clone(), made: self.made.clone() }
     }
 
     pub fn deadline(&self) -> Option<u64> {
@@ -132,8 +188,8 @@ impl Weights {
                     tracing::warn!(block, hint, "no work was accepted: the whole weight is on this validator itself");
                 }
                 tracing::info!(block, weights = spelled(&row, &view.metagraph), "weights are on the chain");
-                // A row that was sent in an earlier life is not known with its scores; it counts all the same.
-                if let Some(place) = self.made.iter().rposition(|(made, _)| *made == row) {
+                // A row of an earlier run is not known with its scores; it counts all the same.
+                if let Some(place) = self.made.iter().position(|(made, _)| *made == row) {
                     let from = self.made[place].1.clone();
                     self.made.drain(..=place);
                     let scores = named_scores(&from.scores, &row, &view.metagraph);
@@ -219,7 +275,7 @@ mod tests {
 
     impl Desk {
         fn new(settings: WeightSettings) -> Self {
-            Self { weights: Weights::new(account(OWN), settings, 1_000), effects: VecDeque::new() }
+            Self { weights: Weights::new(account(OWN), RunId([1; 16]), settings, 1_000), effects: VecDeque::new() }
         }
 
         fn score(&mut self, now_ms: u64, scores: &[(u8, u64)], cycles: u64) {
@@ -238,7 +294,7 @@ mod tests {
 
         fn sent(&mut self) -> (u64, Vec<(u16, u16)>) {
             let sent = |effect: &Effect| match effect {
-                Effect::Weights(setter::Effect::Send { attempt, request }) => Some((*attempt, request.row.clone())),
+                Effect::SendWeights { send: setter::Effect::Send { attempt, request }, .. } => Some((*attempt, request.row.clone())),
                 _ => None,
             };
             self.take(sent).expect("a row is sent")
@@ -327,6 +383,43 @@ mod tests {
     }
 
     #[test]
+    fn what_a_row_under_way_was_made_from_is_durable_before_it_is_sent_and_known_to_the_next_life() {
+        let mut hidden = view(100, &[1, OWN]);
+        hidden.hyperparameters.commit_reveal = true;
+        let mut desk = Desk::new(settings());
+        desk.score(hidden.timestamp_ms, &[(1, 10)], 7);
+        desk.give(hidden.timestamp_ms, Input::View(Box::new(hidden.clone())));
+        let (row, round, memory) = desk
+            .take(|effect| match effect {
+                Effect::SendWeights { send: setter::Effect::Send { request, .. }, memory } => match &request.how {
+                    chain::How::Timelocked { round, .. } => Some((request.row.clone(), *round, memory.clone())),
+                    chain::How::Plain => None,
+                },
+                _ => None,
+            })
+            .expect("a row is committed");
+        // The process ends before it hears of the commit, and the next life has other scores.
+        let stored = serde_json::to_vec(&memory).unwrap();
+        let mut desk = Desk::new(settings());
+        desk.weights.recall(hidden.timestamp_ms, serde_json::from_slice(&stored).unwrap());
+        desk.score(hidden.timestamp_ms, &[(1, 99)], 8);
+        let commit = PendingCommit { epoch: hidden.epoch.index, block: 102, round };
+        let mut landed = hidden.clone();
+        (landed.metagraph.block.number, landed.last_updates[1], landed.commits) = (105, 102, vec![commit]);
+        desk.give(hidden.timestamp_ms + 1, Input::View(Box::new(landed)));
+        assert!(matches!(desk.shown(), Some(Stage::Committed { block: 102, .. })));
+        let keeps = |effect: &Effect| matches!(effect, Effect::KeepWeights(_)).then_some(());
+        assert_eq!(desk.take(keeps), Some(()), "the commit is to be followed by a third life too");
+        let mut opened = view(200, &[1, OWN]);
+        opened.hyperparameters.commit_reveal = true;
+        opened.epoch.index = hidden.epoch.index + 1;
+        (opened.row, opened.last_updates[1]) = (row, 102);
+        desk.give(opened.timestamp_ms, Input::View(Box::new(opened)));
+        let (epoch, _, scores) = desk.published().expect("the row counts");
+        assert_eq!((epoch, scores[0].tokens), (7, 10), "by the scores that it was made from");
+    }
+
+    #[test]
     fn what_stands_in_the_way_is_shown_with_its_remedy() {
         let mut desk = Desk::new(settings());
         desk.score(0, &[(1, 10)], 1);
@@ -349,6 +442,6 @@ mod tests {
         desk.score(0, &[(1, 10)], 1);
         desk.give(0, Input::View(Box::new(view(100, &[1, OWN]))));
         assert!(matches!(desk.shown(), Some(Stage::DryRun { request }) if request.row == [(0, 65535)]));
-        assert!(!desk.effects.iter().any(|effect| matches!(effect, Effect::Weights(setter::Effect::Send { .. }))));
+        assert!(!desk.effects.iter().any(|effect| matches!(effect, Effect::SendWeights { .. })));
     }
 }

@@ -1,7 +1,7 @@
 //! What only the owner of a subnet, the root account, or the passing of time changes on a genuine chain, and tests change by hand.
 
 use super::DevNeuron;
-use super::runtime::SUBTENSOR;
+use super::runtime::{Entry, SUBTENSOR};
 use super::state::State;
 
 /// A change of the chain's state. It takes effect in the next block, and again after a fork that lost that block.
@@ -37,6 +37,8 @@ pub enum Change {
     UpgradeRuntime,
     /// The runtime is replaced by one that describes itself in a version of metadata that no client of today knows.
     OutgrowMetadata,
+    /// The runtime is replaced by one that has no longer these storage entries, as far as a client can see.
+    DropEntries(&'static [Entry]),
 }
 
 /// Applies a change in `block`.
@@ -67,6 +69,7 @@ pub(super) fn apply(state: &mut State, netuid: u16, change: &Change, block: u64)
         Change::Mechanisms(count) => state.put(SUBTENSOR, "MechanismCountCurrent", (netuid,), *count),
         Change::UpgradeRuntime => state.upgrade(),
         Change::OutgrowMetadata => state.outgrow(),
+        Change::DropEntries(entries) => state.leave_out(entries),
     }
 }
 

@@ -16,6 +16,9 @@ const METADATA_VERSION: u32 = 15;
 /// A version of metadata that nobody has defined yet.
 const FUTURE_VERSION: u8 = 99;
 
+/// A storage entry, by the names of its pallet and its own.
+pub type Entry = (&'static str, &'static str);
+
 pub(super) const SYSTEM: &str = "System";
 pub(super) const SUBTENSOR: &str = "SubtensorModule";
 pub(super) const COMMITMENTS: &str = "Commitments";
@@ -28,7 +31,7 @@ pub(super) struct Runtime {
     /// SCALE of the prefixed metadata.
     bytes: Vec<u8>,
     /// What `Metadata_metadata_at_version` answers instead, and for which version.
-    future: Option<Vec<u8>>,
+    described: Option<(u32, Vec<u8>)>,
     pub(super) spec_version: u32,
     pub(super) transaction_version: u32,
     /// SCALE of `RuntimeVersion`, as `Core_version` answers it.
@@ -86,7 +89,20 @@ impl Runtime {
         let mut bytes = upgraded.bytes.clone();
         // Behind the four bytes by which metadata is recognised.
         bytes[4] = FUTURE_VERSION;
-        Self { future: Some(bytes), ..upgraded }
+        Self { described: Some((u32::from(FUTURE_VERSION), bytes)), ..upgraded }
+    }
+
+    /// A later runtime that says nothing of these storage entries. The node itself goes on with them.
+    pub(super) fn without(&self, entries: &[Entry]) -> Self {
+        let upgraded = self.upgraded();
+        let bytes = edit(&upgraded.bytes, |metadata| {
+            for (pallet, entry) in entries {
+                let pallet = metadata.pallets.iter_mut().find(|found| found.name == *pallet);
+                let storage = pallet.and_then(|pallet| pallet.storage.as_mut()).unwrap_or_else(|| panic!("no storage around {entry}"));
+                storage.entries.retain(|found| found.name != *entry);
+            }
+        });
+        Self { described: Some((METADATA_VERSION, bytes)), ..upgraded }
     }
 
     fn of(bytes: Vec<u8>) -> Self {
@@ -101,7 +117,7 @@ impl Runtime {
         Self {
             metadata,
             bytes,
-            future: None,
+            described: None,
             spec_version: decoded.spec_version,
             transaction_version: decoded.transaction_version,
             version,
@@ -111,12 +127,12 @@ impl Runtime {
 
     /// The version of metadata that the node offers.
     pub(super) fn offered_version(&self) -> u32 {
-        if self.future.is_some() { u32::from(FUTURE_VERSION) } else { METADATA_VERSION }
+        self.described.as_ref().map_or(METADATA_VERSION, |(version, _)| *version)
     }
 
     /// Metadata as the node gives it out.
     pub(super) fn offered(&self) -> &[u8] {
-        self.future.as_deref().unwrap_or(&self.bytes)
+        self.described.as_ref().map_or(&self.bytes, |(_, bytes)| bytes)
     }
 
     /// SCALE of the prefixed metadata.

@@ -7,7 +7,7 @@ use parity_scale_codec::{Decode, Encode};
 use protocol::AccountId;
 use subxt::ext::frame_decode::storage::IntoEncodableValues;
 
-use super::runtime::{Runtime, SUBTENSOR, SYSTEM};
+use super::runtime::{Entry, Runtime, SUBTENSOR, SYSTEM};
 use crate::epoch::EpochState;
 use crate::types::{Hyperparameters, Neuron};
 use crate::view::mechanism_index;
@@ -46,6 +46,10 @@ impl State {
     /// The runtime is another one from here on; what is stored stays.
     pub(super) fn outgrow(&mut self) {
         self.runtime = Arc::new(self.runtime.outgrown());
+    }
+
+    pub(super) fn leave_out(&mut self, entries: &[Entry]) {
+        self.runtime = Arc::new(self.runtime.without(entries));
     }
 
     pub(super) fn upgrade(&mut self) {

@@ -108,8 +108,12 @@ impl Setter {
             && own.is_some_and(|own| weights::row(&scores.list, &view.metagraph, &view.hyperparameters, own.uid) == view.row)
     }
 
-    /// A row is due when this epoch has none, or when it is the final one and differs, or when it is too old.
+    /// A row is due when this epoch has none, or when it is the final one and differs, or when it is too old. An epoch takes one commit,
+    /// whoever made it: both would be opened at once, and only one of them counts.
     fn is_due(&self, now_ms: u64, view: &WeightsView, row: &[(u16, u16)], last_update: u64, is_final: bool) -> bool {
+        if view.hyperparameters.commit_reveal && view.commits.iter().any(|commit| commit.epoch == view.epoch.index) {
+            return false;
+        }
         if last_update == 0 || last_update < view.epoch.last_epoch_block {
             return true;
         }

@@ -15,11 +15,12 @@
 //! would carry the same nonce, or the rate limit refuses the second.
 //!
 //! The machine does no input or output and has no clock. It is handed facts ([`Input`]), says what to do next ([`Effect`]) and when it
-//! wants to be asked again. It can be stored at any moment: effects that were given out and not answered are given out again
-//! by [`Setter::resume`].
+//! wants to be asked again. It can be stored whole at any moment ([`Setter::resume`]); of a machine that begins afresh after a
+//! restart no more is needed than its [`Memory`].
 
 mod drive;
 mod judge;
+mod memory;
 mod reveal;
 mod stage;
 #[cfg(test)]
@@ -29,12 +30,13 @@ use protocol::AccountId;
 use serde::{Deserialize, Serialize};
 
 pub use drive::execute;
+pub use memory::Memory;
+use memory::{LastRow, Sending, Unsure};
 pub use reveal::{AwaitedReveal, RevealOutcome};
 pub use stage::{Obstacle, Stage};
 
 use crate::error::WeightsRefusal;
-use crate::view::{How, Landed, PendingCommit, Progress, WeightsRequest, WeightsView};
-use crate::weights;
+use crate::view::{Landed, PendingCommit, Progress, WeightsRequest, WeightsView};
 
 /// Doublings of the pause after refusals stop here.
 const PAUSE_DOUBLINGS_MAX: u32 = 20;
@@ -154,26 +156,6 @@ struct Scores {
     is_final: bool,
 }
 
-/// A row that landed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct LastRow {
-    row: Vec<(u16, u16)>,
-    block: u64,
-    /// Our time when we heard of it.
-    set_ms: u64,
-}
-
-/// A row on its way.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Sending {
-    attempt: u64,
-    request: WeightsRequest,
-    /// Block of the last weights when it was sent.
-    last_update: u64,
-    /// The outcome is not known: views decide.
-    is_unsure: bool,
-}
-
 /// The machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setter {
@@ -264,16 +246,6 @@ impl Setter {
         (!self.is_looking && !self.is_in_flight()).then_some(self.look_at_ms)
     }
 
-    /// After a restart nobody will answer what was asked before: looks are forgotten, and a row that was on its way is looked for.
-    pub fn resume(&mut self, now_ms: u64) {
-        self.effects.clear();
-        self.is_looking = false;
-        self.look_at_ms = now_ms;
-        if let Some(sending) = &mut self.sending {
-            sending.is_unsure = true;
-        }
-    }
-
     pub fn handle(&mut self, now_ms: u64, input: Input) {
         match input {
             Input::Scores { scores, is_final } => {
@@ -293,7 +265,7 @@ impl Setter {
                 }
             }
             Input::Progress { attempt, progress } => {
-                if self.sending.as_ref().is_some_and(|sending| sending.attempt == attempt && !sending.is_unsure) {
+                if self.sending.as_ref().is_some_and(|sending| sending.attempt == attempt && sending.unsure.is_none()) {
                     self.enter(Stage::Sending { progress: Some(progress) });
                 }
             }
@@ -307,7 +279,7 @@ impl Setter {
     }
 
     fn is_in_flight(&self) -> bool {
-        self.sending.as_ref().is_some_and(|sending| !sending.is_unsure)
+        self.sending.as_ref().is_some_and(|sending| sending.unsure.is_none())
     }
 
     fn on_view(&mut self, now_ms: u64, view: Box<WeightsView>) {
@@ -326,58 +298,42 @@ impl Setter {
         self.decide(now_ms);
     }
 
-    /// Whether a row whose fate was unknown is on the chain after all. If not, it may be sent again.
-    fn settle_lost(&mut self, now_ms: u64, last_update: u64) {
-        let Some(sending) = self.sending.take_if(|sending| sending.is_unsure) else { return };
-        let Some(view) = &self.view else { return };
-        if last_update <= sending.last_update {
-            return;
-        }
-        let commit = match &sending.request.how {
-            How::Plain if view.row == weights::as_stored(&sending.request.row) => None,
-            How::Timelocked { round, .. } => {
-                let ours = view.commits.iter().find(|commit| commit.round == *round && commit.block > sending.last_update);
-                if ours.is_none() {
-                    return;
-                }
-                ours.copied()
-            }
-            How::Plain => return,
-        };
-        self.landed(now_ms, sending.request, last_update, commit);
-    }
-
     fn settle_reveals(&mut self) {
         let Some(view) = &self.view else { return };
-        let (mut open, mut reports, mut is_shown) = (Vec::new(), Vec::new(), false);
+        let block = view.block().number;
+        let (mut open, mut settled) = (Vec::new(), Vec::new());
         for mut awaited in std::mem::take(&mut self.awaited) {
             match awaited.judge(view) {
                 None => open.push(awaited),
-                Some(outcome) => {
-                    if outcome == RevealOutcome::Revealed {
-                        is_shown |= self.last_row.as_ref().is_some_and(|last| last.row == awaited.row);
-                        let (row, block) = (awaited.row.clone(), view.block().number);
-                        reports.push(Report::OnChain { row, block, epoch: awaited.target_epoch });
-                    } else if self.last_row.as_ref().is_some_and(|last| last.row == awaited.row) {
-                        // It is not on the chain: the same row may be set again.
-                        self.last_row = None;
-                    }
-                    reports.push(Report::Reveal { awaited, outcome });
-                }
+                Some(outcome) => settled.push((awaited, outcome)),
             }
         }
         self.awaited = open;
-        if is_shown && self.scores.as_ref().is_some_and(|scores| scores.is_final) {
-            self.is_final_set = true;
+        for (awaited, outcome) in settled {
+            let last = self.last_row.as_ref().filter(|last| last.row == awaited.row);
+            let (is_last, is_final, is_stage) = (last.is_some(), last.is_some_and(|last| last.is_final), self.stage == awaited.stage());
+            if outcome == RevealOutcome::Revealed {
+                self.is_final_set |= is_final;
+                if is_stage {
+                    self.enter(Stage::OnChain { row: awaited.row.clone(), block });
+                }
+                self.report(Report::OnChain { row: awaited.row.clone(), block, epoch: awaited.target_epoch });
+            } else {
+                // It is not on the chain: the same row may be set again.
+                self.last_row.take_if(|_| is_last);
+                if is_stage {
+                    self.stage = Stage::Starting;
+                }
+            }
+            self.report(Report::Reveal { awaited, outcome });
         }
-        reports.into_iter().for_each(|report| self.report(report));
     }
 
     fn on_ended(&mut self, now_ms: u64, attempt: u64, outcome: Outcome) {
         let Some(sending) = self.sending.take_if(|sending| sending.attempt == attempt) else { return };
         match outcome {
             Outcome::Landed(landed) => {
-                self.landed(now_ms, sending.request, landed.block.number, landed.commit);
+                self.landed(now_ms, sending, landed.block.number, landed.commit);
             }
             Outcome::Refused(reason) => {
                 // The view that the row was made from is out of date: a fresh one says what to do about it.
@@ -395,7 +351,7 @@ impl Setter {
             Outcome::Unknown { why } => {
                 self.pause(now_ms);
                 self.enter(Stage::Unsure { why });
-                self.sending = Some(Sending { is_unsure: true, ..sending });
+                self.sending = Some(Sending { unsure: Some(Unsure::GaveUp), ..sending });
             }
         }
         self.look_at_ms = now_ms;
@@ -417,12 +373,12 @@ impl Setter {
         self.failures = self.failures.saturating_add(1);
     }
 
-    fn landed(&mut self, now_ms: u64, request: WeightsRequest, block: u64, commit: Option<PendingCommit>) {
+    fn landed(&mut self, now_ms: u64, sending: Sending, block: u64, commit: Option<PendingCommit>) {
+        let Sending { request, is_final, .. } = sending;
         self.failures = 0;
         self.not_before_ms = 0;
         self.look_at_ms = now_ms;
-        let is_final = self.scores.as_ref().is_some_and(|scores| scores.is_final);
-        self.last_row = Some(LastRow { row: request.row.clone(), block, set_ms: now_ms });
+        self.last_row = Some(LastRow { row: request.row.clone(), block, set_ms: now_ms, is_final });
         match commit {
             None => {
                 let epoch = self.view.as_ref().map_or(0, |view| view.epoch.index);
@@ -432,7 +388,7 @@ impl Setter {
             }
             Some(commit) => {
                 let awaited = AwaitedReveal::new(request.row, commit, self.view.as_deref());
-                self.enter(Stage::Committed { block, round: commit.round, reveal_block: awaited.reveal_block });
+                self.enter(awaited.stage());
                 self.report(Report::Committed(awaited.clone()));
                 self.awaited.push(awaited);
             }
@@ -455,7 +411,9 @@ impl Setter {
                 let last_update = view.metagraph.by_hotkey(&self.settings.hotkey).map_or(0, |own| view.last_update(own));
                 self.attempt += 1;
                 self.effects.push(Effect::Send { attempt: self.attempt, request: request.clone() });
-                self.sending = Some(Sending { attempt: self.attempt, request, last_update, is_unsure: false });
+                let is_final = self.scores.as_ref().is_some_and(|scores| scores.is_final);
+                let head = view.block().number;
+                self.sending = Some(Sending { attempt: self.attempt, request, is_final, last_update, head, unsure: None });
                 self.enter(Stage::Sending { progress: None });
                 return;
             }

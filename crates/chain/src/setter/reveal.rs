@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Stage;
 use crate::view::{PendingCommit, WeightsView};
 use crate::weights;
 
@@ -49,6 +50,11 @@ impl AwaitedReveal {
             })
         });
         Self { row: weights::as_stored(&row), commit, target_epoch, reveal_block, was_watched: false }
+    }
+
+    /// Where the setter stands while nothing else is due.
+    pub(super) fn stage(&self) -> Stage {
+        Stage::Committed { block: self.commit.block, round: self.commit.round, reveal_block: self.reveal_block }
     }
 
     /// The block at which the row should be open.

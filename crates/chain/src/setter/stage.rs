@@ -120,12 +120,20 @@ impl fmt::Display for Stage {
             Self::Unsure { why } => write!(f, "weights were sent, what became of them is not known: {why}"),
             Self::Refused { reason, .. } => write!(f, "the chain refused the weights: {reason}"),
             Self::Unreachable { why } => write!(f, "the chain cannot be read: {why}"),
-            Self::OnChain { row, block } => write!(f, "weights on {} neurons are on chain since block {block}", row.len()),
+            Self::OnChain { row, block } => write!(f, "weights on {} are on chain since block {block}", neurons(row)),
             Self::Committed { block, round, reveal_block } => {
                 write!(f, "weights are committed in block {block}, opened by beacon round {round} from block {reveal_block} on")
             }
-            Self::DryRun { request } => write!(f, "dry run: weights on {} neurons would be sent", request.row.len()),
+            Self::DryRun { request } => write!(f, "dry run: weights on {} would be sent", neurons(&request.row)),
         }
+    }
+}
+
+/// How many neurons a row gives weight to: zeros only fill it up.
+fn neurons(row: &[(u16, u16)]) -> String {
+    match row.iter().filter(|(_, value)| *value > 0).count() {
+        1 => "1 neuron".to_owned(),
+        count => format!("{count} neurons"),
     }
 }
 

@@ -1,11 +1,13 @@
 //! The machine alone: what it decides by which view, and how it gets over everything that can happen to a row.
 
+mod restarts;
+
 use super::*;
 use crate::drand::Beacon;
 use crate::epoch;
 use crate::epoch::EpochState;
 use crate::types::{BlockRef, Hyperparameters, Metagraph, Neuron};
-use crate::view::PendingCommit;
+use crate::view::{How, PendingCommit};
 
 const NETUID: u16 = 24;
 const OWN: u16 = 1;
@@ -399,22 +401,6 @@ fn a_commit_of_unknown_fate_is_found_by_its_round() {
 }
 
 #[test]
-fn after_a_restart_in_mid_air_the_row_is_looked_for() {
-    let mut setter = seen(view(1100));
-    sent(&mut setter);
-    let stored = serde_json::to_string(&setter).unwrap();
-    let mut setter: Setter = serde_json::from_str(&stored).unwrap();
-    setter.resume(time(1110));
-    setter.handle(time(1110), Input::Tick);
-    assert_eq!(setter.poll_effect(), Some(Effect::Look));
-    let mut landed = view(1110);
-    landed.last_updates[1] = 1101;
-    landed.row = ROW.to_vec();
-    setter.handle(time(1110), Input::View(Box::new(landed)));
-    assert_eq!(setter.stage(), &Stage::OnChain { row: ROW.to_vec(), block: 1101 });
-}
-
-#[test]
 fn the_final_row_is_set_in_the_same_epoch_and_once() {
     let mut setter = seen(view(1010));
     let (attempt, _) = sent(&mut setter);
@@ -513,107 +499,5 @@ fn while_the_chain_is_silent_it_is_asked_again() {
         assert!(matches!(setter.stage(), Stage::Unreachable { .. }));
         assert_eq!(setter.deadline(), Some(n * 1_000 + 1_000));
         setter.handle(n * 1_000 + 1_000, Input::Tick);
-    }
-}
-
-/// What happens to a row that is on its way, and to the chain around it.
-#[derive(Clone, Copy, Debug)]
-enum Luck {
-    Lands,
-    LandsUnseen,
-    Refused(bool),
-    Lost,
-    NotSent,
-    Restart,
-}
-
-proptest::proptest! {
-    /// Whatever happens, no epoch gets two rows, and after all trouble the next row lands.
-    #[test]
-    fn no_epoch_gets_two_rows_and_trouble_ends(
-        lucks in proptest::collection::vec((0u8..7, 1u64..80), 1..60),
-        is_hidden in proptest::bool::ANY,
-    ) {
-        let mut setter = Setter::new(settings());
-        let (mut number, mut row, mut last_update) = (1100u64, Vec::new(), 0u64);
-        let mut commits: Vec<PendingCommit> = Vec::new();
-        let mut rows_in_epoch = std::collections::BTreeMap::<u64, u32>::new();
-        setter.handle(time(number), scores());
-        let calm = std::iter::repeat_n((0, 40), 12);
-        for (luck, blocks) in lucks.into_iter().chain(calm) {
-            let luck = match luck {
-                0 => Luck::Lands,
-                1 => Luck::LandsUnseen,
-                2 => Luck::Refused(true),
-                3 => Luck::Refused(false),
-                4 => Luck::Lost,
-                5 => Luck::NotSent,
-                _ => Luck::Restart,
-            };
-            number += blocks;
-            setter.handle(time(number), Input::Tick);
-            while let Some(effect) = setter.poll_effect() {
-                let epoch = 7 + (number - EPOCH_START) / 360;
-                match effect {
-                    Effect::Look => {
-                        let Input::View(mut now) = later(number, epoch, &row, &commits) else { unreachable!() };
-                        now.hyperparameters.commit_reveal = is_hidden;
-                        now.last_updates[1] = last_update;
-                        setter.handle(time(number), Input::View(now));
-                    }
-                    Effect::Send { attempt, request } => {
-                        number += 2;
-                        let mut land = || {
-                            let epoch = 7 + (number - EPOCH_START) / 360;
-                            *rows_in_epoch.entry(epoch).or_default() += 1;
-                            last_update = number;
-                            match request.how {
-                                How::Plain => {
-                                    row = request.row.clone();
-                                    None
-                                }
-                                How::Timelocked { round, .. } => {
-                                    commits.push(PendingCommit { epoch, block: number, round });
-                                    commits.last().copied()
-                                }
-                            }
-                        };
-                        let outcome = match luck {
-                            Luck::Lands => {
-                                let commit = land();
-                                Outcome::Landed(Landed { block: block(number), commit })
-                            }
-                            Luck::LandsUnseen => {
-                                land();
-                                Outcome::Unknown { why: "unseen".to_owned() }
-                            }
-                            Luck::Refused(true) => Outcome::Refused(WeightsRefusal::Nonce),
-                            Luck::Refused(false) => Outcome::Refused(WeightsRefusal::NoValidatorPermit),
-                            Luck::Lost => Outcome::Unknown { why: "lost".to_owned() },
-                            Luck::NotSent => Outcome::NotSent { why: "no route".to_owned() },
-                            Luck::Restart => {
-                                let stored = serde_json::to_string(&setter).unwrap();
-                                setter = serde_json::from_str(&stored).unwrap();
-                                setter.resume(time(number));
-                                break;
-                            }
-                        };
-                        setter.handle(time(number), Input::Ended { attempt, outcome });
-                    }
-                }
-                // The chain opens what is due.
-                let epoch = 7 + (number - EPOCH_START) / 360;
-                commits.retain(|commit| {
-                    let is_due = epoch > commit.epoch;
-                    if is_due {
-                        row = ROW.to_vec();
-                    }
-                    !is_due
-                });
-            }
-        }
-        proptest::prop_assert!(rows_in_epoch.values().all(|rows| *rows == 1), "{rows_in_epoch:?}");
-        let epoch = 7 + (number - EPOCH_START) / 360;
-        proptest::prop_assert!(rows_in_epoch.contains_key(&epoch) || rows_in_epoch.contains_key(&(epoch - 1)), "{rows_in_epoch:?}, now {epoch}");
     }
 }

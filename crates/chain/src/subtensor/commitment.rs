@@ -4,7 +4,7 @@ use protocol::AccountId;
 use subxt::dynamic::{self, Value};
 use subxt::ext::scale_value::{Composite, Primitive, ValueDef, Variant};
 
-use super::read::AtBlock;
+use super::read::{AtBlock, is_absent};
 use crate::COMMITMENT_MAX;
 
 /// Most commitments of one subnet that are read; each registered hotkey has at most one.
@@ -41,7 +41,11 @@ pub(super) fn plain_bytes<T>(registration: &Value<T>) -> Option<Vec<u8>> {
 /// The plain bytes that hotkeys committed on the subnet.
 pub(super) async fn all(at: &AtBlock, netuid: u16) -> Result<Vec<(AccountId, Vec<u8>)>, subxt::Error> {
     let address = dynamic::storage::<(u16, [u8; 32]), Value>("Commitments", "CommitmentOf");
-    let mut entries = at.storage().iter(address, (netuid,)).await?;
+    let mut entries = match at.storage().iter(address, (netuid,)).await {
+        Ok(entries) => entries,
+        Err(error) if is_absent(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
     let mut found = Vec::new();
     while let Some(entry) = entries.next().await {
         let entry = entry?;

@@ -31,6 +31,8 @@ const ANSWER_MAX_BYTES: u32 = 32 * 1024 * 1024;
 /// A socket on which pings go unanswered for this long is closed.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
 const PING_LIMIT: Duration = Duration::from_secs(40);
+/// What rustls says of a certificate that it does not accept, and of a system that names no authorities at all.
+const UNTRUSTED: [&str; 2] = ["invalid peer certificate", "No CA certificates were loaded"];
 /// The watchdog looks this often within the time that a stall may last, and at least and at most so often.
 const WATCH_LOOKS: u64 = 5;
 const WATCH_BOUNDS_MS: (u64, u64) = (50, 6_000);
@@ -56,6 +58,13 @@ impl Default for Deadlines {
     }
 }
 
+impl Deadlines {
+    /// With another patience for blocks; an answer that takes longer than a block may is not waited for either.
+    pub fn stalled_after(self, stall_ms: u64) -> Self {
+        Self { stall_ms, connect_ms: self.connect_ms.min(stall_ms), call_ms: self.call_ms.min(stall_ms), ..self }
+    }
+}
+
 /// A live connection.
 pub(super) struct Link {
     pub(super) endpoint: String,
@@ -77,6 +86,15 @@ impl Link {
         let at = self.api.at_block(hash).await?;
         *lock(&self.head) = Some(at.clone());
         Ok(at)
+    }
+}
+
+/// Why no connection came about. The websocket client hands failures of TLS on as text only.
+fn connect_error(endpoint: &str, reason: String) -> ChainError {
+    let endpoint = endpoint.to_owned();
+    match UNTRUSTED.iter().find_map(|sign| reason.find(sign)) {
+        Some(at) => ChainError::Untrusted { endpoint, reason: reason[at..].to_owned() },
+        None => ChainError::Unavailable { endpoint, reason },
     }
 }
 
@@ -136,6 +154,8 @@ impl Connections {
             block: None,
             block_age_ms: 0,
             is_stalled: false,
+            has_moved: false,
+            is_silent: false,
             spec_version: 0,
             reconnections: 0,
             trouble: String::new(),
@@ -195,23 +215,23 @@ impl Connections {
     }
 
     async fn connect(&self, endpoint: &str) -> Result<Link, ChainError> {
-        let unavailable = |reason: String| ChainError::Unavailable { endpoint: endpoint.to_owned(), reason };
         let limit = Duration::from_millis(self.deadlines.connect_ms);
         let opening = async {
             let socket = WsClientBuilder::new()
-                .request_timeout(Duration::from_millis(self.deadlines.call_ms))
-                .connection_timeout(limit)
+                // Its own limits come after ours, which know what was asked.
+                .request_timeout(Duration::from_millis(self.deadlines.call_ms) * 2)
+                .connection_timeout(limit * 2)
                 .max_response_size(ANSWER_MAX_BYTES)
                 .enable_ws_ping(PingConfig::new().ping_interval(PING_INTERVAL).inactive_limit(PING_LIMIT))
                 .build(endpoint)
                 .await
-                .map_err(|error| unavailable(error.to_string()))?;
+                .map_err(|error| connect_error(endpoint, error.to_string()))?;
             let rpc = subxt::rpcs::RpcClient::new(socket);
             // The legacy methods: the combined backend hides why the pool refused an extrinsic.
             let backend = LegacyBackend::<SubstrateConfig>::builder().build(rpc.clone());
             // Asks for the genesis, and for nothing else.
             let api = Api::from_backend_with_config(self.config.clone(), Arc::new(backend)).await;
-            Ok::<_, ChainError>((api.map_err(|error| unavailable(error.to_string()))?, rpc))
+            Ok::<_, ChainError>((api.map_err(|error| connect_error(endpoint, error.to_string()))?, rpc))
         };
         let (api, rpc) = timeout(limit, opening).await.map_err(|_| ChainError::Timeout {
             endpoint: endpoint.to_owned(),
@@ -283,6 +303,7 @@ impl Connections {
     fn note_failure(&self, error: &ChainError) {
         let mut watch = lock(&self.watch);
         watch.health.is_answering = false;
+        watch.health.is_silent = matches!(error, ChainError::Timeout { .. });
         watch.health.trouble = error.to_string().lines().next().unwrap_or_default().to_owned();
     }
 
@@ -303,6 +324,7 @@ impl Connections {
                 watch.health.is_stalled = false;
                 watch.health.trouble.clear();
             }
+            watch.health.has_moved |= watch.health.block.is_some();
             watch.health.block = Some(block);
             watch.block_at = Instant::now();
             watch.patience_from = watch.block_at;
@@ -339,8 +361,13 @@ impl Connections {
         let age = watch.block_at.elapsed();
         if age >= Duration::from_millis(self.deadlines.stall_ms) * self.endpoints.len() as u32 && !watch.health.is_stalled {
             watch.health.is_stalled = true;
-            watch.health.trouble = format!("no new block for {} s", age.as_secs());
-            tracing::warn!(endpoint = %watch.health.endpoint, seconds = age.as_secs(), "the chain answers, but no new block arrives");
+            let seconds = age.as_secs();
+            if watch.health.is_answering {
+                watch.health.trouble = format!("no new block for {seconds} s");
+                tracing::warn!(endpoint = %watch.health.endpoint, seconds, "the chain answers, but no new block arrives");
+            } else {
+                tracing::warn!(endpoint = %watch.health.endpoint, seconds, trouble = watch.health.trouble, "no new block arrives");
+            }
         }
     }
 }

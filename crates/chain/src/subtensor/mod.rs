@@ -301,8 +301,8 @@ impl Chain for SubtensorClient {
         }
         let _turn = self.writing.lock().await;
         let account = hotkey.account();
-        let registered = self.at_head("set_commitment", |at| async move { read::uid_of(&at, netuid, &account).await }).await?;
-        if registered.is_none() {
+        let registration = self.at_head("set_commitment", |at| async move { read::registration(&at, netuid, &account).await }).await?;
+        if registration.ok_or(ChainError::SubnetMissing { netuid })?.uid.is_none() {
             return Err(ChainError::NotRegistered { hotkey: account, netuid });
         }
         let call = dynamic::transaction("Commitments", "set_commitment", vec![Value::from(netuid), commitment::info(data)]);
@@ -344,7 +344,6 @@ impl Drop for SubtensorClient {
 
 /// The plain bytes that `account` committed on the subnet.
 async fn committed(at: &AtBlock, netuid: u16, account: &AccountId) -> Result<Option<Vec<u8>>, subxt::Error> {
-    let address = dynamic::storage::<(u16, [u8; 32]), Value>("Commitments", "CommitmentOf");
-    let Some(value) = at.storage().try_fetch(address, (netuid, account.0)).await? else { return Ok(None) };
-    Ok(commitment::plain_bytes(&value.decode()?))
+    let stored = read::fetch_of::<(u16, [u8; 32]), Value>(at, "Commitments", "CommitmentOf", (netuid, account.0)).await?;
+    Ok(stored.as_ref().and_then(commitment::plain_bytes))
 }

@@ -330,8 +330,13 @@ where
     fetch_of(at, SUBTENSOR, entry, key).await
 }
 
+/// Whether the runtime has no such entry.
+pub(super) fn is_absent(error: &StorageError) -> bool {
+    matches!(error, StorageError::StorageInfoError(_) | StorageError::StorageEntryNotFound { .. } | StorageError::PalletNameNotFound(_))
+}
+
 /// The same for an entry of any pallet.
-async fn fetch_of<K, V>(at: &AtBlock, pallet: &str, entry: &str, key: K) -> Result<Option<V>, subxt::Error>
+pub(super) async fn fetch_of<K, V>(at: &AtBlock, pallet: &str, entry: &str, key: K) -> Result<Option<V>, subxt::Error>
 where
     DynamicAddress<K, V>: Address<KeyParts = K, Value = V>,
     V: DecodeAsType,
@@ -340,9 +345,7 @@ where
     let address = dynamic::storage::<K, V>(pallet, entry);
     let entry = match at.storage().entry(address) {
         Ok(entry) => entry,
-        Err(StorageError::StorageInfoError(_) | StorageError::StorageEntryNotFound { .. } | StorageError::PalletNameNotFound(_)) => {
-            return Ok(None);
-        }
+        Err(error) if is_absent(&error) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
     let value = match entry.try_fetch(key).await? {

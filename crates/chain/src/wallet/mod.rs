@@ -36,7 +36,7 @@ pub struct Wallet {
 pub enum WalletError {
     #[error("`{name}` cannot be the name of a wallet or hotkey\nhint: names have no slashes and do not start with a dot")]
     Name { name: String },
-    #[error("no key file at {}\nhint: create it with `btcli wallet new-hotkey`, or check the wallet path, wallet name and hotkey name", path.display())]
+    #[error("no key file at {}\nhint: create it with `identity new` or `btcli wallet new-hotkey`, or check the wallet path, wallet name and hotkey name", path.display())]
     Missing { path: PathBuf },
     #[error("cannot read or write {}: {source}\nhint: the key file must belong to the user that runs this process, with mode 600", path.display())]
     Io { path: PathBuf, source: io::Error },

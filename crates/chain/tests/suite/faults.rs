@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use chain::devnode::{Change, DevNeuron, DevNode, DevOptions};
 use chain::{Chain, ChainError, ConnectSettings, Deadlines, SetWeightsError, SubtensorClient};
-use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpListener;
 
 use crate::world::{NETUID, connect, deadlines, dev_chain, hotkey, set_row};
@@ -289,19 +288,34 @@ async fn metadata_of_an_unknown_version_is_reported_with_the_remedy_and_nothing_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_endpoint_with_tls_is_spoken_to_in_tls() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let hello = tokio::spawn(async move {
-        let (mut socket, _) = listener.accept().await.unwrap();
-        let mut first = [0; 2];
-        socket.read_exact(&mut first).await.unwrap();
-        first
-    });
-    let settings = ConnectSettings { endpoints: vec![format!("wss://localhost:{port}")], genesis: None };
-    let quick = Deadlines { connect_ms: 5_000, ..deadlines() };
-    // Nobody answers the handshake.
-    let error = SubtensorClient::connect_within(settings, quick).await.err().expect("no connection");
-    assert!(error.is_retryable(), "{error}");
-    assert_eq!(hello.await.unwrap(), [0x16, 0x03], "a TLS record with a handshake");
+async fn storage_entries_that_a_later_runtime_dropped_are_done_without() {
+    const DROPPED: [(&str, &str); 9] = [
+        ("SubtensorModule", "StakeThreshold"),
+        ("SubtensorModule", "MaxWeightsLimit"),
+        ("SubtensorModule", "RevealPeriodEpochs"),
+        ("SubtensorModule", "PendingEpochAt"),
+        ("SubtensorModule", "MechanismCountCurrent"),
+        ("SubtensorModule", "SubnetOwnerHotkey"),
+        ("SubtensorModule", "Burn"),
+        ("Drand", "BeaconConfig"),
+        ("Commitments", "CommitmentOf"),
+    ];
+    let node = DevNode::start(dev_chain(20)).await.unwrap();
+    let client = connect(&node).await;
+    let before = client.hyperparameters(NETUID).await.unwrap();
+    node.change(Change::StakeThreshold(7));
+    node.change(Change::DropEntries(&DROPPED));
+    let changed = node.produce().number;
+    while client.head().await.unwrap().number < changed {}
+    assert_eq!(client.metagraph(NETUID).await.unwrap().neurons.len(), 4);
+    // The chain judges what is no longer to be read.
+    assert_eq!(client.hyperparameters(NETUID).await.unwrap(), before);
+    let view = client.weights_view(NETUID, 0, &hotkey(0).account()).await.unwrap();
+    assert_eq!((view.reveal_period_epochs, view.mechanisms, view.owner_hotkey), (1, 1, None));
+    assert_eq!(view.beacon, chain::drand::Beacon::quicknet());
+    assert_eq!(client.registration(NETUID, &hotkey(0).account()).await.unwrap().burn_rao, None);
+    assert_eq!(client.commitment(NETUID, &hotkey(0).account()).await.unwrap(), None);
+    assert_eq!(client.commitments(NETUID).await.unwrap(), []);
+    set_row(&client, 0, &[(1, 1), (2, 65535)], 0).await.unwrap();
+    assert_eq!(client.weights(NETUID, 0).await.unwrap(), [(1, 1), (2, 65535)]);
 }

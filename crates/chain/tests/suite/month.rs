@@ -9,7 +9,7 @@ use chain::devnode::{Change, DevChain, DevNode, DevOptions, VirtualClock};
 use chain::{Chain, ConnectSettings, Deadlines, SubtensorClient};
 
 use crate::runner::{BLOCK_MS, Mischief, Runner, START_MS};
-use crate::world::{deadlines, dev_chain, hotkey};
+use crate::world::{deadlines, dev_chain, hotkey, measured};
 
 const TEMPO: u64 = 360;
 const EPOCHS: u64 = 600;
@@ -111,4 +111,7 @@ async fn every_epochs_row_is_on_chain_through_a_month_of_trouble() {
     assert!(replaced >= DEATHS, "{replaced} connections were replaced");
     assert_eq!(runner.node.spec_version(), 461 + UPGRADES as u32);
     assert_eq!(forks.load(Ordering::Relaxed), FORKS);
+    measured(&format!(
+        "{EPOCHS} epochs, {replaced} connections replaced, {UPGRADES} upgrades, {FORKS} forks, {exact} rows of their own epoch"
+    ));
 }

@@ -92,3 +92,9 @@ pub async fn set_row(chain: &impl Chain, who: u8, row: &[(u16, u16)], version_ke
     let request = WeightsRequest { netuid: NETUID, mechanism: 0, row: row.to_vec(), version_key, how: How::Plain };
     Ok(chain.send_weights(&hotkey(who), &request, &|_| {}).await?.block)
 }
+
+/// Numbers for the book: `--success-output final` shows them.
+#[expect(clippy::disallowed_macros, reason = "what was measured is read from the test's output")]
+pub fn measured(what: &str) {
+    eprintln!("MEASURED: {what}");
+}

@@ -110,6 +110,14 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new("netuid", &["QUASAR_NETUID"], ALL, Kind::Integer(0, u16::MAX as u64), "subnet number on that network").flag("netuid"),
     Setting::new("chain.endpoints", &["QUASAR_CHAIN_ENDPOINTS"], ALL, Kind::List, "chain endpoints in order of preference (wss://…)")
         .flag("chain-endpoints"),
+    Setting::new(
+        "chain.stall_sec",
+        &["QUASAR_CHAIN_STALL_SEC"],
+        ALL,
+        Kind::Seconds,
+        "an endpoint that brings no new block for so long is left for the next one",
+    )
+    .default("120"),
     Setting::new("chain.local_file", &["QUASAR_LOCAL_CHAIN"], ALL, Kind::Path, "file with genesis and endpoint of network `local`")
         .flag("local-chain"),
     Setting::new("owner_identity", &["QUASAR_OWNER_IDENTITY"], ALL, Kind::Account, "SS58 address of the run's owner")

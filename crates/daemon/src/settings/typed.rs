@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use chain::{Deadlines, FINNEY_ENDPOINTS, FINNEY_GENESIS};
 use protocol::{AccountId, Digest};
 use serde::Deserialize;
 
@@ -11,9 +12,6 @@ use super::value::{self, Devices};
 use super::{Settings, SettingsError};
 use crate::telemetry::LogFormat;
 
-/// Genesis of the main network: any other chain is refused where finney is configured.
-const FINNEY_GENESIS: &str = "2f0555cc76fc2840a25a6ea3b9637146806f1f44b090c175ffde2a7e5ab36c03";
-const FINNEY_ENDPOINTS: &[&str] = &["wss://entrypoint-finney.opentensor.ai:443", "wss://lite.chain.opentensor.ai:443"];
 const TEST_ENDPOINTS: &[&str] = &["wss://test.finney.opentensor.ai:443"];
 /// Longest file that describes a local chain.
 const LOCAL_FILE_BYTES_MAX: u64 = 64 << 10;
@@ -149,11 +147,7 @@ impl Settings {
         let own = self.text("chain.endpoints").map(value::list);
         let listed = |known: &[&str]| own.clone().unwrap_or_else(|| known.iter().map(|url| (*url).to_owned()).collect());
         match self.required("network")? {
-            "finney" => Ok(Network {
-                name: NetworkName::Finney,
-                genesis: FINNEY_GENESIS.parse::<Digest>().ok().map(|digest| digest.0),
-                endpoints: listed(FINNEY_ENDPOINTS),
-            }),
+            "finney" => Ok(Network { name: NetworkName::Finney, genesis: Some(FINNEY_GENESIS), endpoints: listed(&FINNEY_ENDPOINTS) }),
             "test" => Ok(Network { name: NetworkName::Test, genesis: None, endpoints: listed(TEST_ENDPOINTS) }),
             _ => {
                 self.required("chain.local_file")?;
@@ -161,6 +155,11 @@ impl Settings {
                 Ok(Network { name: NetworkName::Local, genesis: Some(genesis), endpoints: own.unwrap_or(endpoints) })
             }
         }
+    }
+
+    /// Without a new finalized block for so long, an endpoint is left for the next one.
+    pub fn chain_stall_ms(&self) -> u64 {
+        self.milliseconds("chain.stall_sec").unwrap_or(Deadlines::default().stall_ms)
     }
 
     /// # Errors

@@ -1,94 +1,10 @@
 //! The `chain` commands against a development node: what is on chain, what would be sent, which rule stands against it, and with
 //! which exit code a script hears of it.
 
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
-
-use chain::devnode::{Change, DevChain, DevNeuron, DevNode, DevOptions};
-use chain::{Hotkey, Wallet};
-use protocol::{AccountId, KeyKind};
+use chain::devnode::{Change, DevOptions, VirtualClock};
 use serde_json::{Value, json};
 
-const NETUID: u16 = 24;
-
-/// A validator with uid 0, two miners, and a chain.
-struct Place {
-    folder: tempfile::TempDir,
-    node: DevNode,
-    /// Outlives the node.
-    _runtime: tokio::runtime::Runtime,
-}
-
-fn miner(n: u8) -> AccountId {
-    Hotkey::from_seed(KeyKind::Ed25519, &[n; 32]).account()
-}
-
-impl Place {
-    fn new(options: DevOptions) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let wallets = folder.path().join("wallets");
-        let own = Wallet::new(&wallets, "w", "own").create_hotkey(KeyKind::Sr25519).unwrap().account();
-        Wallet::new(&wallets, "w", "stranger").create_hotkey(KeyKind::Ed25519).unwrap();
-        let neuron = |hotkey, stake| DevNeuron { hotkey, coldkey: hotkey, stake, validator_permit: stake > 0 };
-        let chain = DevChain {
-            netuid: NETUID,
-            block_ms: 50,
-            // So long that neither passes while a busy machine runs a test.
-            tempo: 10_000,
-            weights_rate_limit: 10_000,
-            min_allowed_weights: 1,
-            neurons: vec![neuron(own, 5_000_000_000), neuron(miner(1), 0), neuron(miner(2), 0)],
-            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
-        };
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let node = runtime.block_on(DevNode::start_with(chain, options)).unwrap();
-        let place = Self { folder, node, _runtime: runtime };
-        place.name_chain(place.node.genesis(), &place.node.endpoint());
-        std::fs::write(place.path("scores.json"), json!({ miner(1).to_string(): 10, miner(2).to_string(): 30 }).to_string()).unwrap();
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn name_chain(&self, genesis: [u8; 32], endpoint: &str) {
-        let local = json!({ "genesis": format!("0x{}", protocol::Digest(genesis)), "endpoint": endpoint });
-        std::fs::write(self.path("chain.json"), local.to_string()).unwrap();
-    }
-
-    /// The change is in force in the next block.
-    fn change(&self, change: Change) {
-        self.node.change(change);
-        self.node.produce();
-    }
-
-    fn run_as(&self, hotkey: &str, arguments: &[&str]) -> (i32, String, String) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_quasar-validator"));
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("QUASAR_") || name.to_string_lossy().starts_with("AWS_") {
-                command.env_remove(name);
-            }
-        }
-        command.arg("chain").args(arguments).stdin(Stdio::null());
-        command.args(["--network", "local", "--netuid", &NETUID.to_string(), "--wallet-name", "w", "--hotkey-name", hotkey]);
-        for (flag, name) in [("--local-chain", "chain.json"), ("--wallet-path", "wallets"), ("--state-dir", "state")] {
-            command.arg(flag).arg(self.path(name));
-        }
-        let output = command.output().unwrap();
-        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
-    }
-
-    /// Exit code and JSON of `set-weights`.
-    fn set(&self, hotkey: &str, more: &[&str]) -> (i32, Value) {
-        let scores = self.path("scores.json").display().to_string();
-        let arguments = [&["set-weights", "--json", "--scores", &scores], more].concat();
-        let (code, stdout, stderr) = self.run_as(hotkey, &arguments);
-        (code, serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{error}: {stdout} {stderr}")))
-    }
-}
+use crate::place::{Place, miner};
 
 const ROW: [(u16, u16); 2] = [(1, 21845), (2, 65535)];
 
@@ -119,6 +35,19 @@ fn a_dry_run_shows_the_row_and_sends_nothing_and_a_real_one_is_read_back_from_th
     for part in ["uid 0, with a validator permit and 5 of stake", "rate limit 10000 blocks", "commit-reveal off", "it has not run here"] {
         assert!(code == 0 && stdout.contains(part), "{part}: {stdout}");
     }
+    assert!(stdout.contains("nothing committed waits to be opened"), "{stdout}");
+    // A state folder of somebody else says nothing about this hotkey.
+    let file = json!({
+        "updated_ms": 0, "hotkey": miner(1).to_string(), "netuid": 24, "mechanism": 0, "run": "", "stage": "all is well", "next": "",
+        "needs_a_person": false, "scores": [], "cycles": 0, "is_final": false,
+    });
+    std::fs::create_dir_all(place.path("state")).unwrap();
+    std::fs::write(place.path("state/weights.json"), file.to_string()).unwrap();
+    let (code, stdout, _) = place.run_as("own", &["status"]);
+    assert!(
+        code == 0 && stdout.contains(&format!("the state folder is that of {}", miner(1))) && !stdout.contains("all is well"),
+        "{stdout}"
+    );
 }
 
 #[test]
@@ -132,6 +61,24 @@ fn where_commit_reveal_is_on_the_row_is_locked_and_committed() {
     let (_, stdout, _) = place.run_as("own", &["weights", "--json"]);
     let shown: Value = serde_json::from_str(&stdout).unwrap();
     assert_eq!(shown["waiting_commits"].as_array().map(Vec::len), Some(1), "{shown}");
+    // This epoch has its commit: another row is a matter of time.
+    std::fs::write(place.path("scores.json"), json!({ miner(1).to_string(): 10 }).to_string()).unwrap();
+    let (code, answer) = place.set("own", &[]);
+    assert!(code == 75 && answer["is_on_chain"] == false, "{code} {answer}");
+    assert!(place.run_as("own", &["status"]).1.contains("1 committed row waits to be opened"));
+}
+
+#[test]
+fn where_the_clocks_differ_nothing_is_committed_and_the_exit_code_asks_for_a_person() {
+    // The chain's blocks are dated years before this machine's clock.
+    let clock = VirtualClock { start_ms: 1_700_000_000_000, block_ms: 50 };
+    let place = Place::new(DevOptions { commit_reveal: true, clock: Some(clock), ..Default::default() });
+    for arguments in [&["--dry-run"][..], &[]] {
+        let (code, answer) = place.set("own", arguments);
+        assert!(code == 78 && answer["stage"].as_str().unwrap().contains("ahead of the chain's newest block"), "{code} {answer}");
+        assert!(answer["hint"].as_str().unwrap().contains("timedatectl"), "{answer}");
+    }
+    assert_eq!(place.node.last_update(0, 0), 0, "nothing was committed");
 }
 
 #[test]
