@@ -78,7 +78,7 @@ class Int4:
     @classmethod
     def decode(cls, payload, sizes, out):
         for block, values in cls.blocks(sizes, payload, out):
-            scale, codes = block[:, :4].contiguous().view(torch.float32), block[:, 4:]
+            scale, codes = block[:, :4].clone(memory_format=torch.contiguous_format).view(torch.float32), block[:, 4:]
             first = codes.shape[1]
             torch.mul(codes & 15, scale, out=values[:, :first])
             torch.mul((codes >> 4)[:, :values.shape[1] - first], scale, out=values[:, first:])

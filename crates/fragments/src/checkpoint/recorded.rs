@@ -91,14 +91,14 @@ impl RecordedFile {
         self.describe_piece();
         let line = match &mut self.line {
             Some(line) => line,
-            None => self.line.insert(Line::start(&self.part).map_err(CheckpointError::write(self.part.path()))?),
+            None => self.line.insert(Line::start(&self.part).map_err(CheckpointError::write(self.part.unfinished()))?),
         };
         match line.exchange(&mut self.piece) {
             Ok(()) => Ok(()),
             Err(Stopped) => {
                 // A stage stops only where writing failed; its end says why.
                 let ended = line.end().err().unwrap_or_else(|| io::ErrorKind::BrokenPipe.into());
-                Err(CheckpointError::write(self.part.path())(ended))
+                Err(CheckpointError::write(self.part.unfinished())(ended))
             }
         }
     }
@@ -132,7 +132,7 @@ impl RecordedFile {
                 disk.write(bytes, 0).map(|()| Sha256::new_with_prefix(bytes))
             }),
         };
-        let sha256 = sha256.map_err(CheckpointError::write(self.part.path()))?;
+        let sha256 = sha256.map_err(CheckpointError::write(self.part.unfinished()))?;
         self.part.finish()?;
         Ok(FileRecord {
             path: path.to_owned(),
@@ -279,7 +279,7 @@ struct Disk {
 
 impl Disk {
     fn open(part: &PartFile) -> io::Result<Self> {
-        Ok(Self { direct: open_direct(part.path()), ..Self::buffered(part)? })
+        Ok(Self { direct: open_direct(part.unfinished()), ..Self::buffered(part)? })
     }
 
     fn buffered(part: &PartFile) -> io::Result<Self> {

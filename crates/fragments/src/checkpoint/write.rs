@@ -48,7 +48,7 @@ impl PartFile {
     }
 
     /// Where it stands until it is complete.
-    pub fn path(&self) -> &Path {
+    pub fn unfinished(&self) -> &Path {
         &self.part
     }
 
