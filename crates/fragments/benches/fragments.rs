@@ -14,6 +14,8 @@
 
 #![expect(clippy::disallowed_methods, clippy::disallowed_macros, reason = "a benchmark measures time, starts its peers and prints")]
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -39,7 +41,7 @@ type Failure = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failure> {
     let only: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
-    let bench = Bench { only, triad: triad() };
+    let bench = Bench { only, triad: triad(), measured: RefCell::default() };
     println!("{} threads, triad {:.1} GB/s", rayon::current_num_threads(), bench.triad);
     println!("| what | s (clock) | s (processor) | GB/s | of the triad | peak RSS |");
     println!("|---|---|---|---|---|---|");
@@ -54,6 +56,8 @@ struct Bench {
     only: Vec<String>,
     /// GB/s.
     triad: f64,
+    /// Processor time of the rows so far, by name.
+    measured: RefCell<BTreeMap<String, f64>>,
 }
 
 impl Bench {
@@ -74,6 +78,7 @@ impl Bench {
         let rate = bytes / best.processor / 1e9;
         let Times { clock, processor } = best;
         println!("| {name} | {clock:.3} | {processor:.3} | {rate:.1} | {:.0} % | {} MiB |", 100.0 * rate / self.triad, peak_mib());
+        self.measured.borrow_mut().insert(name.to_owned(), processor);
         Ok(processor)
     }
 
@@ -138,15 +143,13 @@ impl Bench {
                 let again = merge_payloads(&slices, &offers)?;
                 if again == result { Ok(()) } else { Err("files and memory give different merges".into()) }
             })?;
-            if codec == Codec::Bf16 {
-                self.pytorch(&slices, folder.path(), &result.delta, ours)?;
-            }
+            self.pytorch(name, &slices, folder.path(), &result.delta, ours)?;
         }
         Ok(())
     }
 
-    /// The same merge of the same payloads in PyTorch on the same threads.
-    fn pytorch(&self, slices: &[Slice], payloads: &Path, delta: &[f32], ours: f64) -> Result<(), Failure> {
+    /// The same work on the same payloads in PyTorch on the same threads. `ours` is the processor time of our merge.
+    fn pytorch(&self, codec: &str, slices: &[Slice], payloads: &Path, delta: &[f32], ours: f64) -> Result<(), Failure> {
         let Ok(python) = std::env::var("QUASAR_DEV_PYTHON") else {
             println!("| the same in PyTorch | QUASAR_DEV_PYTHON names no Python | | | | |");
             return Ok(());
@@ -163,25 +166,27 @@ impl Bench {
             .collect();
         std::fs::write(payloads.join("units.txt"), units.join("\n"))?;
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/bench/pytorch_merge.py");
-        let threads = rayon::current_num_threads().to_string();
-        let output = Command::new(python).arg(script).arg(payloads).args([LEARNERS.to_string(), threads, "3".to_string()]).output()?;
+        let numbers = [LEARNERS, rayon::current_num_threads(), 3].map(|number| number.to_string());
+        // Threads that wait for each other by spinning would be charged for it.
+        let output = Command::new(python).env("OMP_WAIT_POLICY", "passive").arg(script).arg(payloads).arg(codec).args(numbers).output()?;
         if !output.status.success() {
             return Err(format!("the PyTorch merge failed:\n{}", String::from_utf8_lossy(&output.stderr)).into());
         }
-        let report = String::from_utf8(output.stdout)?;
-        let mut fields = report.split_whitespace();
-        let mut field = || fields.next().ok_or("the PyTorch merge printed too little");
-        let (clock, processor): (f64, f64) = (field()?.parse()?, field()?.parse()?);
-        let (version, peak): (String, u64) = (field()?.to_owned(), field()?.parse()?);
         let theirs = std::fs::read(payloads.join("merged.f32"))?;
         let theirs: &[f32] = bytemuck::try_cast_slice(&theirs).map_err(|error| error.to_string())?;
         let square = |value: f32| f64::from(value) * f64::from(value);
         let difference = delta.iter().zip(theirs).map(|(ours, theirs)| square(ours - theirs)).sum::<f64>().sqrt();
         let relative = difference / delta.iter().map(|value| square(*value)).sum::<f64>().sqrt();
-        let factor = processor / ours;
-        println!(
-            "| the same in PyTorch {version} ({factor:.1} x our time; difference {relative:.0e}) | {clock:.3} | {processor:.3} | | | {peak} MiB |"
-        );
+        for line in String::from_utf8(output.stdout)?.lines() {
+            let [name, clock, processor, version, peak] = line.split_whitespace().collect::<Vec<_>>()[..] else {
+                return Err("the PyTorch merge printed something else".into());
+            };
+            let (clock, processor): (f64, f64) = (clock.parse()?, processor.parse()?);
+            let ours = if name == "merge" { Some(ours) } else { self.measured.borrow().get(&format!("{codec} {name}")).copied() };
+            let factor = ours.map_or_else(String::new, |ours| format!(" ({:.1} x our time)", processor / ours));
+            println!("| {codec} {name} in PyTorch {version}{factor} | {clock:.3} | {processor:.3} | | | {peak} MiB |");
+        }
+        println!("| relative difference of the two merges: {relative:.0e} | | | | | |");
         if relative < 1e-3 { Ok(()) } else { Err("ours and the PyTorch merge differ".into()) }
     }
 
@@ -216,51 +221,56 @@ impl Bench {
         Ok(())
     }
 
+    /// In turns, so that a slower moment of the disk is a slower moment for all. What is read is in the kernel's cache before the clock
+    /// starts; the clock stops when what was written is on the disk.
     fn checkpoints(&self) -> Result<(), Failure> {
-        if !["cp of a tree", "split", "assemble"].iter().any(|name| self.wants(name)) {
+        const NAMES: [&str; 3] = ["cp of a tree, and sync", "split into 24 fragments", "assemble"];
+        if !NAMES.iter().any(|name| self.wants(name)) {
             return Ok(());
         }
         let root = tempfile::tempdir_in(std::env::var_os("QUASAR_BENCH_DIR").map_or_else(std::env::temp_dir, PathBuf::from))?;
-        let (base, fragments, out) = (root.path().join("base"), root.path().join("fragments"), root.path().join("out"));
+        let [base, fragments, out, copy] = ["base", "fragments", "out", "copy"].map(|name| root.path().join(name));
         let bytes = write_tree(&base)? as f64;
-        let moved = 2.0 * bytes;
-        let clean = |dir: &Path| if dir.exists() { std::fs::remove_dir_all(dir) } else { Ok(()) };
-        let (mut copied, mut cut, mut built) = (f64::INFINITY, f64::INFINITY, f64::INFINITY);
-        let (mut cut_peak, mut built_peak) = (0, 0);
-        let copy = root.path().join("copy");
-        // In turns, so that a slower moment of the disk is a slower moment for all. All end with the data on the disk.
-        for _ in 0..3 {
-            clean(&copy)?;
-            let start = Instant::now();
-            run(Command::new("cp").arg("-r").arg(&base).arg(&copy))?;
-            run(Command::new("sync")
-                .args(std::fs::read_dir(&copy)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>, std::io::Error>>()?))?;
-            copied = copied.min(start.elapsed().as_secs_f64());
-            clean(&copy)?;
-            clean(&fragments)?;
-            reset_peak();
-            let start = Instant::now();
-            let _: FragmentPlan = split(&base, 24, &fragments)?;
-            cut = cut.min(start.elapsed().as_secs_f64());
-            cut_peak = cut_peak.max(peak_mib());
-            clean(&out)?;
-            reset_peak();
-            let start = Instant::now();
-            assemble(&base, &fragments, &out)?;
-            built = built.min(start.elapsed().as_secs_f64());
-            built_peak = built_peak.max(peak_mib());
+        let mut best = [Times::WORST; 3];
+        let mut peaks = [0; 3];
+        for _ in 0..ROUNDS {
+            let mut measure = |number: usize, input: &Path, output: &Path, work: &dyn Fn() -> Result<(), Failure>| -> Result<(), Failure> {
+                if output.exists() {
+                    std::fs::remove_dir_all(output)?;
+                }
+                run(&mut Command::new("sync"))?;
+                for entry in std::fs::read_dir(input)? {
+                    std::io::copy(&mut std::fs::File::open(entry?.path())?, &mut std::io::sink())?;
+                }
+                reset_peak();
+                let (start, before) = (Instant::now(), process_seconds());
+                work()?;
+                let processor = (process_seconds() - before) / rayon::current_num_threads() as f64;
+                best[number] = best[number].min(Times { clock: start.elapsed().as_secs_f64(), processor });
+                peaks[number] = peaks[number].max(peak_mib());
+                Ok(())
+            };
+            measure(0, &base, &copy, &|| {
+                run(Command::new("cp").arg("-r").arg(&base).arg(&copy))?;
+                let written = std::fs::read_dir(&copy)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>, std::io::Error>>()?;
+                run(Command::new("sync").args(written))
+            })?;
+            std::fs::remove_dir_all(&copy)?;
+            measure(1, &base, &fragments, &|| {
+                let _: FragmentPlan = split(&base, 24, &fragments)?;
+                Ok(())
+            })?;
+            measure(2, &fragments, &out, &|| {
+                assemble(&base, &fragments, &out)?;
+                Ok(())
+            })?;
         }
-        println!("| cp of a tree of {:.1} GB, and sync | {copied:.3} | | {:.2} | | |", bytes / 1e9, moved / copied / 1e9);
-        println!(
-            "| split into 24 fragments ({:.0} % of cp's speed) | {cut:.3} | | {:.2} | | {cut_peak} MiB |",
-            100.0 * copied / cut,
-            moved / cut / 1e9
-        );
-        println!(
-            "| assemble ({:.0} % of cp's speed) | {built:.3} | | {:.2} | | {built_peak} MiB |",
-            100.0 * copied / built,
-            moved / built / 1e9
-        );
+        for ((name, times), peak) in NAMES.iter().zip(best).zip(peaks) {
+            let (share, rate) = (100.0 * best[0].clock / times.clock, 2.0 * bytes / times.clock / 1e9);
+            let Times { clock, processor } = times;
+            let gigabytes = bytes / 1e9;
+            println!("| {name}, {gigabytes:.1} GB ({share:.0} % of cp's speed) | {clock:.3} | {processor:.3} | {rate:.2} | | {peak} MiB |");
+        }
         Ok(())
     }
 }
@@ -295,6 +305,15 @@ fn processor_seconds() -> f64 {
         text.split_whitespace().next().and_then(|time| time.parse::<u64>().ok()).unwrap_or_default()
     };
     threads.map(nanoseconds).sum::<u64>() as f64 / 1e9
+}
+
+/// Processor time of this process, with threads and children that have ended, to ten milliseconds.
+fn process_seconds() -> f64 {
+    const TICKS_PER_SECOND: f64 = 100.0;
+    let text = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // utime, stime, cutime, cstime: fields 14 to 17, of which the second one, in brackets, may hold blanks.
+    let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(4);
+    fields.filter_map(|field| field.parse::<u64>().ok()).sum::<u64>() as f64 / TICKS_PER_SECOND
 }
 
 fn offer<'a>(header: &'a PayloadHeader, payload: &'a dyn Source) -> Offer<'a> {

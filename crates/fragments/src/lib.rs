@@ -27,6 +27,7 @@ pub mod feedback;
 pub mod gates;
 mod kernels;
 pub mod keyframe;
+mod memory;
 pub mod merge;
 mod number;
 pub mod outer;
@@ -35,6 +36,8 @@ mod safetensors_header;
 mod simd;
 pub mod state;
 pub mod t0;
+#[cfg(target_arch = "x86_64")]
+mod wide;
 
 #[cfg(test)]
 mod fixture;

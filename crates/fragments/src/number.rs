@@ -106,22 +106,8 @@ pub(crate) fn append_f32(dtype: DType, bytes: &[u8], out: &mut Vec<f32>) {
     let width = dtype.bytes() as usize;
     let start = out.len();
     out.resize(start + bytes.len() / width, 0.0);
-    out[start..].par_chunks_mut(TASK_ELEMENTS).zip(bytes.par_chunks(width * TASK_ELEMENTS)).for_each(|(out, bytes)| {
-        let two = |element: &[u8]| u16::from_le_bytes([element[0], element[1]]);
-        match dtype {
-            DType::F32 => {
-                for (value, element) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *value = f32::from_le_bytes([element[0], element[1], element[2], element[3]]);
-                }
-            }
-            DType::Bf16 => widen_bf16(bytes, out),
-            DType::F16 => {
-                for (value, element) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *value = f16::from_bits(two(element)).to_f32();
-                }
-            }
-        }
-    });
+    let tasks = out[start..].par_chunks_mut(TASK_ELEMENTS).zip(bytes.par_chunks(width * TASK_ELEMENTS));
+    tasks.for_each(|(out, bytes)| widen(dtype, bytes, out));
 }
 
 /// Rounds `values` to nearest, ties to even, and appends the little-endian elements to `out`. A finite value that is
@@ -130,7 +116,40 @@ pub(crate) fn append_rounded(dtype: DType, values: &[f32], out: &mut Vec<u8>) {
     let width = dtype.bytes() as usize;
     let start = out.len();
     out.resize(start + values.len() * width, 0);
-    out[start..].par_chunks_mut(width * TASK_ELEMENTS).zip(values.par_chunks(TASK_ELEMENTS)).for_each(|(out, values)| match dtype {
+    let tasks = out[start..].par_chunks_mut(width * TASK_ELEMENTS).zip(values.par_chunks(TASK_ELEMENTS));
+    tasks.for_each(|(out, values)| round(dtype, values, out));
+}
+
+/// Elements of one type to as many of another, on this thread: widened, then rounded as [`append_rounded`] does.
+pub(crate) fn convert(from: DType, bytes: &[u8], to: DType, out: &mut [u8]) {
+    const AT_ONCE: usize = 1024;
+    let mut values = [0.0; AT_ONCE];
+    let (from_width, to_width) = (from.bytes() as usize, to.bytes() as usize);
+    for (bytes, out) in bytes.chunks(from_width * AT_ONCE).zip(out.chunks_mut(to_width * AT_ONCE)) {
+        let values = &mut values[..bytes.len() / from_width];
+        widen(from, bytes, values);
+        round(to, values, out);
+    }
+}
+
+fn widen(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
+        DType::F32 => {
+            for (value, element) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                *value = f32::from_le_bytes([element[0], element[1], element[2], element[3]]);
+            }
+        }
+        DType::Bf16 => widen_bf16(bytes, out),
+        DType::F16 => {
+            for (value, element) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *value = f16::from_bits(u16::from_le_bytes([element[0], element[1]])).to_f32();
+            }
+        }
+    }
+}
+
+fn round(dtype: DType, values: &[f32], out: &mut [u8]) {
+    match dtype {
         DType::F32 => {
             for (element, value) in out.chunks_exact_mut(4).zip(values) {
                 element.copy_from_slice(&value.to_le_bytes());
@@ -142,7 +161,7 @@ pub(crate) fn append_rounded(dtype: DType, values: &[f32], out: &mut Vec<u8>) {
                 element.copy_from_slice(&f16::from_f32(*value).to_le_bytes());
             }
         }
-    });
+    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! additions, pieces of another file. No damage may cause a panic, more memory than the plan bounds, or a value that is not
 //! finite; what is accepted must be what the encoder writes.
 //!
-//! The same checks run for hours under cargo-fuzz: `crates/fragments/fuzz`.
+//! The same checks run under libFuzzer, guided by coverage: `crates/fragments/fuzz`.
 
 use std::path::Path;
 

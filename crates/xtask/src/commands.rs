@@ -2,6 +2,7 @@
 
 use crate::arrows;
 use crate::error::Error;
+use crate::fuzz;
 use crate::interop;
 use crate::libtorch::{self, State};
 use crate::seaweedfs;
@@ -60,6 +61,13 @@ pub fn interop(arguments: &[String]) -> Result<ExitCode, Error> {
     let root = root()?;
     prepare(&root, None)?;
     interop::test(&root, &cache(&root))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `cargo xtask fuzz`: the decoders under libFuzzer.
+pub fn fuzz(arguments: &[String]) -> Result<ExitCode, Error> {
+    let root = root()?;
+    fuzz::fuzz(&root, &cache(&root), arguments)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask setup | devnet | test | interop | check | sim | bench`.
+//! Developer commands: `cargo xtask setup | devnet | test | interop | fuzz | check | sim | bench`.
 //!
 //! A fresh clone can build nothing before libtorch is in place, so this crate is what a person runs first. It uses the
 //! standard library only and leans on tools that a build machine has anyway (cargo, pip, python3, sha256sum).
@@ -7,6 +7,7 @@
 //! - `devnet` is `setup`, a build of the three daemons, and `quasar-orchestrator devnet` with the given arguments.
 //! - `test` is `setup`, the same build, and the whole test suite: one profile, so that everything is compiled once.
 //! - `interop` is `setup`, an environment with the official Bittensor packages for Python, and the tests against them.
+//! - `fuzz` is every decoder of files under libFuzzer, for some seconds each.
 //! - `check` is formatting, the walls between the crates, and clippy with warnings as errors.
 //! - `sim` is `setup`, the same build, and simulated worlds with seeded faults.
 //! - `bench` is `setup` and a measurement, of the learning algorithm or of a GPU, in the profile that the tests use.
@@ -14,6 +15,7 @@
 mod arrows;
 mod commands;
 mod error;
+mod fuzz;
 mod interop;
 mod libtorch;
 mod seaweedfs;
@@ -35,6 +37,7 @@ usage: cargo xtask COMMAND [arguments]
   devnet [ARGS…]           setup, build the daemons, run `quasar-orchestrator devnet ARGS…`
   test [FILTER…]           setup, build the daemons, run the whole test suite (or the tests that match)
   interop                  setup, then the tests against the official Bittensor packages, installed into the cache
+  fuzz [TARGET] [--seconds N]   every decoder of files, or one, under libFuzzer (3 seconds each)
   check [STEP…]            setup, then the steps fmt, arrows, clippy (all when none is named)
   sim [ARGS…]              setup, then simulated worlds: `--seeds N --first-seed S --miners M --json`, `goodput`, `requests`, `crash-points`
   bench learning [ARGS…]   setup, then three learners against one and against data-parallel training (docs/benchmarks.md)
@@ -80,6 +83,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode, Error> {
         "devnet" => commands::devnet(rest),
         "test" => commands::test(rest),
         "interop" => commands::interop(rest),
+        "fuzz" => commands::fuzz(rest),
         "check" => commands::check(rest),
         "sim" => commands::sim(rest),
         "bench" => commands::bench(rest),

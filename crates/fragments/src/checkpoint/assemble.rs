@@ -12,15 +12,19 @@ use protocol::{Digest, FileRecord, FragmentPlan};
 use rayon::prelude::*;
 
 use super::file::TensorFile;
-use super::write::{Claim, PIECE_BYTES, PartFile, RecordedFile, UNFINISHED, write_file};
+use super::recorded::{PIECE_BYTES, RecordedFile};
+use super::write::{Claim, PartFile, UNFINISHED, write_file};
 use super::{CheckpointError, CheckpointTree, INDEX_FILE};
 use crate::contract::{CONTRACT_FILE, TensorSpec};
-use crate::number::{append_f32, append_rounded, first_non_finite_bytes};
+use crate::number::{append_rounded, convert, first_non_finite_here};
 use crate::plan;
 use crate::safetensors_header::TensorInfo;
 
 /// Weights in other formats, documents about another tree, and unfinished files: never copied from the base.
 const NOT_COPIED: [&str; 9] = [".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".qsr", ".part"];
+
+/// Elements that are read and converted at a time.
+pub(super) const CONVERTED_AT_ONCE: usize = 1 << 14;
 
 /// Side files and folders are copied this deep.
 const COPY_DEPTH_MAX: usize = 4;
@@ -57,18 +61,18 @@ pub fn assemble(base: &Path, fragments: &Path, out: &Path) -> Result<Assembled, 
         }
     }
     let identity: Vec<u8> = files.iter().flat_map(TensorFile::identity).collect();
-    assemble_rows(&tree, rows, &identity, out, |spec, (file, slice), take| {
-        let step = PIECE_BYTES / 4 * slice.dtype.bytes() as usize;
-        for piece in file.bytes(slice).chunks(step) {
-            if slice.dtype == spec.dtype {
-                take(piece)?;
-            } else {
-                let (mut values, mut rounded) = (Vec::new(), Vec::new());
-                append_f32(slice.dtype, piece, &mut values);
-                append_rounded(spec.dtype, &values, &mut rounded);
-                take(&rounded)?;
-            }
-            file.release(piece);
+    assemble_rows(&tree, rows, &identity, out, |spec, (file, slice), first, bytes| {
+        let (width, its_width) = (spec.dtype.bytes() as usize, slice.dtype.bytes());
+        if slice.dtype == spec.dtype {
+            return file.read(slice, first * its_width, bytes);
+        }
+        // In parts that stay in the cache between reading and rounding.
+        let mut elements = [0; 4 * CONVERTED_AT_ONCE];
+        for (number, bytes) in bytes.chunks_mut(width * CONVERTED_AT_ONCE).enumerate() {
+            let element = first + (number * CONVERTED_AT_ONCE) as u64;
+            let elements = &mut elements[..its_width as usize * (bytes.len() / width)];
+            file.read(slice, element * its_width, elements)?;
+            convert(slice.dtype, elements, spec.dtype, bytes);
         }
         Ok(())
     })
@@ -81,16 +85,14 @@ pub(super) struct Rows<P> {
     pub place: P,
 }
 
-/// Takes bytes in the element type that the base tree has.
-pub(super) type Take<'a> = dyn FnMut(&[u8]) -> Result<(), CheckpointError> + 'a;
-
-/// Assembles a tree from rows that `copy` brings piece by piece; `identity` tells what they are made of.
+/// Assembles a tree from rows of which `copy` brings elements, from a given one on, in the element type that the base tree has;
+/// `identity` tells what they are made of.
 pub(super) fn assemble_rows<'a, P: Copy + Sync + Send>(
     base: &'a CheckpointTree,
     mut rows: BTreeMap<&'a str, Vec<Rows<P>>>,
     identity: &[u8],
     out: &Path,
-    copy: impl Fn(&TensorSpec, P, &mut Take) -> Result<(), CheckpointError> + Sync,
+    copy: impl Fn(&TensorSpec, P, u64, &mut [u8]) -> Result<(), CheckpointError> + Sync,
 ) -> Result<Assembled, CheckpointError> {
     for spec in &base.contract().tensors {
         let found = rows.entry(&spec.name).or_default();
@@ -112,15 +114,15 @@ pub(super) fn assemble_rows<'a, P: Copy + Sync + Send>(
         for tensor in &file.tensors {
             let Some(spec) = base.contract().get(&tensor.name) else {
                 // What is not in the contract (buffers) is taken over as it is.
-                shard.append(file.bytes(tensor))?;
+                shard.append_with(tensor.end - tensor.begin, |bytes, at| file.read(tensor, at, bytes))?;
                 continue;
             };
-            let mut element = 0;
+            let width = spec.dtype.bytes();
             for rows in rows.get(tensor.name.as_str()).into_iter().flatten() {
-                copy(spec, rows.place, &mut |bytes: &[u8]| {
-                    refuse_non_finite(spec, element, bytes)?;
-                    element += bytes.len() as u64 / spec.dtype.bytes();
-                    shard.append(bytes)
+                let (start, elements) = (rows.start * spec.row_elements(), (rows.end - rows.start) * spec.row_elements());
+                shard.append_with(elements * width, |bytes, at| {
+                    copy(spec, rows.place, at / width, bytes)?;
+                    refuse_non_finite(spec, start + at / width, bytes)
                 })?;
             }
         }
@@ -201,7 +203,7 @@ fn slice_end(spec: &TensorSpec, row_start: u64, shape: &[u64]) -> Option<u64> {
 }
 
 fn refuse_non_finite(spec: &TensorSpec, first_element: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
-    match first_non_finite_bytes(spec.dtype, bytes) {
+    match first_non_finite_here(spec.dtype, bytes) {
         Some(element) => Err(CheckpointError::NotFinite { tensor: spec.name.clone(), element: first_element + element as u64 }),
         None => Ok(()),
     }

@@ -4,12 +4,14 @@
 //! [`assemble`], [`assemble_states`] and [`assemble_from`] stream a tree with every contract tensor replaced, in the shard
 //! layout and element types of a base tree. Splitting and assembling gives back every tensor bit for bit.
 //!
-//! Files are read and written in pieces of a few MiB, so memory does not grow with the model. Everything is written under
+//! Files are read and written in pieces of a few MiB, so memory does not grow with the model; as many files at once as there are
+//! threads. Everything is written under
 //! temporary names, hashed on the way, and what was completed before an interruption is not written again.
 
 mod assemble;
 mod error;
 mod file;
+mod recorded;
 mod split;
 mod states;
 mod tree;

@@ -5,7 +5,8 @@ use std::path::Path;
 use protocol::{Digest, FileRecord, FragmentPlan};
 use rayon::prelude::*;
 
-use super::write::{Claim, RecordedFile, write_file};
+use super::recorded::RecordedFile;
+use super::write::{Claim, write_file};
 use super::{CheckpointError, CheckpointTree};
 use crate::contract::CONTRACT_FILE;
 use crate::keyframe::slice_name;
@@ -65,7 +66,8 @@ fn write_fragment(
     let mut file = RecordedFile::create(out, &path)?;
     file.append(&safetensors_header::build(&metadata, entries))?;
     for slice in slices {
-        tree.stream_slice(slice, |bytes| file.append(bytes))?;
+        let width = slice.dtype.bytes();
+        file.append_with(slice.elements() * width, |bytes, at| tree.read_elements(slice, at / width, bytes))?;
     }
     let record = file.finish(&path)?;
     claim.note(&record)?;

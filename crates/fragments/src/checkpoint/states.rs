@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use protocol::{DType, Digest, FileRecord, FragmentPlan};
 use rayon::prelude::*;
 
-use super::assemble::{Assembled, Rows, assemble_rows};
-use super::write::{Claim, PIECE_BYTES, RecordedFile};
+use super::assemble::{Assembled, CONVERTED_AT_ONCE, Rows, assemble_rows};
+use super::recorded::{PIECE_BYTES, RecordedFile};
+use super::write::Claim;
 use super::{CheckpointError, CheckpointTree};
-use crate::number::{append_f32, append_rounded};
+use crate::number::convert;
 use crate::plan;
 use crate::state::{HEADER_BYTES, StateHeader, TRAILER_BYTES};
 
@@ -31,26 +32,27 @@ pub fn split_states(tree: &CheckpointTree, plan: &FragmentPlan, version: u64, ou
             return Ok(record);
         }
         let header = StateHeader { plan: digest, fragment: fragment as u64, version, elements: plan.elements(fragment) };
-        let mut file = StateWriter { file: RecordedFile::create(out, &path)?, digest: blake3::Hasher::new() };
+        let mut file = RecordedFile::create(out, &path)?;
+        // Of everything before it: the last field.
+        let mut digest = blake3::Hasher::new();
+        digest.update(&header.to_bytes());
         file.append(&header.to_bytes())?;
-        let (mut values, mut bytes) = (Vec::new(), Vec::new());
+        let mut elements = Vec::new();
         for slice in &plan.fragments[fragment] {
-            tree.stream_slice(slice, |piece| {
-                values.clear();
-                bytes.clear();
-                append_f32(slice.dtype, piece, &mut values);
-                append_rounded(DType::F32, &values, &mut bytes);
-                file.append(&bytes)
+            file.append_with(slice.elements() * DType::F32.bytes(), |bytes, at| {
+                let width = slice.dtype.bytes();
+                elements.resize(bytes.len() / 4 * width as usize, 0);
+                tree.read_elements(slice, at / DType::F32.bytes(), &mut elements)?;
+                convert(slice.dtype, &elements, DType::F32, bytes);
+                digest.update(bytes);
+                Ok(())
             })?;
         }
-        let zeros = vec![0; PIECE_BYTES];
-        let mut left = header.elements * DType::F32.bytes();
-        while left > 0 {
-            let length = left.min(PIECE_BYTES as u64);
-            file.append(&zeros[..length as usize])?;
-            left -= length;
-        }
-        let StateWriter { mut file, digest } = file;
+        file.append_with(header.elements * DType::F32.bytes(), |momentum, _| {
+            momentum.fill(0);
+            digest.update(momentum);
+            Ok(())
+        })?;
         file.append(digest.finalize().as_bytes())?;
         let record = file.finish(&path)?;
         claim.note(&record)?;
@@ -59,19 +61,6 @@ pub fn split_states(tree: &CheckpointTree, plan: &FragmentPlan, version: u64, ou
     let records = (0..count).into_par_iter().map(write).collect::<Result<Vec<_>, CheckpointError>>()?;
     claim.finish()?;
     Ok(records)
-}
-
-/// A state file being written; its digest is its last field.
-struct StateWriter {
-    file: RecordedFile,
-    digest: blake3::Hasher,
-}
-
-impl StateWriter {
-    fn append(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        self.digest.update(bytes);
-        self.file.append(bytes)
-    }
 }
 
 /// Name of the state of fragment `fragment` in a folder of states.
@@ -135,7 +124,6 @@ struct Place<'a> {
     state: &'a StateFile,
     /// Counted from the fragment's first.
     first: u64,
-    elements: u64,
 }
 
 /// Assembles `base` with the parameters of the fragment states `states` (one for each fragment of `plan`, in order) under `out`.
@@ -155,25 +143,22 @@ pub fn assemble_states(base: &CheckpointTree, plan: &FragmentPlan, states: &[Sta
         let state = states.get(fragment).filter(fits).ok_or(CheckpointError::StateOrder { fragment })?;
         let mut element = 0;
         for slice in slices {
-            let place = Place { state, first: element, elements: slice.elements() };
+            let place = Place { state, first: element };
             rows.entry(&slice.tensor).or_default().push(Rows { start: slice.row_start, end: slice.row_end, place });
             element += slice.elements();
         }
     }
     states.par_iter().try_for_each(StateFile::verify)?;
     let identity: Vec<u8> = states.iter().flat_map(|state| state.digest.0).collect();
-    assemble_rows(base, rows, &identity, out, |spec, Place { state, first, elements }, take| {
-        let (mut bytes, mut values, mut rounded) = (Vec::new(), Vec::new(), Vec::new());
-        let step = (PIECE_BYTES / 4) as u64;
-        for element in (first..first + elements).step_by(step as usize) {
-            let count = (first + elements - element).min(step);
-            bytes.resize(4 * count as usize, 0);
-            state.read(&mut bytes, HEADER_BYTES as u64 + element * DType::F32.bytes())?;
-            values.clear();
-            rounded.clear();
-            append_f32(DType::F32, &bytes, &mut values);
-            append_rounded(spec.dtype, &values, &mut rounded);
-            take(&rounded)?;
+    assemble_rows(base, rows, &identity, out, |spec, Place { state, first }, from, bytes| {
+        // In parts that stay in the cache between reading and rounding.
+        let mut values = [0; 4 * CONVERTED_AT_ONCE];
+        let width = spec.dtype.bytes() as usize;
+        for (number, bytes) in bytes.chunks_mut(width * CONVERTED_AT_ONCE).enumerate() {
+            let element = first + from + (number * CONVERTED_AT_ONCE) as u64;
+            let values = &mut values[..4 * (bytes.len() / width)];
+            state.read(values, HEADER_BYTES as u64 + element * DType::F32.bytes())?;
+            convert(DType::F32, values, spec.dtype, bytes);
         }
         Ok(())
     })

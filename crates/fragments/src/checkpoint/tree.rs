@@ -9,9 +9,9 @@ use serde::Deserialize;
 
 use super::CheckpointError;
 use super::file::TensorFile;
-use super::write::{PIECE_BYTES, UNFINISHED};
+use super::write::UNFINISHED;
 use crate::contract::{CONTRACT_BYTES_MAX, CONTRACT_FILE, Contract, ContractError, TensorSpec, is_buffer};
-use crate::number::{append_f32, first_non_finite_bytes};
+use crate::number::{append_f32, first_non_finite_bytes, first_non_finite_here};
 use crate::safetensors_header::TensorInfo;
 
 /// Name of the index of a sharded checkpoint.
@@ -153,7 +153,7 @@ impl CheckpointTree {
     pub fn read_tensor(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
         let (file, tensor) = self.locate(name)?;
         let bytes = file.bytes(tensor);
-        refuse_non_finite(tensor, bytes, 0)?;
+        refuse_non_finite(tensor, first_non_finite_bytes(tensor.dtype, bytes), 0)?;
         let mut values = Vec::with_capacity(bytes.len() / tensor.dtype.bytes() as usize);
         append_f32(tensor.dtype, bytes, &mut values);
         Ok(values)
@@ -161,43 +161,34 @@ impl CheckpointTree {
 
     /// The bytes of a slice as they stand in the file; refused if a value is not finite.
     pub fn slice_bytes(&self, slice: &Slice) -> Result<&[u8], CheckpointError> {
-        let (_, tensor, bytes) = self.slice_place(slice)?;
-        refuse_non_finite(tensor, bytes, slice.row_start * slice.row_elements)?;
+        let (file, tensor) = self.locate_slice(slice)?;
+        let place = |row: u64| (row * slice.row_elements * tensor.dtype.bytes()) as usize;
+        let bytes = &file.bytes(tensor)[place(slice.row_start)..place(slice.row_end)];
+        refuse_non_finite(tensor, first_non_finite_bytes(tensor.dtype, bytes), slice.row_start * slice.row_elements)?;
         Ok(bytes)
     }
 
-    /// Gives `take` the bytes of a slice in pieces that hold whole elements, and lets go of the memory behind each; refused if a
-    /// value is not finite.
-    pub(super) fn stream_slice(
-        &self,
-        slice: &Slice,
-        mut take: impl FnMut(&[u8]) -> Result<(), CheckpointError>,
-    ) -> Result<(), CheckpointError> {
-        let (file, tensor, bytes) = self.slice_place(slice)?;
-        let first_element = slice.row_start * slice.row_elements;
-        for (number, piece) in bytes.chunks(PIECE_BYTES).enumerate() {
-            let element = (number * PIECE_BYTES) as u64 / tensor.dtype.bytes();
-            refuse_non_finite(tensor, piece, first_element + element)?;
-            take(piece)?;
-            file.release(piece);
-        }
-        Ok(())
+    /// Reads elements of a slice from its element `first` on into `bytes`; refused if a value is not finite.
+    pub(super) fn read_elements(&self, slice: &Slice, first: u64, bytes: &mut [u8]) -> Result<(), CheckpointError> {
+        let (file, tensor) = self.locate_slice(slice)?;
+        let element = slice.row_start * slice.row_elements + first;
+        file.read(tensor, element * tensor.dtype.bytes(), bytes)?;
+        refuse_non_finite(tensor, first_non_finite_here(tensor.dtype, bytes), element)
     }
 
-    fn slice_place(&self, slice: &Slice) -> Result<(&TensorFile, &TensorInfo, &[u8]), CheckpointError> {
+    /// The file and the tensor that a slice is in, if it fits that tensor.
+    fn locate_slice(&self, slice: &Slice) -> Result<(&TensorFile, &TensorInfo), CheckpointError> {
         let (file, tensor) = self.locate(&slice.tensor)?;
         let found = spec(tensor);
         let fits = slice.row_start <= slice.row_end
             && slice.row_end <= found.rows()
             && slice.row_elements == found.row_elements()
             && slice.dtype == found.dtype;
-        if !fits {
-            let (row_start, row_end) = (slice.row_start, slice.row_end);
-            return Err(CheckpointError::Rows { tensor: found.name, row_start, row_end });
+        if fits {
+            return Ok((file, tensor));
         }
-        let row_bytes = (found.row_elements() * found.dtype.bytes()) as usize;
-        let bytes = &file.bytes(tensor)[slice.row_start as usize * row_bytes..slice.row_end as usize * row_bytes];
-        Ok((file, tensor, bytes))
+        let (row_start, row_end) = (slice.row_start, slice.row_end);
+        Err(CheckpointError::Rows { tensor: found.name, row_start, row_end })
     }
 
     /// What tells these weights from others at the same place.
@@ -220,8 +211,9 @@ fn spec(tensor: &TensorInfo) -> TensorSpec {
     TensorSpec { name: tensor.name.clone(), shape: tensor.shape.clone(), dtype: tensor.dtype }
 }
 
-fn refuse_non_finite(tensor: &TensorInfo, bytes: &[u8], first_element: u64) -> Result<(), CheckpointError> {
-    match first_non_finite_bytes(tensor.dtype, bytes) {
+/// `found` is the first element that is not finite, counted from `first_element`.
+fn refuse_non_finite(tensor: &TensorInfo, found: Option<usize>, first_element: u64) -> Result<(), CheckpointError> {
+    match found {
         Some(element) => Err(CheckpointError::NotFinite { tensor: tensor.name.clone(), element: first_element + element as u64 }),
         None => Ok(()),
     }

@@ -10,13 +10,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use protocol::{CHUNK_BYTES, Digest, FileRecord};
-use sha2::Digest as _;
+use protocol::{Digest, FileRecord};
 
 use super::CheckpointError;
-
-/// Bytes that are checked, hashed and written at a time.
-pub(super) const PIECE_BYTES: usize = 4 << 20;
+use super::recorded::RecordedFile;
 
 const PART_SUFFIX: &str = ".part";
 
@@ -50,71 +47,20 @@ impl PartFile {
         self.file.write_all_at(bytes, offset).map_err(CheckpointError::write(&self.part))
     }
 
+    /// Where it stands until it is complete.
+    pub fn unfinished(&self) -> &Path {
+        &self.part
+    }
+
+    /// A second handle on the content.
+    pub fn content(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
     /// Syncs the content and gives the file its name.
     pub fn finish(self) -> Result<(), CheckpointError> {
         self.file.sync_all().map_err(CheckpointError::write(&self.part))?;
         fs::rename(&self.part, &self.path).map_err(CheckpointError::write(&self.path))
-    }
-}
-
-/// A file that is written from the front to the back and described on the way.
-pub(super) struct RecordedFile {
-    part: PartFile,
-    length: u64,
-    sha256: sha2::Sha256,
-    blake3: blake3::Hasher,
-    /// Of the chunk that is being filled.
-    chunk: blake3::Hasher,
-    chunks: Vec<Digest>,
-}
-
-impl RecordedFile {
-    pub fn create(dir: &Path, name: &str) -> Result<Self, CheckpointError> {
-        let part = PartFile::create(dir, name)?;
-        let (sha256, blake3, chunk) = (sha2::Sha256::new(), blake3::Hasher::new(), blake3::Hasher::new());
-        Ok(Self { part, length: 0, sha256, blake3, chunk, chunks: Vec::new() })
-    }
-
-    pub fn append(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let room = (CHUNK_BYTES - self.length % CHUNK_BYTES) as usize;
-            let (piece, behind) = rest.split_at(rest.len().min(room));
-            rest = behind;
-            let Self { part, sha256, blake3, chunk, .. } = self;
-            let hash_blocks = || {
-                blake3.update(piece);
-                chunk.update(piece);
-            };
-            let (written, _) = rayon::join(|| part.append(piece), || rayon::join(|| sha256.update(piece), hash_blocks));
-            written?;
-            self.length += piece.len() as u64;
-            if self.length.is_multiple_of(CHUNK_BYTES) {
-                self.end_chunk();
-            }
-        }
-        Ok(())
-    }
-
-    fn end_chunk(&mut self) {
-        self.chunks.push(Digest(*self.chunk.finalize().as_bytes()));
-        self.chunk.reset();
-    }
-
-    /// Syncs the content, gives the file its name, and describes it as `path`.
-    pub fn finish(mut self, path: &str) -> Result<FileRecord, CheckpointError> {
-        if !self.length.is_multiple_of(CHUNK_BYTES) {
-            self.end_chunk();
-        }
-        self.part.finish()?;
-        Ok(FileRecord {
-            path: path.to_owned(),
-            length: self.length,
-            sha256: Digest(self.sha256.finalize().into()),
-            blake3: Digest(*self.blake3.finalize().as_bytes()),
-            chunk_bytes: CHUNK_BYTES,
-            chunks: self.chunks,
-        })
     }
 }
 

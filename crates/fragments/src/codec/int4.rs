@@ -11,6 +11,8 @@
 
 use super::Flaw;
 use crate::simd::vectorised;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{Level, level};
 
 /// Elements of a block.
 pub const BLOCK_ELEMENTS: usize = 256;
@@ -72,30 +74,106 @@ vectorised! {
     }
 }
 
-vectorised! {
-    /// Σ v² over blocks that [`check`] accepted, of the exact products scale · (code − 8): integers within a block.
-    pub(crate) fn squares(bytes: &[u8]) -> f64 {
-        const LANES: usize = 32;
-        let mut sum = 0.0;
-        for block in bytes.chunks(BLOCK_BYTES) {
-            let (scale, codes) = block.split_at(SCALE_BYTES);
-            let scale = f64::from(f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]));
-            // At most 128 for each of four bytes. The half byte that an odd number of elements leaves free is a zero.
-            let square = |byte: u8| {
-                let (low, high) = (i16::from(byte & 15) - 8, i16::from(byte >> 4) - 8);
-                low * low + high * high
-            };
-            let mut lanes = [0i16; LANES];
-            let (pieces, rest) = codes.as_chunks::<LANES>();
-            for piece in pieces {
-                for lane in 0..LANES {
-                    lanes[lane] += square(piece[lane]);
-                }
+/// Σ v² over `elements` elements, of the exact products scale · (code − 8): integers within a block. `Err` names the first block that
+/// is not encoded as this module says, and its flaw.
+pub(crate) fn squares(bytes: &[u8], elements: usize) -> Result<f64, (usize, Flaw)> {
+    #[cfg(target_arch = "x86_64")]
+    if level() != Level::Baseline {
+        // SAFETY: the processor has AVX2 on both levels.
+        return unsafe { avx2::squares(bytes, elements) };
+    }
+    squares_with(bytes, elements, code_squares)
+}
+
+/// Whether `elements` elements are encoded as this module says; `Err` names the block and its flaw.
+pub(crate) fn check(bytes: &[u8], elements: usize) -> Result<(), (usize, Flaw)> {
+    squares(bytes, elements).map(|_| ())
+}
+
+#[inline(always)]
+fn squares_with(bytes: &[u8], elements: usize, code_squares: impl Fn(&[u8]) -> CodeSquares) -> Result<f64, (usize, Flaw)> {
+    let mut sum = 0.0;
+    for (block, bytes) in bytes.chunks(BLOCK_BYTES).enumerate() {
+        let (scale, codes) = bytes.split_at(SCALE_BYTES);
+        let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
+        // The half byte that an odd number of elements leaves free must be a zero, too, and adds nothing.
+        let CodeSquares { total, full, none } = code_squares(codes);
+        if scale.to_bits() == 0 {
+            if total != 0 {
+                return Err((block, Flaw::Code));
             }
-            let total = lanes.iter().map(|lane| i32::from(*lane)).sum::<i32>() + rest.iter().map(|byte| i32::from(square(*byte))).sum::<i32>();
-            sum += f64::from(total) * (scale * scale);
+            continue;
         }
-        sum
+        if !(scale.is_normal() && scale > 0.0 && (scale * CODE_MAX).is_finite()) {
+            return Err((block, Flaw::Scale));
+        }
+        let count = (elements - block * BLOCK_ELEMENTS).min(BLOCK_ELEMENTS);
+        let padded = count.is_multiple_of(2) || codes[codes.len() - 1] >> 4 == ZERO_CODE;
+        if !full || none || !padded {
+            return Err((block, Flaw::Code));
+        }
+        sum += f64::from(total) * (f64::from(scale) * f64::from(scale));
+    }
+    Ok(sum)
+}
+
+/// (code − 8)² over the codes of a block.
+struct CodeSquares {
+    total: u32,
+    /// There is a code 1 or 15: a square of [`FULL_SQUARE`].
+    full: bool,
+    /// There is a code 0: a square that is larger.
+    none: bool,
+}
+
+const FULL_SQUARE: u8 = 49;
+
+fn code_squares(codes: &[u8]) -> CodeSquares {
+    let square = |code: u8| (code as i8 - 8).pow(2) as u8;
+    codes.iter().fold(CodeSquares { total: 0, full: false, none: false }, |CodeSquares { total, full, none }, byte| {
+        let (low, high) = (square(byte & 15), square(byte >> 4));
+        let (full, none) = (full | (low == FULL_SQUARE) | (high == FULL_SQUARE), none | (low.max(high) > FULL_SQUARE));
+        CodeSquares { total: total + u32::from(low) + u32::from(high), full, none }
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    use super::{CodeSquares, FULL_SQUARE, Flaw, code_squares, squares_with};
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn squares(bytes: &[u8], elements: usize) -> Result<f64, (usize, Flaw)> {
+        squares_with(bytes, elements, |codes| block(codes))
+    }
+
+    /// [`super::code_squares`], 64 codes at a time: squares are looked up in a register.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn block(codes: &[u8]) -> CodeSquares {
+        let table = _mm256_broadcastsi128_si256(_mm_setr_epi8(64, 49, 36, 25, 16, 9, 4, 1, 0, 1, 4, 9, 16, 25, 36, 49));
+        let (low_bits, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
+        let (mut totals, mut largest) = (zero, zero);
+        let (pieces, rest) = codes.as_chunks::<32>();
+        for piece in pieces {
+            // SAFETY: a piece is exactly one register of integers, which may lie at any address.
+            let codes = unsafe { piece.as_ptr().cast::<__m256i>().read_unaligned() };
+            let low = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, low_bits));
+            let high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_bits));
+            largest = _mm256_max_epu8(largest, _mm256_max_epu8(low, high));
+            // At most 128 a byte; eight bytes at a time are added up to 64 bits.
+            totals = _mm256_add_epi64(totals, _mm256_sad_epu8(_mm256_add_epi8(low, high), zero));
+        }
+        let of_rest = code_squares(rest);
+        let limit = _mm256_set1_epi8(FULL_SQUARE as i8);
+        let full = _mm256_movemask_epi8(_mm256_cmpeq_epi8(largest, limit)) != 0;
+        let none = _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(largest, limit), limit)) != -1;
+        let two = _mm_add_epi64(_mm256_castsi256_si128(totals), _mm256_extracti128_si256::<1>(totals));
+        // A block has at most 256 codes, so nothing is lost.
+        let total = _mm_cvtsi128_si32(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two))).cast_unsigned();
+        // Where something is larger, the largest of a place may hide a full one. It is refused for both.
+        CodeSquares { total: total + of_rest.total, full: full | of_rest.full, none: none | of_rest.none }
     }
 }
 
@@ -113,38 +191,5 @@ vectorised! {
                 *value = (f32::from(byte >> 4) - 8.0) * scale;
             }
         }
-    }
-}
-
-vectorised! {
-    /// Whether `elements` elements are encoded as this module says; `Err` names the block and its flaw.
-    pub(crate) fn check(bytes: &[u8], elements: usize) -> Result<(), (usize, Flaw)> {
-        for (block, bytes) in bytes.chunks(BLOCK_BYTES).enumerate() {
-            let count = (elements - block * BLOCK_ELEMENTS).min(BLOCK_ELEMENTS);
-            let (scale, codes) = bytes.split_at(SCALE_BYTES);
-            let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
-            if scale.to_bits() == 0 {
-                let zeros = codes.iter().fold(true, |zeros, byte| zeros & (*byte == ZERO_BYTE));
-                if !zeros {
-                    return Err((block, Flaw::Code));
-                }
-                continue;
-            }
-            if !(scale.is_normal() && scale > 0.0 && (scale * CODE_MAX).is_finite()) {
-                return Err((block, Flaw::Scale));
-            }
-            let padded = count.is_multiple_of(2) || codes[codes.len() - 1] >> 4 == ZERO_CODE;
-            // Bit 0: a code 0 is there. Bit 1: a code 1 or 15 is there.
-            let seen = codes.iter().fold(0u8, |seen, byte| {
-                let (low, high) = (byte & 15, byte >> 4);
-                let none = u8::from(low == 0) | u8::from(high == 0);
-                let full = u8::from(low == 1) | u8::from(low == 15) | u8::from(high == 1) | u8::from(high == 15);
-                seen | none | full << 1
-            });
-            if seen != 2 || !padded {
-                return Err((block, Flaw::Code));
-            }
-        }
-        Ok(())
     }
 }

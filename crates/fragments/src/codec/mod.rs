@@ -38,6 +38,7 @@ pub use source::{FileSource, Source};
 
 pub(crate) use layout::{Encoding, Layout, Span, cut_mut};
 
+use crate::memory::zeros;
 use crate::number::{first_non_finite_here, round_to_bf16, widen_bf16};
 
 /// Bytes of the header.
@@ -240,7 +241,7 @@ fn encode_tile(encoding: Encoding, values: &[f32], bytes: &mut [u8]) -> Result<(
 pub fn decode(bytes: &[u8], expected: &PayloadHeader) -> Result<Vec<f32>, CodecError> {
     // Before anything is allocated.
     check_length(bytes.len() as u64, expected)?;
-    let mut values = vec![0.0; expected.layout.elements];
+    let mut values = zeros(expected.layout.elements);
     decode_into(bytes, expected, &mut values)?;
     Ok(values)
 }

@@ -207,11 +207,35 @@ fn norms_of_int4_blocks_are_those_of_the_decoded_values_on_every_instruction_set
         let payload = encode(&header, &values).unwrap();
         let decoded = decode(&payload, &header).unwrap();
         let expected: f64 = decoded.iter().map(|value| f64::from(*value).powi(2)).sum();
-        for found in with_each_level(|| int4::squares(&payload[HEADER_BYTES..])) {
+        let body = &payload[HEADER_BYTES..];
+        for found in with_each_level(|| int4::squares(body, count as usize).unwrap()) {
             assert!((found - expected).abs() <= 1e-6 * expected, "{count}: {found}, {expected}");
-            assert_eq!(found.to_bits(), int4::squares(&payload[HEADER_BYTES..]).to_bits());
+            assert_eq!(found.to_bits(), int4::squares(body, count as usize).unwrap().to_bits());
         }
     }
+}
+
+#[test]
+fn a_wrong_int4_code_is_found_at_every_place_on_every_instruction_set() {
+    let count = 2 * int4::BLOCK_ELEMENTS + 77;
+    let (header, values) = (header(Codec::Int4, count as u64), uneven(5, count));
+    let body = encode(&header, &values).unwrap()[HEADER_BYTES..].to_vec();
+    for at in 0..body.len() {
+        let (block, place) = (at / int4::BLOCK_BYTES, at % int4::BLOCK_BYTES);
+        if place < 4 {
+            continue;
+        }
+        for bits in [0x0f, 0xf0] {
+            let mut damaged = body.clone();
+            damaged[at] &= bits;
+            let refused = with_each_level(|| int4::check(&damaged, count));
+            assert!(refused.iter().all(|result| *result == Err((block, Flaw::Code))), "{at}");
+        }
+    }
+    // Without a code 1 or 15 the scale is too large.
+    let mut small = body;
+    small[4..int4::BLOCK_BYTES].fill(0x99);
+    assert!(with_each_level(|| int4::check(&small, count)).iter().all(|result| *result == Err((0, Flaw::Code))));
 }
 
 #[test]

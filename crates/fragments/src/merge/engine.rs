@@ -9,7 +9,8 @@ use rayon::prelude::*;
 use super::{MergeError, weighted_median};
 use crate::codec::{CodecError, Encoding, Layout, Source, Span, check_tile, cut_mut, decode_tile, int4, top_k};
 use crate::gates::NormVerdict;
-use crate::kernels::{Element, narrow, scale, squares_of_sums};
+use crate::kernels::{Element, narrow, narrow_scaled, scale, squares_of_sums};
+use crate::memory::zeros;
 
 /// Mean directions shorter than this have cancelled: what is left of them is rounding.
 const CANCELLED: f64 = 1e-6;
@@ -88,11 +89,11 @@ pub(super) fn norms(layout: &Layout, voice: &Voice) -> Result<Vec<f64>, CodecErr
 fn tile_squares(layout: &Layout, tile: Span, bytes: &[u8]) -> Result<f64, CodecError> {
     let block_elements = layout.encoding.block_elements();
     match layout.encoding {
-        Encoding::F32 => Ok(bytes.as_chunks::<4>().0.chunks(block_elements).map(Element::squares).sum()),
-        Encoding::Bf16 => Ok(bytes.as_chunks::<2>().0.chunks(block_elements).map(Element::squares).sum()),
+        Encoding::F32 => Ok(Element::squares(bytes.as_chunks::<4>().0, block_elements)),
+        Encoding::Bf16 => Ok(Element::squares(bytes.as_chunks::<2>().0, block_elements)),
         Encoding::Int4 => {
-            check_tile(layout, tile, bytes)?;
-            Ok(int4::squares(bytes))
+            let squares = int4::squares(bytes, tile.elements());
+            squares.or_else(|_| check_tile(layout, tile, bytes).map(|()| f64::NAN))
         }
         Encoding::TopK => {
             check_tile(layout, tile, bytes)?;
@@ -143,7 +144,7 @@ struct Scratch {
     tiles: Vec<Vec<u8>>,
     /// A block of each member, where blocks are decoded before they are summed.
     values: Vec<f32>,
-    sums: Vec<f64>,
+    block: BlockSums,
 }
 
 impl Engine<'_> {
@@ -180,7 +181,8 @@ impl Engine<'_> {
     fn scratch(&self, members: usize) -> Scratch {
         let block = self.layout.encoding.block_elements();
         let values = if self.layout.encoding == Encoding::Int4 { members * block } else { 0 };
-        Scratch { tiles: vec![Vec::new(); members], values: vec![0.0; values], sums: vec![0.0; block] }
+        let block = BlockSums { sums: vec![0.0; block], narrow: vec![0.0; block] };
+        Scratch { tiles: vec![Vec::new(); members], values: vec![0.0; values], block }
     }
 
     fn sum_span(
@@ -194,7 +196,7 @@ impl Engine<'_> {
         let layout = &self.layout;
         let block_elements = layout.encoding.block_elements();
         let mut result = UnitSums { squares: 0.0, products: vec![0.0; members.len()] };
-        let Scratch { tiles, values, sums } = scratch;
+        let Scratch { tiles, values, block: buffers } = scratch;
         for tile in layout.tiles(span) {
             let mut bytes = Vec::with_capacity(members.len());
             for (input, buffer) in members.iter().zip(tiles.iter_mut()) {
@@ -203,26 +205,30 @@ impl Engine<'_> {
             for block in 0..tile.elements().div_ceil(block_elements) {
                 let start = block * block_elements;
                 let count = (tile.elements() - start).min(block_elements);
-                let sums = &mut sums[..count];
-                sums.fill(0.0);
                 let products = &mut result.products;
                 let elements = start..start + count;
-                match layout.encoding {
-                    Encoding::F32 => dense_sums(|member| &bytes[member].as_chunks::<4>().0[elements.clone()], factors, sums, products),
-                    Encoding::Bf16 => dense_sums(|member| &bytes[member].as_chunks::<2>().0[elements.clone()], factors, sums, products),
+                result.squares += match layout.encoding {
+                    Encoding::F32 => {
+                        let members: Vec<_> = bytes.iter().map(|bytes| &bytes.as_chunks::<4>().0[elements.clone()]).collect();
+                        dense_sums(&members, factors, buffers, count, products)
+                    }
+                    Encoding::Bf16 => {
+                        let members: Vec<_> = bytes.iter().map(|bytes| &bytes.as_chunks::<2>().0[elements.clone()]).collect();
+                        dense_sums(&members, factors, buffers, count, products)
+                    }
                     Encoding::Int4 => {
                         for (bytes, values) in bytes.iter().zip(values.chunks_mut(block_elements)) {
                             let (bytes, count) = dense_block(layout.encoding, bytes, tile.elements(), block);
                             decode_tile(layout.encoding, bytes, &mut values[..count]);
                         }
-                        dense_sums(|member| &values[member * block_elements..][..count], factors, sums, products);
+                        let members: Vec<_> = values.chunks(block_elements).map(|values| &values[..count]).collect();
+                        dense_sums(&members, factors, buffers, count, products)
                     }
-                    Encoding::TopK => sparse_sums(&bytes, tile.elements(), block, factors, sums, products),
-                }
-                result.squares += squares_of_sums(sums);
+                    Encoding::TopK => sparse_sums(&bytes, tile.elements(), block, factors, &mut buffers.sums[..count], products),
+                };
                 if let Some(out) = &mut out {
                     let start = tile.start - span.start + start;
-                    narrow(sums, &mut out[start..start + count]);
+                    narrow(&buffers.sums[..count], &mut out[start..start + count]);
                 }
             }
         }
@@ -233,7 +239,7 @@ impl Engine<'_> {
     pub(super) fn combine(&self, members: &[usize], norms: &[Vec<f64>], verdicts: &[NormVerdict]) -> Result<Combined, MergeError> {
         let units = self.layout.units.len();
         let mut rules: Vec<UnitRule> = (0..units).map(|unit| self.unit_rule(unit, members, norms, verdicts)).collect();
-        let mut delta = vec![0.0; self.layout.elements];
+        let mut delta = zeros(self.layout.elements);
         let mut sums = self.sum(members, &|unit| rules[unit].factors.clone(), Some(&mut delta))?;
         let cancelled: Vec<bool> =
             rules.iter().zip(&sums).map(|(rule, sums)| rule.radius.is_some() && sums.squares.sqrt() < CANCELLED).collect();
@@ -291,29 +297,40 @@ impl Engine<'_> {
     }
 }
 
-/// Adds the members' blocks to the sums, in order, then multiplies each with the sums.
-fn dense_sums<'a, T: Element + 'a>(of_member: impl Fn(usize) -> &'a [T], factors: &[f64], sums: &mut [f64], products: &mut [f64]) {
-    let adding: Vec<usize> = (0..factors.len()).filter(|member| factors[*member] != 0.0).collect();
-    let (fours, rest) = adding.as_chunks::<4>();
-    for four in fours {
-        T::add_4(sums, four.map(&of_member), four.map(|member| factors[member]));
+/// Buffers for one block of sums.
+struct BlockSums {
+    sums: Vec<f64>,
+    /// The sums in a unit of their own, for the products.
+    narrow: Vec<f32>,
+}
+
+/// Adds the members' blocks up, in order, then multiplies each with the sums. Returns the squared norm of the sums.
+fn dense_sums<T: Element>(members: &[&[T]], factors: &[f64], block: &mut BlockSums, count: usize, products: &mut [f64]) -> f64 {
+    let (sums, narrow) = (&mut block.sums[..count], &mut block.narrow[..count]);
+    if factors.contains(&0.0) {
+        let adding = || members.iter().zip(factors).filter(|(_, factor)| **factor != 0.0);
+        let (members, factors): (Vec<&[T]>, Vec<f64>) = adding().map(|(member, factor)| (*member, *factor)).unzip();
+        T::add_all(sums, &members, &factors);
+    } else {
+        T::add_all(sums, members, factors);
     }
-    for member in rest {
-        T::add(sums, of_member(*member), factors[*member]);
-    }
-    let (fours, rest) = products.as_chunks_mut::<4>();
-    let done = 4 * fours.len();
-    for (number, products) in fours.iter_mut().enumerate() {
-        let found = T::dot_4([0, 1, 2, 3].map(|member| of_member(4 * number + member)), sums);
-        products.iter_mut().zip(found).for_each(|(product, found)| *product += found);
-    }
-    for (member, product) in rest.iter_mut().enumerate() {
-        *product += T::dot(of_member(done + member), sums);
-    }
+    let squares = squares_of_sums(sums);
+    // A power of two near their length, so that no product leaves the range of f32 however large or small the values are.
+    let unit = power_of_two_near(squares.sqrt());
+    narrow_scaled(sums, 1.0 / unit, narrow);
+    T::dots(members, narrow, unit, products);
+    squares
+}
+
+/// The power of two at or below a positive number of moderate size; 1 for others.
+fn power_of_two_near(number: f64) -> f64 {
+    const EXPONENT: u64 = 0x7ff << 52;
+    if (1e-150..1e150).contains(&number) { f64::from_bits(number.to_bits() & EXPONENT) } else { 1.0 }
 }
 
 /// The same for one chunk of sparse payloads: only their entries are touched.
-fn sparse_sums(tiles: &[&[u8]], elements: usize, block: usize, factors: &[f64], sums: &mut [f64], products: &mut [f64]) {
+fn sparse_sums(tiles: &[&[u8]], elements: usize, block: usize, factors: &[f64], sums: &mut [f64], products: &mut [f64]) -> f64 {
+    sums.fill(0.0);
     for (bytes, factor) in tiles.iter().zip(factors).filter(|(_, factor)| **factor != 0.0) {
         top_k::Group::new(bytes, elements).entries(block, |index, value| {
             if let Some(sum) = sums.get_mut(index) {
@@ -330,4 +347,5 @@ fn sparse_sums(tiles: &[&[u8]], elements: usize, block: usize, factors: &[f64], 
         });
         *product += total;
     }
+    squares_of_sums(sums)
 }

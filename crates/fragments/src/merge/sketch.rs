@@ -46,6 +46,7 @@ struct ChunkSeed(u64);
 
 impl ChunkSeed {
     /// The signs of 64 elements.
+    #[inline(always)]
     fn signs(self, number: usize) -> u64 {
         mix(self.0.wrapping_add((number as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
     }
@@ -56,6 +57,7 @@ impl ChunkSeed {
 }
 
 /// The finaliser of SplitMix64.
+#[inline(always)]
 fn mix(mut word: u64) -> u64 {
     word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -124,9 +126,18 @@ impl Part {
     }
 }
 
+vectorised! {
+    fn fill_signs(words: &mut [u64; BUCKETS / 64], chunk: ChunkSeed) {
+        for (number, word) in words.iter_mut().enumerate() {
+            *word = chunk.signs(number);
+        }
+    }
+}
+
 /// Adds a chunk with its signs, rotated.
 fn add_chunk<T: Element>(sums: &mut [f32], values: &[T], chunk: ChunkSeed) {
-    let words: [u64; BUCKETS / 64] = std::array::from_fn(|number| chunk.signs(number));
+    let mut words = [0; BUCKETS / 64];
+    fill_signs(&mut words, chunk);
     let (before, behind) = values.split_at(values.len().min(BUCKETS - chunk.rotation()));
     T::add_signed(&mut sums[chunk.rotation()..], before, &words, 0);
     T::add_signed(sums, behind, &words, before.len());

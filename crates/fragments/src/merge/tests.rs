@@ -20,7 +20,7 @@ fn inputs<'a>(contributions: &'a [Vec<f32>], weights: &[u64]) -> Vec<Input<'a>> 
 }
 
 fn norm(values: &[f32]) -> f64 {
-    f32::squares(values).sqrt()
+    f32::squares(values, 1024).sqrt()
 }
 
 fn in_threads<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
