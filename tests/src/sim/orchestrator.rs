@@ -556,7 +556,7 @@ impl World {
             .versions
             .iter()
             .flat_map(|(fragment, version)| [self.run.keyframe(*fragment, *version), self.run.state(*fragment, *version)]);
-        let payloads = retired.payloads.iter().map(|(slot, t)| self.slot_keys(*slot).payload(*t));
+        let payloads = retired.payloads.iter().map(|(slot, t)| self.slot_keys(*slot).own.payload(*t));
         let releases = retired.releases.iter().map(|release| self.keys.release_manifest(release));
         for key in versions.chain(payloads).chain(releases) {
             self.delete(NODE, &key).await;
@@ -567,9 +567,9 @@ impl World {
         let now_ms = self.clock_ms(NODE);
         let spell = |key: &Key| match key {
             Key::Shard(shard) => self.keys.shard_tokens(shard),
-            Key::Payload { slot, t } => self.slot_keys(*slot).payload(*t),
-            Key::Receipt { slot, lease } => self.run.receipt(&slot.0, slot.1, *lease),
-            Key::Opening { slot, audit, part } => self.run.opening(&slot.0, slot.1, audit, *part),
+            Key::Payload { slot, t } => self.slot_keys(*slot).own.payload(*t),
+            Key::Receipt { slot, lease } => self.slot_keys(*slot).own.receipt(*lease),
+            Key::Opening { slot, audit, part } => self.slot_keys(*slot).own.opening(audit, *part),
         };
         match want {
             Want::Read { key } => Presign::Get { key: spell(key), now_ms, expires_in_ms: ON_DEMAND_MS },
@@ -641,7 +641,7 @@ impl World {
         };
         let record = self.plan.scheme.open::<Progress>(&bytes, &self.context, Expect::Account(&slot.0), None).ok()?;
         let payload = record.document.commitments.iter().find(|commitment| commitment.t == t)?.blake3;
-        let key = keys.commitment(t);
+        let key = keys.own.commitment(t);
         let stored = self.persist(|| self.put_bytes_once(&key, bytes.clone())).await;
         let evidence = self.plan.scheme.open::<Progress>(&stored, &self.context, Expect::Account(&slot.0), None).ok();
         let holds = |record: &Progress| record.commitments.iter().any(|one| one.t == t && one.blake3 == payload);
@@ -652,7 +652,7 @@ impl World {
     }
 
     async fn check_payload(&self, slot: Slot, t: u64, commitment: &Commitment) -> Reason {
-        let Some(bytes) = self.get_present(&self.slot_keys(slot).payload(t)).await else { return Reason::NotUploaded };
+        let Some(bytes) = self.get_present(&self.slot_keys(slot).own.payload(t)).await else { return Reason::NotUploaded };
         if bytes.len() as u64 != commitment.length {
             Reason::LengthMismatch
         } else if Digest::blake3(&bytes) != commitment.blake3 || Digest::sha256(&bytes) != commitment.sha256 {
@@ -665,7 +665,7 @@ impl World {
     }
 
     async fn check_receipt(&self, slot: Slot, lease: &Lease, committed: &[(u64, Digest)]) -> Result<(Digest, Vec<u32>), Reason> {
-        let bytes = self.get_present(&self.run.receipt(&slot.0, slot.1, lease.id)).await.ok_or(Reason::NotUploaded)?;
+        let bytes = self.get_present(&self.slot_keys(slot).own.receipt(lease.id)).await.ok_or(Reason::NotUploaded)?;
         let receipt =
             self.plan.scheme.open::<Receipt>(&bytes, &self.context, Expect::Account(&slot.0), None).map_err(|_| Reason::ReceiptMismatch)?;
         receipt.document.check(&slot.0, slot.1, lease, committed).map_err(|_| Reason::ReceiptMismatch)?;
@@ -697,7 +697,7 @@ impl World {
                 })
                 .await;
             for input in &tape.inputs {
-                let key = self.slot_keys((input.hotkey, input.slot)).payload(tape.t);
+                let key = self.slot_keys((input.hotkey, input.slot)).own.payload(tape.t);
                 self.persist(|| async {
                     let bytes = self.get(NODE, &key, None).await.ok().flatten()?.bytes;
                     (Digest::blake3(&bytes) == input.payload).then_some(())
@@ -756,12 +756,12 @@ impl World {
                 |key: String, length: u64| Presign::Put { key, length, sha256: None, if_absent: true, now_ms, expires_in_ms: VERDICT_MS };
             let keys = self.slot_keys((hotkey, slot));
             let mut wanted = vec![
-                read(keys.payload(selection.t)),
-                read(keys.commitment(selection.t)),
+                read(keys.own.payload(selection.t)),
+                read(keys.own.commitment(selection.t)),
                 write(self.run.verdict_commit(&selection.validator, &selection.audit), VERDICT_COMMIT_BYTES),
                 write(self.run.verdict_reveal(&selection.validator, &selection.audit), VERDICT_REVEAL_BYTES),
             ];
-            wanted.extend((0..parts.len()).map(|part| read(self.run.opening(&hotkey, slot, &selection.audit, part as u8))));
+            wanted.extend((0..parts.len()).map(|part| read(keys.own.opening(&selection.audit, part as u8))));
             let document = |sealed: SealedBytes| AuditOrder {
                 audit: selection.audit,
                 validator: selection.validator,

@@ -100,17 +100,16 @@ impl Pulls {
         self.answers.contains_key(&t)
     }
 
-    pub(super) fn commitments(&self) -> Vec<Commitment> {
-        let commitment = |answer: &Answer| match answer {
-            Answer::Committed { commitment, .. } => Some((**commitment).clone()),
+    pub(super) fn commitments(&self) -> impl Iterator<Item = &Commitment> {
+        self.answers.values().filter_map(|answer| match answer {
+            Answer::Committed { commitment, .. } => Some(&**commitment),
             _ => None,
-        };
-        self.answers.values().filter_map(commitment).collect()
+        })
     }
 
-    pub(super) fn uploads_done(&self) -> Vec<u64> {
+    pub(super) fn uploads_done(&self) -> impl Iterator<Item = u64> {
         let is_done = |answer: &Answer| matches!(answer, Answer::Committed { upload: Upload::Done, .. });
-        self.answers.iter().filter(|(_, answer)| is_done(answer)).map(|(t, _)| *t).collect()
+        self.answers.iter().filter(move |(_, answer)| is_done(answer)).map(|(t, _)| *t)
     }
 
     pub(super) fn deadline(&self, now_ms: u64) -> Option<u64> {
