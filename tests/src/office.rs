@@ -51,9 +51,12 @@ pub struct SeenHead {
 impl SeenHead {
     /// Whether nothing of this head is older than in `before`.
     pub fn is_no_older_than(&self, before: &Self) -> bool {
-        let versions = self.head.fragments.iter().zip(&before.head.fragments).all(|(now, then)| now.version >= then.version);
         let (now, then) = (&self.head, &before.head);
-        versions && (now.epoch, now.outer_step, now.closed_below, now.log.size) >= (then.epoch, then.outer_step, then.closed_below, then.log.size)
+        now.fragments.iter().zip(&then.fragments).all(|(now, then)| now.version >= then.version)
+            && now.epoch >= then.epoch
+            && now.outer_step >= then.outer_step
+            && now.closed_below >= then.closed_below
+            && now.log.size >= then.log.size
             && self.sequence >= before.sequence
     }
 }
@@ -165,8 +168,22 @@ impl Office {
         let tokenizer = format!("{CONFIGS}/corpus/tokenizer.json");
         let parameters = format!("{CONFIGS}/run-devnet.toml");
         let prepare = [
-            "data", "prepare", "--input", &text, "--tokenizer", &tokenizer, "--sequence-length", "128", "--licence", "CC0-1.0",
-            "--source", "a test", "--name", "words", "--out", &shards,
+            "data",
+            "prepare",
+            "--input",
+            &text,
+            "--tokenizer",
+            &tokenizer,
+            "--sequence-length",
+            "128",
+            "--licence",
+            "CC0-1.0",
+            "--source",
+            "a test",
+            "--name",
+            "words",
+            "--out",
+            &shards,
         ];
         self.says("orchestrator", &prepare);
         self.says("owner", &["root", "sign", "--orchestrator", &orchestrator.to_string()]);

@@ -15,7 +15,10 @@ fn an_operator_checks_bans_rolls_back_rotates_and_drains() {
     let checked = says(&["store", "check"]);
     assert!(checked.lines().count() >= 8 && checked.lines().all(|line| line.starts_with("kept  ")), "{checked}");
     let checked = office.says_json("orchestrator", &["store", "check", "--json"]);
-    assert_eq!((&checked["ok"], checked["promises"].as_array().map(Vec::len)), (&true.into(), Some(says(&["store", "check"]).lines().count())));
+    assert_eq!(
+        (&checked["ok"], checked["promises"].as_array().map(Vec::len)),
+        (&true.into(), Some(says(&["store", "check"]).lines().count()))
+    );
 
     // Nobody runs yet: said as such, and nothing breaks.
     let early = office.run("orchestrator", &["status"]);
@@ -32,10 +35,18 @@ fn an_operator_checks_bans_rolls_back_rotates_and_drains() {
     assert_eq!(status["status"]["orders"], 1, "{status}");
     assert!(status["writer"]["epoch"] == 1 && status["head_age_ms"].as_u64().is_some_and(|age| age < 120_000), "{status}");
     let shown = says(&["status"]);
-    for part in ["run ", "writer ", "tokens done 0", "rows waiting ", "a test: ", "order 1 done"] {
+    for part in [
+        "run            ",
+        "writer         ",
+        "tokens done    0 of 10.00 T",
+        " waiting, 0 leased, 0 done, 0 lost",
+        "  a test ",
+        "order 1        done: ",
+    ] {
         assert!(shown.contains(part), "{part} is missing:\n{shown}");
     }
-    assert!(!shown.contains("NOT RUNNING"), "{shown}");
+    assert!(!shown.contains("NOT RUNNING") && shown.contains(&format!("banned         {miner}")), "{shown}");
+    println!("{shown}");
     let unbanned = office.says_json("orchestrator", &["unban", &miner, "--reason", "it was our bug", "--json"]);
     assert_eq!((&unbanned["order"], &unbanned["done"]), (&2.into(), &true.into()), "{unbanned}");
 

@@ -15,6 +15,8 @@ enum Answer {
     Exporting,
     Committed {
         commitment: Box<Commitment>,
+        /// Of the payload; looked for among the grants at every input.
+        key: String,
         upload: Upload,
     },
     /// There is no way to answer: the payload is not finite, or the store refuses it for good.
@@ -57,16 +59,18 @@ impl Pulls {
     }
 
     /// The payload is encoded; `false` if its pull was closed meanwhile.
-    pub(super) fn committed(&mut self, commitment: Commitment) -> bool {
+    pub(super) fn committed(&mut self, commitment: Commitment, key: String) -> bool {
         let Some(answer) = self.answers.get_mut(&commitment.t) else { return false };
-        *answer = Answer::Committed { commitment: Box::new(commitment), upload: Upload::Waiting { not_before_ms: 0 } };
+        *answer = Answer::Committed { commitment: Box::new(commitment), key, upload: Upload::Waiting { not_before_ms: 0 } };
         true
     }
 
-    /// Commitments whose payload is to be uploaded and was not begun.
-    pub(super) fn waiting(&self, now_ms: u64) -> impl Iterator<Item = &Commitment> {
+    /// Commitments whose payload is to be uploaded and was not begun, with the payload's key.
+    pub(super) fn waiting(&self, now_ms: u64) -> impl Iterator<Item = (&Commitment, &str)> {
         self.answers.values().filter_map(move |answer| match answer {
-            Answer::Committed { commitment, upload: Upload::Waiting { not_before_ms } } if *not_before_ms <= now_ms => Some(&**commitment),
+            Answer::Committed { commitment, key, upload: Upload::Waiting { not_before_ms } } if *not_before_ms <= now_ms => {
+                Some((&**commitment, key.as_str()))
+            }
             _ => None,
         })
     }

@@ -96,9 +96,9 @@ impl Learner {
     }
 
     pub(super) fn upload(&mut self, now_ms: u64) {
-        let (grants, keys) = (&self.grants, &self.keys);
-        let is_granted = |commitment: &&Commitment| grants.can_put_body(&keys.payload(commitment.t), &commitment.sha256, now_ms);
-        let granted: Vec<u64> = self.pulls.waiting(now_ms).filter(is_granted).map(|commitment| commitment.t).collect();
+        let grants = &self.grants;
+        let is_granted = |(commitment, key): &(&Commitment, &str)| grants.can_put_body(key, &commitment.sha256, now_ms);
+        let granted: Vec<u64> = self.pulls.waiting(now_ms).filter(is_granted).map(|(commitment, _)| commitment.t).collect();
         for t in granted {
             self.pulls.uploading(t);
             self.effects.push_back(Effect::PutPayload { t });

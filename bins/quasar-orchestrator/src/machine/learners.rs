@@ -196,7 +196,8 @@ impl Orchestrator {
         for lease in over {
             self.end_lease(lease);
         }
-        let last = last.and_then(|id| self.leases.get(&id)).map(|record| (record.lease.schedule_start, record.lease.steps, record.reported));
+        let last =
+            last.and_then(|id| self.leases.get(&id)).map(|record| (record.lease.schedule_start, record.lease.steps, record.reported));
         let runs_low = last.is_none_or(|(_, steps, reported)| reported + LEASE_AHEAD_STEPS >= steps);
         if !runs_low || unfinished >= 2 || self.state != RunState::Open {
             return;
