@@ -19,14 +19,14 @@ pub fn now_ms() -> u64 {
 #[derive(Clone, Copy, Debug)]
 pub struct Steady {
     last_ms: u64,
-    /// Since when the wall clock is behind, and what time it was then.
-    behind: Option<(Instant, u64)>,
+    /// When the wall clock was last not behind, and what time it was then.
+    right: Option<(Instant, u64)>,
 }
 
 impl Steady {
     /// Goes on from `last_ms`, which may lie ahead of the wall clock.
     pub fn new(last_ms: u64) -> Self {
-        Self { last_ms, behind: None }
+        Self { last_ms, right: None }
     }
 
     /// The time last given.
@@ -37,10 +37,10 @@ impl Steady {
     /// The time at `now`, when the wall clock shows `wall_ms`.
     pub fn read(&mut self, wall_ms: u64, now: Instant) -> u64 {
         if wall_ms >= self.last_ms {
-            (self.last_ms, self.behind) = (wall_ms, None);
+            (self.last_ms, self.right) = (wall_ms, Some((now, wall_ms)));
             return self.last_ms;
         }
-        let (since, then_ms) = *self.behind.get_or_insert((now, self.last_ms));
+        let (since, then_ms) = *self.right.get_or_insert((now, self.last_ms));
         let passed_ms = now.saturating_duration_since(since).as_millis() as u64;
         self.last_ms = self.last_ms.max(then_ms + passed_ms * BEHIND_PERCENT / 100);
         self.last_ms
@@ -66,7 +66,7 @@ mod tests {
             assert!(second == 1 || (899..=1_000).contains(&passed), "{passed} ms in second {second}");
             last = now;
         }
-        assert_eq!(last, 10 * hour + 20 * hour + 4 * hour + 6_000, "two of the six hours are made up for in twenty");
+        assert_eq!(last, 16 * hour + 59_000 + (20 * 3_600 - 59) * 900, "two of the six hours are made up for in twenty");
         assert_eq!(time.read(40 * hour, begin + Duration::from_secs(20 * 3_600 + 1)), 40 * hour);
     }
 }
