@@ -1,8 +1,10 @@
 //! Helpers of the tests over the whole system: the binaries under test, and the documents that a devnet leaves in its bucket; and
 //! what the measurements of learning have in common ([`training`]).
 
+#[cfg(feature = "libtorch")]
 pub mod training;
 
+pub mod office;
 pub mod seaweed;
 pub mod sim;
 

@@ -33,13 +33,11 @@ pub async fn run(
 ) -> End {
     let mut tasks: JoinSet<()> = JoinSet::new();
     let mut asked_to_stop = false;
-    let mut last_ms = 0;
+    let mut time = clock::Steady::new(0);
     let mut input = Input::Tick;
     let end = loop {
-        // Time never goes back for the machine, whatever the clock does.
-        last_ms = clock::now_ms().max(last_ms);
         measure(slot, &input);
-        machine.handle(last_ms, input);
+        machine.handle(time.read(clock::now_ms(), Instant::now()), input);
         while let Some(effect) = machine.poll_effect() {
             tasks.spawn(edge.clone().execute(effect, inputs.clone()));
         }

@@ -5,8 +5,11 @@
 //! the machine decides; [`run`] brings both to a run and on to the next one.
 
 pub mod audit;
+#[cfg(feature = "libtorch")]
 pub mod cli;
+#[cfg(feature = "libtorch")]
 mod commands;
 pub mod effects;
 pub mod machine;
+#[cfg(feature = "libtorch")]
 pub mod run;

@@ -212,6 +212,10 @@ pub struct Machine {
     audits: Audits,
     verdicts: Verdicts,
     scores: ScoreLedger,
+    /// Something was credited or judged since scores were last handed over.
+    has_new_scores: bool,
+    /// Cycles and finality of the scores that were handed over.
+    weighed: Option<(u64, bool)>,
     log: LogMonitor,
     weights: Weights,
     unregistered_since_ms: Option<u64>,
@@ -238,6 +242,8 @@ impl Machine {
             audits: Audits::new(settings.own, slow_ms, opening_ms),
             verdicts: Verdicts::new(slow_ms, opening_ms),
             scores: ScoreLedger::default(),
+            has_new_scores: false,
+            weighed: None,
             log: LogMonitor::new(slow_ms),
             weights: Weights::new(settings.own, settings.run, settings.weights, slow_ms.clamp(BLOCK_MS.0, BLOCK_MS.1)),
             unregistered_since_ms: None,
@@ -279,7 +285,10 @@ impl Machine {
         for folded in self.cycles.arrive(t, *manifest) {
             let merge = &folded.manifest;
             match folded.fault {
-                None => self.scores.credit(merge, self.settings.parameters.fragments),
+                None => {
+                    self.scores.credit(merge, self.settings.parameters.fragments);
+                    self.has_new_scores = true;
+                }
                 Some(fault) => tracing::error!(t = merge.t, %fault, "the merge manifest is faulty: nobody is credited for it"),
             }
             self.log.expect(merge, now_ms);
@@ -334,6 +343,7 @@ impl Machine {
                     tracing::info!(audit = audit.short(), validator = verdict.validator.short(), cycle = verdict.cycle, learner = crate::audit::learner(&verdict.hotkey, verdict.slot), result = ?verdict.result, "verdict of another validator");
                 }
                 self.scores.judge(&verdict);
+                self.has_new_scores = true;
             }
         }
     }
@@ -371,7 +381,11 @@ impl Machine {
         if let Some(head) = self.head.as_ref().filter(|head| self.cycles.folded_below() >= head.closed_below) {
             let is_final = head.state == RunState::Complete && self.cycles.is_settled() && self.verdicts.is_settled();
             let cycles = protocol::schedule::cycle_of(self.cycles.folded_below(), self.settings.parameters.fragments);
-            self.weights.score(now_ms, ScoreList { scores: self.scores.scores(), cycles, is_final }, &mut self.effects);
+            // To add them up is too much for each input.
+            if std::mem::take(&mut self.has_new_scores) || self.weighed != Some((cycles, is_final)) {
+                self.weighed = Some((cycles, is_final));
+                self.weights.score(now_ms, ScoreList { scores: self.scores.scores(), cycles, is_final }, &mut self.effects);
+            }
         }
         self.weights.handle(now_ms, setter::Input::Tick, &mut self.effects);
         if self.weights.is_final_set() && !self.is_complete_logged {

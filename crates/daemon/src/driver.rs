@@ -210,7 +210,7 @@ pub struct Driver<M: Machine, E> {
     component: Option<Component>,
     first: Option<M::Input>,
     last: Option<M::Input>,
-    last_ms: u64,
+    time: clock::Steady,
     since_snapshot: usize,
     pending: VecDeque<M::Effect>,
     tasks: JoinSet<()>,
@@ -239,7 +239,7 @@ where
             component: None,
             first: None,
             last: None,
-            last_ms: recovered.last_ms,
+            time: clock::Steady::new(recovered.last_ms),
             since_snapshot: recovered.replayed,
             pending: VecDeque::new(),
             tasks: JoinSet::new(),
@@ -304,10 +304,9 @@ where
         self.stop(exit).await
     }
 
-    /// Time of the next batch: the clock's, but never before an earlier input's.
+    /// Time of the next batch.
     fn now_ms(&mut self) -> u64 {
-        self.last_ms = self.last_ms.max((self.options.clock)());
-        self.last_ms
+        self.time.read((self.options.clock)(), Instant::now())
     }
 
     fn next_wake(&mut self, earliest_tick: Instant) -> Instant {
@@ -350,7 +349,7 @@ where
     }
 
     async fn snapshot(&mut self) -> Result<(), DriverError> {
-        let bytes = encode(&(self.last_ms, &self.machine), "the snapshot")?;
+        let bytes = encode(&(self.time.last_ms(), &self.machine), "the snapshot")?;
         let journal = self.journal.clone();
         blocking(move || journal.snapshot(&bytes)).await?;
         self.since_snapshot = 0;

@@ -4,6 +4,9 @@
 //! a length that claims more than the limit is an error before anything is allocated.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
+use bincode::enc::EncoderImpl;
+use bincode::enc::write::Writer;
+use bincode::error::EncodeError;
 use bincode::{Decode, Encode};
 
 /// Largest document of any purpose (the fragment plan); the limit of a purpose is checked on the length beforehand.
@@ -41,10 +44,23 @@ pub fn decode<T: Encode + Decode<()>>(bytes: &[u8], limit: usize) -> Result<T, C
     if consumed != bytes.len() {
         return Err(CodecError::Trailing(bytes.len() - consumed));
     }
-    if encode(&value) != bytes {
-        return Err(CodecError::NotCanonical);
+    let mut encoder = EncoderImpl::new(Compare { rest: bytes }, bincode::config::standard().with_fixed_int_encoding());
+    match value.encode(&mut encoder) {
+        Ok(()) if encoder.into_writer().rest.is_empty() => Ok(value),
+        _ => Err(CodecError::NotCanonical),
     }
-    Ok(value)
+}
+
+/// Takes only what these bytes say next: an encoding is compared with them without being stored.
+struct Compare<'a> {
+    rest: &'a [u8],
+}
+
+impl Writer for Compare<'_> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), EncodeError> {
+        self.rest = self.rest.strip_prefix(bytes).ok_or(EncodeError::Other("other bytes"))?;
+        Ok(())
+    }
 }
 
 #[cfg(test)]

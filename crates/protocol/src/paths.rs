@@ -135,24 +135,29 @@ impl RunKeys {
         format!("{}/fragments/{fragment}/{version}/manifest.qsr", self.restricted)
     }
 
+    /// Keys of one slot's own folder.
+    pub fn slot(&self, hotkey: &AccountId, slot: u8) -> SlotKeys {
+        SlotKeys { folder: format!("{}/in/{hotkey}/{slot}", self.restricted) }
+    }
+
     pub fn progress(&self, hotkey: &AccountId, slot: u8) -> String {
-        format!("{}/in/{hotkey}/{slot}/progress.qsr", self.restricted)
+        self.slot(hotkey, slot).progress()
     }
 
     pub fn payload(&self, hotkey: &AccountId, slot: u8, t: u64) -> String {
-        format!("{}/in/{hotkey}/{slot}/{t}/payload.qfd", self.restricted)
+        self.slot(hotkey, slot).payload(t)
     }
 
     pub fn commitment(&self, hotkey: &AccountId, slot: u8, t: u64) -> String {
-        format!("{}/in/{hotkey}/{slot}/{t}/commitment.qsr", self.restricted)
+        self.slot(hotkey, slot).commitment(t)
     }
 
     pub fn opening(&self, hotkey: &AccountId, slot: u8, audit: &Digest, part: u8) -> String {
-        format!("{}/in/{hotkey}/{slot}/openings/{audit}/{part}", self.restricted)
+        self.slot(hotkey, slot).opening(audit, part)
     }
 
     pub fn receipt(&self, hotkey: &AccountId, slot: u8, lease: u64) -> String {
-        format!("{}/in/{hotkey}/{slot}/receipts/{lease}.qsr", self.restricted)
+        self.slot(hotkey, slot).receipt(lease)
     }
 
     /// The secret that the keys of openings are derived from.
@@ -186,6 +191,34 @@ impl RunKeys {
 
     pub fn state(&self, fragment: u16, version: u64) -> String {
         format!("{}/state/{fragment}/{version}.qfs", self.private)
+    }
+}
+
+/// Keys of one slot, for those who ask for many of them: to spell an address costs more than all else of a key.
+#[derive(Clone, Debug)]
+pub struct SlotKeys {
+    folder: String,
+}
+
+impl SlotKeys {
+    pub fn progress(&self) -> String {
+        format!("{}/progress.qsr", self.folder)
+    }
+
+    pub fn payload(&self, t: u64) -> String {
+        format!("{}/{t}/payload.qfd", self.folder)
+    }
+
+    pub fn commitment(&self, t: u64) -> String {
+        format!("{}/{t}/commitment.qsr", self.folder)
+    }
+
+    pub fn opening(&self, audit: &Digest, part: u8) -> String {
+        format!("{}/openings/{audit}/{part}", self.folder)
+    }
+
+    pub fn receipt(&self, lease: u64) -> String {
+        format!("{}/receipts/{lease}.qsr", self.folder)
     }
 }
 

@@ -71,7 +71,7 @@ pub fn merge_weights(work: &[Work]) -> Vec<u64> {
     limited.iter().map(|weight| (weight * u128::from(PPM) / sum) as u64).collect()
 }
 
-/// Steps that count: no more than claimed, than the lease had left, or than the elapsed time allows at the fastest step the
+/// Steps that count: no more than claimed, than the learner's leases allow up to where it stands in them, or than the elapsed time allows at the fastest step the
 /// run believes in.
 pub fn counted_steps(claimed: u32, lease_steps: u32, elapsed_ms: u64, step_ms_min: u64) -> u32 {
     let by_time = elapsed_ms.checked_div(step_ms_min).map_or(u64::MAX, |steps| steps + 1);

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use protocol::{Digest, GrantRequest, Method};
 
-use crate::blobs::{BlobError, Blobs, MemoryBlobs};
+use crate::blobs::{BlobError, Blobs, MemoryBlobs, Stat};
 use crate::client::{GrantAccess, GrantError, PutOutcome};
 use crate::{Object, ObjectMeta, ObjectStore, Presign, PutCondition, StoreError, key};
 
@@ -24,9 +24,13 @@ impl MemoryStore {
         Self::default()
     }
 
+    fn stored(&self, key: &str) -> Result<(Stat, Bytes), StoreError> {
+        // Under an invalid key there is nothing.
+        self.blobs.get(key).ok_or_else(|| key::check(key).err().unwrap_or_else(|| StoreError::NotFound { key: key.to_owned() }))
+    }
+
     fn found(&self, key: &str) -> Result<Object, StoreError> {
-        key::check(key)?;
-        let (stat, bytes) = self.blobs.get(key).ok_or_else(|| StoreError::NotFound { key: key.to_owned() })?;
+        let (stat, bytes) = self.stored(key)?;
         Ok(Object { bytes, etag: Some(quoted(&stat.etag())) })
     }
 }
@@ -45,14 +49,14 @@ fn slice(key: &str, bytes: &Bytes, start: u64, end: u64) -> Result<Bytes, StoreE
 #[async_trait]
 impl ObjectStore for MemoryStore {
     async fn get_if_changed(&self, key: &str, etag: Option<&str>, limit: u64) -> Result<Option<Object>, StoreError> {
-        let object = self.found(key)?;
-        if etag.is_some() && etag == object.etag.as_deref() {
+        let (stat, bytes) = self.stored(key)?;
+        if etag.is_some_and(|etag| stat.is_named_by(etag)) {
             return Ok(None);
         }
-        if object.bytes.len() as u64 > limit {
+        if bytes.len() as u64 > limit {
             return Err(StoreError::TooLarge { key: key.to_owned(), limit });
         }
-        Ok(Some(object))
+        Ok(Some(Object { bytes, etag: Some(quoted(&stat.etag())) }))
     }
 
     async fn get_range(&self, key: &str, start: u64, end: u64) -> Result<Bytes, StoreError> {
@@ -117,8 +121,20 @@ impl ObjectStore for MemoryStore {
 
 /// A keyed hash over all that a grant binds. The key is no secret: a simulation has nobody to hide it from.
 fn signature(grant: &GrantRequest) -> Digest {
-    let bound = format!("{:?} {} {:?} {:?} {:?} {}", grant.method, grant.key, grant.headers, grant.length, grant.sha256, grant.expires_ms);
-    Digest::derive("quasar memory store grant v1", &[bound.as_bytes()])
+    let length = grant.length.map(u64::to_le_bytes);
+    let mut parts: Vec<&[u8]> = vec![
+        match grant.method {
+            Method::Get => b"get",
+            Method::Put => b"put",
+        },
+        grant.key.as_bytes(),
+        length.as_ref().map_or(&[], |length| &length[..]),
+        grant.sha256.as_ref().map_or(&[], |digest| &digest.0[..]),
+    ];
+    parts.extend(grant.headers.iter().flat_map(|(name, value)| [name.as_bytes(), value.as_bytes()]));
+    let expires = grant.expires_ms.to_le_bytes();
+    parts.push(&expires);
+    Digest::derive("quasar memory store grant v1", &parts)
 }
 
 /// Redeems the grants of a [`MemoryStore`], on a clock that the simulation owns.
@@ -135,8 +151,8 @@ impl MemoryGrants {
     }
 
     fn is_good(&self, grant: &GrantRequest, method: Method) -> bool {
-        let expected = format!("?signature={}", signature(grant));
-        grant.method == method && grant.url.ends_with(&expected) && grant.expires_ms > (self.now_ms)()
+        let signed = grant.url.rsplit_once("?signature=").and_then(|(_, text)| text.parse().ok());
+        grant.method == method && signed == Some(signature(grant)) && grant.expires_ms > (self.now_ms)()
     }
 }
 

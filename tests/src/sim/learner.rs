@@ -59,14 +59,13 @@ struct Export {
 #[derive(Default)]
 struct Memory {
     weights: Option<Weights>,
-    standing: HashMap<(Method, String), GrantRequest>,
-    pull: HashMap<(Method, String), GrantRequest>,
+    standing: Grants,
+    pull: Grants,
     payloads: BTreeMap<u64, Bytes>,
     receipts: BTreeMap<u64, Bytes>,
     openings: BTreeMap<(Digest, u8), Bytes>,
-    etags: HashMap<String, String>,
-    /// Highest sequence seen of each mutable object of the orchestrator.
-    sequences: HashMap<String, u64>,
+    /// Tag and highest sequence seen of each object that is looked at.
+    seen: [(Option<Rc<str>>, u64); Look::ALL.len()],
 }
 
 pub struct Node {
@@ -125,23 +124,28 @@ impl Node {
         format!("{} {:?} {state}, step {} ms, {} steps", self.identity.account.short(), self.behaviour, self.step_ms, self.steps)
     }
 
-    fn find(&self, method: Method, key: &str, now_ms: u64) -> Option<GrantRequest> {
-        let name = (method, key.to_owned());
-        let bundles = [&self.memory.pull, &self.memory.standing];
-        bundles.into_iter().filter_map(|bundle| bundle.get(&name)).find(|grant| grant.expires_ms > now_ms).cloned()
+    fn find(&self, method: Method, key: &str, now_ms: u64) -> Option<Rc<GrantRequest>> {
+        let bundles = [&self.memory.pull, &self.memory.standing].into_iter();
+        bundles.filter_map(|bundle| bundle.by_method[method as usize].get(key)).find(|grant| grant.expires_ms > now_ms).cloned()
     }
 }
 
-fn take_over(bundle: &mut HashMap<(Method, String), GrantRequest>, fresh: GrantBundle) -> Vec<GrantInfo> {
-    let info = |grant: &GrantRequest| GrantInfo {
-        method: grant.method,
-        key: grant.key.clone(),
-        sha256: grant.sha256,
-        expires_ms: grant.expires_ms,
-    };
-    let infos = fresh.requests.iter().map(info).collect();
-    *bundle = fresh.requests.into_iter().map(|grant| ((grant.method, grant.key.clone()), grant)).collect();
-    infos
+/// The newest bundle of a kind, by method and key.
+#[derive(Default)]
+struct Grants {
+    by_method: [HashMap<String, Rc<GrantRequest>>; 2],
+}
+
+impl Grants {
+    fn take_over(&mut self, fresh: GrantBundle) -> Vec<GrantInfo> {
+        self.by_method.iter_mut().for_each(HashMap::clear);
+        let take = |grant: GrantRequest| {
+            let info = GrantInfo { method: grant.method, key: grant.key.clone(), sha256: grant.sha256, expires_ms: grant.expires_ms };
+            self.by_method[grant.method as usize].insert(grant.key.clone(), Rc::new(grant));
+            info
+        };
+        fresh.requests.into_iter().map(take).collect()
+    }
 }
 
 impl World {
@@ -314,7 +318,7 @@ impl World {
                         if behaviour == Behaviour::OtherBytes {
                             payload = Bytes::from([&payload[..63], b"x"].concat());
                         }
-                        self.put_granted(index, id, &keys.payload(t), payload, self.plan.upload_ms).await
+                        self.put_granted(index, id, &keys.own.payload(t), payload, self.plan.upload_ms).await
                     }
                     None => Put::Refused,
                 };
@@ -337,7 +341,7 @@ impl World {
             Effect::PutReceipt { lease } => {
                 let receipt = self.learners[index].borrow().memory.receipts.get(&lease).cloned();
                 let put = match receipt {
-                    Some(receipt) => self.put_granted(index, id, &self.run.receipt(&account, 0, lease), receipt, 0).await,
+                    Some(receipt) => self.put_granted(index, id, &keys.own.receipt(lease), receipt, 0).await,
                     None => Put::Refused,
                 };
                 Input::ReceiptPut { lease, put }
@@ -349,7 +353,7 @@ impl World {
             Effect::PutOpening { audit, part } => {
                 let bytes = self.learners[index].borrow().memory.openings.get(&(audit, part)).cloned();
                 let put = match bytes {
-                    Some(bytes) => self.put_granted(index, id, &self.run.opening(&account, 0, &audit, part), bytes, 0).await,
+                    Some(bytes) => self.put_granted(index, id, &keys.own.opening(&audit, part), bytes, 0).await,
                     None => Put::Unavailable,
                 };
                 Input::OpeningPut { audit, part, put }
@@ -377,7 +381,7 @@ impl World {
                 Ok(None) => Found::Nothing,
                 Err(()) => Found::Failed,
             },
-            Look::Job => match self.poll::<Job>(index, id, &keys.job).await {
+            Look::Job => match self.poll::<Job>(index, id, at, &keys.job).await {
                 Ok(Some((_, job))) if (job.hotkey, job.slot) == (account, 0) => Found::Job(Box::new(job)),
                 Ok(None) => Found::Nothing,
                 _ => Found::Failed,
@@ -386,10 +390,10 @@ impl World {
                 self.executor.sleep(self.plan.latency_ms).await;
                 Found::Moved(false)
             }
-            Look::Standing => match self.poll::<StandingGrants>(index, id, &keys.standing).await {
+            Look::Standing => match self.poll::<StandingGrants>(index, id, at, &keys.standing).await {
                 Ok(Some((header, grants))) => match self.unseal(index, &header, &grants.sealed) {
                     Some(bundle) => {
-                        let infos = take_over(&mut self.learners[index].borrow_mut().memory.standing, bundle);
+                        let infos = self.learners[index].borrow_mut().memory.standing.take_over(bundle);
                         Found::Grants { session_epoch: grants.session_epoch, grants: infos }
                     }
                     None => Found::Failed,
@@ -397,10 +401,10 @@ impl World {
                 Ok(None) => Found::Nothing,
                 Err(()) => Found::Failed,
             },
-            Look::Pull => match self.poll::<PullGrants>(index, id, &keys.pull).await {
+            Look::Pull => match self.poll::<PullGrants>(index, id, at, &keys.pull).await {
                 Ok(Some((header, grants))) => match self.unseal(index, &header, &grants.sealed) {
                     Some(bundle) => {
-                        let infos = take_over(&mut self.learners[index].borrow_mut().memory.pull, bundle);
+                        let infos = self.learners[index].borrow_mut().memory.pull.take_over(bundle);
                         Found::Grants { session_epoch: grants.session_epoch, grants: infos }
                     }
                     None => Found::Failed,
@@ -412,8 +416,8 @@ impl World {
     }
 
     /// A mutable object of the orchestrator, if it is there and changed; as `storage::discovery` reads it.
-    async fn poll<D: Document>(&self, index: usize, id: NodeId, key: &str) -> Result<Option<(Header, D)>, ()> {
-        let etag = self.learners[index].borrow().memory.etags.get(key).cloned();
+    async fn poll<D: Document>(&self, index: usize, id: NodeId, at: Look, key: &str) -> Result<Option<(Header, D)>, ()> {
+        let etag = self.learners[index].borrow().memory.seen[at as usize].0.clone();
         let object = match self.get(id, key, etag.as_deref()).await {
             Ok(Some(object)) => object,
             Ok(None) | Err(StoreError::NotFound { .. }) => return Ok(None),
@@ -422,38 +426,36 @@ impl World {
         let now_ms = self.clock_ms(id);
         let opened = self.plan.scheme.open::<D>(&object.bytes, &self.context, Expect::Account(&self.office.account), Some(now_ms));
         let verified = opened.map_err(|_| ())?;
-        let mut node = self.learners[index].borrow_mut();
-        let seen = node.memory.sequences.entry(key.to_owned()).or_default();
-        if verified.header.sequence < *seen {
-            return Err(());
-        }
-        *seen = verified.header.sequence;
-        if let Some(etag) = object.etag {
-            node.memory.etags.insert(key.to_owned(), etag);
-        }
+        self.saw(index, at, object.etag, verified.header.sequence)?;
         Ok(Some((verified.header, verified.document)))
     }
 
     /// The head, as [`World::poll`] gives other objects.
     async fn poll_head(&self, index: usize, id: NodeId) -> Result<Option<Head>, ()> {
         let key = self.head_key();
-        let etag = self.learners[index].borrow().memory.etags.get(key).cloned();
+        let etag = self.learners[index].borrow().memory.seen[Look::Head as usize].0.clone();
         let object = match self.get(id, key, etag.as_deref()).await {
             Ok(Some(object)) => object,
             Ok(None) | Err(StoreError::NotFound { .. }) => return Ok(None),
             Err(_) => return Err(()),
         };
         let head = self.open_head(&object, self.clock_ms(id)).ok_or(())?;
+        self.saw(index, Look::Head, object.etag, head.header.sequence)?;
+        Ok(Some(head.document))
+    }
+
+    /// Remembers an object that was read, unless a newer one was read before.
+    fn saw(&self, index: usize, at: Look, etag: Option<String>, sequence: u64) -> Result<(), ()> {
         let mut node = self.learners[index].borrow_mut();
-        let seen = node.memory.sequences.entry(key.to_owned()).or_default();
-        if head.header.sequence < *seen {
+        let seen = &mut node.memory.seen[at as usize];
+        if sequence < seen.1 {
             return Err(());
         }
-        *seen = head.header.sequence;
-        if let Some(etag) = object.etag {
-            node.memory.etags.insert(key.to_owned(), etag);
+        seen.1 = sequence;
+        if let Some(etag) = etag {
+            seen.0 = Some(etag.into());
         }
-        Ok(Some(head.document))
+        Ok(())
     }
 
     fn unseal(&self, index: usize, header: &Header, sealed: &SealedBytes) -> Option<GrantBundle> {

@@ -1,7 +1,7 @@
 //! Identities and signed documents of a world, under the real signatures or under a cheap scheme.
 //!
-//! The cheap scheme signs with a hash over key and message: it costs a microsecond instead of fifty, envelopes stay what they
-//! are, and a forger inside the simulation does not have the identity's [`Signer`] at hand.
+//! The cheap scheme signs with a sum over key and message: it costs less than a microsecond instead of fifty, envelopes stay what
+//! they are, and a forger inside the simulation does not have the identity's [`Signer`] at hand.
 
 use std::sync::Arc;
 
@@ -15,11 +15,33 @@ pub enum Scheme {
     Ed25519,
 }
 
+const DOMAIN: &[u8] = b"quasar-envelope-v1\0";
+const PREFIX_BYTES: usize = DOMAIN.len() + 12;
+
 struct CheapSigner(KeyRef);
 
-fn cheap_signature(key: &KeyRef, message: &[u8]) -> [u8; 64] {
+/// Two 64-bit sums over all words of the parts, four lanes at a time: nobody here tries to forge it, and a cryptographic hash of
+/// each record would be a tenth of a world's time.
+fn cheap_signature<'a>(key: &'a KeyRef, parts: impl IntoIterator<Item = &'a [u8]>) -> [u8; 64] {
+    const PRIMES: [u64; 4] = [0x9e37_79b1_85eb_ca87, 0xc2b2_ae3d_27d4_eb4f, 0x1656_67b1_9e37_79f9, 0x85eb_ca77_c2b2_ae63];
+    let mut lanes = PRIMES;
+    for part in std::iter::once(&key.public[..]).chain(parts) {
+        let (blocks, rest) = part.as_chunks::<32>();
+        let mut last = [0; 32];
+        last[..rest.len()].copy_from_slice(rest);
+        let mut length = [0; 32];
+        length[..8].copy_from_slice(&(part.len() as u64).to_le_bytes());
+        for block in blocks.iter().chain([&last, &length]) {
+            for ((lane, word), prime) in lanes.iter_mut().zip(block.as_chunks::<8>().0).zip(PRIMES) {
+                *lane = (*lane ^ u64::from_le_bytes(*word)).wrapping_mul(prime).rotate_left(29);
+            }
+        }
+    }
+    let mixed = lanes.iter().fold(0u64, |sum, lane| (sum.rotate_left(23) ^ lane).wrapping_mul(PRIMES[0]));
     let mut signature = [0; 64];
-    signature[..32].copy_from_slice(&Digest::derive("quasar simulation cheap signature", &[&key.public, message]).0);
+    for (to, word) in signature.as_chunks_mut::<8>().0.iter_mut().zip(lanes.into_iter().chain([mixed])) {
+        *to = word.to_le_bytes();
+    }
     signature
 }
 
@@ -29,7 +51,8 @@ impl Signer for CheapSigner {
     }
 
     fn sign(&self, message: &[u8]) -> [u8; 64] {
-        cheap_signature(&self.0, message)
+        let (prefix, body) = message.split_at(PREFIX_BYTES.min(message.len()));
+        cheap_signature(&self.0, [prefix, body])
     }
 }
 
@@ -57,12 +80,13 @@ impl Identity {
     }
 }
 
-/// The bytes that an envelope's signature covers (`docs/protocol.md`, envelopes).
-fn signed_bytes(purpose: u16, body: &[u8]) -> Vec<u8> {
-    let mut bytes = b"quasar-envelope-v1\0".to_vec();
-    bytes.extend_from_slice(&u32::from(purpose).to_le_bytes());
-    bytes.extend_from_slice(&(body.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(body);
+/// Of the bytes that an envelope's signature covers, those before its body (`docs/protocol.md`, envelopes).
+fn signed_prefix(purpose: u16, length: usize) -> [u8; PREFIX_BYTES] {
+    let mut bytes = [0; PREFIX_BYTES];
+    let (domain, numbers) = bytes.split_at_mut(DOMAIN.len());
+    domain.copy_from_slice(DOMAIN);
+    numbers[..4].copy_from_slice(&u32::from(purpose).to_le_bytes());
+    numbers[4..].copy_from_slice(&(length as u64).to_le_bytes());
     bytes
 }
 
@@ -109,7 +133,7 @@ impl Scheme {
             }
         }
         let body = &bytes[..bytes.len() - signature.len()];
-        if *signature != cheap_signature(&header.signer, &signed_bytes(header.purpose, body)) {
+        if *signature != cheap_signature(&header.signer, [&signed_prefix(header.purpose, body.len())[..], body]) {
             return Err(EnvelopeError::Signature(SignatureError::Mismatch(KeyKind::Ed25519)));
         }
         let document = codec::decode(&envelope.payload, D::PURPOSE.limit()).map_err(EnvelopeError::Payload)?;

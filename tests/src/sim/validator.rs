@@ -329,7 +329,7 @@ impl World {
         let Selection { audit, hotkey, slot, t, .. } = &subject.selection;
         let order = self.validators[index].borrow().memory.orders.get(audit).map(|(order, _)| order.clone()).ok_or("no order")?;
         let keys = self.slot_keys((*hotkey, *slot));
-        let bytes = self.granted(index, id, audit, &keys.commitment(*t)).await?;
+        let bytes = self.granted(index, id, audit, &keys.own.commitment(*t)).await?;
         let record =
             self.plan.scheme.open::<Progress>(&bytes, &self.context, Expect::Account(hotkey), None).map_err(|error| error.to_string())?;
         if record.id != subject.contribution.commitment {
@@ -337,7 +337,7 @@ impl World {
         }
         let commitment = record.document.commitments.iter().find(|one| one.t == *t && one.blake3 == subject.contribution.payload).cloned();
         let commitment = commitment.ok_or("the signed record holds no commitment to this contribution")?;
-        let payload = self.granted(index, id, audit, &keys.payload(*t)).await?;
+        let payload = self.granted(index, id, audit, &keys.own.payload(*t)).await?;
         if Digest::blake3(&payload) != commitment.blake3 {
             return Ok((VerdictResult::Inconclusive, Reason::DigestMismatch));
         }
@@ -346,7 +346,7 @@ impl World {
         }
         let mut parts = Vec::new();
         for part in 0..protocol::documents::OPENING_PARTS {
-            parts.push(self.granted(index, id, audit, &self.run.opening(hotkey, *slot, audit, part)).await?);
+            parts.push(self.granted(index, id, audit, &keys.own.opening(audit, part)).await?);
         }
         let mismatch = |reason| Ok((VerdictResult::Mismatch, reason));
         let opened = self.plan.scheme.open::<OpeningManifest>(&parts[0], &self.context, Expect::Account(hotkey), None);

@@ -179,7 +179,7 @@ impl Watch {
         }
         for contribution in manifest.accepted() {
             let slot = (contribution.hotkey, contribution.slot);
-            let evidence = world.peek(&world.slot_keys(slot).commitment(t)).and_then(|bytes| decoded::<Progress>(&bytes));
+            let evidence = world.peek(&world.slot_keys(slot).own.commitment(t)).and_then(|bytes| decoded::<Progress>(&bytes));
             let holds = evidence.is_some_and(|(id, record)| {
                 id == contribution.commitment && record.commitments.iter().any(|one| one.t == t && one.blake3 == contribution.payload)
             });

@@ -11,7 +11,7 @@ use chain::memory::{MemoryChain, MemorySettings};
 use chain::{Chain, Hotkey, Hyperparameters, Neuron};
 use protocol::documents::{CurrentRun, Head, ReleaseRef};
 use protocol::envelope::{Context, Expect, RunId, SKEW_MS, Verified};
-use protocol::paths::{Keys, RunKeys};
+use protocol::paths::{self, Keys, RunKeys};
 use protocol::{AccountId, Digest, KeyKind};
 use quasar_orchestrator::machine::{FragmentSetup, RunSetup, Slot};
 use storage::Object;
@@ -41,22 +41,20 @@ pub struct SlotKeys {
     pub job: String,
     pub standing: String,
     pub pull: String,
-    folder: String,
+    /// What lies in the slot's own folder.
+    pub own: paths::SlotKeys,
 }
 
 impl SlotKeys {
     fn of(run: &RunKeys, (hotkey, slot): Slot) -> Self {
-        let progress = run.progress(&hotkey, slot);
-        let folder = progress.trim_end_matches("progress.qsr").to_owned();
-        Self { folder, job: run.job(&hotkey, slot), standing: run.standing(&hotkey, slot), pull: run.pull_grants(&hotkey, slot), progress }
-    }
-
-    pub fn payload(&self, t: u64) -> String {
-        format!("{}{t}/payload.qfd", self.folder)
-    }
-
-    pub fn commitment(&self, t: u64) -> String {
-        format!("{}{t}/commitment.qsr", self.folder)
+        let own = run.slot(&hotkey, slot);
+        Self {
+            progress: own.progress(),
+            job: run.job(&hotkey, slot),
+            standing: run.standing(&hotkey, slot),
+            pull: run.pull_grants(&hotkey, slot),
+            own,
+        }
     }
 }
 

@@ -116,7 +116,7 @@ impl Learner {
             step_chain: self.segments.chain(),
         };
         let steps = commitment.steps;
-        if self.pulls.committed(commitment) {
+        if self.pulls.committed(commitment, self.keys.payload(order.t)) {
             tracing::info!(
                 slot = self.settings.slot,
                 t = order.t,

@@ -124,7 +124,7 @@ impl Fragments {
         }
     }
 
-    pub(super) fn progress(&self) -> Vec<FragmentProgress> {
-        self.all.iter().map(|fragment| FragmentProgress { version: fragment.applied.unwrap_or(0), steps: fragment.steps }).collect()
+    pub(super) fn progress(&self) -> impl Iterator<Item = FragmentProgress> {
+        self.all.iter().map(|fragment| FragmentProgress { version: fragment.applied.unwrap_or(0), steps: fragment.steps })
     }
 }

@@ -6,7 +6,36 @@ use protocol::{Digest, Method};
 
 use super::io::GrantInfo;
 
-type Bundle = HashMap<(Method, String), GrantInfo>;
+/// Grants by key.
+#[derive(Clone, Debug, Default)]
+struct Bundle {
+    get: HashMap<String, GrantInfo>,
+    put: HashMap<String, GrantInfo>,
+}
+
+impl Bundle {
+    fn of(grants: Vec<GrantInfo>) -> Self {
+        let mut bundle = Self::default();
+        for grant in grants {
+            bundle.by_method_mut(grant.method).insert(grant.key.clone(), grant);
+        }
+        bundle
+    }
+
+    fn by_method(&self, method: Method) -> &HashMap<String, GrantInfo> {
+        match method {
+            Method::Get => &self.get,
+            Method::Put => &self.put,
+        }
+    }
+
+    fn by_method_mut(&mut self, method: Method) -> &mut HashMap<String, GrantInfo> {
+        match method {
+            Method::Get => &mut self.get,
+            Method::Put => &mut self.put,
+        }
+    }
+}
 
 /// The newest standing and pull bundle. A grant that the store refused is forgotten until the next bundle brings it anew.
 #[derive(Clone, Debug, Default)]
@@ -19,19 +48,15 @@ pub(super) struct Grants {
     is_renewing: bool,
 }
 
-fn bundle(grants: Vec<GrantInfo>) -> Bundle {
-    grants.into_iter().map(|grant| ((grant.method, grant.key.clone()), grant)).collect()
-}
-
 impl Grants {
     pub(super) fn set_standing(&mut self, session_epoch: u64, grants: Vec<GrantInfo>) {
-        self.standing = bundle(grants);
+        self.standing = Bundle::of(grants);
         self.standing_epoch = Some(session_epoch);
         self.is_renewing = false;
     }
 
     pub(super) fn set_pull(&mut self, grants: Vec<GrantInfo>) {
-        self.pull = bundle(grants);
+        self.pull = Bundle::of(grants);
         self.is_renewing = false;
     }
 
@@ -45,8 +70,8 @@ impl Grants {
     }
 
     fn find(&self, method: Method, key: &str, now_ms: u64) -> Option<&GrantInfo> {
-        let name = (method, key.to_owned());
-        [&self.pull, &self.standing].into_iter().filter_map(|bundle| bundle.get(&name)).find(|grant| grant.expires_ms > now_ms)
+        let bundles = [&self.pull, &self.standing].into_iter();
+        bundles.filter_map(|bundle| bundle.by_method(method).get(key)).find(|grant| grant.expires_ms > now_ms)
     }
 
     pub(super) fn can_get(&self, key: &str, now_ms: u64) -> bool {
@@ -64,9 +89,8 @@ impl Grants {
 
     /// The store did not accept a grant: it is not used again.
     pub(super) fn refused(&mut self, method: Method, key: &str) {
-        let name = (method, key.to_owned());
-        self.standing.remove(&name);
-        self.pull.remove(&name);
+        self.standing.by_method_mut(method).remove(key);
+        self.pull.by_method_mut(method).remove(key);
         self.is_renewing = true;
     }
 

@@ -26,7 +26,7 @@ use std::collections::VecDeque;
 
 use daemon::{Exit, Machine};
 use protocol::documents::{Codec, Head, RunParameters};
-use protocol::paths::{Keys, RunKeys};
+use protocol::paths::{Keys, RunKeys, SlotKeys};
 use protocol::steps::Exchange;
 use protocol::{AccountId, Method, Reason};
 
@@ -137,7 +137,8 @@ struct Registration {
 /// The machine of one learner.
 pub struct Learner {
     settings: LearnerSettings,
-    /// Where the record lies; asked for at every input.
+    /// Own keys, looked for among the grants at every input.
+    keys: SlotKeys,
     progress_key: String,
     /// Time of the newest input.
     now_ms: u64,
@@ -181,8 +182,10 @@ struct Ending {
 impl Learner {
     pub fn new(settings: LearnerSettings) -> Self {
         let parameters = &settings.parameters;
+        let keys = settings.run.slot(&settings.hotkey, settings.slot);
         Self {
-            progress_key: settings.run.progress(&settings.hotkey, settings.slot),
+            progress_key: keys.progress(),
+            keys,
             now_ms: 0,
             effects: VecDeque::new(),
             polls: Polls::new(parameters.poll_ms),
@@ -304,7 +307,7 @@ impl Learner {
     }
 
     fn opening_key(&self, audit: &protocol::Digest, part: u8) -> String {
-        self.settings.run.opening(&self.settings.hotkey, self.settings.slot, audit, part)
+        self.keys.opening(audit, part)
     }
 
     fn decide(&mut self, now_ms: u64) {

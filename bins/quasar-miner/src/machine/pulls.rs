@@ -15,6 +15,8 @@ enum Answer {
     Exporting,
     Committed {
         commitment: Box<Commitment>,
+        /// Of the payload; looked for among the grants at every input.
+        key: String,
         upload: Upload,
     },
     /// There is no way to answer: the payload is not finite, or the store refuses it for good.
@@ -57,16 +59,18 @@ impl Pulls {
     }
 
     /// The payload is encoded; `false` if its pull was closed meanwhile.
-    pub(super) fn committed(&mut self, commitment: Commitment) -> bool {
+    pub(super) fn committed(&mut self, commitment: Commitment, key: String) -> bool {
         let Some(answer) = self.answers.get_mut(&commitment.t) else { return false };
-        *answer = Answer::Committed { commitment: Box::new(commitment), upload: Upload::Waiting { not_before_ms: 0 } };
+        *answer = Answer::Committed { commitment: Box::new(commitment), key, upload: Upload::Waiting { not_before_ms: 0 } };
         true
     }
 
-    /// Commitments whose payload is to be uploaded and was not begun.
-    pub(super) fn waiting(&self, now_ms: u64) -> impl Iterator<Item = &Commitment> {
+    /// Commitments whose payload is to be uploaded and was not begun, with the payload's key.
+    pub(super) fn waiting(&self, now_ms: u64) -> impl Iterator<Item = (&Commitment, &str)> {
         self.answers.values().filter_map(move |answer| match answer {
-            Answer::Committed { commitment, upload: Upload::Waiting { not_before_ms } } if *not_before_ms <= now_ms => Some(&**commitment),
+            Answer::Committed { commitment, key, upload: Upload::Waiting { not_before_ms } } if *not_before_ms <= now_ms => {
+                Some((&**commitment, key.as_str()))
+            }
             _ => None,
         })
     }
@@ -100,17 +104,16 @@ impl Pulls {
         self.answers.contains_key(&t)
     }
 
-    pub(super) fn commitments(&self) -> Vec<Commitment> {
-        let commitment = |answer: &Answer| match answer {
-            Answer::Committed { commitment, .. } => Some((**commitment).clone()),
+    pub(super) fn commitments(&self) -> impl Iterator<Item = &Commitment> {
+        self.answers.values().filter_map(|answer| match answer {
+            Answer::Committed { commitment, .. } => Some(&**commitment),
             _ => None,
-        };
-        self.answers.values().filter_map(commitment).collect()
+        })
     }
 
-    pub(super) fn uploads_done(&self) -> Vec<u64> {
+    pub(super) fn uploads_done(&self) -> impl Iterator<Item = u64> {
         let is_done = |answer: &Answer| matches!(answer, Answer::Committed { upload: Upload::Done, .. });
-        self.answers.iter().filter(|(_, answer)| is_done(answer)).map(|(t, _)| *t).collect()
+        self.answers.iter().filter(move |(_, answer)| is_done(answer)).map(|(t, _)| *t)
     }
 
     pub(super) fn deadline(&self, now_ms: u64) -> Option<u64> {

@@ -2,7 +2,7 @@
 
 use protocol::documents::{LearnerState, Progress, RunState};
 use protocol::envelope::PROTOCOL_VERSION;
-use protocol::{Method, Reason};
+use protocol::{Digest, Method, Reason};
 
 use super::io::{Effect, Fault, Put};
 use super::{End, Ending, Learner, TrainerPhase};
@@ -25,6 +25,8 @@ pub(super) struct Record {
     is_last: bool,
     last_done: bool,
     is_stale: bool,
+    /// The record that was put together last and not written.
+    scratch: Option<Progress>,
 }
 
 impl Record {
@@ -39,22 +41,54 @@ impl Record {
             is_last: false,
             last_done: false,
             is_stale: true,
+            scratch: None,
         }
+    }
+
+    /// A record to write over.
+    fn take_scratch(&mut self) -> Progress {
+        self.scratch.take().unwrap_or_else(|| Progress {
+            worker: String::new(),
+            session_epoch: 0,
+            slot: 0,
+            protocol: PROTOCOL_VERSION,
+            state: LearnerState::Ready,
+            reason: Reason::None,
+            lease: 0,
+            lease_step: 0,
+            local_step: 0,
+            step_ms: 0,
+            loss: 0,
+            step_chain: Digest::ZERO,
+            fragments: Vec::new(),
+            commitments: Vec::new(),
+            uploaded: Vec::new(),
+            openings: Vec::new(),
+            receipt: None,
+            padding: Vec::new(),
+        })
     }
 
     /// The record to write now, if one is due. With `is_last`, exactly one more record is written, at once.
     pub(super) fn take_due(&mut self, progress: Progress, is_last: bool, now_ms: u64) -> Option<Progress> {
-        if self.in_flight.is_some() || self.is_last {
+        if !self.is_free() {
+            self.scratch = Some(progress);
             return None;
         }
         self.is_stale = self.stored.as_ref() != Some(&progress);
         let due_ms = self.due_ms();
         if due_ms > now_ms && !is_last {
+            self.scratch = Some(progress);
             return None;
         }
         (self.begun_ms, self.is_last) = (Some(now_ms), is_last);
         self.in_flight = Some(progress.clone());
         Some(progress)
+    }
+
+    /// No record is on its way, and more may follow.
+    fn is_free(&self) -> bool {
+        self.in_flight.is_none() && !self.is_last
     }
 
     fn due_ms(&self) -> u64 {
@@ -131,38 +165,33 @@ impl Learner {
     }
 
     pub(super) fn put_record(&mut self, now_ms: u64) {
-        if self.end().is_some() || !self.grants.can_put(&self.progress_key, now_ms) {
+        // To put a record together costs more than most inputs do.
+        if self.end().is_some() || !self.record.is_free() || !self.grants.can_put(&self.progress_key, now_ms) {
             return;
         }
-        let progress = self.progress(now_ms);
+        let mut progress = self.record.take_scratch();
+        self.fill(&mut progress, now_ms);
         if let Some(progress) = self.record.take_due(progress, self.ending.is_some(), now_ms) {
             self.effects.push_back(Effect::PutProgress(Box::new(progress)));
         }
     }
 
-    /// The record as of now.
-    fn progress(&self, now_ms: u64) -> Progress {
+    /// Makes `progress` the record as of now. It is looked at after every input and rarely differs: nothing is allocated anew.
+    fn fill(&self, progress: &mut Progress, now_ms: u64) {
         let (state, reason) = self.state();
         let (lease, lease_step) = self.leases.cursor();
-        Progress {
-            worker: self.settings.worker.clone(),
-            session_epoch: self.settings.session_epoch,
-            slot: self.settings.slot,
-            protocol: PROTOCOL_VERSION,
-            state,
-            reason,
-            lease,
-            lease_step,
-            local_step: self.segments.local_step(),
-            step_ms: self.step_ms,
-            loss: self.loss,
-            step_chain: self.segments.chain(),
-            fragments: self.fragments.progress(),
-            commitments: self.pulls.commitments(),
-            uploaded: self.pulls.uploads_done(),
-            openings: self.openings.record(now_ms),
-            receipt: self.receipts.record(),
-            padding: Vec::new(),
-        }
+        progress.worker.clone_from(&self.settings.worker);
+        (progress.session_epoch, progress.slot, progress.protocol) = (self.settings.session_epoch, self.settings.slot, PROTOCOL_VERSION);
+        (progress.state, progress.reason, progress.lease, progress.lease_step) = (state, reason, lease, lease_step);
+        (progress.local_step, progress.step_chain) = (self.segments.local_step(), self.segments.chain());
+        (progress.step_ms, progress.loss) = (self.step_ms, self.loss);
+        progress.fragments.clear();
+        progress.fragments.extend(self.fragments.progress());
+        progress.commitments.clear();
+        progress.commitments.extend(self.pulls.commitments().cloned());
+        progress.uploaded.clear();
+        progress.uploaded.extend(self.pulls.uploads_done());
+        progress.openings = self.openings.record(now_ms);
+        progress.receipt = self.receipts.record();
     }
 }

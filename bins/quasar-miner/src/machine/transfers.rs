@@ -54,7 +54,7 @@ impl Learner {
         let slot = self.settings.slot;
         match put {
             Put::Grant => {
-                let key = self.settings.run.payload(&self.settings.hotkey, slot, t);
+                let key = self.keys.payload(t);
                 self.grants.refused(Method::Put, &key);
             }
             Put::Refused => tracing::warn!(slot, t, "the store refused the payload"),
@@ -96,10 +96,9 @@ impl Learner {
     }
 
     pub(super) fn upload(&mut self, now_ms: u64) {
-        let (hotkey, slot, grants, run) = (&self.settings.hotkey, self.settings.slot, &self.grants, &self.settings.run);
-        let is_granted =
-            |commitment: &&Commitment| grants.can_put_body(&run.payload(hotkey, slot, commitment.t), &commitment.sha256, now_ms);
-        let granted: Vec<u64> = self.pulls.waiting(now_ms).filter(is_granted).map(|commitment| commitment.t).collect();
+        let grants = &self.grants;
+        let is_granted = |(commitment, key): &(&Commitment, &str)| grants.can_put_body(key, &commitment.sha256, now_ms);
+        let granted: Vec<u64> = self.pulls.waiting(now_ms).filter(is_granted).map(|(commitment, _)| commitment.t).collect();
         for t in granted {
             self.pulls.uploading(t);
             self.effects.push_back(Effect::PutPayload { t });
@@ -108,7 +107,7 @@ impl Learner {
 
     pub(super) fn receipt_put(&mut self, lease: u64, put: Put, now_ms: u64) {
         if put == Put::Grant {
-            let key = self.settings.run.receipt(&self.settings.hotkey, self.settings.slot, lease);
+            let key = self.keys.receipt(lease);
             self.grants.refused(Method::Put, &key);
         }
         self.receipts.uploaded(lease, put, now_ms);
@@ -116,7 +115,7 @@ impl Learner {
 
     pub(super) fn hand_in_receipt(&mut self, now_ms: u64) {
         let Some((lease, sha256)) = self.receipts.waiting(now_ms) else { return };
-        let key = self.settings.run.receipt(&self.settings.hotkey, self.settings.slot, lease);
+        let key = self.keys.receipt(lease);
         if self.grants.can_put_body(&key, &sha256, now_ms) {
             self.receipts.uploading(lease);
             self.effects.push_back(Effect::PutReceipt { lease });

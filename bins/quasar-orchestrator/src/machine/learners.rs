@@ -1,6 +1,6 @@
 //! Learners: sessions, leases of rows, jobs and grants.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::documents::{Job, LearnerState, Lease, Progress, RunState};
 use protocol::lease::LeaseRows;
@@ -103,7 +103,7 @@ impl Learner {
 
 impl Orchestrator {
     pub(super) fn on_progress(&mut self, slot: Slot, id: Digest, record: Progress) {
-        let now_ms = self.volatile.now_ms;
+        let (now_ms, ttl_ms) = (self.volatile.now_ms, self.parameters().learner_ttl_ms);
         if slot.1 != record.slot || !self.miners.contains(&slot.0) || self.banned.contains_key(&slot.0) {
             return;
         }
@@ -122,9 +122,10 @@ impl Orchestrator {
         let Some(learner) = self.learners.get_mut(&slot) else { return };
         let before = (learner.live, learner.state, learner.local_step > 0);
         if record.local_step > learner.local_step {
-            // The whole cadence counts, with what lies between two steps. The first step of a session has no interval.
+            // The whole cadence counts, with what lies between two steps. The first step of a session has no interval, and after a
+            // silence (no store, a clock that jumped) it would be that of the silence.
             let steps = record.local_step - learner.local_step;
-            if learner.local_step > 0 {
+            if learner.local_step > 0 && now_ms <= learner.seen_ms + ttl_ms {
                 learner.step.add(now_ms.saturating_sub(learner.stepped_ms) / steps);
             }
             learner.stepped_ms = now_ms;
@@ -184,21 +185,25 @@ impl Orchestrator {
 
     /// Ends leases that are used up, and gives out the next one when the last runs low.
     fn extend_leases(&mut self, slot: Slot) {
+        // Asked at every record: nothing is cloned.
         let Some(learner) = self.learners.get(&slot) else { return };
-        let (held, current) = (learner.leases.clone(), learner.lease);
+        let current = learner.lease;
+        let is_behind = |lease: &u64| *lease < current;
+        let behind = learner.leases.iter().copied().filter(is_behind).count();
+        let (unfinished, last) = (learner.leases.len() - behind, learner.leases.last().copied());
         // What lies behind the learner waits for its receipt, but not for ever.
-        let behind: Vec<u64> = held.iter().copied().filter(|lease| *lease < current).collect();
-        for lease in behind.iter().take(behind.len().saturating_sub(RECEIPTS_AWAITED)) {
-            self.end_lease(*lease);
+        let over: Vec<u64> = learner.leases.iter().copied().filter(is_behind).take(behind.saturating_sub(RECEIPTS_AWAITED)).collect();
+        for lease in over {
+            self.end_lease(lease);
         }
-        let last = held.last().and_then(|id| self.leases.get(id)).map(|record| (record.lease.clone(), record.reported));
-        let runs_low = last.as_ref().is_none_or(|(lease, reported)| reported + LEASE_AHEAD_STEPS >= lease.steps);
-        let unfinished = held.iter().filter(|lease| **lease >= current).count();
+        let last =
+            last.and_then(|id| self.leases.get(&id)).map(|record| (record.lease.schedule_start, record.lease.steps, record.reported));
+        let runs_low = last.is_none_or(|(_, steps, reported)| reported + LEASE_AHEAD_STEPS >= steps);
         if !runs_low || unfinished >= 2 || self.state != RunState::Open {
             return;
         }
-        let schedule_start = match &last {
-            Some((lease, _)) => lease.schedule_start + u64::from(lease.steps),
+        let schedule_start = match last {
+            Some((start, steps, _)) => start + u64::from(steps),
             None => protocol::schedule::run_step(self.parameters(), self.next_t),
         };
         self.grant_lease(slot, schedule_start);
@@ -378,6 +383,25 @@ fn book(ledger: &mut TokenLedger, record: &LeaseRecord) {
     let leftover = leftover_rows(lease, &taken);
     let order = taken.iter().chain(&leftover).map(|(shard, row)| (shard.as_str(), *row));
     ledger.end_lease(lease.id, order, done.len() as u64 * batch, lost.len() as u64 * batch);
+}
+
+/// The leases of each slot, oldest first, as far as they are known: what its commitments can have trained on.
+pub(super) struct LeasedSteps(BTreeMap<Slot, Vec<(u64, u32)>>);
+
+impl LeasedSteps {
+    pub fn of(leases: &BTreeMap<u64, LeaseRecord>) -> Self {
+        let mut steps: BTreeMap<Slot, Vec<(u64, u32)>> = BTreeMap::new();
+        for (id, record) in leases {
+            steps.entry(record.slot).or_default().push((*id, record.lease.steps));
+        }
+        Self(steps)
+    }
+
+    /// Most steps that a learner can have done when it committed to `lease_step` of `lease`: those of its earlier leases, and these.
+    pub fn until(&self, slot: &Slot, lease: u64, lease_step: u32) -> u32 {
+        let earlier = self.0.get(slot).into_iter().flatten().take_while(|(id, _)| *id < lease);
+        earlier.fold(lease_step, |sum, (_, steps)| sum.saturating_add(*steps))
+    }
 }
 
 /// Rows of a lease beyond its last full batch.

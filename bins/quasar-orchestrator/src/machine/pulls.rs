@@ -8,6 +8,7 @@ use protocol::schedule::{self, Work};
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
+use super::learners::LeasedSteps;
 use super::{Effect, Fragment, Key, Orchestrator, Slot, Want};
 
 /// A learner's step is believed to take at least this share of the average, as one part in so many.
@@ -337,6 +338,7 @@ impl Orchestrator {
         let tokens_per_step = u64::from(self.parameters().batch_rows) * u64::from(self.parameters().sequence_length);
         let step_ms_min = self.timing.step_ms() / STEP_MS_SHARE_MIN;
         let epoch = self.epoch;
+        let leased = LeasedSteps::of(&self.leases);
         let Some(pull) = self.pulls.get_mut(&t) else { return };
         for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| learner.is_training() && learner.local_step > 0) {
             learner.misses = if pull.offers.contains_key(slot) { 0 } else { learner.misses.saturating_add(1) };
@@ -347,7 +349,8 @@ impl Orchestrator {
         let mut inputs = Vec::new();
         let mut work = Vec::new();
         for ((hotkey, slot), offer) in pull.offers.iter().filter(|(_, offer)| offer.stage == OfferStage::Accepted) {
-            let steps = schedule::counted_steps(offer.commitment.steps, u32::MAX, elapsed_ms, step_ms_min);
+            let Commitment { steps: claimed, lease, lease_step, .. } = offer.commitment;
+            let steps = schedule::counted_steps(claimed, leased.until(&(*hotkey, *slot), lease, lease_step), elapsed_ms, step_ms_min);
             let tokens = u64::from(steps) * tokens_per_step;
             work.push(Work { tokens, versions_behind: pull.version - offer.commitment.base_version });
             inputs.push(TapeInput {

@@ -288,3 +288,45 @@ fn a_hotkey_that_publishes_its_certificate_gets_its_grants_sealed_anew_at_once()
     assert_eq!(again, [((miner(1), 0), Some([7; 32])), ((miner(1), 1), Some([7; 32]))]);
     assert_eq!(waiting, []);
 }
+
+#[test]
+fn a_learner_that_claims_more_steps_than_its_leases_hold_weighs_no_more() {
+    let merged = |claims: u32| {
+        let mut world = World::new(0, 3);
+        world.learners[0].claims = claims;
+        world.run(20_000);
+        let slot = world.learners[0].slot;
+        let first = world.merges.range(..u64::from(P)).flat_map(|(_, merge)| merge.accepted().cloned().collect::<Vec<_>>());
+        let of_slot: Vec<(u32, u64, u64)> =
+            first.filter(|one| (one.hotkey, one.slot) == slot).map(|one| (one.steps, one.tokens, one.weight_ppm)).collect();
+        let leased: u32 = world.leases.values().filter(|job| (job.hotkey, job.slot) == slot).map(|job| job.leases[0].steps).sum();
+        let all = world.merges.values().flat_map(|merge| merge.accepted()).filter(|one| (one.hotkey, one.slot) == slot);
+        let most = all.map(|one| one.steps).max().unwrap_or_default();
+        assert!(most <= leased, "{most} steps of {leased} leased ones");
+        of_slot
+    };
+    let honest = merged(1);
+    assert!(!honest.is_empty());
+    // Before the first version nothing but the lease bounds a claim: the base is as old as the run.
+    assert_eq!(merged(1_000), honest);
+}
+
+// A clock that is set back reaches no machine: `daemon::clock::Steady`.
+#[test]
+fn a_clock_that_jumps_ahead_by_hours_or_weeks_loses_no_merge_and_no_row() {
+    const HOUR_MS: u64 = 3_600_000;
+    for ahead_ms in [HOUR_MS, 6 * HOUR_MS, 400 * HOUR_MS] {
+        let mut world = World::new(6, 3);
+        world.run(10_000);
+        let before = world.merges.len();
+        world.now_ms += ahead_ms;
+        world.run(10_000);
+        assert!(world.merges.len() > before + 5, "{} merges before, {} after the jump", before, world.merges.len());
+        let step_ms = world.machine.timing.step_ms();
+        assert!(step_ms < 2 * STEP_MS, "a step is believed to take {step_ms} ms");
+        world.until_complete(240_000);
+        assert_eq!(world.machine.fragment_versions(), vec![7; usize::from(P)], "{ahead_ms} ms");
+        let totals = world.machine.ledger.totals();
+        assert_eq!(totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows, 10_000, "{totals:?}");
+    }
+}

@@ -45,52 +45,65 @@ pub async fn show(office: &Office, arguments: &StatusArgs) -> Result<Exit, Failu
         println!("{shown}");
         return Ok(Exit::Done);
     }
-    let is_up = lease.as_ref().is_some_and(|lease| !lease.document.released) && head_age_ms.is_some();
+    let is_given_back = lease.as_ref().is_none_or(|lease| lease.document.released);
     let writer = lease.map_or_else(|| "none".to_owned(), |lease| format!("{}, epoch {}", lease.document.host, lease.document.epoch));
-    println!("run {}  {:?}  cycle {}  outer step {}", context.run, status.state, status.cycle, status.outer_step);
-    println!("writer {writer}{}", if is_up { "" } else { "  (NOT RUNNING: the head is stale or the lease was given back)" });
-    println!(
-        "merges {}  empty {}  contributions {}  release {}{}",
-        status.merges,
-        status.empty_merges,
-        status.contributions,
-        status.release,
-        if status.is_releasing { "  (another one is being made)" } else { "" }
-    );
-    let rows = &status.rows;
-    println!(
-        "tokens done {}  of {}  at {} a day  {}",
-        number(rows.done_tokens),
-        number(arguments.goal_tokens),
-        number(status.tokens_per_day),
-        days.map_or_else(|| "days to goal unknown".to_owned(), |days| format!("{days:.1} days to goal"))
-    );
-    println!("rows waiting {}  leased {}  done {}  lost {}", rows.waiting_rows, rows.leased_rows, rows.done_rows, rows.lost_rows);
+    let writer = match head_age_ms {
+        Some(age_ms) if !is_given_back => format!("{writer}, head {} s old", age_ms / 1_000),
+        _ => format!("{writer}; NOT RUNNING: {}", if is_given_back { "it gave the lease back" } else { "the head has expired" }),
+    };
+    print!("run            {}\nwriter         {writer}\n{}", context.run, text(&status, arguments.goal_tokens));
+    Ok(Exit::Done)
+}
+
+/// What a person wants to see of it, one subject a line.
+fn text(status: &Status, goal: u64) -> String {
+    let mut lines = Vec::new();
+    let mut line = |name: &str, what: String| lines.push(format!("{name:<14} {what}"));
+    line("state", format!("{:?}, cycle {}, outer step {}, {} ms a step", status.state, status.cycle, status.outer_step, status.step_ms));
+    line("merges", format!("{}, and {} empty ones; {} contributions", status.merges, status.empty_merges, status.contributions));
+    let more = if status.is_releasing { "; another one is being made" } else { "" };
+    line("release", format!("{}{more}; rollback reaches back to version {}", status.release, status.rollback_from));
+    let days = days_to(status, goal).map_or_else(|| "days to go unknown".to_owned(), |days| format!("{days:.1} days to go"));
+    let (rows, pace) = (&status.rows, number(status.tokens_per_day));
+    line("tokens done", format!("{} of {}, {pace} a day, {days}", number(rows.done_tokens), number(goal)));
+    line("rows", format!("{} waiting, {} leased, {} done, {} lost", rows.waiting_rows, rows.leased_rows, rows.done_rows, rows.lost_rows));
     for (source, rows) in &status.sources {
         let source = if source.is_empty() { "(unnamed)" } else { source };
-        println!("  {source}: {} tokens done, {} rows waiting, {} lost", number(rows.done_tokens), rows.waiting_rows, rows.lost_rows);
-    }
-    println!(
-        "audits ordered {}  open {}  verdicts {} pass, {} fail, {} other",
-        status.audits_ordered, status.audits_open, status.verdicts.pass, status.verdicts.fail, status.verdicts.other
-    );
-    for learner in &status.learners {
-        let state = if learner.live { format!("{:?}", learner.state) } else { "gone".to_owned() };
-        println!(
-            "  {}/{} {}  {state}  step {}  loss {:.3}  merged {}  {}",
-            learner.hotkey.short(),
-            learner.slot,
-            learner.worker,
-            learner.local_step,
-            learner.loss as f64 / 1e6,
-            learner.contributions,
-            learner.last_reason
+        line(
+            &format!("  {source}"),
+            format!("{} tokens done, {} rows waiting, {} lost", number(rows.done_tokens), rows.waiting_rows, rows.lost_rows),
         );
     }
-    for outcome in &status.outcomes {
-        println!("order {} {}: {}", outcome.number, if outcome.done { "done" } else { "refused" }, outcome.text);
+    let verdicts = status.verdicts;
+    line(
+        "audits",
+        format!(
+            "{} ordered, {} open; verdicts: {} pass, {} fail, {} other",
+            status.audits_ordered, status.audits_open, verdicts.pass, verdicts.fail, verdicts.other
+        ),
+    );
+    for hotkey in &status.banned {
+        line("banned", hotkey.to_string());
     }
-    Ok(Exit::Done)
+    for hotkey in &status.needs_certificate {
+        line("no grants", format!("{hotkey}: it has to publish a key certificate first"));
+    }
+    if !status.learners.is_empty() {
+        lines.push(format!("{:<14} {:<20} {:<9} {:>9} {:>7} {:>7}  last reason", "learner", "worker", "state", "step", "loss", "merged"));
+    }
+    for learner in &status.learners {
+        let state = if learner.live { format!("{:?}", learner.state).to_lowercase() } else { "gone".to_owned() };
+        let (name, loss) = (format!("{}/{}", learner.hotkey.short(), learner.slot), learner.loss as f64 / 1e6);
+        lines.push(format!(
+            "{name:<14} {:<20} {state:<9} {:>9} {loss:>7.3} {:>7}  {}",
+            learner.worker, learner.local_step, learner.contributions, learner.last_reason
+        ));
+    }
+    for outcome in &status.outcomes {
+        let what = if outcome.done { "done" } else { "refused" };
+        lines.push(format!("{:<14} {what}: {}", format!("order {}", outcome.number), outcome.text));
+    }
+    lines.iter().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
 fn days_to(status: &Status, goal: u64) -> Option<f64> {

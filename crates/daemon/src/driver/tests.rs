@@ -283,3 +283,26 @@ fn a_replay_shows_each_input_with_its_time() {
     assert_eq!(seen, ["10 Add(3)", "20 Add(4)"]);
     assert_eq!((recovered.replayed, recovered.last_ms), (2, 20));
 }
+
+#[tokio::test]
+async fn a_clock_that_was_set_back_by_hours_does_not_stop_the_machine() {
+    static WALL_MS: AtomicUsize = AtomicUsize::new(0);
+    const HOUR_MS: usize = 3_600_000;
+    WALL_MS.store(10 * HOUR_MS, Ordering::SeqCst);
+    // The last process saw a clock that was six hours ahead.
+    let (last_ms, journal, shutdown) = (16 * HOUR_MS as u64, journal(), Shutdown::new());
+    let machine = Toy { next_tick_ms: Some(last_ms + 40), last_ms, limit: Some(1_000_000), ..Toy::default() };
+    let recovered = Recovered { last_ms, ..Recovered::fresh(machine) };
+    let options = DriverOptions { clock: || WALL_MS.load(Ordering::SeqCst) as u64, ..DriverOptions::default() };
+    let driver = Driver::with_options(recovered, journal, Arc::new(Doubler::default()), options);
+    let stop = tokio::spawn({
+        let shutdown = shutdown.clone();
+        async move {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            shutdown.trigger();
+        }
+    });
+    let (machine, _) = driver.run(&shutdown).await.unwrap();
+    stop.await.unwrap();
+    assert_eq!(machine.ticks, 1, "40 ms passed, whatever the clock shows");
+}

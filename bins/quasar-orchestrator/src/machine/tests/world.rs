@@ -84,6 +84,8 @@ pub(super) struct Sim {
     /// Trains, and answers no pull.
     pub(super) mute: bool,
     pub(super) hands_in_receipts: bool,
+    /// Its commitments claim so many steps for each that it did.
+    pub(super) claims: u32,
 }
 
 impl Sim {
@@ -117,6 +119,7 @@ impl Sim {
             silent: false,
             mute: false,
             hands_in_receipts: true,
+            claims: 1,
         }
     }
 
@@ -144,7 +147,7 @@ impl Sim {
                 length: 1_000,
                 sha256: Digest::ZERO,
                 blake3: Digest::blake3(&[self.slot.0.0[0], pull.t as u8]),
-                steps: progress.steps,
+                steps: progress.steps * self.claims,
                 tokens: 0,
                 lease: self.record.lease,
                 lease_step: self.record.lease_step,

@@ -1,0 +1,191 @@
+//! What each effect of the machine does to the bucket.
+
+use bytes::Bytes;
+use chain::Chain;
+use futures::FutureExt;
+use protocol::documents::{Commitment, CurrentRun, Job, Lease, Progress, PullGrants, Receipt, Tape, VerdictReveal};
+use protocol::envelope::Expect;
+use protocol::log::LogHead;
+use protocol::{Digest, Reason};
+use quasar_orchestrator::machine::{Effect, Input, Retired, Slot};
+use storage::{Presign, PutCondition};
+
+use super::super::tensors;
+use super::super::world::World;
+use super::{Hands, NODE};
+
+impl World {
+    pub(super) async fn execute(&self, hands: &Hands, effect: Effect) -> Option<Input> {
+        Some(match effect {
+            Effect::Watch { live, silent } => {
+                *hands.watched.borrow_mut() = (live, silent);
+                return None;
+            }
+            Effect::PublishHead { head } => {
+                self.publish_head(hands, &head).await;
+                Input::HeadPublished
+            }
+            Effect::PublishCurrent => {
+                let key = self.keys.current();
+                let make = || self.sign_ours::<CurrentRun>(&self.current, &self.context.without_run());
+                self.persist(|| async { self.put(NODE, &key, make(), PutCondition::Always).await.ok() }).await;
+                return None;
+            }
+            Effect::PublishJob { revision, job } => {
+                for lease in &job.leases {
+                    self.record_lease(hands, &job, lease).await;
+                }
+                let key = self.slot_keys((job.hotkey, job.slot)).job.clone();
+                self.put_latest(hands, &key, revision, || self.sign_ours::<Job>(&job, &self.context)).await;
+                return None;
+            }
+            Effect::PublishStanding { revision, slot, validator, mark, cycle } => {
+                self.publish_standing(hands, revision, slot, validator, &mark, cycle).await;
+                return None;
+            }
+            Effect::PublishPullGrants { revision, slot, session_epoch, wants } => {
+                let key = self.slot_keys(slot).pull.clone();
+                let make = || {
+                    let wanted: Vec<Presign> = wants.iter().map(|want| self.presign_of(want)).collect();
+                    self.watch.borrow_mut().grants(self, &wanted);
+                    let document = |sealed| PullGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed };
+                    self.bundle::<PullGrants>(&slot.0, &wanted, document)
+                };
+                self.put_latest(hands, &key, revision, make).await;
+                return None;
+            }
+            Effect::StoreCommitment { slot, t, id } => match self.store_commitment(hands, slot, t, id).await? {
+                Ok(id) => Input::CommitmentStored { slot, t, id },
+                Err(_) => Input::CommitmentRefused { slot, t },
+            },
+            Effect::CheckPayload { slot, t, commitment } => {
+                Input::PayloadChecked { slot, t, outcome: self.check_payload(slot, t, &commitment).await }
+            }
+            Effect::CheckReceipt { slot, lease, committed } => {
+                let outcome = self.check_receipt(slot, &lease, &committed).await;
+                Input::ReceiptChecked { slot, lease: lease.id, outcome }
+            }
+            Effect::WriteTape { tape } => {
+                let bytes = self.put_once(&self.run.tape(tape.t), &*tape).await;
+                let stored = self.plan.scheme.open::<Tape>(&bytes, &self.context, Expect::Account(&self.office.account), None);
+                Input::TapeWritten { tape: Box::new(stored.map_or_else(|_| (*tape).clone(), |verified| verified.document)) }
+            }
+            Effect::Merge { tape, rejected, previous_keyframe } => {
+                let (manifest, id, keyframe_length) = self.merge(*tape, rejected, previous_keyframe).await;
+                Input::Merged { manifest: Box::new(manifest), id, keyframe_length }
+            }
+            Effect::ReadBeacon { cycle, block } => {
+                let read = || async { self.chain.block_hash(block).now_or_never().and_then(Result::ok).flatten() };
+                Input::Beacon { cycle, block, hash: self.persist(read).await }
+            }
+            Effect::MakeOpeningKeys { audits } => {
+                Input::OpeningKeys { keys: audits.into_iter().map(|audit| (audit, Digest::blake3(&audit.0).0)).collect() }
+            }
+            Effect::OrderAudit { selection, parts, leases } => {
+                let audit = selection.audit;
+                self.order_audit(&selection, &parts, leases).await;
+                Input::AuditOrdered { audit }
+            }
+            Effect::ReadVerdict { audit, validator } => {
+                let key = self.run.verdict_reveal(&validator, &audit);
+                let found = self.get(NODE, &key, None).await.ok().flatten();
+                let verdict = found.and_then(|object| {
+                    let opened =
+                        self.plan.scheme.open::<VerdictReveal>(&object.bytes, &self.context, Expect::Account(&validator), None).ok()?;
+                    (opened.document.verdict.audit == audit).then_some((opened.id, opened.document.verdict.result))
+                });
+                Input::Verdict { audit, verdict }
+            }
+            Effect::PublishLog { head } => {
+                let bytes = self.put_once(&self.run.log(head.frontier.size()), &*head).await;
+                match self.plan.scheme.open::<LogHead>(&bytes, &self.context, Expect::Account(&self.office.account), None) {
+                    Ok(stored) if stored.document != *head => Input::LogTaken { head: Box::new(stored.document) },
+                    _ => Input::LogPublished,
+                }
+            }
+            Effect::StoreSnapshot { revision, bytes } => {
+                let bytes = Bytes::from(bytes);
+                self.put_latest(hands, &self.run.snapshot(), revision, || bytes.clone()).await;
+                return None;
+            }
+            Effect::Retire { retired } => {
+                self.retire(&retired).await;
+                return None;
+            }
+            Effect::Release { versions, tokens } => Input::Released { release: self.release(versions, tokens).await },
+            Effect::PublishStatus { status } => {
+                // Nobody here reads it, and addresses as text are most of its cost.
+                let bytes = Bytes::from(status.outer_step.to_string());
+                let _ = self.put(NODE, &self.run.status(), bytes, PutCondition::Always).await;
+                return None;
+            }
+        })
+    }
+
+    /// Writes down who got which rows, before anybody is told.
+    pub(super) async fn record_lease(&self, hands: &Hands, job: &Job, lease: &Lease) {
+        if hands.recorded.borrow().contains(&lease.id) {
+            return;
+        }
+        let record = Job { leases: vec![lease.clone()], ..job.clone() };
+        let bytes = self.put_once(&self.run.lease(lease.id), &record).await;
+        let stored = self.plan.scheme.open::<Job>(&bytes, &self.context, Expect::Account(&self.office.account), None);
+        if stored.is_ok_and(|stored| stored.document.leases == record.leases) {
+            hands.recorded.borrow_mut().insert(lease.id);
+        } else {
+            self.watch.borrow_mut().fenced(self);
+        }
+    }
+
+    pub(super) async fn retire(&self, retired: &Retired) {
+        let versions = retired
+            .versions
+            .iter()
+            .flat_map(|(fragment, version)| [self.run.keyframe(*fragment, *version), self.run.state(*fragment, *version)]);
+        let payloads = retired.payloads.iter().map(|(slot, t)| self.slot_keys(*slot).own.payload(*t));
+        let releases = retired.releases.iter().map(|release| self.keys.release_manifest(release));
+        for key in versions.chain(payloads).chain(releases) {
+            self.delete(NODE, &key).await;
+        }
+    }
+
+    pub(super) async fn store_commitment(&self, hands: &Hands, slot: Slot, t: u64, id: Digest) -> Option<Result<Digest, Reason>> {
+        let keys = self.slot_keys(slot);
+        let known = hands.records.borrow().get(&slot).cloned();
+        let bytes = match known {
+            Some((newest, bytes)) if newest == id => bytes,
+            _ => self.get_present(&keys.progress).await?,
+        };
+        let record = self.plan.scheme.open::<Progress>(&bytes, &self.context, Expect::Account(&slot.0), None).ok()?;
+        let payload = record.document.commitments.iter().find(|commitment| commitment.t == t)?.blake3;
+        let key = keys.own.commitment(t);
+        let stored = self.persist(|| self.put_bytes_once(&key, bytes.clone())).await;
+        let evidence = self.plan.scheme.open::<Progress>(&stored, &self.context, Expect::Account(&slot.0), None).ok();
+        let holds = |record: &Progress| record.commitments.iter().any(|one| one.t == t && one.blake3 == payload);
+        Some(match evidence {
+            Some(evidence) if holds(&evidence.document) => Ok(evidence.id),
+            _ => Err(Reason::RepeatedCommitment),
+        })
+    }
+
+    pub(super) async fn check_payload(&self, slot: Slot, t: u64, commitment: &Commitment) -> Reason {
+        let Some(bytes) = self.get_present(&self.slot_keys(slot).own.payload(t)).await else { return Reason::NotUploaded };
+        if bytes.len() as u64 != commitment.length {
+            Reason::LengthMismatch
+        } else if Digest::blake3(&bytes) != commitment.blake3 || Digest::sha256(&bytes) != commitment.sha256 {
+            Reason::DigestMismatch
+        } else if !tensors::is_payload_of(&bytes, commitment.fragment, commitment.base_version) {
+            Reason::HeaderMismatch
+        } else {
+            Reason::None
+        }
+    }
+
+    pub(super) async fn check_receipt(&self, slot: Slot, lease: &Lease, committed: &[(u64, Digest)]) -> Result<(Digest, Vec<u32>), Reason> {
+        let bytes = self.get_present(&self.slot_keys(slot).own.receipt(lease.id)).await.ok_or(Reason::NotUploaded)?;
+        let receipt =
+            self.plan.scheme.open::<Receipt>(&bytes, &self.context, Expect::Account(&slot.0), None).map_err(|_| Reason::ReceiptMismatch)?;
+        receipt.document.check(&slot.0, slot.1, lease, committed).map_err(|_| Reason::ReceiptMismatch)?;
+        Ok((receipt.id, receipt.document.steps.iter().map(|step| step.lease_step).collect()))
+    }
+}

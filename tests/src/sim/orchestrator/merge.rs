@@ -1,0 +1,97 @@
+//! A merge from its tape, and a release from the newest states.
+
+use protocol::documents::{Contribution, FragmentManifest, MergeManifest, Release, ReleaseRef, Tape};
+use protocol::envelope::Expect;
+use protocol::{Digest, FileRecord, Reason, codec};
+
+use super::super::tensors;
+use super::super::world::World;
+use super::NODE;
+
+impl World {
+    pub(super) async fn merge(&self, tape: Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> (MergeManifest, Digest, u64) {
+        let (fragment, version) = (tape.fragment, tape.base_version + 1);
+        let mut manifest = MergeManifest {
+            t: tape.t,
+            fragment,
+            base_version: tape.base_version,
+            version: tape.base_version,
+            block: tape.block,
+            closing: tape.closing,
+            contributions: rejected,
+            keyframe: previous.0,
+            state: tape.base_state,
+            step_norm: 0,
+            step_limit_ppm: 1_000_000,
+        };
+        let mut keyframe_length = previous.1;
+        if !tape.inputs.is_empty() {
+            let key = self.run.state(fragment, tape.base_version);
+            let base = self
+                .persist(|| async {
+                    let bytes = self.get(NODE, &key, None).await.ok().flatten()?.bytes;
+                    bytes.first_chunk::<32>().map(|state| Digest(*state))
+                })
+                .await;
+            for input in &tape.inputs {
+                let key = self.slot_keys((input.hotkey, input.slot)).own.payload(tape.t);
+                self.persist(|| async {
+                    let bytes = self.get(NODE, &key, None).await.ok().flatten()?.bytes;
+                    (Digest::blake3(&bytes) == input.payload).then_some(())
+                })
+                .await;
+            }
+            let state = tensors::merged(&base, &tape);
+            let keyframe = tensors::keyframe_bytes(fragment, version, &state);
+            manifest.contributions.extend(tape.inputs.iter().map(|input| Contribution {
+                hotkey: input.hotkey,
+                slot: input.slot,
+                commitment: input.commitment,
+                payload: input.payload,
+                base_version: input.base_version,
+                steps: input.steps,
+                tokens: input.tokens,
+                weight_ppm: input.weight_ppm,
+                norm: 1,
+                clip_ppm: 1_000_000,
+                cosine_ppm: 0,
+                neighbour_ppm: 0,
+                rest_ppm: 0,
+                outcome: Reason::None,
+            }));
+            manifest.version = version;
+            manifest.keyframe = Digest::blake3(&keyframe);
+            manifest.state = Digest::blake3(&state.0);
+            keyframe_length = keyframe.len() as u64;
+            let key = self.run.state(fragment, version);
+            self.persist(|| self.put_bytes_once(&key, tensors::state_bytes(&state))).await;
+            let key = self.run.keyframe(fragment, version);
+            let stored = self.persist(|| self.put_bytes_once(&key, keyframe.clone())).await;
+            if stored != keyframe {
+                self.watch.borrow_mut().violated(self, "bit_identical", format!("fragment {fragment}, version {version}"));
+            }
+            let record = FileRecord::of_bytes(key, &keyframe);
+            let file = FragmentManifest { fragment, version, t: tape.t, keyframe: record, delta: None, state: manifest.state };
+            self.put_once(&self.run.fragment_manifest(fragment, version), &file).await;
+        }
+        manifest.contributions.sort_by_key(|contribution| (contribution.hotkey, contribution.slot));
+        let bytes = self.put_once(&self.run.merge(tape.t), &manifest).await;
+        let mut id = Digest::blake3(&bytes);
+        if let Ok(stored) = self.plan.scheme.open::<MergeManifest>(&bytes, &self.context, Expect::Account(&self.office.account), None) {
+            (manifest, id) = (stored.document, stored.id);
+        }
+        (manifest, id, keyframe_length)
+    }
+
+    pub(super) async fn release(&self, versions: Vec<u64>, tokens: u64) -> ReleaseRef {
+        let name = format!("run-{}", Digest::derive("quasar/v1/release", &[&self.context.run.0, &codec::encode(&versions)]).short());
+        for (fragment, version) in versions.iter().enumerate() {
+            let key = self.run.state(fragment as u16, *version);
+            self.persist(|| async { self.get(NODE, &key, None).await.ok().flatten().map(drop) }).await;
+        }
+        let release = Release { release: name.clone(), versions, files: Vec::new(), tokens };
+        let key = self.keys.release_manifest(&name);
+        let stored = self.persist(|| self.put_bytes_once(&key, self.sign_ours(&release, &self.context.without_run()))).await;
+        ReleaseRef { release: name, manifest: Digest::blake3(&stored) }
+    }
+}
