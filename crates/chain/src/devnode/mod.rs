@@ -27,7 +27,7 @@ mod state;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -126,6 +126,8 @@ struct Node {
     /// Counts changes of ledger or pool.
     changed: watch::Sender<u64>,
     stalled: AtomicBool,
+    /// Runtime APIs that were asked.
+    runtime_calls: AtomicU64,
 }
 
 impl Node {
@@ -155,7 +157,12 @@ impl DevNode {
         let block_ms = options.clock.map(|clock| clock.block_ms).or((chain.block_ms > 0).then_some(chain.block_ms));
         let runtime = Arc::new(Runtime::load(block_ms));
         let ledger = Ledger::new(runtime, &chain, &options, now_ms());
-        let node = Arc::new(Node { ledger: Mutex::new(ledger), changed: watch::Sender::new(0), stalled: AtomicBool::new(false) });
+        let node = Arc::new(Node {
+            ledger: Mutex::new(ledger),
+            changed: watch::Sender::new(0),
+            stalled: AtomicBool::new(false),
+            runtime_calls: AtomicU64::new(0),
+        });
         let (address, server) = serve(&node).await?;
         let listen = chain.listen;
         let gate = Gate::open(listen, address).await.map_err(|source| DevNodeError::Listen { address: listen, source })?;
@@ -230,6 +237,11 @@ impl DevNode {
     /// The block of the last weights or commit of `uid`, by the newest block's state; 0 = never.
     pub fn last_update(&self, mechanism: u8, uid: u16) -> u64 {
         self.node.ledger().last_update(mechanism, uid)
+    }
+
+    /// How many questions to runtime APIs were answered since the start.
+    pub fn runtime_calls(&self) -> u64 {
+        self.node.runtime_calls.load(Ordering::Relaxed)
     }
 
     /// The version of the newest block's runtime.

@@ -1,6 +1,7 @@
 //! The JSON-RPC methods of the development node: what a client with the legacy backend asks a genuine node for.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use jsonrpsee::core::{RpcResult, SubscriptionResult, to_json_raw_value};
 use jsonrpsee::types::{ErrorObjectOwned, Params};
@@ -104,6 +105,7 @@ fn register(module: &mut RpcModule<Node>) -> Result<(), jsonrpsee::core::Registe
         RpcResult::Ok(node.ledger().next_nonce(&account))
     })?;
     module.register_method("state_call", |params, node, _| {
+        node.runtime_calls.fetch_add(1, Ordering::Relaxed);
         let ledger = node.ledger();
         let method = text(&params, 0)?;
         let input = bytes(&params, 1)?;

@@ -6,7 +6,7 @@ use chain::devnode::{DevNeuron, DevNode};
 use chain::{Chain, ConnectSettings, SubtensorClient, weights};
 use protocol::AccountId;
 
-use crate::world::{NETUID, dev_chain, measured};
+use crate::world::{NETUID, connect, dev_chain, measured};
 
 const NEURONS: u16 = 256;
 const COLD_START_MAX: Duration = Duration::from_secs(2);
@@ -45,4 +45,24 @@ async fn a_cold_start_reads_a_full_subnet_within_two_seconds_and_a_row_takes_les
     assert!(cold < COLD_START_MAX, "{cold:?}");
     assert!(row_time < ROW_MAX, "{row_time:?}");
     measured(&format!("cold start {cold:?}, row {row_time:?}"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_block_is_asked_about_once_and_the_next_one_again() {
+    let node = DevNode::start(dev_chain(0)).await.unwrap();
+    let chain = connect(&node).await;
+    node.produce();
+    let mut asked = Vec::new();
+    for _ in 0..2 {
+        for _ in 0..3 {
+            let metagraph = chain.metagraph(NETUID).await.unwrap();
+            assert_eq!(metagraph.block.hash, node.best().hash);
+            chain.hyperparameters(NETUID).await.unwrap();
+            asked.push(node.runtime_calls());
+        }
+        node.produce();
+    }
+    let [first, .., last] = asked[..] else { unreachable!() };
+    assert_eq!(asked, [first, first, first, last, last, last], "only the first look at a block asks the node");
+    assert!(last > first);
 }
