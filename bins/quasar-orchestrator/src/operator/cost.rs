@@ -178,8 +178,8 @@ mod tests {
     fn the_requests_of_a_learner_are_its_polls_and_the_chunks_of_its_transfers() {
         let cost = of(100, &[]);
         println!("a learner: {:.0} requests an hour; a day of 100 miners: {cost:?}", cost.learner_requests_per_hour);
-        // The head each two seconds is 1,800; 180 merges bring a fragment of 1.5 GB in chunks of 4 MiB each.
-        let chunks = 180.0 * (18e9 / 24.0 * 2.0 / CHUNK).ceil();
+        // The head each two seconds is 1,800; 180 merges bring an int4 frame of 387 MB in chunks of 4 MiB each.
+        let chunks = 180.0 * (18e9 / 24.0 * 4.125 / 8.0 / CHUNK).ceil();
         assert!(cost.learner_requests_per_hour > 1_800.0 + chunks && cost.learner_requests_per_hour < 5_000.0 + chunks, "{cost:?}");
         assert_eq!(cost.merges, DAY_S / 20.0);
     }
