@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::Context;
-use model::{Batch, Hyper, QuasarTrainer, Trainer};
+use model::{Batch, Hyper, Trainer};
 use quasar_tests::training::setting::{Base, Setting};
 use serde_json::Value;
 
@@ -56,7 +56,7 @@ pub fn measure(setting: &Setting) -> anyhow::Result<Speed> {
     let tokens_file = setting.scratch("speed-tokens.bin");
     std::fs::write(&tokens_file, batches.iter().flatten().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>())?;
 
-    let mut ours = QuasarTrainer::open(&base.folder, base.plan.clone(), "cpu", 1)?;
+    let mut ours = setting.trainer(&base)?;
     let mut theirs = Peer::start(setting, &base, &tokens_file)?;
     if let Err(reason) = &theirs {
         eprintln!("SKIPPED: no comparison with PyTorch: {reason}");
