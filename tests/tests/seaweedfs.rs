@@ -57,7 +57,7 @@ async fn merges_in(endpoint: &str) -> Vec<MergeManifest> {
     let mut merges = Vec::new();
     for object in store.list("quasar/").await.expect("the bucket is listed") {
         if object.key.contains("/merges/") {
-            let bytes = store.get(&object.key, Purpose::MergeManifest.limit() as u64).await.expect("a listed object is there").bytes;
+            let bytes = store.get(&object.key, Purpose::MergeManifest.file_limit()).await.expect("a listed object is there").bytes;
             let (envelope, _) = verify_as_stated(&bytes).expect("a signed document");
             merges.push(codec::decode(&envelope.payload, MergeManifest::PURPOSE.limit()).expect("it decodes"));
         }

@@ -60,6 +60,8 @@ async fn publish(server: &S3Server, owner: &Ed25519Signer, genesis: [u8; 32]) {
 
     let plan = model::toy_plan(usize::from(FRAGMENTS));
     put(run.plan(&plan.digest()), signed(&plan, &context, &orchestrator)).await;
+    let page = signed(&CatalogPage { page: 0, previous: Digest::ZERO, shards: Vec::new() }, &context, &orchestrator);
+    let catalog = CatalogRef { page: 0, digest: put(run.catalog(0), page).await };
     let manifest = RunManifest {
         run: run_id,
         name: "test".into(),
@@ -69,7 +71,7 @@ async fn publish(server: &S3Server, owner: &Ed25519Signer, genesis: [u8; 32]) {
         plan: plan.digest(),
         base_release: "base".into(),
         base_manifest: Digest::ZERO,
-        catalog: Vec::new(),
+        catalog: vec![catalog],
         parameters: parameters(FRAGMENTS, 2, 50, 1_000),
     };
     let manifest_digest = put(run.manifest(), signed(&manifest, &context, &orchestrator)).await;
@@ -95,6 +97,7 @@ async fn publish(server: &S3Server, owner: &Ed25519Signer, genesis: [u8; 32]) {
         pulls: Vec::new(),
         fragments: vec![fragment; usize::from(FRAGMENTS)],
         release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
+        catalog,
         ledger: Digest::ZERO,
         log: (&protocol::log::Frontier::default()).into(),
         notices: Vec::new(),

@@ -308,7 +308,6 @@ impl Miner {
             run: facts.run.clone(),
             parameters: facts.manifest.parameters.clone(),
             base_release: facts.manifest.base_release.clone(),
-            shards: facts.shards.iter().map(|shard| shard.id.clone()).collect(),
             leases_max: miner.max_jobs,
         });
         let edge = Edge::new(shared.clone(), reader, slot, self.secret.clone(), &folder, plane, trainer).map_err(Failure::unavailable)?;

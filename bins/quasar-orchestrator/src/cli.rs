@@ -8,7 +8,7 @@ use daemon::{Exit, Failure, Role};
 use protocol::documents::Action;
 
 use crate::office::Office;
-use crate::operator::{checkpoint, cost, data, orders, replay, root, run, status, store};
+use crate::operator::{checkpoint, cost, data, orders, replay, root, run, shards, status, store};
 use crate::{devnet, serve};
 
 /// Orchestrator of a Quasar training run
@@ -29,13 +29,14 @@ Examples:
   quasar-orchestrator data publish --dir ./shards
   quasar-orchestrator run create --config configs/run-mainnet.toml --release base-1a2b3c4d
   quasar-orchestrator run
+  quasar-orchestrator run add-shards --reason \"the next crawl\"
   quasar-orchestrator status
   quasar-orchestrator rollback --to-version 41 --reason \"diverged after shard web-0042\"
   quasar-orchestrator inspect head.qsr";
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the orchestrator, or create a run
+    /// Run the orchestrator, create a run, or add to its data
     Run {
         /// Wait until the orchestrator that runs now is gone, then take over
         #[arg(long)]
@@ -92,6 +93,7 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum RunCommand {
     Create(run::CreateArgs),
+    AddShards(shards::AddShardsArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -130,6 +132,9 @@ pub fn main() -> Result<Exit, Failure> {
     match cli.command {
         Command::Run { standby, command: None } => return runtime.block_on(serve::serve(office()?, standby)),
         Command::Run { command: Some(RunCommand::Create(arguments)), .. } => runtime.block_on(run::create(&office()?, arguments))?,
+        Command::Run { command: Some(RunCommand::AddShards(arguments)), .. } => {
+            return runtime.block_on(shards::add(&office()?, arguments));
+        }
         Command::Status(arguments) => return runtime.block_on(status::show(&office()?, &arguments)),
         Command::Drain(arguments) => return runtime.block_on(orders::give(&office()?, (Action::Drain, arguments))),
         Command::Release(arguments) => return runtime.block_on(orders::give(&office()?, (Action::Release, arguments))),

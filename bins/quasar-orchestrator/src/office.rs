@@ -94,7 +94,7 @@ impl Office {
 
     /// Reads a document that one of `signers` stored.
     pub async fn read<D: Document>(&self, key: &str, context: &Context, signers: &[KeyRef]) -> Result<Verified<D>, Failure> {
-        let object = self.store.get(key, D::PURPOSE.limit() as u64 + 512).await.map_err(Failure::unavailable)?;
+        let object = self.store.get(key, D::PURPOSE.file_limit()).await.map_err(Failure::unavailable)?;
         open_stored(&object.bytes, context, Expect::Any(signers)).map_err(|error| Failure::configuration(error).context(key.to_owned()))
     }
 

@@ -1,6 +1,5 @@
 //! `run`: the daemon.
 
-use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 
 use chain::{Chain, ConnectSettings, SubtensorClient};
@@ -18,7 +17,7 @@ use zeroize::Zeroizing;
 
 use crate::effects::fence::{self, Fence, FenceSettings, Wait};
 use crate::effects::{Hands, Service, spawn_pollers};
-use crate::machine::{FragmentSetup, Orchestrator, RunSetup};
+use crate::machine::{FragmentSetup, Orchestrator, RunSetup, ShardRows};
 use crate::office::Office;
 use crate::operator::run::Roots;
 use crate::operator::{checkpoint, run};
@@ -53,9 +52,7 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
         )));
     }
     let setup = setup(&office, &context, &manifest, &plan, &shards, &roots.orchestrators).await?;
-    let sources: HashMap<&str, &str> = shards.iter().map(|shard| (shard.id.as_str(), shard.source.as_str())).collect();
-    let fresh = Orchestrator::with_sources(setup, |id| sources.get(id).copied().unwrap_or_default());
-    drop(sources);
+    let fresh = Orchestrator::new(setup);
 
     let network = office.settings.network()?;
     let place = ConnectSettings { endpoints: network.endpoints, genesis: Some(office.context.genesis) };
@@ -171,7 +168,7 @@ impl Published {
         let contradiction = |what: String| {
             Failure::configuration(anyhow::anyhow!(what)).hint("the bucket holds objects that do not belong together; nothing was changed")
         };
-        let object = office.store.get(&keys.manifest(), Purpose::RunManifest.limit() as u64 + 512).await.map_err(Failure::unavailable)?;
+        let object = office.store.get(&keys.manifest(), Purpose::RunManifest.file_limit()).await.map_err(Failure::unavailable)?;
         let manifest = office.read::<RunManifest>(&keys.manifest(), &context, signers).await?.document;
         if Digest::blake3(&object.bytes) != current.manifest_digest {
             return Err(contradiction(format!("{} is not the manifest that the current run names", keys.manifest())));
@@ -214,7 +211,7 @@ async fn opening_secret(office: &Office, run_keys: &protocol::paths::RunKeys) ->
 
 /// The run that this orchestrator made current, also where the pointer has expired while nobody renewed it.
 pub(crate) async fn current_run(office: &Office, signers: &[KeyRef]) -> Result<CurrentRun, Failure> {
-    let object = match office.store.get(&office.keys.current(), Purpose::CurrentRun.limit() as u64).await {
+    let object = match office.store.get(&office.keys.current(), Purpose::CurrentRun.file_limit()).await {
         Ok(object) => object,
         Err(StoreError::NotFound { .. }) => {
             return Err(Failure::try_later(anyhow::anyhow!("no run is published yet")).hint("create one with `run create`"));
@@ -234,6 +231,7 @@ async fn setup(
     shards: &[ShardManifest],
     signers: &[KeyRef],
 ) -> Result<RunSetup, Failure> {
+    let newest = manifest.catalog.last().ok_or_else(|| Failure::configuration(anyhow::anyhow!("the run manifest names no catalog page")))?;
     let run_keys = office.keys.run(context.run);
     let mut fragments = Vec::new();
     for fragment in 0..plan.fragments.len() {
@@ -252,6 +250,7 @@ async fn setup(
         parameters: manifest.parameters.clone(),
         release: ReleaseRef { release: manifest.base_release.clone(), manifest: manifest.base_manifest },
         fragments,
-        shards: shards.iter().filter(|shard| !shard.held_out).map(|shard| (shard.id.clone(), shard.rows, shard.row_tokens)).collect(),
+        catalog: *newest,
+        shards: ShardRows::of(shards),
     })
 }

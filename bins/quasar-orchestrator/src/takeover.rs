@@ -8,13 +8,13 @@ use std::sync::Arc;
 
 use daemon::driver::{self, Recovered};
 use daemon::{Exit, Failure, Journal, Machine, clock};
-use protocol::documents::{FragmentManifest, Head, Job, MergeManifest, Tape, WriterLease};
+use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, MergeManifest, Tape, WriterLease};
 use protocol::envelope::{Document, Purpose};
 use protocol::log::LogHead;
 use storage::StoreError;
 
 use crate::effects::Service;
-use crate::machine::{BucketFacts, Input, Orchestrator, SNAPSHOT_BYTES_MAX, SnapshotError, StepFact};
+use crate::machine::{BucketFacts, Input, Orchestrator, SNAPSHOT_BYTES_MAX, SnapshotError, StepFact, StoredPage};
 
 const INSTANCE_KEY: &str = "writer/instance";
 
@@ -108,6 +108,18 @@ async fn gather(service: &Service, machine: &Orchestrator, head: Head) -> Result
         }
         t += 1;
     }
+    let mut pages: Vec<StoredPage> = Vec::new();
+    loop {
+        let newest = pages.last().map_or(machine.newest_page(), |page| page.reference);
+        let key = service.run.catalog(newest.page + 1);
+        let Some(bytes) = read(service, &key, Purpose::CatalogPage.file_limit()).await? else { break };
+        let page = service.open_own::<CatalogPage>(&bytes).map_err(|error| Failure::configuration(error).context(key.clone()))?.document;
+        if (page.page, page.previous) != (newest.page + 1, newest.digest) {
+            return Err(Failure::configuration(anyhow::anyhow!("{key} does not follow the page before it"))
+                .hint("somebody else wrote to this bucket; nothing was changed"));
+        }
+        pages.push(StoredPage::new(Digest::blake3(&bytes), &page));
+    }
     let mut leases = Vec::new();
     for first in machine.unknown_leases_from(head.epoch) {
         let mut id = first;
@@ -125,7 +137,7 @@ async fn gather(service: &Service, machine: &Orchestrator, head: Head) -> Result
         log.push(entry);
     }
     log.reverse();
-    Ok(BucketFacts { epoch: head.epoch, head, steps, leases, log })
+    Ok(BucketFacts { epoch: head.epoch, head, steps, pages, leases, log })
 }
 
 async fn step(service: &Service, tape: Tape) -> Result<StepFact, Failure> {
@@ -151,7 +163,7 @@ fn missing(key: &str) -> Failure {
 }
 
 async fn document<D: Document>(service: &Service, key: &str) -> Result<Option<(D, protocol::Digest)>, Failure> {
-    let limit = Purpose::limit(D::PURPOSE) as u64 + 512;
+    let limit = D::PURPOSE.file_limit();
     let Some(bytes) = read(service, key, limit).await? else { return Ok(None) };
     let stored = service.open_own::<D>(&bytes).map_err(|error| Failure::configuration(error).context(key.to_owned()))?;
     Ok(Some((stored.document, stored.id)))

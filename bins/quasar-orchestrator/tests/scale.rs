@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use daemon::Machine;
 use protocol::documents::{
-    AuditParameters, Codec, Commitment, Contribution, FragmentProgress, InnerOptimizer, LearnerState, LrSchedule, MergeManifest, Progress,
+    AuditParameters, CatalogRef, Codec, Commitment, Contribution, FragmentProgress, InnerOptimizer, LearnerState, LrSchedule, MergeManifest, Progress,
     ReleaseRef, RowRange, RunParameters, Tape,
 };
 use protocol::envelope::RunId;
 use protocol::ledger::TokenLedger;
 use protocol::{AccountId, Digest, Reason};
-use quasar_orchestrator::machine::{Effect, FragmentSetup, Guest, Input, Key, Orchestrator, RunSetup, Slot, Want};
+use quasar_orchestrator::machine::{Effect, FragmentSetup, Guest, Input, Key, Orchestrator, RunSetup, ShardRows, Slot, Want};
 
 const LEARNERS: u64 = 1_000;
 const FRAGMENTS: u16 = 24;
@@ -59,8 +59,13 @@ fn setup() -> RunSetup {
         parameters,
         release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
         fragments: vec![fragment; usize::from(FRAGMENTS)],
-        shards: (0..10_000).map(|shard| (format!("corpus-{shard:06}"), 16_384, 4_096)).collect(),
+        catalog: CatalogRef { page: 0, digest: Digest::ZERO },
+        shards: (0..10_000).map(shard).collect(),
     }
+}
+
+fn shard(number: u64) -> ShardRows {
+    ShardRows { id: format!("corpus-{number:06}"), source: "web".into(), rows: 16_384, row_tokens: 4_096 }
 }
 
 fn hotkey(index: u64) -> AccountId {

@@ -128,11 +128,18 @@ impl Purpose {
         Self::ALL.into_iter().find(|purpose| *purpose as u16 == number)
     }
 
-    /// Largest file of this purpose in bytes.
+    /// Largest file of this purpose in bytes, envelope and all.
+    pub const fn file_limit(self) -> u64 {
+        // What everybody sees of a learner has one exact size.
+        let envelope = if matches!(self, Self::Progress) { 0 } else { ENVELOPE_OVERHEAD };
+        (self.limit() + envelope) as u64
+    }
+
+    /// Largest payload of this purpose in bytes.
     pub const fn limit(self) -> usize {
         match self {
             Self::Progress => 4096,
-            Self::LogHead | Self::WriterLease | Self::Order => 4 << 10,
+            Self::LogHead | Self::WriterLease => 4 << 10,
             Self::CurrentRun => 16 << 10,
             Self::RunManifest | Self::Equivocation => 256 << 10,
             Self::CatalogPage | Self::StandingGrants | Self::MergeManifest | Self::Release | Self::ShardManifest | Self::Tape => 1 << 20,
@@ -145,6 +152,7 @@ impl Purpose {
             | Self::OpeningManifest
             | Self::FragmentManifest
             | Self::AuditOrder
+            | Self::Order
             | Self::VerdictCommit
             | Self::VerdictReveal
             | Self::Scores => 64 << 10,
@@ -365,7 +373,7 @@ pub fn open_stored<D: Document>(bytes: &[u8], context: &Context, expect: Expect<
 
 fn open_inner<D: Document>(bytes: &[u8], context: &Context, expect: Expect<'_>, now_ms: Option<u64>) -> Result<Verified<D>, EnvelopeError> {
     let purpose = D::PURPOSE;
-    if bytes.len() > purpose.limit() + if matches!(purpose, Purpose::Progress) { 0 } else { ENVELOPE_OVERHEAD } {
+    if bytes.len() as u64 > purpose.file_limit() {
         return Err(EnvelopeError::Size { purpose, got: bytes.len(), limit: purpose.limit() });
     }
     let (envelope, signature, id) = peek(bytes)?;

@@ -218,6 +218,10 @@ impl TokenLedger {
         &self.sources
     }
 
+    pub fn has_shard(&self, id: &str) -> bool {
+        self.find(id).is_ok()
+    }
+
     pub fn shards(&self) -> usize {
         self.shards.len()
     }

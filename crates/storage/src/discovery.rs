@@ -4,10 +4,10 @@
 //! names the orchestrator's key; everything else is signed by that key and tied together by digests. Nobody sets a run id.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
-use protocol::documents::{CatalogPage, Codec, CurrentRun, Equivocation, Head, RunManifest, RunRoot};
+use protocol::documents::{CatalogPage, CatalogRef, Codec, CurrentRun, Equivocation, Head, RunManifest, RunRoot};
 use protocol::envelope::{Context, Document, EnvelopeError, Expect, PROTOCOL_VERSION, RunId, SequenceGuard, Verified, open, open_stored};
 use protocol::paths::{Keys, RunKeys};
 use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest};
@@ -75,7 +75,7 @@ pub struct RunFacts {
     pub root: RunRoot,
     pub manifest: RunManifest,
     pub plan: FragmentPlan,
-    pub shards: Vec<ShardManifest>,
+    pub shards: Shards,
     pub context: Context,
     pub keys: Keys,
     pub run: RunKeys,
@@ -83,6 +83,53 @@ pub struct RunFacts {
     /// Every key that a root ever named for the orchestrator, the present one first: write-once documents may be older than a
     /// rotation.
     pub orchestrators: Vec<KeyRef>,
+}
+
+/// The run's shards so far, in the order of their pages. Clones show the same ones.
+#[derive(Clone, Debug, Default)]
+pub struct Shards(Arc<RwLock<Pages>>);
+
+#[derive(Debug, Default)]
+struct Pages {
+    newest: Option<CatalogRef>,
+    shards: Arc<Vec<ShardManifest>>,
+}
+
+impl Shards {
+    /// What is known now.
+    pub fn list(&self) -> Arc<Vec<ShardManifest>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).shards.clone()
+    }
+
+    /// Reads the pages up to `newest`: each names the one before it, and the last must be the one that is asked for.
+    async fn extend(
+        &self,
+        public: &PublicReader,
+        run: &RunKeys,
+        context: &Context,
+        expect: Expect<'_>,
+        newest: &CatalogRef,
+    ) -> Result<(), DiscoveryError> {
+        let mut known = self.0.read().unwrap_or_else(PoisonError::into_inner).newest;
+        let mut shards = Vec::new();
+        for page in known.map_or(0, |known| known.page.saturating_add(1))..=newest.page {
+            let key = run.catalog(page);
+            let (document, digest) = stored::<CatalogPage>(public, &key, context, expect).await?;
+            let follows = document.page == page && document.previous == known.map_or(Digest::ZERO, |known| known.digest);
+            if !follows || !document.shards.iter().all(|shard| shard.file.is_consistent()) {
+                return Err(DiscoveryError::DigestMismatch { key });
+            }
+            known = Some(CatalogRef { page, digest });
+            shards.extend(document.shards);
+        }
+        if known.as_ref() != Some(newest) {
+            return Err(DiscoveryError::DigestMismatch { key: run.catalog(newest.page) });
+        }
+        let mut pages = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        Arc::make_mut(&mut pages.shards).extend(shards);
+        pages.newest = known;
+        Ok(())
+    }
 }
 
 /// Follows one run.
@@ -152,14 +199,9 @@ impl RunReader {
         if plan.digest() != manifest.plan || plan.fragments.len() != usize::from(manifest.parameters.fragments) {
             return Err(DiscoveryError::DigestMismatch { key: run.plan(&manifest.plan) });
         }
-        let mut shards = Vec::new();
-        for page in &manifest.catalog {
-            let key = run.catalog(page.page);
-            let (document, digest) = stored::<CatalogPage>(&public, &key, &context, expect).await?;
-            if digest != page.digest || !document.shards.iter().all(|shard| shard.file.is_consistent()) {
-                return Err(DiscoveryError::DigestMismatch { key });
-            }
-            shards.extend(document.shards);
+        let shards = Shards::default();
+        if let Some(newest) = manifest.catalog.last() {
+            shards.extend(&public, &run, &context, expect, newest).await?;
         }
         let facts = RunFacts { root, manifest, plan, shards, context, keys, run, orchestrator, orchestrators };
         Ok(Self { public, facts: Arc::new(facts), etags: BTreeMap::new(), guard, last: BTreeMap::new() })
@@ -169,7 +211,7 @@ impl RunReader {
         &self.facts
     }
 
-    /// The head, if it changed since the last call.
+    /// The head, if it changed since the last call. Shards that joined the run with it are in [`RunFacts::shards`] by then.
     pub async fn head(&mut self, now_ms: u64) -> Result<Option<Head>, DiscoveryError> {
         let key = self.facts.run.head();
         let Some(verified) = self.poll::<Head>(&key, now_ms).await? else { return Ok(None) };
@@ -177,12 +219,19 @@ impl RunReader {
         if head.fragments.len() != self.facts.plan.fragments.len() {
             return Err(DiscoveryError::OutOfBounds { key, what: "the number of fragments" });
         }
+        let facts = &self.facts;
+        let extended = facts.shards.extend(&self.public, &facts.run, &facts.context, Expect::Any(&facts.orchestrators), &head.catalog);
+        if let Err(error) = extended.await {
+            // The head was not given out: it is not what the next look compares with.
+            self.etags.remove(&key);
+            return Err(error);
+        }
         Ok(Some(head))
     }
 
     /// A mutable public object of the orchestrator, if it is there and changed since the last call.
     pub async fn poll<D: Document>(&mut self, key: &str, now_ms: u64) -> Result<Option<Verified<D>>, DiscoveryError> {
-        let object = match self.public.get(key, self.etags.get(key).map(String::as_str), D::PURPOSE.limit() as u64 + 512).await? {
+        let object = match self.public.get(key, self.etags.get(key).map(String::as_str), D::PURPOSE.file_limit()).await? {
             PublicRead::Absent | PublicRead::Unchanged => return Ok(None),
             PublicRead::Found(object) => object,
         };

@@ -11,7 +11,7 @@ use protocol::documents::{
 use protocol::envelope::{Context, Document, EnvelopeError, RunId, sign};
 use protocol::log::{Frontier, LogRef};
 use protocol::paths::Keys;
-use protocol::{DType, Digest, Ed25519Signer, FragmentPlan, MergeRule, Signer, Slice};
+use protocol::{DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, ShardManifest, Signer, Slice};
 use storage::client::PublicReader;
 use storage::discovery::{DiscoveryError, RunReader};
 use storage::server::{Backend, S3Server, ServerSettings};
@@ -66,7 +66,7 @@ impl Bucket {
             store_hosts: vec!["store.example:443".into()],
             bounds: Bounds { fragments_max: 24, slots_max: 8, payload_bytes_max: 1 << 20, checkpoint_bytes_max: 1 << 20 },
         };
-        let bucket = Self { server, store, keys: Keys::new(NETUID), outside, context: Context { run: RunId([3; 16]), ..outside }, root };
+        let bucket = Self { server, store, keys: Keys::new(NETUID), outside, context: context(), root };
         bucket.put(&bucket.keys.root(1), &sign(&bucket.root, &outside, &key(1), 1, NOW_MS)).await;
         bucket.open_run(&key(2)).await;
         bucket
@@ -89,7 +89,7 @@ impl Bucket {
             Slice { tensor: "w".into(), row_start: 0, row_end: 4, row_elements: 8, unit_rows: 1, dtype: DType::Bf16, rule: MergeRule::Rda };
         let plan = FragmentPlan { fragments: vec![vec![slice]] };
         self.publish(&run.plan(&plan.digest()), &self.context, &plan, signer, 1).await;
-        let digest = self.publish(&run.catalog(0), &self.context, &CatalogPage { page: 0, shards: Vec::new() }, signer, 1).await;
+        let digest = self.publish(&run.catalog(0), &self.context, &first_page(), signer, 1).await;
         let manifest = self.manifest(plan.digest(), digest);
         let manifest_digest = self.publish(&run.manifest(), &self.context, &manifest, signer, 1).await;
         self.publish(&run.head(), &self.context, &head(1), signer, 10).await;
@@ -129,8 +129,34 @@ impl Bucket {
     }
 }
 
+fn context() -> Context {
+    Context { genesis: GENESIS, netuid: NETUID, run: RunId([3; 16]) }
+}
+
+fn training_shard(id: &str) -> ShardManifest {
+    ShardManifest {
+        id: id.into(),
+        rows: 1,
+        row_tokens: 2,
+        tokens: 2,
+        file: FileRecord::of_bytes("tokens.bin", &[0; 8]),
+        tokenizer: Digest::ZERO,
+        vocab_size: 16,
+        licence: "public domain".into(),
+        source: "a test".into(),
+        held_out: false,
+    }
+}
+
+fn first_page() -> CatalogPage {
+    CatalogPage { page: 0, previous: Digest::ZERO, shards: Vec::new() }
+}
+
+/// A head of a run whose catalog has the first page only, as the first orchestrator signed it.
 fn head(outer_step: u64) -> Head {
+    let page = sign(&first_page(), &context(), &key(2), 1, NOW_MS);
     Head {
+        catalog: CatalogRef { page: 0, digest: Digest::blake3(&page) },
         epoch: 1,
         state: RunState::Open,
         outer_step,
@@ -246,7 +272,7 @@ async fn documents_of_different_times_do_not_mix() {
     assert!(matches!(bucket.discover(NOW_MS).await, Err(DiscoveryError::DigestMismatch { key }) if key == run.manifest()));
     // A catalog page that is not the one that the manifest names.
     let current = bucket.open_run(&key(2)).await;
-    let page = CatalogPage { page: 7, shards: Vec::new() };
+    let page = CatalogPage { page: 7, ..first_page() };
     bucket.publish(&run.catalog(0), &bucket.context, &page, &key(2), 1).await;
     assert!(matches!(bucket.discover(NOW_MS).await, Err(DiscoveryError::DigestMismatch { key }) if key == run.catalog(0)));
     // A current run that names another root.
@@ -254,6 +280,43 @@ async fn documents_of_different_times_do_not_mix() {
     let stray = CurrentRun { root_digest: Digest::blake3(b"another root"), ..current };
     bucket.publish(&bucket.keys.current(), &bucket.outside, &stray, &key(2), 11).await;
     assert!(matches!(bucket.discover(NOW_MS).await, Err(DiscoveryError::DigestMismatch { key }) if key == bucket.keys.current()));
+}
+
+#[tokio::test]
+async fn shards_that_join_a_run_are_read_with_the_head_that_names_them_and_only_in_an_unbroken_chain() {
+    let bucket = Bucket::new().await;
+    let (run, signer) = (bucket.keys.run(bucket.context.run), key(2));
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    let shards = reader.facts().shards.clone();
+    let page = |page, previous, shard: &str| CatalogPage { page, previous, shards: vec![training_shard(shard)] };
+    let named = |outer_step, page, digest| Head { catalog: CatalogRef { page, digest }, ..head(outer_step) };
+    let first = head(1).catalog.digest;
+    let second = bucket.publish(&run.catalog(1), &bucket.context, &page(1, first, "b"), &signer, 2).await;
+    let third = page(2, second, "c");
+
+    // The page is not there yet: no head, and none is missed.
+    let digest = Digest::blake3(&sign(&third, &bucket.context, &signer, 3, NOW_MS));
+    bucket.publish(&run.head(), &bucket.context, &named(2, 2, digest), &signer, 20).await;
+    assert!(reader.head(NOW_MS).await.is_err());
+    assert!(shards.list().is_empty());
+    bucket.publish(&run.catalog(2), &bucket.context, &third, &signer, 3).await;
+    assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 2);
+    assert_eq!(shards.list().iter().map(|shard| shard.id.as_str()).collect::<Vec<_>>(), ["b", "c"]);
+    // A late joiner reads the same.
+    let mut late = bucket.discover(NOW_MS).await.unwrap();
+    late.head(NOW_MS).await.unwrap();
+    assert_eq!(late.facts().shards.list(), shards.list());
+
+    // A page that does not follow, a head that names another page than lies there, a head that goes back.
+    let mismatch = |error: DiscoveryError, page| matches!(error, DiscoveryError::DigestMismatch { key } if key == run.catalog(page));
+    let stray = bucket.publish(&run.catalog(3), &bucket.context, &page(3, first, "d"), &signer, 4).await;
+    bucket.publish(&run.head(), &bucket.context, &named(3, 3, stray), &signer, 21).await;
+    assert!(mismatch(reader.head(NOW_MS).await.unwrap_err(), 3));
+    bucket.publish(&run.head(), &bucket.context, &named(4, 2, stray), &signer, 22).await;
+    assert!(mismatch(reader.head(NOW_MS).await.unwrap_err(), 2));
+    bucket.publish(&run.head(), &bucket.context, &named(5, 1, second), &signer, 23).await;
+    assert!(mismatch(reader.head(NOW_MS).await.unwrap_err(), 1));
+    assert_eq!(shards.list().len(), 2, "what was known stays");
 }
 
 #[tokio::test]

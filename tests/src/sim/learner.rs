@@ -168,7 +168,6 @@ impl World {
                 run: self.run.clone(),
                 parameters: self.plan.parameters.clone(),
                 base_release: BASE_RELEASE.to_owned(),
-                shards: self.setup.shards.iter().map(|(id, _, _)| id.clone()).collect(),
                 leases_max: None,
             };
             node.machine = Some(Learner::new(settings));

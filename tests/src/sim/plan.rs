@@ -1,6 +1,6 @@
 //! What a world is made of and what will go wrong in it: everything follows from the seed.
 
-use protocol::documents::{AuditParameters, Codec, InnerOptimizer, LrSchedule, RunParameters};
+use protocol::documents::{Action, AuditParameters, Codec, InnerOptimizer, LrSchedule, RunParameters};
 
 use super::paper::Scheme;
 use super::random::Random;
@@ -78,6 +78,8 @@ pub struct Plan {
     /// Inputs between two snapshots of the orchestrator.
     pub snapshot_every: usize,
     pub behaviours: Vec<Behaviour>,
+    /// What the operator orders, and when.
+    pub orders: Vec<(u64, Action)>,
     pub faults: Faults,
     /// A run that is not complete by then hangs.
     pub limit_ms: u64,
@@ -141,6 +143,7 @@ impl Plan {
             block_ms: 3_000,
             snapshot_every: 2_000,
             behaviours: vec![Behaviour::Honest; miners],
+            orders: Vec::new(),
             faults: Faults::default(),
             limit_ms: 3_600_000,
             is_open_ended: false,
@@ -198,6 +201,14 @@ impl Plan {
                 plan.behaviours[index] = kind;
             }
         }
+        for number in 0..random.between(0, 2) {
+            let shards = (0..random.between(1, 3)).map(|shard| format!("added-{number}-{shard}")).collect();
+            plan.orders.push((random.between(0, until_ms), Action::AddShards { shards }));
+        }
+        if random.chance(300_000) {
+            plan.orders.push((random.between(0, until_ms), Action::Release));
+        }
+        plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         plan
     }
 }

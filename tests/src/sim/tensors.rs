@@ -9,11 +9,28 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use protocol::documents::{OpenedStep, Tape};
 use protocol::steps::Exchange;
-use protocol::{Digest, codec};
+use protocol::{Digest, FileRecord, ShardManifest, codec};
 
 /// Bytes of an encoded payload.
 pub const PAYLOAD_BYTES: usize = 64;
 const STATE_BYTES_MAX: usize = 1 << 16;
+
+/// A shard of training rows.
+pub fn shard(id: &str) -> ShardManifest {
+    const ROWS: u64 = 20_000;
+    ShardManifest {
+        id: id.to_owned(),
+        rows: ROWS,
+        row_tokens: 128,
+        tokens: ROWS * 128,
+        file: FileRecord::of_bytes("tokens.bin", b"tokens"),
+        tokenizer: Digest::ZERO,
+        vocab_size: 4_096,
+        licence: "public domain".into(),
+        source: "simulation".into(),
+        held_out: false,
+    }
+}
 
 /// The f32 state of a fragment's version 0.
 pub fn first_state(fragment: u16) -> Digest {

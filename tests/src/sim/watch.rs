@@ -11,7 +11,7 @@ use protocol::ledger::LedgerTotals;
 use protocol::log::{Frontier, LogHead, LogKind};
 use protocol::schedule::cycle_of;
 use protocol::{AccountId, Digest, codec};
-use quasar_orchestrator::machine::{OfferStage, Orchestrator, PullStage, Slot};
+use quasar_orchestrator::machine::{OfferStage, Orchestrator, PullStage, Slot, StoredPage};
 use storage::Presign;
 
 use super::net::Node;
@@ -43,6 +43,7 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ("head_names_what_exists", "keyframes and log heads that the head names lie in the bucket, with these digests"),
     ("one_pull_per_fragment", "at most one open pull of a fragment, and at most τ + 1 in all"),
     ("ledger_conserves", "rows waiting, leased, done and lost add up to the rows of the shards; done tokens never fall"),
+    ("pages_stand", "a page of the catalog never changes, and its shards join the ledger with it"),
     ("evidence_before_grant", "an upload grant for a payload follows the write-once copy of its commitment"),
     ("evidence_holds_payload", "the commitment that a merged contribution names lies in the bucket and is one to that very payload"),
     ("write_once", "a write-once object is written on the condition that it is absent"),
@@ -76,6 +77,8 @@ pub struct Watch {
     pub verdicts: BTreeMap<&'static str, u64>,
     crashed: Option<Vec<u8>>,
     ledger: Option<LedgerTotals>,
+    /// Digest and rows of the catalog pages that were added.
+    pages: BTreeMap<u32, (Digest, u64)>,
     batches: u64,
     pub records_refused: u64,
     newest_commitments: BTreeMap<AccountId, Commitment>,
@@ -354,7 +357,8 @@ impl Watch {
             return;
         }
         let totals = machine.ledger().totals();
-        let rows: u64 = world.setup.shards.iter().map(|(_, rows, _)| rows).sum();
+        let joined = self.pages.range(..=machine.newest_page().page).map(|(_, (_, rows))| rows);
+        let rows: u64 = world.setup.shards.iter().map(|shard| &shard.rows).chain(joined).sum();
         let sum = totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows;
         self.hold(world, "ledger_conserves", sum == rows, || format!("{sum} rows of {rows}: {totals:?}"));
         if let Some(before) = self.ledger {
@@ -362,6 +366,13 @@ impl Watch {
             self.hold(world, "ledger_conserves", !fell, || format!("{totals:?} after {before:?}"));
         }
         self.ledger = Some(totals);
+    }
+
+    /// A page of the catalog, as it lies in the bucket.
+    pub fn page(&mut self, world: &World, stored: &StoredPage) {
+        let rows = stored.shards.iter().map(|shard| shard.rows).sum();
+        let known = *self.pages.entry(stored.reference.page).or_insert((stored.reference.digest, rows));
+        self.hold(world, "pages_stand", known == (stored.reference.digest, rows), || format!("{:?} is another one", stored.reference));
     }
 
     /// The machine as it was when its process died.

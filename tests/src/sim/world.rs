@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use chain::memory::{MemoryChain, MemorySettings};
 use chain::{Chain, Hotkey, Hyperparameters, Neuron};
-use protocol::documents::{CurrentRun, Head, ReleaseRef};
-use protocol::envelope::{Context, Expect, RunId, SKEW_MS, Verified};
+use protocol::documents::{Action, CatalogRef, CurrentRun, Head, Order, ReleaseRef};
+use protocol::envelope::{self, Context, Expect, RunId, SKEW_MS, Verified};
 use protocol::paths::{self, Keys, RunKeys};
 use protocol::{AccountId, Digest, KeyKind};
-use quasar_orchestrator::machine::{FragmentSetup, RunSetup, Slot};
+use quasar_orchestrator::machine::{FragmentSetup, RunSetup, ShardRows, Slot};
 use storage::Object;
 use storage::memory::{MemoryGrants, MemoryStore};
 
@@ -203,7 +203,8 @@ impl World {
             parameters: plan.parameters.clone(),
             release: ReleaseRef { release: BASE_RELEASE.into(), manifest: Digest::ZERO },
             fragments: fragments.collect(),
-            shards: (0..4).map(|shard| (format!("s{shard}"), 20_000, 128)).collect(),
+            catalog: CatalogRef { page: 0, digest: Digest::ZERO },
+            shards: ShardRows::of(&[0, 1, 2, 3].map(|shard| tensors::shard(&format!("s{shard}")))),
         };
         let store = MemoryStore::new();
         let store_ms = Arc::new(AtomicU64::new(EPOCH_MS));
@@ -265,7 +266,11 @@ impl World {
     fn plant_run(&self) {
         self.plant(&self.keys.release_manifest(BASE_RELEASE), Bytes::from_static(b"manifest"));
         self.plant(&self.keys.release_file(BASE_RELEASE, BASE_FILE), Bytes::from_static(b"{}"));
-        for (shard, _, _) in &self.setup.shards {
+        let added = self.plan.orders.iter().filter_map(|(_, action)| match action {
+            Action::AddShards { shards } => Some(shards.iter()),
+            _ => None,
+        });
+        for shard in self.setup.shards.iter().map(|shard| &shard.id).chain(added.flatten()) {
             self.plant(&self.keys.shard_tokens(shard), Bytes::from_static(b"tokens"));
         }
         for fragment in 0..self.plan.parameters.fragments {
@@ -341,6 +346,15 @@ impl World {
             drop(random);
             let world = self.me();
             self.executor.after(delay_ms, WORLD, move || world.start_miner(index));
+        }
+        for (number, (at_ms, action)) in (1..).zip(self.plan.orders.clone()) {
+            let world = self.me();
+            self.executor.after(at_ms, WORLD, move || {
+                let order = Order { number, action, reason: "as planned".into() };
+                let now_ms = EPOCH_MS + world.executor.now_ms();
+                let bytes = envelope::sign(&order, &world.context, &*world.office.signer, now_ms, now_ms);
+                world.plant(&world.run.order(number), Bytes::from(bytes));
+            });
         }
         let world = self.me();
         self.executor.spawn(WORLD, async move { world.make_blocks().await });

@@ -49,7 +49,7 @@ impl BaseTrees {
         }
         let release = &facts.manifest.base_release;
         let manifest_grant = grant(&facts.keys.release_manifest(release)).ok_or(Trouble::Grant)?;
-        let limit = Purpose::Release.limit() as u64 + 512;
+        let limit = Purpose::Release.file_limit();
         let bytes = access.get(&manifest_grant, None, limit).await.map_err(|error| grant_trouble(&error))?;
         let manifest = read_manifest(&bytes, facts)?;
         fs::create_dir_all(&tree).map_err(|error| files::trouble(&error))?;

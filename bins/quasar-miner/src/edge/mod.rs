@@ -298,7 +298,8 @@ impl Edge {
     async fn fetch_tokens(&self, lease: &Lease) -> Result<(), Trouble> {
         let grant = |shard: &str| self.grant(Method::Get, &self.facts.keys.shard_tokens(shard));
         let row_tokens = self.facts.manifest.parameters.sequence_length;
-        let tokens = LeaseTokens::fetch(&self.shared.chunks, &*self.shared.access, grant, &self.facts.shards, row_tokens, lease).await?;
+        let (shards, access) = (self.facts.shards.list(), &*self.shared.access);
+        let tokens = LeaseTokens::fetch(&self.shared.chunks, access, grant, &shards, row_tokens, lease).await?;
         self.plane.tokens.insert(lease.id, tokens);
         Ok(())
     }

@@ -130,7 +130,14 @@ impl LeaseTokens {
     ) -> Result<Self, Trouble> {
         let mut ranges = Vec::with_capacity(lease.rows.len());
         for range in &lease.rows {
-            let shard = shards.iter().find(|shard| shard.id == range.shard && shard.row_tokens == row_tokens).ok_or(Trouble::Corrupt)?;
+            let Some(shard) = shards.iter().find(|shard| shard.id == range.shard) else {
+                // It may have joined the run a moment ago: the next look at the head tells.
+                tracing::info!(lease = lease.id, shard = range.shard, "a lease names a shard that the run's catalog does not have yet");
+                return Err(Trouble::Absent);
+            };
+            if shard.row_tokens != row_tokens {
+                return Err(Trouble::Corrupt);
+            }
             let grant = grant(&range.shard).ok_or(Trouble::Grant)?;
             let bytes = cache.rows(access, &grant, shard, range).await?;
             let tokens =

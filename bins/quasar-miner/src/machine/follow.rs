@@ -1,7 +1,7 @@
 //! Following the run: what a look at head, job or grants changes, who is registered, and where to look more often.
 
 use protocol::Reason;
-use protocol::documents::{Head, Job, Lease, RunState};
+use protocol::documents::{Head, Job, RunState};
 
 use super::io::{Effect, Found, Look};
 use super::{End, Learner, REGISTRATION_EVERY_MS, Registration, UNREGISTERED_MAX_MS};
@@ -70,11 +70,6 @@ impl Learner {
             return;
         }
         let slot = self.settings.slot;
-        let unknown = |lease: &Lease| lease.rows.iter().any(|range| !self.settings.shards.contains(&range.shard));
-        if let Some(lease) = job.leases.iter().find(|lease| unknown(lease)) {
-            tracing::error!(slot, lease = lease.id, "the job names a shard that the run's catalog does not have");
-            return;
-        }
         let changes = self.leases.set_job(job, now_ms);
         for lease in changes.begun {
             tracing::info!(slot, lease, "lease received");

@@ -67,8 +67,6 @@ pub struct LearnerSettings {
     pub run: RunKeys,
     pub parameters: RunParameters,
     pub base_release: String,
-    /// Shards that leases may name.
-    pub shards: Vec<String>,
     /// Stop after so many leases.
     pub leases_max: Option<u64>,
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use daemon::Machine;
 use model::{Batch, HostValues, Hyper, Routes, StepReport, ToyTrainer, TrainError, Trainer, TrainerState, toy_plan};
 use protocol::documents::{
-    AuditParameters, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress, Pull, Receipt,
+    AuditParameters, CatalogRef, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress, Pull, Receipt,
     ReleaseRef, RowRange, RunParameters, RunState,
 };
 use protocol::envelope::RunId;
@@ -166,7 +166,6 @@ fn settings(session_epoch: u64, keys: &Keys, run: &RunKeys) -> LearnerSettings {
         run: run.clone(),
         parameters: parameters(),
         base_release: "base".into(),
-        shards: vec!["s".into()],
         leases_max: None,
     }
 }
@@ -231,6 +230,7 @@ impl World {
             pulls: vec![],
             fragments: vec![FragmentHead { version: 0, length: 0, digest: Digest::ZERO }; FRAGMENTS],
             release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
+            catalog: CatalogRef { page: 0, digest: Digest::ZERO },
             ledger: Digest::ZERO,
             log: (&protocol::log::Frontier::default()).into(),
             notices: vec![],

@@ -319,7 +319,7 @@ impl Place {
 
     /// Sequence number of the head's envelope: it grows with every head that is published.
     pub async fn head_sequence(&self) -> Option<u64> {
-        let object = self.store.get(&self.run_keys().head(), Purpose::Head.limit() as u64).await.ok()?;
+        let object = self.store.get(&self.run_keys().head(), Purpose::Head.file_limit()).await.ok()?;
         protocol::envelope::peek(&object.bytes).ok().map(|(envelope, _, _)| envelope.header.sequence)
     }
 

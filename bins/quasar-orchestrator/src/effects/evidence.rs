@@ -8,9 +8,6 @@ use storage::StoreError;
 use super::{Service, persist};
 use crate::machine::Slot;
 
-/// Bytes of an envelope beyond its payload's limit.
-const ENVELOPE_BYTES: u64 = 512;
-
 impl Service {
     /// Copies the signed progress envelope that holds a commitment, and gives the id of the copy; a reason if there is a copy
     /// already, of a commitment to another payload. `None` if the learner has overwritten the record meanwhile without that
@@ -22,7 +19,7 @@ impl Service {
             Some((newest, bytes)) if newest == id => bytes,
             _ => {
                 let progress = self.run.progress(&slot.0, slot.1);
-                self.get_present(&progress, Purpose::Progress.limit() as u64).await?
+                self.get_present(&progress, Purpose::Progress.file_limit()).await?
             }
         };
         let record = open_stored::<Progress>(&bytes, &self.context, Expect::Account(&slot.0)).ok()?;
@@ -40,7 +37,7 @@ impl Service {
     /// the steps that it shows.
     pub(super) async fn check_receipt(&self, slot: Slot, lease: &Lease, committed: &[(u64, Digest)]) -> Result<(Digest, Vec<u32>), Reason> {
         let key = self.run.receipt(&slot.0, slot.1, lease.id);
-        let limit = Receipt::PURPOSE.limit() as u64 + ENVELOPE_BYTES;
+        let limit = Receipt::PURPOSE.file_limit();
         let bytes = self.get_present(&key, limit).await.ok_or(Reason::NotUploaded)?;
         let refuse = |why: &dyn std::fmt::Display| {
             tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, lease = lease.id, "receipt refused: {why}");
@@ -54,7 +51,7 @@ impl Service {
     /// The revealed verdict of an audit with the id of its envelope, if it is there.
     pub(super) async fn read_verdict(&self, audit: &Digest, validator: &AccountId) -> Option<(Digest, VerdictResult)> {
         let key = self.run.verdict_reveal(validator, audit);
-        let bytes = match self.store.get(&key, VerdictReveal::PURPOSE.limit() as u64).await {
+        let bytes = match self.store.get(&key, VerdictReveal::PURPOSE.file_limit()).await {
             Ok(object) => object.bytes,
             Err(StoreError::NotFound { .. }) => return None,
             Err(error) => {

@@ -77,7 +77,7 @@ pub async fn read_lease(
     context: &Context,
     signers: &[KeyRef],
 ) -> Result<Option<(Verified<WriterLease>, String)>, Failure> {
-    let object = match store.get(key, WriterLease::PURPOSE.limit() as u64 + 512).await {
+    let object = match store.get(key, WriterLease::PURPOSE.file_limit()).await {
         Ok(object) => object,
         Err(StoreError::NotFound { .. }) => return Ok(None),
         Err(error) => return Err(Failure::unavailable(error)),

@@ -4,6 +4,7 @@
 
 mod arithmetic;
 mod audits;
+mod catalog;
 mod evidence;
 pub mod fence;
 mod grants;
@@ -293,6 +294,10 @@ impl Executor for Hands {
             Effect::StoreSnapshot { revision, bytes } => {
                 let bytes = Bytes::from(bytes);
                 service.put_latest(&service.run.snapshot(), revision, || Ok(bytes.clone())).await;
+            }
+            Effect::WritePage { page, previous, shards } => {
+                let outcome = service.write_page(page, previous, &shards).await;
+                inputs.send(Input::PageWritten { page, outcome }).await;
             }
             Effect::Retire { retired } => service.retire(&retired).await,
         }

@@ -52,7 +52,7 @@ async fn poll_progress(service: Arc<Service>, inputs: Inputs<Input>, shutdown: S
             let etag = seen.etags.get(&slot).cloned();
             async move {
                 let key = service.run.progress(&slot.0, slot.1);
-                (slot, key.clone(), service.store.get_if_changed(&key, etag.as_deref(), Purpose::Progress.limit() as u64).await)
+                (slot, key.clone(), service.store.get_if_changed(&key, etag.as_deref(), Purpose::Progress.file_limit()).await)
             }
         });
         let results: Vec<_> = futures::stream::iter(reads).buffer_unordered(READS_AT_ONCE).collect().await;
@@ -140,7 +140,7 @@ async fn poll_orders(service: Arc<Service>, taken: u64, inputs: Inputs<Input>, s
     let mut next = taken + 1;
     while shutdown.sleep(interval).await {
         let key = service.run.order(next);
-        match service.store.get(&key, Purpose::Order.limit() as u64 + 512).await {
+        match service.store.get(&key, Purpose::Order.file_limit()).await {
             Ok(object) => match service.open_own::<Order>(&object.bytes) {
                 Ok(order) if order.document.number == next => {
                     inputs.send(Input::Order { order: order.document }).await;

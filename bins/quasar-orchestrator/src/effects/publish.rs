@@ -30,7 +30,7 @@ impl Service {
         let key = self.run.head();
         let mut tag = self.head_etag.lock().await;
         loop {
-            let object = match self.store.get(&key, Purpose::Head.limit() as u64 + 512).await {
+            let object = match self.store.get(&key, Purpose::Head.file_limit()).await {
                 Ok(object) => object,
                 Err(error @ StoreError::NotFound { .. }) => {
                     return Err(Failure::configuration(error).hint("the run is incomplete: create it again with `run create`"));

@@ -13,19 +13,19 @@ use fragments::codec::{self, PayloadHeader};
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
-    AuditParameters, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, InnerOptimizer, Job, Lease, LrSchedule, MergeManifest,
+    AuditParameters, CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, InnerOptimizer, Job, Lease, LrSchedule, MergeManifest,
     ReleaseRef, RowRange, RunManifest, RunParameters, RunState, Tape, TapeInput,
 };
 use protocol::envelope::{Context, Document, RunId, sign};
 use protocol::log::{Frontier, LogRef};
 use protocol::paths::Keys;
-use protocol::{AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, Signer, Slice};
+use protocol::{AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, ShardManifest, Signer, Slice};
 use storage::{MemoryStore, ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
 use super::Service;
 use super::fence::{Fence, FenceSettings, Wait};
-use crate::machine::{FragmentSetup, Input, LEASE_EPOCH_SHIFT, Orchestrator, RunSetup};
+use crate::machine::{FragmentSetup, Input, LEASE_EPOCH_SHIFT, Orchestrator, RunSetup, ShardRows};
 use crate::takeover;
 
 const NETUID: u16 = 24;
@@ -121,7 +121,8 @@ impl Bucket {
                 parameters: parameters(),
                 release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
                 fragments: Vec::new(),
-                shards: vec![("a".into(), 1_000, 128)],
+                catalog: CatalogRef { page: 0, digest: Digest::ZERO },
+                shards: vec![ShardRows { id: "a".into(), source: "a source".into(), rows: 1_000, row_tokens: 128 }],
             },
         };
         let (plan, keys) = (plan(), Keys::new(NETUID).run(context.run));
@@ -157,6 +158,7 @@ impl Bucket {
             pulls: Vec::new(),
             fragments: heads,
             release: bucket.setup.release.clone(),
+            catalog: bucket.setup.catalog,
             ledger: Digest::ZERO,
             log: LogRef::from(&Frontier::default()),
             notices: Vec::new(),
@@ -426,6 +428,55 @@ async fn objects_that_contradict_each_other_are_refused_and_left_alone() {
     bucket.put(&service.run.snapshot(), b"not a snapshot".to_vec()).await;
     assert!(takeover::recover(&service, &journal, head, bucket.fresh()).await.is_err());
     assert!(journal.is_empty().unwrap(), "nothing was begun");
+}
+
+#[tokio::test]
+async fn a_page_holds_published_training_shards_of_the_run_and_a_successor_finds_it() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, journal) = bucket.orchestrator(&folder.path().join("a")).await;
+    let (keys, outside) = (Keys::new(NETUID), Context { run: RunId::NONE, ..bucket.context });
+    let shard = |id: &str| ShardManifest {
+        id: id.into(),
+        rows: 7,
+        row_tokens: parameters().sequence_length,
+        tokens: 7 * u64::from(parameters().sequence_length),
+        file: FileRecord::of_bytes("tokens.bin", b"tokens"),
+        tokenizer: Digest::ZERO,
+        vocab_size: 16,
+        licence: "public domain".into(),
+        source: "a test".into(),
+        held_out: false,
+    };
+    for (name, shard) in [
+        ("good", shard("good")),
+        ("held", ShardManifest { held_out: true, ..shard("held") }),
+        ("short", ShardManifest { row_tokens: 3, ..shard("short") }),
+        ("other-name", shard("good")),
+    ] {
+        bucket.put(&keys.shard_manifest(name), sign(&shard, &outside, &*bucket.signer, 1, 1)).await;
+    }
+    let first = service.manifest.catalog.last().map_or(Digest::ZERO, |page| page.digest);
+    let page = async |ids: &[&str]| {
+        let ids: Vec<String> = ids.iter().map(|id| (*id).to_owned()).collect();
+        service.write_page(1, first, &ids).await
+    };
+    for (id, why) in
+        [("nothing", "is not published"), ("held", "is held out"), ("short", "rows of 3 tokens"), ("other-name", "contradicts itself")]
+    {
+        let refused = page(&["good", id]).await.unwrap_err();
+        assert!(refused.contains(why), "{refused}");
+    }
+    assert!(bucket.store.get(&service.run.catalog(1), 1 << 20).await.is_err(), "nothing was written");
+    let stored = page(&["good"]).await.unwrap();
+    assert_eq!((stored.shards.len(), stored.shards[0].rows), (1, 7));
+    assert_eq!(page(&["good"]).await.unwrap(), stored, "what lies there stands");
+    drop(journal);
+
+    let head = service.claim_head(2).await.unwrap();
+    let (_, journal) = bucket.orchestrator(&folder.path().join("b")).await;
+    let (recovered, _) = takeover::recover(&service, &journal, head, bucket.fresh()).await.unwrap();
+    assert_eq!(recovered.machine.newest_page(), stored.reference);
+    assert!(recovered.machine.ledger().has_shard("good"));
 }
 
 #[tokio::test]

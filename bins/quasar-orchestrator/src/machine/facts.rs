@@ -1,9 +1,9 @@
 //! What the machine is told: its run, and the inputs.
 
-use protocol::documents::{Head, Job, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape, VerdictResult};
+use protocol::documents::{CatalogPage, CatalogRef, Head, Job, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape, VerdictResult};
 use protocol::envelope::RunId;
 use protocol::log::LogHead;
-use protocol::{AccountId, Digest, Reason};
+use protocol::{AccountId, Digest, Reason, ShardManifest};
 use serde::{Deserialize, Serialize};
 
 /// A slot of a hotkey.
@@ -25,8 +25,46 @@ pub struct RunSetup {
     pub parameters: RunParameters,
     pub release: ReleaseRef,
     pub fragments: Vec<FragmentSetup>,
-    /// Shards to train on: id, rows, row tokens.
-    pub shards: Vec<(String, u64, u32)>,
+    /// The newest page of the catalog that the run begins with, and the shards to train on of all its pages.
+    pub catalog: CatalogRef,
+    pub shards: Vec<ShardRows>,
+}
+
+/// A shard to train on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardRows {
+    pub id: String,
+    pub source: String,
+    pub rows: u64,
+    pub row_tokens: u32,
+}
+
+impl ShardRows {
+    /// The shards of `all` that are trained on.
+    pub fn of(all: &[ShardManifest]) -> Vec<Self> {
+        let trained = all.iter().filter(|shard| !shard.held_out);
+        let rows_of = |shard: &ShardManifest| Self {
+            id: shard.id.clone(),
+            source: shard.source.clone(),
+            rows: shard.rows,
+            row_tokens: shard.row_tokens,
+        };
+        trained.map(rows_of).collect()
+    }
+}
+
+/// A page of the catalog that lies in the bucket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredPage {
+    pub reference: CatalogRef,
+    pub shards: Vec<ShardRows>,
+}
+
+impl StoredPage {
+    /// `file`: the digest of the page's file.
+    pub fn new(file: Digest, page: &CatalogPage) -> Self {
+        Self { reference: CatalogRef { page: page.page, digest: file }, shards: ShardRows::of(&page.shards) }
+    }
 }
 
 /// A fragment at the start of the run.
@@ -151,6 +189,11 @@ pub enum Input {
     Order {
         order: Order,
     },
+    /// The page that was asked for, as it lies in the bucket; or why there is none.
+    PageWritten {
+        page: u32,
+        outcome: Result<StoredPage, String>,
+    },
 }
 
 /// What a successor reads in the bucket.
@@ -161,6 +204,8 @@ pub struct BucketFacts {
     pub head: Head,
     /// Outer steps with a tape, from the first that the snapshot has not closed, by t.
     pub steps: Vec<StepFact>,
+    /// Catalog pages written since the snapshot, in their order.
+    pub pages: Vec<StoredPage>,
     /// Leases given out since the snapshot, each as a job of one lease.
     pub leases: Vec<Job>,
     /// Log heads published since the snapshot, oldest first.

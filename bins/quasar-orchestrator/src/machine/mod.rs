@@ -8,6 +8,7 @@
 //! therefore looked through once in a poll and not at each input ([`Pace`]).
 
 mod audits;
+mod catalog;
 mod ending;
 mod facts;
 mod learners;
@@ -31,7 +32,7 @@ use serde::{Deserialize, Serialize};
 
 pub use audits::{AuditCase, VERDICT_MS};
 pub use ending::Retired;
-pub use facts::{BucketFacts, Fragment, FragmentSetup, Guest, Input, RunSetup, Slot, StepFact};
+pub use facts::{BucketFacts, Fragment, FragmentSetup, Guest, Input, RunSetup, ShardRows, Slot, StepFact, StoredPage};
 pub use learners::{Learner, LeaseRecord, StandingMark};
 pub use orders::OrderOutcome;
 pub use pulls::{Offer, OfferStage, OpenPull, PullStage};
@@ -41,6 +42,7 @@ pub use status::{LearnerStatus, Status, VerdictCounts};
 pub use wants::{Effect, Key, Want};
 
 use audits::AwaitedVerdict;
+use catalog::Catalog;
 use ending::Releasing;
 use log::Log;
 use orders::{Orders, Restoring};
@@ -74,6 +76,7 @@ pub struct Orchestrator {
     learners: BTreeMap<Slot, Learner>,
     standing: BTreeMap<Slot, StandingMark>,
     fragments: Vec<Fragment>,
+    catalog: Catalog,
     ledger: TokenLedger,
     leases: BTreeMap<u64, LeaseRecord>,
     next_lease: u64,
@@ -135,8 +138,8 @@ impl Orchestrator {
     pub fn new(mut setup: RunSetup) -> Self {
         let mut ledger = TokenLedger::default();
         // The ledger knows them from here on; a snapshot need not hold them twice.
-        for (id, rows, row_tokens) in std::mem::take(&mut setup.shards) {
-            ledger.add_shard(&id, rows, row_tokens);
+        for shard in std::mem::take(&mut setup.shards) {
+            ledger.add_shard_of(&shard.source, &shard.id, shard.rows, shard.row_tokens);
         }
         let fragments = setup
             .fragments
@@ -163,6 +166,7 @@ impl Orchestrator {
             learners: BTreeMap::new(),
             standing: BTreeMap::new(),
             fragments,
+            catalog: Catalog::new(setup.catalog),
             ledger,
             leases: BTreeMap::new(),
             next_lease: 1,
@@ -197,15 +201,6 @@ impl Orchestrator {
             volatile: Volatile::default(),
             setup,
         }
-    }
-
-    /// As [`Orchestrator::new`], with the source of each shard, so that the ledger keeps books for each of them.
-    pub fn with_sources<'a>(mut setup: RunSetup, source_of: impl Fn(&str) -> &'a str) -> Self {
-        let mut ledger = TokenLedger::default();
-        for (id, rows, row_tokens) in std::mem::take(&mut setup.shards) {
-            ledger.add_shard_of(source_of(&id), &id, rows, row_tokens);
-        }
-        Self { ledger, ..Self::new(setup) }
     }
 
     fn parameters(&self) -> &RunParameters {
@@ -283,6 +278,7 @@ impl Orchestrator {
         self.resume_receipts();
         self.resume_log();
         self.resume_release();
+        self.write_next_page();
         self.pace.snapshot = true;
         self.pace.resumed_ms = now_ms;
     }
@@ -357,7 +353,7 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 2;
+    const LAYOUT: u32 = 3;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         self.volatile.now_ms = now_ms;
@@ -392,6 +388,7 @@ impl Machine for Orchestrator {
             Input::Released { release } => self.on_released(release),
             Input::Drain => self.drain(),
             Input::Order { order } => self.on_order(order),
+            Input::PageWritten { page, outcome } => self.on_page_written(page, outcome),
         }
         self.advance();
     }

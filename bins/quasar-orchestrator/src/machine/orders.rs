@@ -38,23 +38,29 @@ impl Orchestrator {
             return;
         }
         self.orders.taken = order.number;
+        self.head_dirty = true;
+        self.pace.snapshot = true;
+        tracing::info!(number = order.number, reason = order.reason, "order taken");
         let outcome = match order.action {
             Action::Drain => self.order_drain(),
             Action::Rollback { version } => self.order_rollback(version),
             Action::Ban { hotkey } => Ok(self.ban(hotkey, &order.reason)),
             Action::Unban { hotkey } => self.unban(&hotkey),
             Action::Release => self.order_release(),
+            Action::AddShards { shards } => return self.order_shards(order.number, shards),
         };
+        self.settle_order(order.number, outcome);
+    }
+
+    pub(super) fn settle_order(&mut self, number: u64, outcome: Result<String, String>) {
         let (done, text) = match outcome {
             Ok(text) => (true, text),
             Err(text) => (false, text),
         };
-        tracing::info!(number = order.number, done, reason = order.reason, "order: {text}");
-        self.orders.outcomes.push(OrderOutcome { number: order.number, done, text });
+        tracing::info!(number, done, "order: {text}");
+        self.orders.outcomes.push(OrderOutcome { number, done, text });
         let superfluous = self.orders.outcomes.len().saturating_sub(OUTCOMES_SHOWN);
         self.orders.outcomes.drain(..superfluous);
-        self.head_dirty = true;
-        self.pace.snapshot = true;
     }
 
     fn order_drain(&mut self) -> Result<String, String> {

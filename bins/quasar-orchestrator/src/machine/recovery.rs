@@ -93,6 +93,9 @@ impl Orchestrator {
         for head in facts.log {
             self.log.adopt(head);
         }
+        for page in facts.pages {
+            self.adopt_page(page);
+        }
         for job in facts.leases {
             self.adopt_lease(job);
         }

@@ -107,6 +107,7 @@ impl Orchestrator {
             pulls,
             fragments,
             release: self.release.clone(),
+            catalog: self.catalog.newest,
             ledger: Digest::blake3(&codec::encode(&books.to_vec())),
             log: self.log.published(),
             notices,

@@ -7,6 +7,7 @@ use protocol::{Reason, codec};
 
 use super::*;
 
+mod catalog;
 mod operator;
 mod recovery;
 mod world;

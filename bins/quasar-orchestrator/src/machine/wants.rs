@@ -106,6 +106,12 @@ pub enum Effect {
         revision: u64,
         bytes: Vec<u8>,
     },
+    /// The next page of the catalog, with these shards; `previous` is the digest of the page before it.
+    WritePage {
+        page: u32,
+        previous: Digest,
+        shards: Vec<String>,
+    },
     /// Nobody needs these objects any more.
     Retire {
         retired: Box<Retired>,

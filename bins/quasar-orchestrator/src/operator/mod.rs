@@ -8,5 +8,6 @@ pub mod orders;
 pub mod replay;
 pub mod root;
 pub mod run;
+pub mod shards;
 pub mod status;
 pub mod store;

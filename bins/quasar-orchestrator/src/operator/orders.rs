@@ -1,4 +1,4 @@
-//! `drain`, `release`, `rollback`, `ban`, `unban`: signed orders in the bucket, which whoever holds the writer lease takes.
+//! `drain`, `release`, `rollback`, `ban`, `unban`, `run add-shards`: signed orders in the bucket, which whoever holds the writer lease takes.
 //!
 //! They work from any machine with the bucket's credentials and the orchestrator's wallet, and wait while no orchestrator runs.
 
@@ -23,7 +23,7 @@ const LOOK: Duration = Duration::from_millis(500);
 const STATUS_BYTES_MAX: u64 = 64 << 20;
 
 /// What all orders have.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct OrderArgs {
     /// Why, for everybody to read
     #[arg(long, value_name = "TEXT")]
@@ -105,7 +105,9 @@ pub async fn give(office: &Office, (action, arguments): (Action, OrderArgs)) -> 
     let end = Instant::now() + Duration::from_secs(arguments.timeout_sec);
     loop {
         if let Some(status) = status_of(office, &keys).await?
-            && status.orders >= number
+            // The outcomes of orders long ago are not shown any more.
+            && (status.outcomes.iter().any(|outcome| outcome.number == number)
+                || status.outcomes.iter().all(|outcome| outcome.number > number) && status.orders > number)
         {
             let outcome = status.outcomes.iter().find(|outcome| outcome.number == number);
             print(&arguments, number, outcome.map(|outcome| (outcome.done, outcome.text.as_str())));

@@ -84,7 +84,7 @@ mod tests {
     use super::*;
     use crate::machine::RunSetup;
     use protocol::Digest;
-    use protocol::documents::ReleaseRef;
+    use protocol::documents::{CatalogRef, ReleaseRef};
 
     fn arguments(file: PathBuf) -> ReplayArgs {
         ReplayArgs { file, json: true, state: true }
@@ -104,6 +104,7 @@ mod tests {
             parameters: parameters.unwrap().parameters,
             release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
             fragments: Vec::new(),
+            catalog: CatalogRef { page: 0, digest: Digest::ZERO },
             shards: Vec::new(),
         };
         driver::seed(&journal, &Orchestrator::new(setup), 5).unwrap();

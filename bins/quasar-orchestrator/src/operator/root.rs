@@ -91,7 +91,7 @@ async fn newest(office: &Office) -> Result<Option<(RunRoot, Digest)>, Failure> {
     let mut newest: Option<(RunRoot, Digest)> = None;
     loop {
         let version = newest.as_ref().map_or(1, |(root, _)| root.version + 1);
-        let bytes = match office.store.get(&office.keys.root(version), RunRoot::PURPOSE.limit() as u64 + 512).await {
+        let bytes = match office.store.get(&office.keys.root(version), RunRoot::PURPOSE.file_limit()).await {
             Ok(object) => object.bytes,
             Err(StoreError::NotFound { .. }) => break,
             Err(error) => return Err(Failure::unavailable(error)),

@@ -9,23 +9,21 @@ use fragments::codec::PayloadHeader;
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
-    CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest,
+    CATALOG_PAGE_SHARDS, CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest,
     RunParameters, RunRoot, RunState,
 };
 use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
 use protocol::log::{Frontier, LogRef};
-use protocol::paths::prefix;
-use protocol::{Digest, FileRecord, KeyRef, ShardManifest};
+use protocol::{Digest, FileRecord, KeyRef};
 use serde::Deserialize;
 use storage::{PutCondition, StoreError};
 
 use super::checkpoint;
+use super::shards::published;
 use crate::office::Office;
 
 /// Largest object that S3 stores take in a single PUT.
 const PUT_BYTES_MAX: u64 = 5 << 30;
-/// Shard manifests of one catalog page.
-const PAGE_SHARDS: usize = 256;
 
 /// Create a run from a published release and published shards, and make it the current one
 #[derive(Debug, clap::Args)]
@@ -69,7 +67,7 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     let tree = CheckpointTree::open(&tree_dir).map_err(Failure::configuration)?;
     let plan = fragments::plan(tree.contract(), usize::from(parameters.fragments)).map_err(Failure::configuration)?;
     let digest = plan.digest();
-    let shards = published_shards(office, &arguments.shards, &orchestrators).await?;
+    let shards = published(office, &arguments.shards, &orchestrators).await?;
     if !shards.iter().any(|shard| !shard.held_out) {
         return Err(Failure::configuration(anyhow::anyhow!("no training shard is published")).hint("`data prepare`, then `data publish`"));
     }
@@ -127,11 +125,13 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
         }
     }
     office.put_once(&run_keys.plan(&digest), &plan, &context).await?;
-    let mut catalog = Vec::new();
-    for (page, shards) in shards.chunks(PAGE_SHARDS).enumerate() {
-        let page = page as u32;
-        let bytes = office.put_once(&run_keys.catalog(page), &CatalogPage { page, shards: shards.to_vec() }, &context).await?;
-        catalog.push(CatalogRef { page, digest: Digest::blake3(&bytes) });
+    let mut catalog: Vec<CatalogRef> = Vec::new();
+    let mut newest = CatalogRef { page: 0, digest: Digest::ZERO };
+    for (page, shards) in shards.chunks(CATALOG_PAGE_SHARDS).enumerate() {
+        let page = CatalogPage { page: page as u32, previous: newest.digest, shards: shards.to_vec() };
+        let bytes = office.put_once(&run_keys.catalog(page.page), &page, &context).await?;
+        newest = CatalogRef { page: page.page, digest: Digest::blake3(&bytes) };
+        catalog.push(newest);
     }
     let manifest = RunManifest {
         run,
@@ -156,6 +156,7 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
         pulls: Vec::new(),
         fragments: heads,
         release: ReleaseRef { release: release.release, manifest: release_digest },
+        catalog: newest,
         ledger: Digest::ZERO,
         log: LogRef::from(&Frontier::default()),
         notices: Vec::new(),
@@ -252,23 +253,4 @@ pub async fn roots_that_name_us(office: &Office) -> Result<Roots, Failure> {
         .hint("use the wallet that the root names, or sign a new root"));
     }
     Ok(roots)
-}
-
-async fn published_shards(office: &Office, only: &[String], signers: &[KeyRef]) -> Result<Vec<ShardManifest>, Failure> {
-    let listing = format!("{}/data/shards/", prefix(office.context.netuid));
-    let mut shards = Vec::new();
-    for meta in office.store.list(&listing).await.map_err(Failure::unavailable)? {
-        if !meta.key.ends_with("/manifest.qsr") {
-            continue;
-        }
-        let shard = office.read::<ShardManifest>(&meta.key, &office.context, signers).await?.document;
-        if only.is_empty() || only.contains(&shard.id) {
-            shards.push(shard);
-        }
-    }
-    if let Some(missing) = only.iter().find(|id| !shards.iter().any(|shard| shard.id == **id)) {
-        return Err(Failure::configuration(anyhow::anyhow!("shard {missing} is not published")).hint("`data publish --dir DIR`"));
-    }
-    shards.sort_by(|a, b| a.id.cmp(&b.id));
-    Ok(shards)
 }

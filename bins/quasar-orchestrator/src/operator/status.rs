@@ -32,7 +32,7 @@ pub async fn show(office: &Office, arguments: &StatusArgs) -> Result<Exit, Failu
     };
     let lease = read_lease(&*office.store, &keys.writer_lease(), &context, &roots.orchestrators).await?.map(|(lease, _)| lease);
     let now_ms = clock::now_ms();
-    let head = office.store.get(&keys.head(), Head::PURPOSE.limit() as u64 + 512).await.map_err(Failure::unavailable)?;
+    let head = office.store.get(&keys.head(), Head::PURPOSE.file_limit()).await.map_err(Failure::unavailable)?;
     let head = open::<Head>(&head.bytes, &context, Expect::Any(&roots.orchestrators), now_ms);
     let head_age_ms = head.as_ref().ok().map(|head| now_ms.saturating_sub(head.header.issued_ms));
     let days = days_to(&status, arguments.goal_tokens);

@@ -44,7 +44,7 @@ impl BaseTree {
     async fn fetch(&self) -> Result<(), Trouble> {
         let release = &self.facts.manifest.base_release;
         let manifest_key = self.facts.keys.release_manifest(release);
-        let bytes = self.grants.get(None, &manifest_key, Release::PURPOSE.limit() as u64 + 512).await?;
+        let bytes = self.grants.get(None, &manifest_key, Release::PURPOSE.file_limit()).await?;
         let manifest = read_manifest(&bytes, &self.facts, &manifest_key)?;
         for file in &manifest.files {
             let grant = self.grants.grant(None, Method::Get, &self.facts.keys.release_file(release, &file.path)).await?;

@@ -54,15 +54,16 @@ impl Bench {
 }
 
 fn serve(queue: &Receiver<Job>, facts: &RunFacts, open: &OpenEngine, keyframes: &Keyframes, tokens: &TokenCache, handle: &Handle) {
-    let rules = Rules {
-        context: &facts.context,
-        parameters: &facts.manifest.parameters,
-        plan: &facts.plan,
-        plan_digest: facts.manifest.plan,
-        shards: &facts.shards,
-    };
     let mut engine: Option<Engine> = None;
     while let Ok(Job { tree, subject, evidence, done }) = queue.recv() {
+        let shards = facts.shards.list();
+        let rules = Rules {
+            context: &facts.context,
+            parameters: &facts.manifest.parameters,
+            plan: &facts.plan,
+            plan_digest: facts.manifest.plan,
+            shards: &shards,
+        };
         let sources = Fetched { audit: subject.selection.audit, keyframes, tokens, handle };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             let opened = match &mut engine {

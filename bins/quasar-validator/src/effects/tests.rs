@@ -208,8 +208,8 @@ impl Published {
         }
         let plan = world.plan.digest();
         self.put_document(&self.run.plan(&plan), &world.context, &world.plan).await;
-        let page = CatalogPage { page: 0, shards: world.shards.clone() };
-        let catalog = vec![CatalogRef { page: 0, digest: self.put_document(&self.run.catalog(0), &world.context, &page).await }];
+        let page = CatalogPage { page: 0, previous: Digest::ZERO, shards: world.shards.clone() };
+        let page = CatalogRef { page: 0, digest: self.put_document(&self.run.catalog(0), &world.context, &page).await };
         let manifest = RunManifest {
             run: world.context.run,
             name: "test".into(),
@@ -219,7 +219,7 @@ impl Published {
             plan,
             base_release: RELEASE.into(),
             base_manifest,
-            catalog,
+            catalog: vec![page],
             parameters: world.parameters.clone(),
         };
         let manifest_digest = self.put_document(&self.run.manifest(), &world.context, &manifest).await;
@@ -254,6 +254,7 @@ impl Published {
             pulls: Vec::new(),
             fragments: (0..3).map(fragment).collect(),
             release: ReleaseRef { release: RELEASE.into(), manifest: base_manifest },
+            catalog: page,
             ledger: Digest::ZERO,
             log: (&protocol::log::Frontier::default()).into(),
             notices: Vec::new(),

@@ -31,9 +31,10 @@ impl TokenCache {
 
     /// Tokens of `rows`, one row after the other.
     pub async fn rows(&self, audit: &Digest, rows: &[RowRef]) -> Result<Vec<u32>, Trouble> {
+        let shards = self.facts.shards.list();
         let mut tokens = Vec::new();
         for row in rows {
-            let shard = self.facts.shards.iter().find(|shard| shard.id == row.shard);
+            let shard = shards.iter().find(|shard| shard.id == row.shard);
             let shard = shard.ok_or_else(|| Trouble::malformed(&row.shard, "no such shard in the catalog"))?;
             if row.row >= shard.rows || shard.row_tokens != self.facts.manifest.parameters.sequence_length {
                 return Err(Trouble::malformed(&row.shard, format!("no row {} of the run's length", row.row)));

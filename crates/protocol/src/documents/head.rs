@@ -3,6 +3,7 @@
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
+use super::CatalogRef;
 use crate::log::LogRef;
 use crate::{AccountId, Digest};
 
@@ -24,6 +25,8 @@ pub struct Head {
     pub pulls: Vec<Pull>,
     pub fragments: Vec<FragmentHead>,
     pub release: ReleaseRef,
+    /// The newest catalog page: the shards of all pages up to it are in the run.
+    pub catalog: CatalogRef,
     /// BLAKE3 of the encoded token ledger.
     pub ledger: Digest,
     /// The newest published head of the append-only log.

@@ -27,7 +27,8 @@ pub use merge::{Contribution, FragmentManifest, MergeManifest, Release, Tape, Ta
 pub use progress::{Commitment, FragmentProgress, LearnerState, OpeningPart, PROGRESS_BYTES, Progress, ReceiptOffer, encode_progress};
 pub use receipt::{LEASE_STEPS_MAX, Receipt, ReceiptFault, ReceiptStep};
 pub use run::{
-    AuditParameters, Bounds, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RunManifest, RunParameters, RunRoot,
+    AuditParameters, Bounds, CATALOG_PAGE_SHARDS, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RunManifest,
+    RunParameters, RunRoot,
 };
 pub use writer::{Action, ORDER_REASON_MAX, Order, WRITER_LEASE_MS, WriterLease};
 

@@ -167,16 +167,22 @@ pub struct RunManifest {
 }
 
 /// A catalog page by number and BLAKE3 of its file.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct CatalogRef {
     pub page: u32,
     pub digest: Digest,
 }
 
+/// Shards of one catalog page.
+pub const CATALOG_PAGE_SHARDS: usize = 256;
+
 /// A page of shard manifests; pages are only ever added.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct CatalogPage {
+    /// Counted from 0.
     pub page: u32,
+    /// BLAKE3 of the file of the page before; zero for page 0.
+    pub previous: Digest,
     pub shards: Vec<ShardManifest>,
 }
 

@@ -53,6 +53,11 @@ pub enum Action {
     },
     /// A release of what is merged now.
     Release,
+    /// These published training shards join the run, at most [`CATALOG_PAGE_SHARDS`](super::CATALOG_PAGE_SHARDS) of them: the next
+    /// page of its catalog.
+    AddShards {
+        shards: Vec<String>,
+    },
 }
 
 /// Longest reason of an order, in bytes.

@@ -193,6 +193,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             pulls: vec![Pull { t: 75, fragment: 3, version: 3, deadline_ms: NOW_MS + 10_000 }],
             fragments: vec![FragmentHead { version: 3, length: 314_900, digest: digest("keyframe") }; 2],
             release: release.clone(),
+            catalog: CatalogRef { page: 1, digest: digest("page") },
             ledger: digest("ledger"),
             log: (&log_head().frontier).into(),
             notices: vec![Notice::OpenAudit {
@@ -215,7 +216,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
                 rule: MergeRule::Rda,
             }]],
         }),
-        file_of(&CatalogPage { page: 0, shards: vec![shard()] }),
+        file_of(&CatalogPage { page: 1, previous: digest("page"), shards: vec![shard()] }),
         file_of(&Job { hotkey: hotkey(), slot: 1, session_epoch: NOW_MS - 1_000, leases: vec![lease()] }),
         file_of(&StandingGrants { hotkey: hotkey(), slot: 1, session_epoch: 0, sealed: sealed() }),
         file_of(&PullGrants { hotkey: hotkey(), slot: 1, session_epoch: NOW_MS - 1_000, sealed: sealed() }),

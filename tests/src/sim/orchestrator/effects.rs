@@ -3,11 +3,11 @@
 use bytes::Bytes;
 use chain::Chain;
 use futures::FutureExt;
-use protocol::documents::{Commitment, CurrentRun, Job, Lease, Progress, PullGrants, Receipt, Tape, VerdictReveal};
+use protocol::documents::{CatalogPage, Commitment, CurrentRun, Job, Lease, Progress, PullGrants, Receipt, Tape, VerdictReveal};
 use protocol::envelope::Expect;
 use protocol::log::LogHead;
 use protocol::{Digest, Reason};
-use quasar_orchestrator::machine::{Effect, Input, Retired, Slot};
+use quasar_orchestrator::machine::{Effect, Input, Retired, Slot, StoredPage};
 use storage::{Presign, PutCondition};
 
 use super::super::tensors;
@@ -112,6 +112,9 @@ impl World {
                 self.retire(&retired).await;
                 return None;
             }
+            Effect::WritePage { page, previous, shards } => {
+                Input::PageWritten { page, outcome: Ok(self.write_page(page, previous, &shards).await) }
+            }
             Effect::Release { versions, tokens } => Input::Released { release: self.release(versions, tokens).await },
             Effect::PublishStatus { status } => {
                 // Nobody here reads it, and addresses as text are most of its cost.
@@ -120,6 +123,16 @@ impl World {
                 return None;
             }
         })
+    }
+
+    /// Every shard that an order names is published.
+    async fn write_page(&self, page: u32, previous: Digest, shards: &[String]) -> StoredPage {
+        let document = CatalogPage { page, previous, shards: shards.iter().map(|id| tensors::shard(id)).collect() };
+        let bytes = self.put_once(&self.run.catalog(page), &document).await;
+        let opened = self.plan.scheme.open::<CatalogPage>(&bytes, &self.context, Expect::Account(&self.office.account), None);
+        let stored = StoredPage::new(Digest::blake3(&bytes), &opened.map_or(document, |verified| verified.document));
+        self.watch.borrow_mut().page(self, &stored);
+        stored
     }
 
     /// Writes down who got which rows, before anybody is told.

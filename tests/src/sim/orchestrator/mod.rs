@@ -94,6 +94,7 @@ impl World {
     /// Starts the orchestrator's process: snapshot, journal again with effects muted, then ask for what is open.
     pub fn start_orchestrator(&self) {
         let life = self.executor.new_life();
+        let orders_taken;
         {
             let mut node = self.orchestrator.borrow_mut();
             let mut machine = match &node.disk.snapshot {
@@ -107,6 +108,7 @@ impl World {
                 last_ms = last_ms.max(*now_ms);
             }
             self.watch.borrow_mut().recovered(self, &encode(&machine));
+            orders_taken = machine.orders_taken();
             node.machine = Some(machine);
             node.life = life;
             node.last_ms = last_ms;
@@ -118,6 +120,8 @@ impl World {
         self.executor.spawn(life, async move { world.poll_progress(life).await });
         let world = self.me();
         self.executor.spawn(life, async move { world.poll_chain(life).await });
+        let world = self.me();
+        self.executor.spawn(life, async move { world.poll_orders(life, orders_taken).await });
     }
 
     /// Kills the process where it stands. Of the inputs whose commit is under way, the journal holds some first part.
@@ -282,5 +286,6 @@ fn kind_of(input: &Input) -> u64 {
         Input::Recovered { .. } => 20,
         Input::LogTaken { .. } => 21,
         Input::Order { .. } => 22,
+        Input::PageWritten { page, .. } => 23 + (u64::from(*page) << 8),
     }
 }

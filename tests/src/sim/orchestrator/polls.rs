@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use chain::Chain;
 use futures::FutureExt;
-use protocol::documents::Progress;
+use protocol::documents::{Order, Progress};
 use protocol::envelope::Expect;
 use quasar_orchestrator::machine::{Guest, Input, Slot};
 
@@ -55,6 +55,19 @@ impl World {
                 self.tell_orchestrator(life, Input::Progress { slot, id: verified.id, record: Box::new(verified.document) });
             }
             self.executor.sleep(self.plan.parameters.poll_ms).await;
+        }
+    }
+
+    pub(super) async fn poll_orders(self: Rc<Self>, life: Life, taken: u64) {
+        let interval_ms = (self.plan.parameters.poll_ms * 5).clamp(200, 5_000);
+        let mut next = taken + 1;
+        while next <= self.plan.orders.len() as u64 {
+            self.executor.sleep(interval_ms).await;
+            let Ok(Some(object)) = self.get(NODE, &self.run.order(next), None).await else { continue };
+            let office = Expect::Account(&self.office.account);
+            let Ok(opened) = self.plan.scheme.open::<Order>(&object.bytes, &self.context, office, None) else { continue };
+            self.tell_orchestrator(life, Input::Order { order: opened.document });
+            next += 1;
         }
     }
 

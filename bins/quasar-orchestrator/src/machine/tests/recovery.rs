@@ -22,6 +22,7 @@ impl World {
                 }
             });
         }
+        let pages = self.pages.iter().filter(|page| page.reference.page > machine.newest_page().page).cloned().collect();
         let mut leases = Vec::new();
         for first in machine.unknown_leases_from(self.epoch) {
             leases.extend((first..).map_while(|id| self.leases.get(&id)).cloned());
@@ -34,7 +35,7 @@ impl World {
         }
         log.reverse();
         self.machine = machine;
-        Input::Recovered { facts: Box::new(BucketFacts { epoch: self.epoch, head, steps, leases, log }) }
+        Input::Recovered { facts: Box::new(BucketFacts { epoch: self.epoch, head, steps, pages, leases, log }) }
     }
 
     fn check_books(&self) {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditParameters, Codec, Commitment, Contribution, FragmentProgress, Head, InnerOptimizer, Job, LearnerState, LrSchedule, Notice,
+    AuditParameters, CatalogRef, Codec, Commitment, Contribution, FragmentProgress, Head, InnerOptimizer, Job, LearnerState, LrSchedule, Notice,
     OpeningPart, Progress, ReceiptOffer, RunState, Tape, VerdictResult,
 };
 use protocol::envelope::RunId;
@@ -16,6 +16,8 @@ use crate::machine::*;
 
 pub(super) const P: u16 = 4;
 pub(super) const STEP_MS: u64 = 400;
+/// Rows of a shard that joins the run.
+pub(super) const ADDED_ROWS: u64 = 500;
 
 pub(super) fn parameters(cycles: u64) -> RunParameters {
     RunParameters {
@@ -51,6 +53,10 @@ pub(super) fn parameters(cycles: u64) -> RunParameters {
     }
 }
 
+pub(super) fn shard(id: &str, rows: u64) -> ShardRows {
+    ShardRows { id: id.into(), source: "a source".into(), rows, row_tokens: 128 }
+}
+
 pub(super) fn setup(cycles: u64) -> RunSetup {
     RunSetup {
         run: RunId([7; 16]),
@@ -65,7 +71,8 @@ pub(super) fn setup(cycles: u64) -> RunSetup {
                 payload_length: 1_000,
             })
             .collect(),
-        shards: vec![("a".into(), 10_000, 128)],
+        catalog: CatalogRef { page: 0, digest: Digest::ZERO },
+        shards: vec![shard("a", 10_000)],
     }
 }
 
@@ -206,6 +213,8 @@ pub(super) struct World {
     /// Lease records, written once.
     pub(super) leases: BTreeMap<u64, Job>,
     pub(super) retired: Vec<Retired>,
+    /// Catalog pages that were added, written once.
+    pub(super) pages: Vec<StoredPage>,
     /// Releases do not come to an end.
     pub(super) holds_releases: bool,
     /// This learner counts ten steps for each.
@@ -238,6 +247,7 @@ impl World {
             snapshot: None,
             leases: BTreeMap::new(),
             retired: Vec::new(),
+            pages: Vec::new(),
             holds_releases: false,
             liar: None,
             record: None,
@@ -382,6 +392,18 @@ impl World {
             Effect::StoreSnapshot { bytes, .. } => {
                 self.snapshot = Some(bytes);
                 None
+            }
+            Effect::WritePage { page, previous, shards } => {
+                if shards.iter().any(|id| id == "held") {
+                    return Some(Input::PageWritten { page, outcome: Err("shard held is held out".to_owned()) });
+                }
+                if !self.pages.iter().any(|stored| stored.reference.page == page) {
+                    let digest = Digest::derive("page", &[&previous.0, &page.to_le_bytes()]);
+                    let shards = shards.iter().map(|id| shard(id, ADDED_ROWS)).collect();
+                    self.pages.push(StoredPage { reference: CatalogRef { page, digest }, shards });
+                }
+                let stored = self.pages.iter().find(|stored| stored.reference.page == page)?;
+                Some(Input::PageWritten { page, outcome: Ok(stored.clone()) })
             }
             Effect::Retire { retired } => {
                 self.retired.push(*retired);
