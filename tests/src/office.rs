@@ -152,49 +152,40 @@ impl Office {
 
     fn create_run(&mut self, orchestrator: &AccountId) {
         let at = |name: &str| self.root.join(name).to_string_lossy().into_owned();
-        let (base, shards, text) = (at("base"), at("shards"), at("text.jsonl"));
-        let words = ["a", "run", "of", "which", "nobody", "trains", "a", "word", "and", "which", "is", "ordered", "about"];
-        let lines = (0..200).map(|line| {
-            let text: Vec<&str> = (0..300).map(|word| words[(line * 7 + word * (line % 5 + 1)) % words.len()]).collect();
-            format!("{}\n", serde_json::json!({ "text": text.join(" ") }))
-        });
-        std::fs::write(&text, lines.collect::<String>()).expect("the folder is writable");
+        let base = at("base");
         let model = format!("{CONFIGS}/devnet-model.json");
         let made = Command::new(binary("quasar-miner"))
             .args(["checkpoint", "init", "--config", &model, "--seed", "1", "--out", &base])
             .output()
             .expect("quasar-miner starts");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        let tokenizer = format!("{CONFIGS}/corpus/tokenizer.json");
         let parameters = format!("{CONFIGS}/run-devnet.toml");
-        let prepare = [
-            "data",
-            "prepare",
-            "--input",
-            &text,
-            "--tokenizer",
-            &tokenizer,
-            "--sequence-length",
-            "128",
-            "--licence",
-            "CC0-1.0",
-            "--source",
-            "a test",
-            "--name",
-            "words",
-            "--out",
-            &shards,
-        ];
-        self.says("orchestrator", &prepare);
         self.says("owner", &["root", "sign", "--orchestrator", &orchestrator.to_string()]);
         self.says("orchestrator", &["checkpoint", "publish", "--tree", &base, "--release", "base"]);
-        self.says("orchestrator", &["data", "publish", "--dir", &shards]);
+        self.publish_shard("words");
         self.says("orchestrator", &["run", "create", "--config", &parameters, "--release", "base"]);
         let keys = Keys::new(NETUID);
         let bytes = self.read(&keys.current()).expect("the run is current");
         let (envelope, _) = verify_as_stated(&bytes).expect("a signed document");
         let current: CurrentRun = codec::decode(&envelope.payload, CurrentRun::PURPOSE.limit()).expect("it decodes");
         self.run = keys.run(current.run);
+    }
+
+    /// Prepares and publishes a text that bears this name.
+    pub fn publish_shard(&self, name: &str) {
+        let at = |kind: &str| self.root.join(format!("{name}{kind}")).to_string_lossy().into_owned();
+        let (text, shards) = (at(".jsonl"), at("-shards"));
+        let words = [name, "run", "of", "which", "nobody", "trains", "a", "word", "and", "which", "is", "ordered", "about"];
+        let lines = (0..200).map(|line| {
+            let text: Vec<&str> = (0..300).map(|word| words[(line * 7 + word * (line % 5 + 1)) % words.len()]).collect();
+            format!("{}\n", serde_json::json!({ "text": text.join(" ") }))
+        });
+        std::fs::write(&text, lines.collect::<String>()).expect("the folder is writable");
+        let tokenizer = format!("{CONFIGS}/corpus/tokenizer.json");
+        let shape = ["--tokenizer", &tokenizer, "--sequence-length", "128", "--name", name];
+        let origin = ["--licence", "CC0-1.0", "--source", "a test"];
+        self.says("orchestrator", &[&["data", "prepare", "--input", &text, "--out", &shards][..], &shape, &origin].concat());
+        self.says("orchestrator", &["data", "publish", "--dir", &shards]);
     }
 
     pub fn account(&self, wallet: &str) -> AccountId {

@@ -57,6 +57,20 @@ fn an_operator_checks_bans_rolls_back_rotates_and_drains() {
     let silent = office.run("orchestrator", &["ban", &miner, "--reason", " "]);
     assert_eq!(silent.status.code(), Some(64), "a reason is for everybody to read");
 
+    // More text for the running run.
+    let nothing = office.run("orchestrator", &["run", "add-shards", "--reason", "more"]);
+    let errors = String::from_utf8_lossy(&nothing.stderr);
+    assert!(nothing.status.code() == Some(78) && errors.contains("are in the run") && errors.contains("hint: "), "{errors}");
+    let rows = |status: &serde_json::Value| status["status"]["rows"]["waiting_rows"].as_u64().expect("a number");
+    office.publish_shard("more");
+    let added = says(&["run", "add-shards", "--reason", "the text of the week"]);
+    assert!(added.starts_with("order 4: the shard is in the run; the newest page of its catalog is 1"), "{added}");
+    let grown = office.says_json("orchestrator", &["status", "--json"]);
+    assert!(rows(&grown) > rows(&status), "{grown}");
+    office.head_within(START, |seen| seen.head.catalog.page == 1, &|| writer.log());
+    let unknown = office.run("orchestrator", &["run", "add-shards", "--shards", "nowhere", "--reason", "more"]);
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("shard nowhere is not published"));
+
     // Another key: the owner signs, the new wallet runs, the old one cannot come back.
     let next = office.account("orchestrator-2").to_string();
     let foreign = office.run("orchestrator", &["rotate-key", "--orchestrator", &next]);
@@ -72,7 +86,7 @@ fn an_operator_checks_bans_rolls_back_rotates_and_drains() {
     assert_eq!(seen.signer.to_string(), next);
 
     let drained = office.says("orchestrator-2", &["drain", "--reason", "the test is over"]);
-    assert!(drained.starts_with("order 4: "), "{drained}");
+    assert!(drained.starts_with("order 5: "), "{drained}");
     let state = office.says_json("orchestrator-2", &["status", "--json"])["status"]["state"].clone();
     assert!(state == "draining" || state == "complete", "{state}");
     writer.signal("TERM");

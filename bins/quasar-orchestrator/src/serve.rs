@@ -231,7 +231,8 @@ async fn setup(
     shards: &[ShardManifest],
     signers: &[KeyRef],
 ) -> Result<RunSetup, Failure> {
-    let newest = manifest.catalog.last().ok_or_else(|| Failure::configuration(anyhow::anyhow!("the run manifest names no catalog page")))?;
+    let newest =
+        manifest.catalog.last().ok_or_else(|| Failure::configuration(anyhow::anyhow!("the run manifest names no catalog page")))?;
     let run_keys = office.keys.run(context.run);
     let mut fragments = Vec::new();
     for fragment in 0..plan.fragments.len() {

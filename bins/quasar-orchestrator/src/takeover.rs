@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use daemon::driver::{self, Recovered};
 use daemon::{Exit, Failure, Journal, Machine, clock};
+use protocol::Digest;
 use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, MergeManifest, Tape, WriterLease};
 use protocol::envelope::{Document, Purpose};
 use protocol::log::LogHead;
@@ -162,7 +163,7 @@ fn missing(key: &str) -> Failure {
         .hint("restore it from a version of the bucket's object; nothing was changed")
 }
 
-async fn document<D: Document>(service: &Service, key: &str) -> Result<Option<(D, protocol::Digest)>, Failure> {
+async fn document<D: Document>(service: &Service, key: &str) -> Result<Option<(D, Digest)>, Failure> {
     let limit = D::PURPOSE.file_limit();
     let Some(bytes) = read(service, key, limit).await? else { return Ok(None) };
     let stored = service.open_own::<D>(&bytes).map_err(|error| Failure::configuration(error).context(key.to_owned()))?;

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use daemon::Machine;
 use protocol::documents::{
-    AuditParameters, CatalogRef, Codec, Commitment, Contribution, FragmentProgress, InnerOptimizer, LearnerState, LrSchedule, MergeManifest, Progress,
-    ReleaseRef, RowRange, RunParameters, Tape,
+    AuditParameters, CatalogRef, Codec, Commitment, Contribution, FragmentProgress, InnerOptimizer, LearnerState, LrSchedule,
+    MergeManifest, Progress, ReleaseRef, RowRange, RunParameters, Tape,
 };
 use protocol::envelope::RunId;
 use protocol::ledger::TokenLedger;

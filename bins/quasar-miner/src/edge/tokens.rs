@@ -258,16 +258,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn rows_outside_of_a_shard_and_unknown_shards_are_refused() {
+    async fn rows_outside_of_a_shard_are_refused_and_a_shard_that_is_not_known_yet_is_waited_for() {
         let (manifest, _) = shard(10, 4);
         let folder = tempfile::tempdir().unwrap();
         let cache = ChunkCache::open(folder.path().join("chunks")).unwrap();
         let access = MemoryGrants::new(MemoryStore::new(), || 1_000);
         let grant = MemoryStore::new().presign(&Presign::Get { key: "k".into(), now_ms: 0, expires_in_ms: 60_000 }).unwrap();
         let shards = [manifest];
-        for rows in [RowRange { shard: "s".into(), start: 5, end: 11 }, RowRange { shard: "t".into(), start: 0, end: 1 }] {
-            let result = LeaseTokens::fetch(&cache, &access, |_| Some(grant.clone()), &shards, 4, &lease(vec![rows])).await;
-            assert_eq!(result.err(), Some(Trouble::Corrupt));
+        for (shard, start, end, trouble) in [("s", 5, 11, Trouble::Corrupt), ("t", 0, 1, Trouble::Absent)] {
+            let lease = lease(vec![RowRange { shard: shard.into(), start, end }]);
+            let result = LeaseTokens::fetch(&cache, &access, |_| Some(grant.clone()), &shards, 4, &lease).await;
+            assert_eq!(result.err(), Some(trouble));
         }
     }
 }

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use daemon::Machine;
 use model::{Batch, HostValues, Hyper, Routes, StepReport, ToyTrainer, TrainError, Trainer, TrainerState, toy_plan};
 use protocol::documents::{
-    AuditParameters, CatalogRef, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress, Pull, Receipt,
-    ReleaseRef, RowRange, RunParameters, RunState,
+    AuditParameters, CatalogRef, Codec, FragmentHead, Head, InnerOptimizer, Job, Lease, LrSchedule, Notice, OpeningManifest, Progress,
+    Pull, Receipt, ReleaseRef, RowRange, RunParameters, RunState,
 };
 use protocol::envelope::RunId;
 use protocol::paths::{Keys, RunKeys};

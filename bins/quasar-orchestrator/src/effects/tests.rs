@@ -13,8 +13,8 @@ use fragments::codec::{self, PayloadHeader};
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
-    AuditParameters, CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, InnerOptimizer, Job, Lease, LrSchedule, MergeManifest,
-    ReleaseRef, RowRange, RunManifest, RunParameters, RunState, Tape, TapeInput,
+    AuditParameters, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, InnerOptimizer, Job, Lease, LrSchedule,
+    MergeManifest, ReleaseRef, RowRange, RunManifest, RunParameters, RunState, Tape, TapeInput,
 };
 use protocol::envelope::{Context, Document, RunId, sign};
 use protocol::log::{Frontier, LogRef};

@@ -57,7 +57,8 @@ impl Orchestrator {
             }
             let (order, shards, page) = (addition.order, addition.shards.len(), self.catalog.newest.page);
             self.catalog.additions.pop_front();
-            self.settle_order(order, Ok(format!("{shards} shards are in the run; the newest page of its catalog is {page}")));
+            let what = if shards == 1 { "the shard is".to_owned() } else { format!("all {shards} shards are") };
+            self.settle_order(order, Ok(format!("{what} in the run; the newest page of its catalog is {page}")));
         }
     }
 

@@ -1,6 +1,8 @@
 //! What the machine is told: its run, and the inputs.
 
-use protocol::documents::{CatalogPage, CatalogRef, Head, Job, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape, VerdictResult};
+use protocol::documents::{
+    CatalogPage, CatalogRef, Head, Job, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape, VerdictResult,
+};
 use protocol::envelope::RunId;
 use protocol::log::LogHead;
 use protocol::{AccountId, Digest, Reason, ShardManifest};

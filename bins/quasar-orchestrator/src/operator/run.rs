@@ -9,8 +9,8 @@ use fragments::codec::PayloadHeader;
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
-    CATALOG_PAGE_SHARDS, CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest,
-    RunParameters, RunRoot, RunState,
+    CATALOG_PAGE_SHARDS, CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef,
+    RunManifest, RunParameters, RunRoot, RunState,
 };
 use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
 use protocol::log::{Frontier, LogRef};

@@ -6,7 +6,6 @@ use daemon::{Exit, Failure};
 use protocol::documents::{Action, CATALOG_PAGE_SHARDS, CatalogPage, Head};
 use protocol::paths::prefix;
 use protocol::{KeyRef, ShardManifest};
-use storage::StoreError;
 
 use super::orders::{self, OrderArgs, run_of};
 use super::run::roots_that_name_us;

@@ -51,7 +51,7 @@ fn what_cannot_join_is_refused_with_the_reason_and_the_next_order_is_taken() {
     world.input(add(4, &["e"]));
     let outcomes = world.machine.status().outcomes;
     assert_eq!(outcomes.iter().map(|outcome| outcome.done).collect::<Vec<_>>(), [false, true, false, false], "{outcomes:?}");
-    for (outcome, part) in outcomes.iter().zip(["is held out", "are in the run", "257 shards are more", "the run is ending"]) {
+    for (outcome, part) in outcomes.iter().zip(["is held out", "in the run", "257 shards are more", "the run is ending"]) {
         assert!(outcome.text.contains(part), "{outcome:?}");
     }
     assert_eq!((world.pages.len(), world.machine.ledger.shards()), (1, 2));

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditParameters, CatalogRef, Codec, Commitment, Contribution, FragmentProgress, Head, InnerOptimizer, Job, LearnerState, LrSchedule, Notice,
-    OpeningPart, Progress, ReceiptOffer, RunState, Tape, VerdictResult,
+    AuditParameters, CatalogRef, Codec, Commitment, Contribution, FragmentProgress, Head, InnerOptimizer, Job, LearnerState, LrSchedule,
+    Notice, OpeningPart, Progress, ReceiptOffer, RunState, Tape, VerdictResult,
 };
 use protocol::envelope::RunId;
 use protocol::log::{LogHead, LogRef};
