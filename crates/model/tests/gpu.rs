@@ -469,3 +469,46 @@ fn models_of_other_shapes_train_on_a_gpu_through_libtorch() {
         assert!((one.loss - two.loss).abs() < 1e-3, "{} {}", one.loss, two.loss);
     }
 }
+
+/// The devnet's model and batch sizes: fresh, and after training at a high rate, when attention and experts have become sharp.
+#[test]
+fn gradients_in_f32_on_the_gpu_are_those_of_the_processor_fresh_and_trained() {
+    if !has_gpu() {
+        return;
+    }
+    let config = QuasarConfig::from_json(include_str!("../../../configs/devnet-model.json")).unwrap();
+    let folder = checkpoint(&config);
+    let mut cpu = QuasarTrainer::open(folder.path(), plan(folder.path()), "cpu", 8).unwrap();
+    let mut gpu = open(folder.path(), &options(false, ComputeType::F32));
+    let fragments = plan(folder.path()).fragments.len();
+    for trained in [0, 30, 60] {
+        let steps = if trained == 0 { 0 } else { 30 };
+        for seed in 0..steps {
+            let tokens = rows(trained + seed);
+            let hyper = Hyper { lr: 1e-2, ..Hyper::default() };
+            cpu.step(&Batch { tokens: &tokens[..1_152], rows: 9, row_tokens: 128 }, &hyper, None, false).unwrap();
+        }
+        for fragment in 0..fragments {
+            gpu.apply(fragment, &cpu.export(fragment).unwrap()).unwrap();
+        }
+        for rows_of_batch in [4, 9] {
+            let tokens = rows(1_000 + trained);
+            let batch = Batch { tokens: &tokens[..rows_of_batch * 128], rows: rows_of_batch, row_tokens: 128 };
+            let zero = Hyper { lr: 0.0, ..Hyper::default() };
+            let routes = cpu.step(&batch, &zero, None, true).unwrap().routes.unwrap();
+            let (exact_loss, exact) = cpu.loss_and_gradients(&batch, Some(&routes)).unwrap();
+            let (loss, gradients) = gpu.loss_and_gradients(&batch, Some(&routes)).unwrap();
+            let mut table: Vec<(f64, &String)> =
+                exact.iter().map(|(name, exact)| (relative_difference(&gradients[name], exact), name)).collect();
+            table.sort_by(|a, b| b.0.total_cmp(&a.0));
+            eprintln!("{trained} steps, {rows_of_batch} rows: loss {exact_loss:.6} and {loss:.6}");
+            for (difference, name) in table.iter().take(4) {
+                eprintln!("    {difference:.2e} {name}");
+            }
+            assert!((loss - exact_loss).abs() < 1e-4 * exact_loss, "{loss} against {exact_loss}");
+            for (difference, name) in &table {
+                assert!(*difference < 3e-3 || name.ends_with(".branch_output_gain"), "{name}: {difference}");
+            }
+        }
+    }
+}
