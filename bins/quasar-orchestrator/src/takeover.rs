@@ -1,12 +1,13 @@
 //! Which memory a starting orchestrator goes on from: its own journal, if nobody wrote since; else the bucket.
 //!
 //! Every journal has an instance number, and the writer lease names the instance that wrote last. A journal that is not of that
-//! instance is history: it is put aside, and a fresh one begins with what the bucket holds.
+//! instance is history: it is put aside, and a fresh one begins with what the bucket holds. So does one whose machine is behind the
+//! head: the disk was set back to an older copy, and the head never goes back.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use daemon::driver::{self, Recovered};
+use daemon::driver::{self, DriverOptions, Recovered};
 use daemon::{Exit, Failure, Journal, Machine, clock};
 use protocol::Digest;
 use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, MergeManifest, Tape, WriterLease};
@@ -65,7 +66,11 @@ pub async fn recover(
 ) -> Result<(Recovered<Orchestrator>, Input), Failure> {
     let epoch = head.epoch;
     if !journal.is_empty().map_err(|error| Failure::new(error.exit(), error))? {
-        return Ok((driver::recover(journal, || fresh)?, Input::Claimed { epoch }));
+        let recovered = driver::recover(journal, || fresh.clone())?;
+        if !recovered.machine.is_behind(&head) {
+            return Ok((recovered, Input::Claimed { epoch }));
+        }
+        tracing::warn!("the journal is older than the head: it was restored from a copy, or lost what was written last");
     }
     let (taken_ms, mut machine) = match read(service, &service.run.snapshot(), SNAPSHOT_BYTES_MAX).await? {
         Some(bytes) => Orchestrator::from_snapshot(&bytes).map_err(|error| {
@@ -121,11 +126,22 @@ async fn gather(service: &Service, machine: &Orchestrator, head: Head) -> Result
         }
         pages.push(StoredPage::new(Digest::blake3(&bytes), &page));
     }
+    let newest = pages.last().map_or(machine.newest_page(), |page| page.reference);
+    if newest.page < head.catalog.page {
+        return Err(missing(&service.run.catalog(newest.page + 1)));
+    }
     let mut leases = Vec::new();
     for first in machine.unknown_leases_from(head.epoch) {
-        let mut id = first;
-        while let Some((job, _)) = document::<Job>(service, &service.run.lease(id)).await? {
-            leases.push(job);
+        let (mut id, mut absent) = (first, 0);
+        // Records are written beside each other: where one is missing, the next may be there.
+        while absent < DriverOptions::default().in_flight_max {
+            match document::<Job>(service, &service.run.lease(id)).await? {
+                Some((job, _)) => {
+                    leases.push(job);
+                    absent = 0;
+                }
+                None => absent += 1,
+            }
             id += 1;
         }
     }

@@ -149,7 +149,7 @@ impl Load {
                     }
                     Effect::WriteTape { tape } => queue.push(Input::TapeWritten { tape }),
                     Effect::Merge { tape, rejected, previous_keyframe } => {
-                        let manifest = merge(*tape, rejected, previous_keyframe.0);
+                        let manifest = merge(&tape, rejected, previous_keyframe.0);
                         queue.push(Input::Merged { manifest: Box::new(manifest), id: Digest::ZERO, keyframe_length: 100 });
                     }
                     Effect::CheckPayload { slot, t, .. } => queue.push(Input::PayloadChecked { slot, t, outcome: Reason::None }),
@@ -189,37 +189,10 @@ impl Load {
     }
 }
 
-fn merge(tape: Tape, rejected: Vec<Contribution>, keyframe: Digest) -> MergeManifest {
-    let accepted = tape.inputs.iter().map(|input| Contribution {
-        hotkey: input.hotkey,
-        slot: input.slot,
-        commitment: input.commitment,
-        payload: input.payload,
-        base_version: input.base_version,
-        steps: input.steps,
-        tokens: input.tokens,
-        weight_ppm: input.weight_ppm,
-        norm: 1,
-        clip_ppm: 1_000_000,
-        cosine_ppm: 1,
-        neighbour_ppm: 0,
-        rest_ppm: 0,
-        outcome: Reason::None,
-    });
-    let contributions: Vec<Contribution> = rejected.into_iter().chain(accepted).collect();
-    MergeManifest {
-        t: tape.t,
-        fragment: tape.fragment,
-        base_version: tape.base_version,
-        version: tape.base_version + u64::from(!tape.inputs.is_empty()),
-        block: tape.block,
-        closing: tape.closing,
-        contributions,
-        keyframe,
-        state: Digest::ZERO,
-        step_norm: 1,
-        step_limit_ppm: 1_000_000,
-    }
+fn merge(tape: &Tape, mut contributions: Vec<Contribution>, keyframe: Digest) -> MergeManifest {
+    contributions.extend(tape.inputs.iter().map(|input| Contribution { norm: 1, cosine_ppm: 1, ..input.contribution(Reason::None) }));
+    let version = tape.base_version + u64::from(!tape.inputs.is_empty());
+    MergeManifest { version, state: Digest::ZERO, step_norm: 1, ..MergeManifest::unmoved(tape, keyframe, contributions) }
 }
 
 #[test]

@@ -124,11 +124,10 @@ impl RawTensor {
         }
         let [begin, end] = self.data_offsets;
         let given = end.saturating_sub(begin);
-        let needed = self
-            .shape
-            .iter()
-            .try_fold(u128::from(dtype.bytes()), |product, dimension| product.checked_mul(u128::from(*dimension)))
-            .unwrap_or(u128::MAX);
+        // A dimension of zero hides what the others would need: they have to be possible by themselves.
+        let nonzero = self.shape.iter().filter(|dimension| **dimension > 0);
+        let room = nonzero.fold(u128::from(dtype.bytes()), |product, dimension| product.saturating_mul(u128::from(*dimension)));
+        let needed = if self.shape.contains(&0) && room <= u128::from(u64::MAX) { 0 } else { room };
         if begin > end || needed != u128::from(given) {
             return Err(HeaderError::Size { tensor: name, shape: self.shape, needed, given });
         }
@@ -216,6 +215,15 @@ mod tests {
 
     fn entry(shape: &str, begin: u64, end: u64) -> String {
         format!(r#"{{"dtype":"F32","shape":{shape},"data_offsets":[{begin},{end}]}}"#)
+    }
+
+    #[test]
+    fn dimensions_whose_product_overflows_are_refused_also_beside_a_zero() {
+        for shape in ["[4294967296,4294967296,0]", "[0,4294967296,4294967296]", "[18446744073709551615,2]"] {
+            let refused = parse(&file(&format!(r#"{{"a":{}}}"#, entry(shape, 0, 0)), 0)).err().unwrap();
+            assert!(matches!(refused, HeaderError::Size { .. }), "{shape}: {refused}");
+        }
+        assert!(parse(&file(&format!(r#"{{"a":{}}}"#, entry("[0,7]", 0, 0)), 0)).is_ok());
     }
 
     #[test]

@@ -93,6 +93,7 @@ mod tests {
             version: 1,
             block: 5,
             closing: false,
+            restores: None,
             contributions: hotkeys.iter().map(contribution).collect(),
             keyframe: Digest::ZERO,
             state: Digest::ZERO,

@@ -40,7 +40,7 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ("tape_fixes_merge", "a tape starts from the state that the step before it left, and is never contradicted"),
     ("bit_identical", "the states and keyframes in the bucket are those that the tapes give, bit for bit, whoever completed them"),
     ("head_monotone", "the head's versions, steps, log and state never go back"),
-    ("head_names_what_exists", "keyframes and log heads that the head names lie in the bucket, with these digests"),
+    ("head_names_what_exists", "keyframes, catalog pages and log heads that the head names lie in the bucket, with these digests"),
     ("one_pull_per_fragment", "at most one open pull of a fragment, and at most τ + 1 in all"),
     ("ledger_conserves", "rows waiting, leased, done and lost add up to the rows of the shards; done tokens never fall"),
     ("pages_stand", "a page of the catalog never changes, and its shards join the ledger with it"),
@@ -217,6 +217,7 @@ impl Watch {
             let rest = head.outer_step >= before.outer_step
                 && head.closed_below >= before.closed_below
                 && head.log.size >= before.log.size
+                && head.catalog.page >= before.catalog.page
                 && rank(head.state) >= rank(before.state);
             let text = format!(
                 "step {} → {}, closed {} → {}, log {} → {}, {:?} → {:?}",
@@ -249,6 +250,9 @@ impl Watch {
             let there = world.peek(&world.run.keyframe(fragment as u16, version)).map(|bytes| Digest::blake3(&bytes));
             self.hold(world, "head_names_what_exists", there == Some(digest), || format!("fragment {fragment} version {version}"));
         }
+        let is_page = head.catalog.page == 0
+            || world.peek(&world.run.catalog(head.catalog.page)).map(|bytes| Digest::blake3(&bytes)) == Some(head.catalog.digest);
+        self.hold(world, "head_names_what_exists", is_page, || format!("page {} of the catalog", head.catalog.page));
         let published = self.log.size();
         let is_published =
             head.log.size < published || (head.log.size == published && (published == 0 || head.log.root == self.log.root()));

@@ -1,8 +1,10 @@
 //! What follows from a tape: a pure function of it, the state and public form it starts from, and the payloads. Whoever computes it
 //! gets the same bytes.
 
+use std::io;
+
 use bytes::Bytes;
-use fragments::codec::{FileSource, PayloadHeader};
+use fragments::codec::{CodecError, FileSource, PayloadHeader};
 use fragments::delta::{self, DeltaError};
 use fragments::keyframe::{self, KeyframeError, KeyframeId};
 use fragments::merge::{InputReport, MergeError, Merged, Offer, averaged, merge_payloads};
@@ -53,7 +55,18 @@ pub enum Unpublishable {
     State(#[from] StateError),
 }
 
+/// A payload could not be read. What follows from the tape does not depend on somebody's disk: it has to be fetched again.
+#[derive(Debug, thiserror::Error)]
+#[error("the payload of input {input} cannot be read: {error}")]
+pub struct Unread {
+    pub input: usize,
+    error: io::Error,
+}
+
 /// Merges, takes the outer step, and writes the new version.
+///
+/// # Errors
+/// A payload could not be read: nothing follows yet.
 pub fn complete(
     plan: &FragmentPlan,
     plan_digest: Digest,
@@ -61,28 +74,20 @@ pub fn complete(
     tape: &Tape,
     base: Base,
     inputs: &[Contributed],
-) -> Completed {
+) -> Result<Completed, Unread> {
     let slices = &plan.fragments[usize::from(tape.fragment)];
-    let (merged, reports) = if tape.closing { merge(&averaged(slices), tape, inputs) } else { merge(slices, tape, inputs) };
-    let contributions: Vec<Contribution> = tape
+    let (merged, reports) = if tape.closing { merge(&averaged(slices), tape, inputs)? } else { merge(slices, tape, inputs)? };
+    let mut contributions: Vec<Contribution> = tape
         .inputs
         .iter()
         .zip(&reports)
         .map(|(input, report)| Contribution {
-            hotkey: input.hotkey,
-            slot: input.slot,
-            commitment: input.commitment,
-            payload: input.payload,
-            base_version: input.base_version,
-            steps: input.steps,
-            tokens: input.tokens,
-            weight_ppm: input.weight_ppm,
             norm: report.norm_micro,
             clip_ppm: report.clip_ppm,
             cosine_ppm: report.cosine_ppm,
             neighbour_ppm: report.neighbour_ppm,
             rest_ppm: report.rest_ppm,
-            outcome: report.outcome,
+            ..input.contribution(report.outcome)
         })
         .collect();
     let accepted = contributions.iter().any(|contribution| contribution.outcome == Reason::None);
@@ -90,15 +95,20 @@ pub fn complete(
         let version = step(plan, plan_digest, parameters, tape, base, merged);
         version.inspect_err(|error| tracing::error!(t = tape.t, "the result is not publishable: {error}")).ok()
     });
-    Completed { contributions, version }
+    if version.is_none() {
+        // Nothing came of them, and that is nobody's fault who sent one.
+        let accepted = contributions.iter_mut().filter(|contribution| contribution.outcome == Reason::None);
+        accepted.for_each(|contribution| contribution.outcome = Reason::NotEvaluated);
+    }
+    Ok(Completed { contributions, version })
 }
 
-/// Merges what can be read. Every payload was checked when it was uploaded, so one that cannot be read now is a fault of ours or of the
-/// disk; it is left out, and the others are merged.
-fn merge(slices: &[Slice], tape: &Tape, inputs: &[Contributed]) -> (Option<Merged>, Vec<InputReport>) {
-    const UNREAD: InputReport =
-        InputReport { outcome: Reason::HeaderMismatch, norm_micro: 0, clip_ppm: 0, cosine_ppm: 0, neighbour_ppm: 0, rest_ppm: 0 };
-    let mut reports = vec![UNREAD; inputs.len()];
+/// Merges what can be merged. Every payload was checked when it was uploaded and has its digest now, so one that cannot be merged is a
+/// fault of ours, and the same one wherever the tape is completed: it is left out, and the others are merged.
+fn merge(slices: &[Slice], tape: &Tape, inputs: &[Contributed]) -> Result<(Option<Merged>, Vec<InputReport>), Unread> {
+    const LEFT_OUT: InputReport =
+        InputReport { outcome: Reason::NotEvaluated, norm_micro: 0, clip_ppm: 0, cosine_ppm: 0, neighbour_ppm: 0, rest_ppm: 0 };
+    let mut reports = vec![LEFT_OUT; inputs.len()];
     let mut readable: Vec<usize> = (0..inputs.len()).collect();
     loop {
         let offer = |input: &usize| {
@@ -111,15 +121,16 @@ fn merge(slices: &[Slice], tape: &Tape, inputs: &[Contributed]) -> (Option<Merge
                 for (input, report) in readable.iter().zip(&merged.inputs) {
                     reports[*input] = *report;
                 }
-                return (Some(merged), reports);
+                return Ok((Some(merged), reports));
             }
+            Err(MergeError::Payload { input, source: CodecError::Read(error) }) => return Err(Unread { input: readable[input], error }),
             Err(error @ (MergeError::NotFinite { input } | MergeError::Payload { input, .. })) => {
                 tracing::error!(t = tape.t, "a checked payload cannot be merged and is left out: {error}");
                 readable.remove(input);
             }
             Err(error) => {
                 tracing::error!(t = tape.t, "nothing was merged: {error}");
-                return (None, reports);
+                return Ok((None, reports));
             }
         }
     }
@@ -282,7 +293,7 @@ mod tests {
         for version in 0..3 {
             let (tape, inputs) = offers(folder.path(), Codec::Int4, version);
             let base = || Base { state: state.clone(), replica: Some(replica.clone()) };
-            let complete = || complete(&plan, plan.digest(), &parameters(), &tape, base(), &inputs);
+            let complete = || complete(&plan, plan.digest(), &parameters(), &tape, base(), &inputs).unwrap();
             let (one, other) = (complete(), complete());
             assert_eq!(one.contributions, other.contributions);
             assert!(one.contributions.iter().all(|contribution| contribution.outcome == Reason::None && contribution.norm > 0));
@@ -312,7 +323,7 @@ mod tests {
         let (mut tape, inputs) = offers(folder.path(), Codec::Bf16, 4);
         tape.closing = true;
         let base = Base { state: state.clone(), replica: None };
-        let completed = complete(&plan, plan.digest(), &parameters(), &tape, base, &inputs);
+        let completed = complete(&plan, plan.digest(), &parameters(), &tape, base, &inputs).unwrap();
         let version = completed.version.unwrap();
         assert!(version.delta.is_none());
         let values = keyframe::read(&plan, &id(5), &version.keyframe).unwrap();
@@ -337,10 +348,27 @@ mod tests {
         bytes[codec::HEADER_BYTES..codec::HEADER_BYTES + 4].copy_from_slice(&f32::NAN.to_le_bytes());
         std::fs::write(&path, &bytes).unwrap();
         inputs[1].payload = FileSource::open(&path).unwrap();
-        let base = Base { state: FragmentState::new(values(1)), replica: Some(vec![0.0; ELEMENTS as usize]) };
-        let completed = complete(&plan, plan.digest(), &parameters(), &tape, base, &inputs);
+        let complete = |inputs: &[Contributed]| {
+            let base = Base { state: FragmentState::new(values(1)), replica: Some(vec![0.0; ELEMENTS as usize]) };
+            complete(&plan, plan.digest(), &parameters(), &tape, base, inputs)
+        };
+        let completed = complete(&inputs).unwrap();
         let outcomes: Vec<Reason> = completed.contributions.iter().map(|contribution| contribution.outcome).collect();
-        assert_eq!(outcomes, [Reason::None, Reason::HeaderMismatch, Reason::None]);
+        assert_eq!(outcomes, [Reason::None, Reason::NotEvaluated, Reason::None]);
         assert!(completed.version.is_some());
+        // One that is cut off under the reader is no answer at all.
+        std::fs::OpenOptions::new().write(true).open(folder.path().join("0-2")).unwrap().set_len(40).unwrap();
+        assert_eq!(complete(&inputs).err().unwrap().input, 2);
+    }
+
+    #[test]
+    fn a_result_that_cannot_be_published_leaves_the_version_and_blames_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let plan = plan();
+        let (tape, inputs) = offers(folder.path(), Codec::Bf16, 0);
+        let state = FragmentState { theta: vec![-f32::MAX; ELEMENTS as usize], momentum: vec![f32::MAX; ELEMENTS as usize] };
+        let completed = complete(&plan, plan.digest(), &parameters(), &tape, Base { state, replica: None }, &inputs).unwrap();
+        assert!(completed.version.is_none());
+        assert!(completed.contributions.iter().all(|contribution| contribution.outcome == Reason::NotEvaluated));
     }
 }

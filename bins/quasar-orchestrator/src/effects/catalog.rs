@@ -1,7 +1,7 @@
 //! Pages of the catalog: the manifests of published shards, copied under one signature.
 
 use protocol::documents::CatalogPage;
-use protocol::envelope::{Context, Expect, Purpose, RunId, open_stored};
+use protocol::envelope::{Expect, Purpose, open_stored};
 use protocol::{Digest, ShardManifest};
 
 use super::Service;
@@ -15,7 +15,11 @@ impl Service {
             manifests.push(self.trainable(id).await?);
         }
         let key = self.run.catalog(page);
-        let bytes = self.put_once(&key, &CatalogPage { page, previous, shards: manifests }).await;
+        let document = CatalogPage { page, previous, shards: manifests };
+        if !document.fits() {
+            return Err(format!("the manifests of these {} shards are larger than a page: order fewer at a time", shards.len()));
+        }
+        let bytes = self.put_once(&key, &document).await;
         let stored = self.open_own::<CatalogPage>(&bytes).map_err(|error| format!("{key}: {error}"))?.document;
         if (stored.page, stored.previous) != (page, previous) {
             return Err(format!("{key} is there and does not follow the page before it"));
@@ -29,8 +33,7 @@ impl Service {
         let limit = Purpose::ShardManifest.file_limit();
         let bytes = self.get_present(&key, limit).await.ok_or_else(|| format!("shard {id} is not published"))?;
         // Shards belong to no run.
-        let context = Context { run: RunId::NONE, ..self.context };
-        let opened = open_stored::<ShardManifest>(&bytes, &context, Expect::Any(&self.signers));
+        let opened = open_stored::<ShardManifest>(&bytes, &self.context.without_run(), Expect::Any(&self.signers));
         let shard = opened.map_err(|error| format!("{key}: {error}"))?.document;
         if shard.id != id || !shard.file.is_consistent() {
             return Err(format!("{key} contradicts itself"));

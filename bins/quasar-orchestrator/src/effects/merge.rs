@@ -8,9 +8,10 @@ use bytes::Bytes;
 use fragments::delta;
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
-use protocol::documents::{Codec, Contribution, FragmentManifest, MergeManifest, PPM, Tape};
+use protocol::documents::{Codec, Contribution, FragmentManifest, MergeManifest, Tape};
 use protocol::schedule::keyframe_version;
 use protocol::{Digest, FileRecord};
+use storage::StoreError;
 
 use super::arithmetic::{Base, Completed, Contributed, Version, complete, restore};
 use super::{Service, persist};
@@ -92,19 +93,7 @@ impl Service {
     pub(super) async fn merge(&self, tape: Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> (MergeManifest, Digest, u64) {
         let fragment = tape.fragment;
         let version = tape.base_version + 1;
-        let mut manifest = MergeManifest {
-            t: tape.t,
-            fragment,
-            base_version: tape.base_version,
-            version: tape.base_version,
-            block: tape.block,
-            closing: tape.closing,
-            contributions: rejected,
-            keyframe: previous.0,
-            state: tape.base_state,
-            step_norm: 0,
-            step_limit_ppm: PPM as u32,
-        };
+        let mut manifest = MergeManifest::unmoved(&tape, previous.0, rejected);
         let mut keyframe_length = previous.1;
         let completed = match tape.restores {
             Some(earlier) => self.restore(&tape, earlier, &previous.0).await,
@@ -119,6 +108,9 @@ impl Service {
             (manifest.step_norm, manifest.step_limit_ppm) = (result.step_norm, result.step_limit_ppm);
             keyframe_length = result.keyframe.len() as u64;
             self.store_version(&tape, version, result).await;
+        }
+        if manifest.version == manifest.base_version {
+            manifest.restores = None;
         }
         manifest.contributions.sort_by_key(|contribution| (contribution.hotkey, contribution.slot));
         let bytes = self.put_once(&self.run.merge(tape.t), &manifest).await;
@@ -136,7 +128,7 @@ impl Service {
             offers = manifest.contributions.len(),
             "merged"
         );
-        self.drop_payloads(&tape.inputs);
+        self.drop_payloads(tape.t);
         (manifest, id, keyframe_length)
     }
 
@@ -185,6 +177,19 @@ impl Service {
 
     /// An earlier version once more, as the next one.
     async fn restore(&self, tape: &Tape, earlier: u64, keyframe: &Digest) -> Completed {
+        // Nobody waits for ever for what retention has deleted: the version before stands then.
+        let key = self.run.state(tape.fragment, earlier);
+        let is_kept = persist(&key, || async {
+            match self.store.head(&key).await {
+                Ok(_) => Ok(true),
+                Err(StoreError::NotFound { .. }) => Ok(false),
+                Err(error) => Err(error),
+            }
+        });
+        if !is_kept.await {
+            tracing::error!(t = tape.t, "version {earlier} is not kept any more: fragment {} stays as it is", tape.fragment);
+            return Completed::default();
+        }
         let base = self.base(tape, earlier, keyframe).await;
         let version = restore(&self.plan, self.plan_digest, tape, &base);
         let refuse = |error: &_| tracing::error!(t = tape.t, "version {earlier} cannot be published again: {error}");
@@ -193,19 +198,22 @@ impl Service {
 
     /// The arithmetic, on a thread of its own.
     async fn complete(&self, tape: &Tape, keyframe: &Digest) -> Completed {
-        let base = self.base(tape, tape.base_version, keyframe).await;
-        let mut inputs = Vec::with_capacity(tape.inputs.len());
-        for input in &tape.inputs {
-            let header = self.payload_header(tape.fragment, input.base_version);
-            inputs.push(Contributed { header, payload: self.payload(input, tape.t).await });
-        }
-        let (plan, plan_digest, tape) = (self.plan.clone(), self.plan_digest, tape.clone());
-        let parameters = self.manifest.parameters.clone();
-        let work = move || complete(&plan, plan_digest, &parameters, &tape, base, &inputs);
-        match tokio::task::spawn_blocking(work).await {
-            Ok(completed) => completed,
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
+        persist("the merge", || async {
+            let base = self.base(tape, tape.base_version, keyframe).await;
+            let mut inputs = Vec::with_capacity(tape.inputs.len());
+            for input in &tape.inputs {
+                let header = self.payload_header(tape.fragment, input.base_version);
+                inputs.push(Contributed { header, payload: self.payload(input, tape.t).await });
+            }
+            let (plan, plan_digest, parameters) = (self.plan.clone(), self.plan_digest, self.manifest.parameters.clone());
+            let of_step = tape.clone();
+            let work = move || complete(&plan, plan_digest, &parameters, &of_step, base, &inputs);
+            match tokio::task::spawn_blocking(work).await {
+                Ok(completed) => completed.inspect_err(|unread| self.drop_payload(&tape.inputs[unread.input], tape.t)),
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            }
+        })
+        .await
     }
 }
 

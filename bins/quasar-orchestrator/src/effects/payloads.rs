@@ -20,7 +20,7 @@ impl Service {
     /// Static checks of an upload; the payload stays on the local disk for the merge.
     pub(super) async fn check_payload(&self, slot: Slot, t: u64, commitment: &Commitment) -> Reason {
         let key = self.run.payload(&slot.0, slot.1, t);
-        let path = self.payload_path(&commitment.blake3);
+        let path = self.payload_path(t, slot);
         match self.download(&key, commitment.length, &path).await {
             Download::Done => {}
             Download::Absent => return Reason::NotUploaded,
@@ -52,13 +52,18 @@ impl Service {
         PayloadHeader::new(codec, &self.plan, self.plan_digest, usize::from(fragment), base_version)
     }
 
-    fn payload_path(&self, digest: &Digest) -> PathBuf {
-        self.state_dir.join("payloads").join(digest.to_string())
+    /// What an outer step needs, until it is merged.
+    fn payloads_of(&self, t: u64) -> PathBuf {
+        self.state_dir.join("payloads").join(t.to_string())
+    }
+
+    fn payload_path(&self, t: u64, (hotkey, slot): Slot) -> PathBuf {
+        self.payloads_of(t).join(format!("{hotkey}-{slot}"))
     }
 
     /// A payload of a tape, on the local disk: from the check of its upload, else from the bucket.
     pub(super) async fn payload(&self, input: &TapeInput, t: u64) -> FileSource {
-        let path = self.payload_path(&input.payload);
+        let path = self.payload_path(t, (input.hotkey, input.slot));
         if let Some(kept) = open_verified(&path, input.payload).await {
             return kept;
         }
@@ -74,10 +79,13 @@ impl Service {
         .await
     }
 
-    pub(super) fn drop_payloads(&self, inputs: &[TapeInput]) {
-        for input in inputs {
-            let _ = std::fs::remove_file(self.payload_path(&input.payload));
-        }
+    pub(super) fn drop_payloads(&self, t: u64) {
+        let _ = std::fs::remove_dir_all(self.payloads_of(t));
+    }
+
+    /// It could not be read when it was needed: the next look fetches it again.
+    pub(super) fn drop_payload(&self, input: &TapeInput, t: u64) {
+        let _ = std::fs::remove_file(self.payload_path(t, (input.hotkey, input.slot)));
     }
 
     /// Brings an object of exactly `length` bytes to `path`, a piece at a time. What store or disk cannot do now is tried again.

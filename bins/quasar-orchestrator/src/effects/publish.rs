@@ -4,8 +4,8 @@ use std::sync::PoisonError;
 
 use bytes::Bytes;
 use daemon::{Failure, clock};
-use protocol::documents::{Head, Job, Lease};
-use protocol::envelope::{self, Purpose};
+use protocol::documents::{CurrentRun, Head, Job, Lease};
+use protocol::envelope::{self, Expect, Purpose, open_stored};
 use storage::{PutCondition, StoreError};
 
 use super::{Service, persist};
@@ -71,14 +71,31 @@ impl Service {
             return self.stop("the owner signed a new root");
         }
         let key = self.keys.current();
-        persist(&key, || async {
+        let is_ours = persist(&key, || async {
             self.fence.hold().await;
+            let condition = match self.store.get(&key, Purpose::CurrentRun.file_limit()).await {
+                Ok(object) => {
+                    let outside = self.context.without_run();
+                    let found = open_stored::<CurrentRun>(&object.bytes, &outside, Expect::Any(&self.signers));
+                    if found.is_ok_and(|found| found.document.run != self.context.run) {
+                        return Ok(false);
+                    }
+                    PutCondition::IfMatch(object.etag.unwrap_or_default())
+                }
+                Err(StoreError::NotFound { .. }) => PutCondition::IfAbsent,
+                Err(error) => return Err(error.to_string()),
+            };
             let now_ms = clock::now_ms();
             let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
             let bytes = envelope::sign(&self.current, &self.context.without_run(), &*self.signer, sequence, now_ms);
-            self.store.put(&key, Bytes::from(bytes), PutCondition::Always).await.map_err(|error| error.to_string())
+            self.store.put(&key, Bytes::from(bytes), condition).await.map_err(|error| error.to_string())?;
+            Ok(true)
         })
         .await;
+        if !is_ours {
+            tracing::error!("another run was created and is current now; this orchestrator stops");
+            self.stop("another run is current");
+        }
     }
 
     pub(super) async fn publish_job(&self, revision: u64, job: &Job) {

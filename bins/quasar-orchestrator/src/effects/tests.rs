@@ -394,6 +394,54 @@ async fn a_successor_without_the_disk_goes_on_from_the_bucket_alone() {
 }
 
 #[tokio::test]
+async fn a_disk_that_was_set_back_to_an_older_copy_does_not_move_the_head_back() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, journal) = bucket.orchestrator(folder.path()).await;
+    let head = service.claim_head(1).await.unwrap();
+    let (old, _) = takeover::recover(&service, &journal, head.clone(), bucket.fresh()).await.unwrap();
+    assert!(!old.machine.is_behind(&head));
+    // The journal remembers nothing of this merge and of the head that names it.
+    let merged = service.write_tape(&bucket.tape(0, 0, 1, &[11, 12]).await).await;
+    let (manifest, _, length) = service.merge(merged, Vec::new(), (Digest::ZERO, 0)).await;
+    let mut later = Head { outer_step: 1, closed_below: 1, ..head };
+    later.fragments[0] = FragmentHead { version: manifest.version, length, digest: manifest.keyframe };
+    service.publish_head(&later).await;
+    let head = service.claim_head(2).await.unwrap();
+    let (recovered, _) = takeover::recover(&service, &journal, head.clone(), bucket.fresh()).await.unwrap();
+    assert_eq!((recovered.machine.fragment_versions(), recovered.machine.closed_below()), (vec![1, 0], 1));
+    // The journal holds that from now on.
+    let again = recover(&journal, || -> Orchestrator { unreachable!() }).unwrap();
+    assert!(!again.machine.is_behind(&head));
+}
+
+#[tokio::test]
+async fn an_orchestrator_stops_when_another_run_is_current_and_leaves_the_pointer_alone() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    let (key, outside) = (Keys::new(NETUID).current(), bucket.context.without_run());
+    service.publish_current().await;
+    service.publish_current().await;
+    assert!(service.stopped.lock().unwrap().is_none(), "its own pointer is renewed");
+    let other = CurrentRun { run: RunId([9; 16]), ..service.current.clone() };
+    let pointer = sign(&other, &outside, &*bucket.signer, 1, 1);
+    bucket.put(&key, pointer.clone()).await;
+    service.publish_current().await;
+    assert_eq!(*service.stopped.lock().unwrap(), Some("another run is current"));
+    assert_eq!(bucket.store.get(&key, 1 << 20).await.unwrap().bytes, pointer);
+}
+
+#[tokio::test]
+async fn a_rollback_to_a_version_that_is_deleted_leaves_the_fragment_and_the_run_goes_on() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    service.claim_head(1).await.unwrap();
+    let tape = Tape { restores: Some(7), inputs: Vec::new(), ..bucket.tape(0, 9, 1, &[]).await };
+    let previous = (Digest::blake3(b"keyframe"), 5);
+    let (manifest, ..) = service.merge(tape, Vec::new(), previous).await;
+    assert_eq!((manifest.version, manifest.restores, manifest.keyframe), (9, None, previous.0));
+}
+
+#[tokio::test]
 async fn objects_that_contradict_each_other_are_refused_and_left_alone() {
     let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
     let (service, journal) = bucket.orchestrator(folder.path()).await;
@@ -406,6 +454,7 @@ async fn objects_that_contradict_each_other_are_refused_and_left_alone() {
         version: 1,
         block: 0,
         closing: false,
+        restores: None,
         contributions: Vec::new(),
         keyframe: Digest::ZERO,
         state: Digest::ZERO,

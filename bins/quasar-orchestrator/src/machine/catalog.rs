@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Effect, Orchestrator, StoredPage};
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Catalog {
     /// The newest page whose shards are in the ledger.
     pub newest: CatalogRef,
@@ -15,7 +15,7 @@ pub(super) struct Catalog {
     additions: VecDeque<Addition>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Addition {
     order: u64,
     shards: Vec<String>,

@@ -20,7 +20,7 @@ const RECEIPTS_AWAITED: usize = 2;
 /// A lease that nobody finishes ends after so many times the time it should take.
 const LEASE_DEADLINE_FACTOR: u64 = 20;
 /// A learner that left so many pulls in a row without an answer is not waited for; it is pulled and merged all the same.
-const MISSES_MAX: u8 = 3;
+pub(super) const MISSES_MAX: u8 = 3;
 
 /// What the orchestrator knows about a slot that has spoken.
 #[derive(Clone, Debug, Serialize, Deserialize)]

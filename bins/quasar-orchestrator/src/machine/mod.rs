@@ -62,7 +62,7 @@ pub const VERSIONS_AHEAD: u64 = 8;
 /// The status object is for people: this often is enough.
 const STATUS_INTERVAL_MS: u64 = 1_000;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Orchestrator {
     setup: RunSetup,
     /// Fencing epoch of the process that runs this machine.
@@ -120,7 +120,7 @@ pub struct Orchestrator {
 
 /// What a new process starts without: effects that wait, and when things were last done. It is part of a snapshot all the same,
 /// so that the inputs after it are replayed by the very machine that saw them first; a process that begins starts it anew.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Volatile {
     #[serde(skip)]
     effects: VecDeque<Effect>,

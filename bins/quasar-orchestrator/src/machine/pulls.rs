@@ -8,7 +8,7 @@ use protocol::schedule::{self, Work};
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
-use super::learners::LeasedSteps;
+use super::learners::{LeasedSteps, MISSES_MAX};
 use super::{Effect, Fragment, Key, Orchestrator, Slot, Want};
 
 /// A learner's step is believed to take at least this share of the average, as one part in so many.
@@ -317,11 +317,16 @@ impl Orchestrator {
             if accepted >= quorum && pull.quorum_ms.is_none() {
                 pull.quorum_ms = Some(now_ms);
             }
-            let complete = accepted >= training.max(1) && pull.pending == 0;
+            // Whoever commits and uploads nothing, again and again, is waited for no longer.
+            let uploads = pull.pending > 0
+                && pull.offers.iter().any(|(slot, offer)| {
+                    offer.stage.is_pending() && self.learners.get(slot).is_none_or(|learner| learner.misses < MISSES_MAX)
+                });
+            let complete = accepted >= training.max(1) && !uploads;
             let grace_over = pull.quorum_ms.is_some_and(|quorum_ms| {
                 let grace = schedule::grace_ms(&self.setup.parameters, step_ms, quorum_ms - pull.opened_ms, self.timing.sync_ms());
-                let uploads = if pull.pending > 0 { UPLOAD_GRACE_STEPS * step_ms } else { 0 };
-                now_ms >= quorum_ms + grace.max(uploads)
+                let upload_grace = if uploads { UPLOAD_GRACE_STEPS * step_ms } else { 0 };
+                now_ms >= quorum_ms + grace.max(upload_grace)
             });
             if complete || grace_over || now_ms >= pull.deadline_ms {
                 closing.push(*t);
@@ -341,7 +346,9 @@ impl Orchestrator {
         let leased = LeasedSteps::of(&self.leases);
         let Some(pull) = self.pulls.get_mut(&t) else { return };
         for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| learner.is_training() && learner.local_step > 0) {
-            learner.misses = if pull.offers.contains_key(slot) { 0 } else { learner.misses.saturating_add(1) };
+            // A commitment alone is no answer: whoever only commits is not waited for either.
+            let answers = |offer: &Offer| matches!(offer.stage, OfferStage::Accepted | OfferStage::Checking);
+            learner.misses = if pull.offers.get(slot).is_some_and(answers) { 0 } else { learner.misses.saturating_add(1) };
         }
         self.pace.survey = true;
         let fragment = &self.fragments[usize::from(pull.fragment)];

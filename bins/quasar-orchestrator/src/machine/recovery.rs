@@ -6,7 +6,7 @@
 use bincode::config;
 use daemon::Machine;
 use protocol::Digest;
-use protocol::documents::{Head, Job, LearnerState, Lease, RunState};
+use protocol::documents::{Head, Job, LearnerState, Lease, RowRange, RunState};
 
 use super::{BucketFacts, Effect, Learner, LeaseRecord, OpenPull, Orchestrator, PullStage, ReceiptStage, StepFact};
 
@@ -80,6 +80,16 @@ impl Orchestrator {
         let limit = config::standard().with_limit::<{ SNAPSHOT_BYTES_MAX as usize }>();
         let ((now_ms, machine), _) = bincode::serde::decode_from_slice(body, limit).map_err(|error| damaged(&error.to_string()))?;
         Ok((now_ms, machine))
+    }
+
+    /// Whether the head says what this machine has never seen, although every head follows the machine that its journal remembers.
+    pub fn is_behind(&self, head: &Head) -> bool {
+        let versions = self.fragments.iter().zip(&head.fragments).any(|(ours, theirs)| ours.version < theirs.version);
+        versions
+            || self.next_t < head.outer_step
+            || self.closed_below < head.closed_below
+            || self.log.published().size < head.log.size
+            || self.catalog.newest.page < head.catalog.page
     }
 
     /// Epochs and lease ids from which lease records are looked for: those that this machine does not know yet.
@@ -157,6 +167,7 @@ impl Orchestrator {
             if self.leases.contains_key(&id) {
                 continue;
             }
+            self.end_older_leases(id, &lease);
             if !self.ledger.adopt_lease(id, &lease.rows) {
                 tracing::error!(lease = id, "rows of this lease are booked otherwise; the books stand");
             }
@@ -175,6 +186,23 @@ impl Orchestrator {
                 learner.live = true;
             }
             self.leases.insert(id, LeaseRecord::new(lease, slot));
+        }
+    }
+
+    /// Rows of a lease that were another's before had come back from it, after the snapshot: that one is over.
+    fn end_older_leases(&mut self, newer: u64, lease: &Lease) {
+        let shares = |record: &LeaseRecord| {
+            let overlaps = |one: &RowRange, other: &RowRange| one.shard == other.shard && one.start < other.end && other.start < one.end;
+            record.lease.rows.iter().any(|one| lease.rows.iter().any(|other| overlaps(one, other)))
+        };
+        for (id, record) in self.leases.range_mut(..newer).filter(|(_, record)| !record.ended) {
+            if shares(record) {
+                self.ledger.end_lease_whole(*id, &record.lease.rows, false);
+                record.ended = true;
+                if let Some(learner) = self.learners.get_mut(&record.slot) {
+                    learner.leases.retain(|lease| lease != id);
+                }
+            }
         }
     }
 }

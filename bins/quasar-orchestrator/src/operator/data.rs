@@ -7,6 +7,7 @@ use daemon::Failure;
 use data::catalog::Catalog;
 use data::documents::Documents;
 use data::prepare::{HeldOut, PrepareSettings, prepare as prepare_shards};
+use protocol::Digest;
 use storage::{PutCondition, StoreError};
 
 use crate::office::Office;
@@ -124,6 +125,11 @@ pub async fn publish(office: &Office, arguments: PublishArgs) -> Result<(), Fail
     for shard in &catalog.shards {
         let path = Catalog::tokens_path(&arguments.dir, shard);
         let bytes = tokio::fs::read(&path).await.map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", path.display())))?;
+        if Digest::blake3(&bytes) != shard.file.blake3 {
+            return Err(Failure::configuration(anyhow::anyhow!("{} is not the file that the catalog describes", path.display()))
+                .hint("run `data prepare` again"));
+        }
+        // The id holds a digest of the tokens: what is there already is the same.
         for (key, bytes) in [
             (office.keys.shard_tokens(&shard.id), Bytes::from(bytes)),
             (office.keys.shard_manifest(&shard.id), Bytes::from(office.sign(shard, &office.context))),

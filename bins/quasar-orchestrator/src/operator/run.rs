@@ -9,8 +9,8 @@ use fragments::codec::PayloadHeader;
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
-    CATALOG_PAGE_SHARDS, CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef,
-    RunManifest, RunParameters, RunRoot, RunState,
+    CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest,
+    RunParameters, RunRoot, RunState,
 };
 use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
 use protocol::log::{Frontier, LogRef};
@@ -127,8 +127,12 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     office.put_once(&run_keys.plan(&digest), &plan, &context).await?;
     let mut catalog: Vec<CatalogRef> = Vec::new();
     let mut newest = CatalogRef { page: 0, digest: Digest::ZERO };
-    for (page, shards) in shards.chunks(CATALOG_PAGE_SHARDS).enumerate() {
+    for (page, shards) in CatalogPage::split(&shards).into_iter().enumerate() {
         let page = CatalogPage { page: page as u32, previous: newest.digest, shards: shards.to_vec() };
+        if !page.fits() {
+            return Err(Failure::configuration(anyhow::anyhow!("the manifest of shard {} is too large", shards[0].id))
+                .hint("prepare the data with smaller --shard-tokens"));
+        }
         let bytes = office.put_once(&run_keys.catalog(page.page), &page, &context).await?;
         newest = CatalogRef { page: page.page, digest: Digest::blake3(&bytes) };
         catalog.push(newest);

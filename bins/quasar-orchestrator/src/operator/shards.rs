@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use daemon::{Exit, Failure};
-use protocol::documents::{Action, CATALOG_PAGE_SHARDS, CatalogPage, Head};
+use protocol::documents::{Action, CatalogPage, Head};
 use protocol::paths::prefix;
 use protocol::{KeyRef, ShardManifest};
 
@@ -11,7 +11,7 @@ use super::orders::{self, OrderArgs, run_of};
 use super::run::roots_that_name_us;
 use crate::office::Office;
 
-/// Add published training shards to the current run; learners get their rows after those that wait already
+/// Add published training shards to the current run; learners get their rows after those that wait in the same epoch
 #[derive(Debug, clap::Args)]
 pub struct AddShardsArgs {
     /// Only these shards; default: all that are published and not in the run
@@ -29,13 +29,14 @@ pub async fn add(office: &Office, arguments: AddShardsArgs) -> Result<Exit, Fail
     let published = published(office, &only, &signers).await?;
     // What is named is ordered, whatever it is: the answer says what is wrong with it.
     let joins = |shard: &&ShardManifest| !only.is_empty() || !(shard.held_out || known.contains(&shard.id));
-    let shards: Vec<String> = published.iter().filter(joins).map(|shard| shard.id.clone()).collect();
+    let shards: Vec<ShardManifest> = published.into_iter().filter(|shard| joins(&shard)).collect();
     if shards.is_empty() {
         return Err(Failure::configuration(anyhow::anyhow!("all published training shards are in the run"))
-            .hint("`data prepare` with a new --name, then `data publish`"));
+            .hint("`data prepare` with more text, then `data publish`"));
     }
-    for shards in shards.chunks(CATALOG_PAGE_SHARDS) {
-        let exit = orders::give(office, (Action::AddShards { shards: shards.to_vec() }, order.clone())).await?;
+    for page in CatalogPage::split(&shards) {
+        let shards = page.iter().map(|shard| shard.id.clone()).collect();
+        let exit = orders::give(office, (Action::AddShards { shards }, order.clone())).await?;
         if exit != Exit::Done {
             return Ok(exit);
         }

@@ -37,6 +37,8 @@ pub enum MergeFault {
     Base,
     #[error("its version does not follow from what it merged")]
     Version,
+    #[error("it restores a version that is not an earlier one, or merges beside that")]
+    Restored,
     #[error("contributions are not sorted by hotkey and slot, or one appears twice")]
     Order,
     #[error("a weighed contribution has a base version that no pull allows")]
@@ -64,8 +66,13 @@ fn check(manifest: &MergeManifest, t: u64, fragments: u16, latest: &Latest) -> R
         return Err(MergeFault::Base);
     }
     let merged = manifest.accepted().count();
-    if manifest.version != manifest.base_version.saturating_add(u64::from(merged > 0)) {
+    let moves = merged > 0 || manifest.restores.is_some();
+    if manifest.version != manifest.base_version.saturating_add(u64::from(moves)) {
         return Err(MergeFault::Version);
+    }
+    // Who goes back merges nothing, and goes back.
+    if manifest.restores.is_some_and(|earlier| merged > 0 || earlier >= manifest.base_version) {
+        return Err(MergeFault::Restored);
     }
     if !manifest.contributions.is_sorted_by(|a, b| (a.hotkey, a.slot) < (b.hotkey, b.slot)) {
         return Err(MergeFault::Order);
@@ -82,7 +89,7 @@ fn check(manifest: &MergeManifest, t: u64, fragments: u16, latest: &Latest) -> R
         return Err(MergeFault::Weights);
     }
     match latest.digests {
-        Some(digests) if merged == 0 && digests != (manifest.keyframe, manifest.state) => Err(MergeFault::Changed),
+        Some(digests) if !moves && digests != (manifest.keyframe, manifest.state) => Err(MergeFault::Changed),
         _ => Ok(()),
     }
 }
@@ -371,6 +378,12 @@ mod tests {
         assert_eq!(check(&empty, 1, 2, &latest), Ok(()));
         empty.keyframe = Digest::blake3(b"other");
         assert_eq!(check(&empty, 1, 2, &latest), Err(MergeFault::Changed));
+        // A rollback is a new version with an earlier state.
+        let latest = Latest { version: 5, ..latest };
+        let back = MergeManifest { base_version: 5, version: 6, restores: Some(3), ..empty };
+        assert_eq!(check(&back, 1, 2, &latest), Ok(()));
+        assert_eq!(check(&MergeManifest { restores: Some(5), ..back.clone() }, 1, 2, &latest), Err(MergeFault::Restored));
+        assert_eq!(check(&MergeManifest { restores: None, ..back }, 1, 2, &latest), Err(MergeFault::Version));
     }
 
     #[test]

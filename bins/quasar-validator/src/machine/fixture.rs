@@ -53,6 +53,7 @@ pub fn merge(t: u64, fragments: u16, mut contributions: Vec<Contribution>) -> Me
         version,
         block: 5,
         closing: false,
+        restores: None,
         contributions,
         keyframe: Digest::ZERO,
         state: Digest::ZERO,

@@ -3,6 +3,7 @@
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
+use super::PPM;
 use crate::{AccountId, Digest, FileRecord, Reason};
 
 /// What fixes a merge for ever, written once before anything else of it: whoever holds the lease can complete the step from
@@ -46,17 +47,41 @@ pub struct TapeInput {
     pub weight_ppm: u64,
 }
 
+impl TapeInput {
+    /// As it stands in the merge manifest, before the arithmetic has measured it.
+    pub fn contribution(&self, outcome: Reason) -> Contribution {
+        Contribution {
+            hotkey: self.hotkey,
+            slot: self.slot,
+            commitment: self.commitment,
+            payload: self.payload,
+            base_version: self.base_version,
+            steps: self.steps,
+            tokens: self.tokens,
+            weight_ppm: self.weight_ppm,
+            norm: 0,
+            clip_ppm: PPM as u32,
+            cosine_ppm: 0,
+            neighbour_ppm: 0,
+            rest_ppm: 0,
+            outcome,
+        }
+    }
+}
+
 /// The public record of one outer step.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct MergeManifest {
     pub t: u64,
     pub fragment: u16,
     pub base_version: u64,
-    /// Equal to `base_version` where nothing was merged.
+    /// Equal to `base_version` where nothing was merged or restored.
     pub version: u64,
     pub block: u64,
     /// As in the tape.
     pub closing: bool,
+    /// The result is the state of this earlier version again: a rollback.
+    pub restores: Option<u64>,
     pub contributions: Vec<Contribution>,
     /// BLAKE3 of the resulting keyframe and of the resulting f32 state.
     pub keyframe: Digest,
@@ -67,6 +92,24 @@ pub struct MergeManifest {
 }
 
 impl MergeManifest {
+    /// The record of the tape's outer step as long as nothing moves: the version before stands, whose keyframe has this digest.
+    pub fn unmoved(tape: &Tape, keyframe: Digest, contributions: Vec<Contribution>) -> Self {
+        Self {
+            t: tape.t,
+            fragment: tape.fragment,
+            base_version: tape.base_version,
+            version: tape.base_version,
+            block: tape.block,
+            closing: tape.closing,
+            restores: tape.restores,
+            contributions,
+            keyframe,
+            state: tape.base_state,
+            step_norm: 0,
+            step_limit_ppm: PPM as u32,
+        }
+    }
+
     pub fn accepted(&self) -> impl Iterator<Item = &Contribution> {
         self.contributions.iter().filter(|contribution| contribution.outcome == Reason::None)
     }

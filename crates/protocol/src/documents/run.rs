@@ -3,9 +3,9 @@
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
-use crate::envelope::RunId;
+use crate::envelope::{Purpose, RunId};
 use crate::shards::ShardManifest;
-use crate::{Digest, KeyRef};
+use crate::{Digest, KeyRef, codec};
 
 /// The trust anchor: the owner names the orchestrator's online key and hard bounds. Version 1 is signed by the owner that the
 /// user gave; version N signs version N+1.
@@ -173,7 +173,7 @@ pub struct CatalogRef {
     pub digest: Digest,
 }
 
-/// Shards of one catalog page.
+/// Most shards of one catalog page.
 pub const CATALOG_PAGE_SHARDS: usize = 256;
 
 /// A page of shard manifests; pages are only ever added.
@@ -186,9 +186,66 @@ pub struct CatalogPage {
     pub shards: Vec<ShardManifest>,
 }
 
+impl CatalogPage {
+    /// Whether the page can be read again: its payload is within the limit.
+    pub fn fits(&self) -> bool {
+        codec::encode(self).len() <= Purpose::CatalogPage.limit()
+    }
+
+    /// Cuts shards into runs of consecutive ones that a page holds.
+    pub fn split(mut shards: &[ShardManifest]) -> Vec<&[ShardManifest]> {
+        // What a page takes besides its shards is far below this.
+        const FRAME_BYTES: usize = 1 << 10;
+        let mut pages = Vec::new();
+        while !shards.is_empty() {
+            let (mut count, mut bytes) = (0, FRAME_BYTES);
+            for shard in shards.iter().take(CATALOG_PAGE_SHARDS) {
+                bytes += codec::encode(shard).len();
+                if count > 0 && bytes > Purpose::CatalogPage.limit() {
+                    break;
+                }
+                count += 1;
+            }
+            let (page, rest) = shards.split_at(count);
+            pages.push(page);
+            shards = rest;
+        }
+        pages
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::FileRecord;
+
+    #[test]
+    fn shards_are_cut_into_pages_that_can_be_read_again() {
+        let shard = |id: usize, chunks: usize| ShardManifest {
+            id: format!("shard-{id}"),
+            rows: 1,
+            row_tokens: 1,
+            tokens: 1,
+            file: FileRecord { chunks: vec![Digest::ZERO; chunks], ..FileRecord::of_bytes("tokens.bin", b"") },
+            tokenizer: Digest::ZERO,
+            vocab_size: 1,
+            licence: "public domain".into(),
+            source: "a test".into(),
+            held_out: false,
+        };
+        // 134 M tokens are 512 MiB, 128 chunks: 256 such manifests are more than a megabyte.
+        for (chunks, count, pages) in [(1, 600, 3), (128, 300, 2), (20_000, 3, 3), (1, 0, 0)] {
+            let shards: Vec<ShardManifest> = (0..count).map(|id| shard(id, chunks)).collect();
+            let split = CatalogPage::split(&shards);
+            assert_eq!(split.len(), pages, "{count} shards of {chunks} chunks");
+            assert_eq!(split.concat(), shards);
+            for (page, shards) in split.into_iter().enumerate() {
+                assert!(CatalogPage { page: page as u32, previous: Digest::ZERO, shards: shards.to_vec() }.fits());
+            }
+        }
+        let page = CatalogPage { page: 0, previous: Digest::ZERO, shards: vec![shard(0, 40_000)] };
+        assert!(!page.fits());
+    }
 
     #[test]
     fn the_learning_rate_warms_up_then_falls_to_its_floor_and_stays_there() {

@@ -250,6 +250,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             version: 4,
             block: 5_000_000,
             closing: false,
+            restores: None,
             contributions: vec![contribution()],
             keyframe: digest("keyframe"),
             state: digest("state"),

@@ -11,19 +11,7 @@ use super::NODE;
 impl World {
     pub(super) async fn merge(&self, tape: Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> (MergeManifest, Digest, u64) {
         let (fragment, version) = (tape.fragment, tape.base_version + 1);
-        let mut manifest = MergeManifest {
-            t: tape.t,
-            fragment,
-            base_version: tape.base_version,
-            version: tape.base_version,
-            block: tape.block,
-            closing: tape.closing,
-            contributions: rejected,
-            keyframe: previous.0,
-            state: tape.base_state,
-            step_norm: 0,
-            step_limit_ppm: 1_000_000,
-        };
+        let mut manifest = MergeManifest::unmoved(&tape, previous.0, rejected);
         let mut keyframe_length = previous.1;
         if !tape.inputs.is_empty() {
             let key = self.run.state(fragment, tape.base_version);
@@ -43,22 +31,7 @@ impl World {
             }
             let state = tensors::merged(&base, &tape);
             let keyframe = tensors::keyframe_bytes(fragment, version, &state);
-            manifest.contributions.extend(tape.inputs.iter().map(|input| Contribution {
-                hotkey: input.hotkey,
-                slot: input.slot,
-                commitment: input.commitment,
-                payload: input.payload,
-                base_version: input.base_version,
-                steps: input.steps,
-                tokens: input.tokens,
-                weight_ppm: input.weight_ppm,
-                norm: 1,
-                clip_ppm: 1_000_000,
-                cosine_ppm: 0,
-                neighbour_ppm: 0,
-                rest_ppm: 0,
-                outcome: Reason::None,
-            }));
+            manifest.contributions.extend(tape.inputs.iter().map(|input| Contribution { norm: 1, ..input.contribution(Reason::None) }));
             manifest.version = version;
             manifest.keyframe = Digest::blake3(&keyframe);
             manifest.state = Digest::blake3(&state.0);

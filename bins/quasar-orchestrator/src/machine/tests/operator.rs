@@ -163,6 +163,16 @@ fn learners_that_never_answer_are_not_waited_for_again_and_again() {
     world.run(20_000);
     let merged = world.tapes.len() - before;
     assert!(merged >= 20, "{merged} merges in 20 s: each still waits for the deadline of 10 s");
+    // So are learners that commit and never upload.
+    let committing = {
+        let mut world = World::new(0, 6);
+        world.withheld = (0..4).map(|index| world.learners[index].slot).collect();
+        world.run(60_000);
+        let before = world.tapes.len();
+        world.run(20_000);
+        world.tapes.len() - before
+    };
+    assert!(committing >= 20, "{committing} merges in 20 s");
     // They are pulled all the same, and count as soon as they answer.
     world.learners.iter_mut().for_each(|sim| sim.mute = false);
     let from = world.machine.next_t;

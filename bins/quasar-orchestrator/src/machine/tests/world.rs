@@ -199,6 +199,8 @@ pub(super) struct World {
     /// What checks of receipts give for some slots.
     pub(super) receipts: BTreeMap<Slot, Result<(Digest, Vec<u32>), Reason>>,
     pub(super) rejects: BTreeMap<Slot, Reason>,
+    /// Learners that never use an upload grant.
+    pub(super) withheld: BTreeSet<Slot>,
     /// Learners whose commitments of an earlier session lie in the bucket.
     pub(super) answered_before: BTreeSet<Slot>,
     /// Crash and recover after so many inputs, once.
@@ -237,6 +239,7 @@ impl World {
             log: BTreeMap::new(),
             receipts: BTreeMap::new(),
             rejects: BTreeMap::new(),
+            withheld: BTreeSet::new(),
             answered_before: BTreeSet::new(),
             crash_after: None,
             inputs: 0,
@@ -318,10 +321,11 @@ impl World {
                 None
             }
             Effect::PublishPullGrants { slot, wants, .. } => {
+                let withheld = self.withheld.contains(&slot);
                 let sim = self.learners.iter_mut().find(|sim| sim.slot == slot)?;
                 for want in wants {
                     match want {
-                        Want::WriteOnce { key: Key::Payload { t, .. }, .. } if !sim.record.uploaded.contains(&t) => {
+                        Want::WriteOnce { key: Key::Payload { t, .. }, .. } if !withheld && !sim.record.uploaded.contains(&t) => {
                             sim.record.uploaded.push(t);
                         }
                         Want::WriteOnce { key: Key::Receipt { lease, .. }, .. } => {
@@ -461,35 +465,12 @@ impl World {
     }
 }
 
-pub(super) fn merge(tape: &Tape, rejected: Vec<Contribution>, previous: (Digest, u64)) -> MergeManifest {
-    let accepted = tape.inputs.iter().map(|input| Contribution {
-        hotkey: input.hotkey,
-        slot: input.slot,
-        commitment: input.commitment,
-        payload: input.payload,
-        base_version: input.base_version,
-        steps: input.steps,
-        tokens: input.tokens,
-        weight_ppm: input.weight_ppm,
-        norm: 1,
-        clip_ppm: 1_000_000,
-        cosine_ppm: 1,
-        neighbour_ppm: 0,
-        rest_ppm: 0,
-        outcome: Reason::None,
-    });
-    let merged = !tape.inputs.is_empty() || tape.restores.is_some();
-    MergeManifest {
-        t: tape.t,
-        fragment: tape.fragment,
-        base_version: tape.base_version,
-        version: tape.base_version + u64::from(merged),
-        block: tape.block,
-        closing: tape.closing,
-        contributions: rejected.into_iter().chain(accepted).collect(),
-        keyframe: if merged { Digest::blake3(&codec::encode(tape)) } else { previous.0 },
-        state: Digest::blake3(&codec::encode(tape)),
-        step_norm: 1,
-        step_limit_ppm: 1_000_000,
+pub(super) fn merge(tape: &Tape, mut contributions: Vec<Contribution>, previous: (Digest, u64)) -> MergeManifest {
+    contributions.extend(tape.inputs.iter().map(|input| Contribution { norm: 1, cosine_ppm: 1, ..input.contribution(Reason::None) }));
+    let unmoved = MergeManifest::unmoved(tape, previous.0, contributions);
+    if tape.inputs.is_empty() && tape.restores.is_none() {
+        return unmoved;
     }
+    let result = Digest::blake3(&codec::encode(tape));
+    MergeManifest { version: tape.base_version + 1, keyframe: result, state: result, step_norm: 1, ..unmoved }
 }
