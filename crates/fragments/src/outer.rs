@@ -16,13 +16,18 @@ pub const MEAN_STEPS: u64 = 8;
 
 /// One outer step, element by element: `b ← μ b + d`, then `θ ← θ − lr (d + μ b)`.
 ///
-/// `theta`, `momentum` (`b`) and `delta` (`d`: base minus learner, merged) are the fragment in slice order. The result
-/// does not depend on the number of threads.
+/// `theta`, `momentum` (`b`) and `delta` (`d`: base minus learner, merged) are the fragment in slice order; `momentum` may be empty
+/// if `mu` is 0. The result does not depend on the number of threads.
 ///
 /// # Panics
-/// If the three lengths differ.
+/// If lengths differ.
 pub fn step(theta: &mut [f32], momentum: &mut [f32], delta: &[f32], lr: f32, mu: f32) {
-    assert!(theta.len() == delta.len() && momentum.len() == delta.len(), "state and delta are of one fragment");
+    assert_eq!(theta.len(), delta.len(), "state and delta are of one fragment");
+    if momentum.is_empty() && mu == 0.0 {
+        let tasks = theta.par_chunks_mut(TASK_ELEMENTS).zip(delta.par_chunks(TASK_ELEMENTS));
+        return tasks.for_each(|(theta, delta)| descend(theta, delta, lr));
+    }
+    assert_eq!(momentum.len(), delta.len(), "state and delta are of one fragment");
     let tasks = theta.par_chunks_mut(TASK_ELEMENTS).zip(momentum.par_chunks_mut(TASK_ELEMENTS)).zip(delta.par_chunks(TASK_ELEMENTS));
     tasks.for_each(|((theta, momentum), delta)| {
         nesterov(theta, momentum, delta, lr, mu);
@@ -34,6 +39,14 @@ vectorised! {
         for ((theta, momentum), delta) in theta.iter_mut().zip(momentum).zip(delta) {
             *momentum = mu * *momentum + delta;
             *theta -= lr * (delta + mu * *momentum);
+        }
+    }
+}
+
+vectorised! {
+    fn descend(theta: &mut [f32], delta: &[f32], lr: f32) {
+        for (theta, delta) in theta.iter_mut().zip(delta) {
+            *theta -= lr * delta;
         }
     }
 }
@@ -93,6 +106,9 @@ mod tests {
     fn without_momentum_and_with_rate_one_the_step_is_the_delta() {
         let (mut theta, mut momentum) = (vec![3.0, -2.0], vec![0.0, 0.0]);
         step(&mut theta, &mut momentum, &[0.5, 0.25], 1.0, 0.0);
+        let mut plain = vec![3.0, -2.0];
+        step(&mut plain, &mut [], &[0.5, 0.25], 1.0, 0.0);
+        assert_eq!(plain, theta);
         assert_eq!(theta, [2.5, -2.25]);
     }
 

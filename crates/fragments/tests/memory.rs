@@ -137,7 +137,7 @@ fn splitting_and_assembling_a_checkpoint_takes_a_fraction_of_its_size() {
         split_states(&tree, &plan, 3, &path("states")).unwrap();
         let state = |fragment: usize| {
             let (plan_digest, elements) = (plan.digest(), plan.elements(fragment));
-            let header = StateHeader { plan: plan_digest, fragment: fragment as u64, version: 3, elements };
+            let header = StateHeader { plan: plan_digest, fragment: fragment as u64, version: 3, elements, momentum: false };
             StateFile::open(&path("states").join(state_file(fragment)), &header).unwrap()
         };
         let states: Vec<StateFile> = (0..8).map(state).collect();
@@ -148,7 +148,7 @@ fn splitting_and_assembling_a_checkpoint_takes_a_fraction_of_its_size() {
     let folder = tempfile::tempdir().unwrap();
     let base = folder.path().join("base");
     std::fs::create_dir_all(&base).unwrap();
-    // 256 MiB in one shard; states of it have 1 GiB.
+    // 256 MiB in one shard; states of it have 512 MiB.
     let rows = 16_384u64;
     let header = format!(
         r#"{{"a.experts_w12":{{"dtype":"BF16","shape":[32,2048,1024],"data_offsets":[0,{0}]}},"b.weight":{{"dtype":"BF16","shape":[{rows},4096],"data_offsets":[{0},{1}]}}}}"#,

@@ -208,6 +208,9 @@ impl Plan {
         if random.chance(300_000) {
             plan.orders.push((random.between(0, until_ms), Action::Release));
         }
+        if random.chance(250_000) {
+            plan.orders.push((random.between(until_ms / 3, until_ms), Action::Rollback { version: random.between(0, 2) }));
+        }
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         plan
     }

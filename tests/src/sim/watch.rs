@@ -372,6 +372,11 @@ impl Watch {
         self.ledger = Some(totals);
     }
 
+    /// A rollback: what is open was trained on what is taken back, also where it is accepted already.
+    pub fn takes_back(&mut self) {
+        self.accepted.clear();
+    }
+
     /// A page of the catalog, as it lies in the bucket.
     pub fn page(&mut self, world: &World, stored: &StoredPage) {
         let rows = stored.shards.iter().map(|shard| shard.rows).sum();
@@ -410,13 +415,18 @@ impl Watch {
 
     /// Makes every version once more from the tapes alone.
     fn replay_tapes(&mut self, world: &World) {
-        let mut states: Vec<(u64, Digest)> =
-            (0..world.plan.parameters.fragments).map(|fragment| (0, tensors::first_state(fragment))).collect();
-        let tapes: Vec<Tape> = self.tapes.values().filter(|tape| !tape.inputs.is_empty()).cloned().collect();
-        for tape in tapes.iter().filter(|tape| self.manifests.contains_key(&tape.t)).cloned().collect::<Vec<_>>() {
-            let (version, state) = &mut states[usize::from(tape.fragment)];
-            (*version, *state) = (*version + 1, tensors::merged(state, &tape));
-            let (version, state) = (*version, *state);
+        // Of each fragment, by version.
+        let mut states: Vec<Vec<Digest>> =
+            (0..world.plan.parameters.fragments).map(|fragment| vec![tensors::first_state(fragment)]).collect();
+        let moves = |tape: &&Tape| self.manifests.get(&tape.t).is_some_and(|(_, merge)| merge.version > merge.base_version);
+        for tape in self.tapes.values().filter(moves).cloned().collect::<Vec<_>>() {
+            let versions = &mut states[usize::from(tape.fragment)];
+            let (version, newest) = (versions.len() as u64, versions[versions.len() - 1]);
+            let state = match tape.restores {
+                Some(earlier) => versions[earlier as usize],
+                None => tensors::merged(&newest, &tape),
+            };
+            versions.push(state);
             let stored = world.peek(&world.run.state(tape.fragment, version));
             let keyframe = world.peek(&world.run.keyframe(tape.fragment, version));
             let agrees =

@@ -91,7 +91,7 @@ impl<'a> Server<'a> {
     pub fn new(base: &'a Base, scheme: Scheme) -> anyhow::Result<Self> {
         let (plan, digest) = (&base.plan, base.plan.digest());
         let count = plan.fragments.len();
-        let states = (0..count).map(|fragment| Ok(FragmentState::new(base.tree.read_fragment(plan, fragment)?)));
+        let states = (0..count).map(|fragment| Ok(FragmentState::new(base.tree.read_fragment(plan, fragment)?, scheme.momentum > 0.0)));
         let states = states.collect::<anyhow::Result<Vec<_>>>()?;
         let slices = plan.fragments.clone();
         let (versions, means) = (vec![0; count], vec![0; count]);

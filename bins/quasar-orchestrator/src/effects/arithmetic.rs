@@ -175,7 +175,8 @@ fn encode(plan: &FragmentPlan, plan_digest: Digest, tape: &Tape, base: &Base) ->
         None => (keyframe::write(plan, &KeyframeId { version, ..from }, &state.theta)?, None),
     };
     let elements = state.theta.len() as u64;
-    let header = StateHeader { plan: plan_digest, fragment: u64::from(tape.fragment), version, elements };
+    let momentum = !state.momentum.is_empty();
+    let header = StateHeader { plan: plan_digest, fragment: u64::from(tape.fragment), version, elements, momentum };
     let state = Bytes::from(state.to_bytes(&header)?);
     Ok(Version { state, keyframe: Bytes::from(keyframe), delta, step_norm: 0, step_limit_ppm: PPM as u32 })
 }
@@ -286,7 +287,7 @@ mod tests {
     fn a_tape_gives_the_same_files_whoever_completes_it_and_frames_lead_to_its_keyframes() {
         let folder = tempfile::tempdir().unwrap();
         let plan = plan();
-        let mut state = FragmentState::new(values(77));
+        let mut state = FragmentState::new(values(77), true);
         let first = keyframe::write(&plan, &id(0), &state.theta).unwrap();
         let mut replica = keyframe::read(&plan, &id(0), &first).unwrap();
         let mut learner = replica.clone();
@@ -308,7 +309,7 @@ mod tests {
             .unwrap();
             replica = keyframe::read(&plan, &id(version + 1), &one.keyframe).unwrap();
             assert_eq!(learner, replica);
-            let header = StateHeader { plan: plan.digest(), fragment: 0, version: version + 1, elements: ELEMENTS };
+            let header = StateHeader { plan: plan.digest(), fragment: 0, version: version + 1, elements: ELEMENTS, momentum: true };
             state = FragmentState::from_bytes(&one.state, &header).unwrap();
         }
         let close = state.theta.iter().zip(&replica).all(|(theta, replica)| (theta - replica).abs() < 0.01);
@@ -349,7 +350,7 @@ mod tests {
         std::fs::write(&path, &bytes).unwrap();
         inputs[1].payload = FileSource::open(&path).unwrap();
         let complete = |inputs: &[Contributed]| {
-            let base = Base { state: FragmentState::new(values(1)), replica: Some(vec![0.0; ELEMENTS as usize]) };
+            let base = Base { state: FragmentState::new(values(1), true), replica: Some(vec![0.0; ELEMENTS as usize]) };
             complete(&plan, plan.digest(), &parameters(), &tape, base, inputs)
         };
         let completed = complete(&inputs).unwrap();

@@ -26,7 +26,13 @@ impl Service {
     }
 
     pub(super) fn state_header(&self, fragment: u16, version: u64) -> StateHeader {
-        StateHeader { plan: self.plan_digest, fragment: u64::from(fragment), version, elements: self.plan.elements(usize::from(fragment)) }
+        StateHeader {
+            plan: self.plan_digest,
+            fragment: u64::from(fragment),
+            version,
+            elements: self.plan.elements(usize::from(fragment)),
+            momentum: self.manifest.parameters.outer_momentum_ppm > 0,
+        }
     }
 
     fn keyframe_id(&self, fragment: u16, version: u64) -> KeyframeId {

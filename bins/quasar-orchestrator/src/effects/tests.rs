@@ -131,8 +131,15 @@ impl Bucket {
             let theta: Vec<f32> = (0..ELEMENTS).map(|at| (at as f32 - 100.0) / 64.0 + f32::from(fragment)).collect();
             let id = KeyframeId { plan: plan.digest(), fragment: u32::from(fragment), version: 0 };
             let frame = keyframe::write(&plan, &id, &theta).unwrap();
-            let header = StateHeader { plan: plan.digest(), fragment: u64::from(fragment), version: 0, elements: ELEMENTS as u64 };
-            let state = FragmentState::new(theta).to_bytes(&header).unwrap();
+            let has_momentum = parameters().outer_momentum_ppm > 0;
+            let header = StateHeader {
+                plan: plan.digest(),
+                fragment: u64::from(fragment),
+                version: 0,
+                elements: ELEMENTS as u64,
+                momentum: has_momentum,
+            };
+            let state = FragmentState::new(theta, has_momentum).to_bytes(&header).unwrap();
             let record = FileRecord::of_bytes(keys.keyframe(fragment, 0), &frame);
             let setup = FragmentSetup {
                 keyframe: record.blake3,
@@ -363,7 +370,8 @@ async fn a_successor_without_the_disk_goes_on_from_the_bucket_alone() {
     let merged = first.write_tape(&bucket.tape(0, 0, 1, &[11, 12]).await).await;
     let (manifest, ..) = first.merge(merged, Vec::new(), (Digest::ZERO, 0)).await;
     first.write_tape(&bucket.tape(1, 0, 1, &[11]).await).await;
-    for (index, start) in [(0u8, 0u64), (1, 96)] {
+    // Records are written beside each other: that of the lease between them is missing.
+    for (index, start) in [(0u8, 0u64), (2, 96)] {
         // Ids of a writer's first life begin at its epoch.
         let id = (1 << LEASE_EPOCH_SHIFT) + u64::from(index);
         let rows = vec![RowRange { shard: "a".into(), start, end: start + 96 }];

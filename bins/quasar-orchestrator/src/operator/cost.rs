@@ -20,7 +20,7 @@ const GRANTS_BYTES: f64 = 16_384.0;
 const GRANT_LOOKS: f64 = 4.0;
 /// Silent slots are looked at so many times more rarely.
 const SILENT_FACTOR: f64 = 10.0;
-/// Versions of each fragment that are kept, keyframe and f32 state with momentum.
+/// Versions of each fragment that are kept, keyframe and f32 state.
 const VERSIONS_KEPT: f64 = 8.0;
 
 /// Requests and bytes of a day, and their price, for a number of miners
@@ -121,7 +121,7 @@ fn of_a_day(parameters: &RunParameters, arguments: &CostArgs) -> Cost {
     let silent = arguments.miners as f64 * f64::from(parameters.slots).max(arguments.learners as f64) - learners;
     let elements = arguments.parameters as f64 / fragments;
     let (payload, keyframe) = (elements * element_bytes(parameters.codec_up), elements * element_bytes(parameters.codec_down));
-    let state = elements * 8.0;
+    let state = elements * if parameters.outer_momentum_ppm > 0 { 8.0 } else { 4.0 };
     let leases = steps / f64::from(parameters.lease_steps);
     let lease_bytes = f64::from(parameters.lease_steps) * f64::from(parameters.batch_rows) * f64::from(parameters.sequence_length) * 4.0;
     let chunks = |bytes: f64| (bytes / CHUNK).ceil().max(1.0);

@@ -86,8 +86,11 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     let context = Context { run, ..office.context };
     let run_keys = office.keys.run(run);
 
+    let momentum = parameters.outer_momentum_ppm > 0;
+    let header =
+        |fragment: usize| StateHeader { plan: digest, fragment: fragment as u64, version: 0, elements: plan.elements(fragment), momentum };
     for fragment in 0..plan.fragments.len() {
-        let state = StateHeader { plan: digest, fragment: fragment as u64, version: 0, elements: plan.elements(fragment) }.state_bytes();
+        let state = header(fragment).state_bytes();
         if state > PUT_BYTES_MAX {
             tracing::warn!(
                 fragment,
@@ -103,8 +106,8 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
         let theta = tree.read_fragment(&plan, fragment).map_err(Failure::configuration)?;
         let id = KeyframeId { plan: digest, fragment: fragment as u32, version: 0 };
         let keyframe = keyframe::write(&plan, &id, &theta).map_err(Failure::configuration)?;
-        let header = StateHeader { plan: digest, fragment: fragment as u64, version: 0, elements: plan.elements(fragment) };
-        let state = FragmentState::new(theta).to_bytes(&header).map_err(Failure::configuration)?;
+        let header = header(fragment);
+        let state = FragmentState::new(theta, header.momentum).to_bytes(&header).map_err(Failure::configuration)?;
         let number = fragment as u16;
         let key = run_keys.keyframe(number, 0);
         let record = FileRecord::of_bytes(key.clone(), &keyframe);

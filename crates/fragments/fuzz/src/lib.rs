@@ -222,11 +222,11 @@ fn good_frame() -> delta::Frame {
 }
 
 fn state_header() -> StateHeader {
-    StateHeader { plan: plan().digest(), fragment: 0, version: 5, elements: elements() as u64 }
+    StateHeader { plan: plan().digest(), fragment: 0, version: 5, elements: elements() as u64, momentum: true }
 }
 
 fn good_state() -> Vec<u8> {
-    FragmentState::new(values(elements(), 1e-3)).to_bytes(&state_header()).expect("a good state")
+    FragmentState::new(values(elements(), 1e-3), true).to_bytes(&state_header()).expect("a good state")
 }
 
 fn good_checkpoint() -> Vec<u8> {

@@ -16,7 +16,7 @@ use crate::number::convert;
 use crate::plan;
 use crate::state::{HEADER_BYTES, StateHeader, TRAILER_BYTES};
 
-/// Writes the state of version `version` of every fragment of `plan`, with the parameters of `tree` and no momentum, as
+/// Writes the state of version `version` of every fragment of `plan`, with the parameters of `tree` and without momentum, as
 /// `state-000.qfs`, … under `out`. The bytes are those of [`crate::state::FragmentState::new`].
 ///
 /// `out` must be empty or hold an interrupted attempt, which is gone on with.
@@ -31,7 +31,7 @@ pub fn split_states(tree: &CheckpointTree, plan: &FragmentPlan, version: u64, ou
         if let Some(record) = claim.complete(&path) {
             return Ok(record);
         }
-        let header = StateHeader { plan: digest, fragment: fragment as u64, version, elements: plan.elements(fragment) };
+        let header = StateHeader { plan: digest, fragment: fragment as u64, version, elements: plan.elements(fragment), momentum: false };
         let mut file = RecordedFile::create(out, &path)?;
         // Of everything before it: the last field.
         let mut digest = blake3::Hasher::new();
@@ -48,11 +48,6 @@ pub fn split_states(tree: &CheckpointTree, plan: &FragmentPlan, version: u64, ou
                 Ok(())
             })?;
         }
-        file.append_with(header.elements * DType::F32.bytes(), |momentum, _| {
-            momentum.fill(0);
-            digest.update(momentum);
-            Ok(())
-        })?;
         file.append(digest.finalize().as_bytes())?;
         let record = file.finish(&path)?;
         claim.note(&record)?;

@@ -421,7 +421,7 @@ fn states(folders: &Folders, fragments: usize) -> (CheckpointTree, protocol::Fra
 
 fn state_header(plan: &protocol::FragmentPlan, fragment: usize) -> crate::state::StateHeader {
     let (digest, elements) = (plan.digest(), plan.elements(fragment));
-    crate::state::StateHeader { plan: digest, fragment: fragment as u64, version: 3, elements }
+    crate::state::StateHeader { plan: digest, fragment: fragment as u64, version: 3, elements, momentum: false }
 }
 
 fn open_states(folders: &Folders, plan: &protocol::FragmentPlan) -> Result<Vec<StateFile>, CheckpointError> {
@@ -435,7 +435,7 @@ fn states_cut_from_a_tree_are_new_fragment_states_and_assemble_to_the_tree() {
         let folders = Folders::with_base(&small_tensors(), shards);
         let (tree, plan, records) = states(&folders, 5);
         for (fragment, record) in records.iter().enumerate() {
-            let expected = crate::state::FragmentState::new(tree.read_fragment(&plan, fragment).unwrap());
+            let expected = crate::state::FragmentState::new(tree.read_fragment(&plan, fragment).unwrap(), false);
             let bytes = fs::read(folders.path("states").join(&record.path)).unwrap();
             assert!(bytes == expected.to_bytes(&state_header(&plan, fragment)).unwrap());
         }
@@ -485,7 +485,7 @@ fn an_interrupted_assembly_keeps_what_was_complete_unless_what_goes_into_it_has_
         let header = state_header(&plan, 0);
         let path = folders.path("states").join(state_file(0));
         let good = fs::read(&path).unwrap();
-        fs::write(&path, crate::state::FragmentState::new(poisoned).to_bytes(&header).unwrap()).unwrap();
+        fs::write(&path, crate::state::FragmentState::new(poisoned, false).to_bytes(&header).unwrap()).unwrap();
         let failed = assemble_states(&tree, &plan, &open_states(&folders, &plan).unwrap(), &folders.path("failed"));
         assert!(matches!(failed, Err(CheckpointError::NotFinite { .. })), "the largest f32 is no bf16");
         fs::write(&path, good).unwrap();

@@ -13,25 +13,29 @@ impl World {
         let (fragment, version) = (tape.fragment, tape.base_version + 1);
         let mut manifest = MergeManifest::unmoved(&tape, previous.0, rejected);
         let mut keyframe_length = previous.1;
-        if !tape.inputs.is_empty() {
-            let key = self.run.state(fragment, tape.base_version);
-            let base = self
-                .persist(|| async {
-                    let bytes = self.get(NODE, &key, None).await.ok().flatten()?.bytes;
-                    bytes.first_chunk::<32>().map(|state| Digest(*state))
-                })
-                .await;
-            for input in &tape.inputs {
-                let key = self.slot_keys((input.hotkey, input.slot)).own.payload(tape.t);
-                self.persist(|| async {
-                    let bytes = self.get(NODE, &key, None).await.ok().flatten()?.bytes;
-                    (Digest::blake3(&bytes) == input.payload).then_some(())
-                })
-                .await;
+        let state = match tape.restores {
+            Some(earlier) => self.state(fragment, earlier).await,
+            None if tape.inputs.is_empty() => None,
+            None => {
+                let base = self.persist(|| self.state(fragment, tape.base_version)).await;
+                for input in &tape.inputs {
+                    let key = self.slot_keys((input.hotkey, input.slot)).own.payload(tape.t);
+                    self.persist(|| async {
+                        let bytes = self.get(NODE, &key, None).await.ok().flatten()?.bytes;
+                        (Digest::blake3(&bytes) == input.payload).then_some(())
+                    })
+                    .await;
+                }
+                Some(tensors::merged(&base, &tape))
             }
-            let state = tensors::merged(&base, &tape);
+        };
+        let inputs = tape.inputs.iter().map(|input| Contribution { norm: 1, ..input.contribution(Reason::None) });
+        manifest.contributions.extend(inputs);
+        if state.is_none() {
+            manifest.restores = None;
+        }
+        if let Some(state) = state {
             let keyframe = tensors::keyframe_bytes(fragment, version, &state);
-            manifest.contributions.extend(tape.inputs.iter().map(|input| Contribution { norm: 1, ..input.contribution(Reason::None) }));
             manifest.version = version;
             manifest.keyframe = Digest::blake3(&keyframe);
             manifest.state = Digest::blake3(&state.0);
@@ -54,6 +58,12 @@ impl World {
             (manifest, id) = (stored.document, stored.id);
         }
         (manifest, id, keyframe_length)
+    }
+
+    /// The f32 state of a version, if it is kept.
+    async fn state(&self, fragment: u16, version: u64) -> Option<Digest> {
+        let bytes = self.get_present(&self.run.state(fragment, version)).await?;
+        bytes.first_chunk::<32>().map(|state| Digest(*state))
     }
 
     pub(super) async fn release(&self, versions: Vec<u64>, tokens: u64) -> ReleaseRef {

@@ -13,6 +13,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use daemon::Machine;
 use protocol::Digest;
+use protocol::documents::{Action, Order};
 use quasar_orchestrator::machine::{Effect, Input, Orchestrator, Slot};
 
 use super::executor::{Life, WORLD};
@@ -183,6 +184,9 @@ impl World {
             node.disk.entries.push((now_ms, input.clone()));
             self.trace(&[self.executor.now_ms(), 0, kind_of(&input)]);
             self.say(NODE, || format!("{input:?}"));
+            if let Input::Order { order: Order { action: Action::Rollback { .. }, .. } } = &input {
+                self.watch.borrow_mut().takes_back();
+            }
             machine.handle(now_ms, input);
             while let Some(effect) = machine.poll_effect() {
                 node.waiting.push_back(effect);

@@ -107,6 +107,31 @@ fn rows_that_were_given_out_after_the_snapshot_are_given_to_nobody_else() {
 }
 
 #[test]
+fn rows_that_came_back_and_were_given_out_again_after_the_snapshot_belong_to_whoever_has_them_now() {
+    let mut world = World::new(0, 3);
+    world.run(10_000);
+    let old = world.snapshot.clone();
+    // One learner falls silent: its rows return, and go to the others.
+    world.learners[0].silent = true;
+    world.run(40_000);
+    world.snapshot = old;
+    let known = Orchestrator::from_snapshot(world.snapshot.as_ref().unwrap()).unwrap().1;
+    let shares = |one: &Job, other: &Job| {
+        let (one, other) = (&one.leases[0].rows, &other.leases[0].rows);
+        one.iter().any(|one| other.iter().any(|other| one.start < other.end && other.start < one.end))
+    };
+    let taken: Vec<u64> = known.leases.keys().copied().collect();
+    let again = world.leases.iter().filter(|(id, job)| **id >= known.next_lease && taken.iter().any(|old| shares(&world.leases[old], job)));
+    assert!(again.count() > 0, "rows of {taken:?} were given out again");
+    let input = world.recover_from_bucket();
+    world.input(input);
+    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.check_books();
+    world.run(20_000);
+    world.check_books();
+}
+
+#[test]
 fn a_successor_logs_nothing_twice_and_goes_on_with_the_log() {
     let mut world = World::new(0, 2);
     world.run(3_000);
