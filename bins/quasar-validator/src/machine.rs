@@ -407,6 +407,8 @@ impl daemon::Machine for Machine {
     type Input = Input;
     type Effect = Effect;
 
+    const LAYOUT: u32 = 2;
+
     fn handle(&mut self, now_ms: u64, input: Input) {
         match input {
             Input::Tick => {}

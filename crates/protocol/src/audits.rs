@@ -22,7 +22,8 @@ pub struct Selection {
 }
 
 /// Audits of a cycle. `merges` are the cycle's manifests in any order, `validators` the permitted hotkeys in any order; every
-/// learner with a merged contribution is audited once, by one validator.
+/// learner that worked ([`MergeManifest::worked`]) is audited once, by one validator: on a contribution that a filter left out, if it
+/// has one, else on one that was merged.
 pub fn select(
     run: RunId,
     cycle: u64,
@@ -37,16 +38,19 @@ pub fn select(
     if validators.is_empty() {
         return Vec::new();
     }
-    let mut offers: BTreeMap<(AccountId, u8), Vec<u64>> = BTreeMap::new();
+    let mut offers: BTreeMap<(AccountId, u8), Vec<(u64, bool)>> = BTreeMap::new();
     for merge in merges {
-        for contribution in merge.accepted() {
-            offers.entry((contribution.hotkey, contribution.slot)).or_default().push(merge.t);
+        for contribution in merge.worked() {
+            offers.entry((contribution.hotkey, contribution.slot)).or_default().push((merge.t, contribution.is_suspect()));
         }
     }
     let seed = Digest::derive("quasar/v1/challenge", &[beacon, &run.0, &cycle.to_le_bytes()]);
     offers
         .into_iter()
         .map(|((hotkey, slot), mut steps)| {
+            if steps.iter().any(|(_, is_suspect)| *is_suspect) {
+                steps.retain(|(_, is_suspect)| *is_suspect);
+            }
             steps.sort_unstable();
             let audit = Digest::derive("quasar/v1/audit", &[&seed.0, &hotkey.0, &[slot]]);
             let draw = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| audit.0[at + i]));
@@ -56,7 +60,7 @@ pub fn select(
                 cycle,
                 hotkey,
                 slot,
-                t: steps[(draw(0) % steps.len() as u64) as usize],
+                t: steps[(draw(0) % steps.len() as u64) as usize].0,
                 beacon_block,
             }
         })
@@ -114,5 +118,16 @@ mod tests {
         assert_eq!(select(RunId([1; 16]), 0, 7, &[4; 32], &reversed, &[validators[1], validators[0]]), selected);
         assert_ne!(select(RunId([1; 16]), 0, 7, &[5; 32], &merges, &validators)[0].audit, selected[0].audit);
         assert!(select(RunId([1; 16]), 0, 7, &[4; 32], &merges, &[]).is_empty());
+    }
+
+    #[test]
+    fn what_a_filter_left_out_is_audited_first() {
+        for suspect in [Reason::DirectionOutlier, Reason::TooSimilar] {
+            let merges = [merge(0, &[(1, Reason::None)]), merge(1, &[(1, suspect), (2, suspect)]), merge(2, &[(1, Reason::NormTooLarge)])];
+            for beacon in 0..8 {
+                let selected = select(RunId([1; 16]), 0, 7, &[beacon; 32], &merges, &[AccountId([9; 32])]);
+                assert_eq!(selected.iter().map(|one| one.t).collect::<Vec<_>>(), [1, 1], "{suspect:?}");
+            }
+        }
     }
 }

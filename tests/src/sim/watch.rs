@@ -328,9 +328,9 @@ impl Watch {
         let mut least: BTreeMap<AccountId, u64> = BTreeMap::new();
         for (_, manifest) in self.manifests.values() {
             let cycle = cycle_of(manifest.t, fragments);
-            for contribution in manifest.accepted() {
+            for contribution in manifest.worked() {
                 *most.entry(contribution.hotkey).or_default() += contribution.tokens;
-                if cycle < epoch && !self.failed.contains(&(cycle, contribution.hotkey, contribution.slot)) {
+                if cycle < epoch && !contribution.is_suspect() && !self.failed.contains(&(cycle, contribution.hotkey, contribution.slot)) {
                     *least.entry(contribution.hotkey).or_default() += contribution.tokens;
                 }
             }

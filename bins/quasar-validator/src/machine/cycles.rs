@@ -293,7 +293,7 @@ impl Cycles {
 /// The selected contribution with what the merge manifest says of it.
 fn subject(selection: Selection, merges: &[MergeManifest]) -> Option<Subject> {
     let merge = merges.iter().find(|merge| merge.t == selection.t)?;
-    let contribution = merge.accepted().find(|one| one.hotkey == selection.hotkey && one.slot == selection.slot)?;
+    let contribution = merge.worked().find(|one| one.hotkey == selection.hotkey && one.slot == selection.slot)?;
     Some(Subject { fragment: merge.fragment, contribution: contribution.clone(), selection })
 }
 

@@ -113,6 +113,18 @@ impl MergeManifest {
     pub fn accepted(&self) -> impl Iterator<Item = &Contribution> {
         self.contributions.iter().filter(|contribution| contribution.outcome == Reason::None)
     }
+
+    /// What is audited: what was merged, and what a filter left out for its looks alone.
+    pub fn worked(&self) -> impl Iterator<Item = &Contribution> {
+        self.contributions.iter().filter(|contribution| contribution.outcome == Reason::None || contribution.is_suspect())
+    }
+}
+
+impl Contribution {
+    /// Left out because it looks unlike learners' work, not because anything is wrong with it.
+    pub fn is_suspect(&self) -> bool {
+        matches!(self.outcome, Reason::DirectionOutlier | Reason::TooSimilar)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
