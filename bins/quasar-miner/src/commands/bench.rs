@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use daemon::settings::{CommonArgs, MinerArgs, Role};
 use daemon::{Exit, Failure};
-use model::memory::{Available, MemoryPlan, plan_memory, strategies};
+use model::memory::{Available, MemoryPlan, Work, plan_memory, strategies};
 use model::torch::bench::{BenchOptions, bench};
 use model::{MomentType, QuasarConfig, TrainError, TrainerOptions};
 
@@ -58,6 +58,9 @@ pub struct PlanArgs {
     /// Tokens in a row
     #[arg(long, default_value_t = 2048)]
     sequence_length: u64,
+    /// Fragments that the run cuts the model into
+    #[arg(long, default_value_t = 24)]
+    fragments: u64,
     /// Prefer f32 moments where they fit
     #[arg(long)]
     f32_moments: bool,
@@ -137,12 +140,13 @@ pub fn plan(args: &PlanArgs) -> Result<Exit, Failure> {
     let bytes = |gib: f64| (gib.max(0.0) * GIB) as u64;
     let available =
         Available { device_bytes: bytes(args.device_memory), host_bytes: bytes(args.host_memory), f32_moments: args.f32_moments };
-    let chosen = plan_memory(&config, args.batch, args.sequence_length, available);
+    let work = Work { rows: args.batch, row_tokens: args.sequence_length, fragments: args.fragments };
+    let chosen = plan_memory(&config, work, available);
     if args.json {
-        let all = strategies(&config, args.batch.max(1), args.sequence_length, args.f32_moments);
+        let all = strategies(&config, work, args.f32_moments);
         println!("{}", serde_json::json!({ "chosen": chosen.as_ref().ok(), "strategies": all }));
     } else {
-        for plan in strategies(&config, args.batch.max(1), args.sequence_length, args.f32_moments) {
+        for plan in strategies(&config, work, args.f32_moments) {
             println!("{} {}", if chosen.as_ref().ok() == Some(&plan) { "->" } else { "  " }, line(&plan));
         }
     }

@@ -57,7 +57,7 @@ pub struct TrainerOptions {
     /// Keep the lower halves of the weights and the moments in pinned memory of the host (own kernels). `None`: if the GPU cannot hold
     /// them.
     pub offload: Option<bool>,
-    /// Bytes of the host's memory that may be pinned for that.
+    /// Bytes of the host's memory that may be pinned for that, fragments on their way included.
     pub host_bytes: u64,
     /// Bytes of the GPU to plan for. `None`: what is free.
     pub device_bytes: Option<u64>,
@@ -118,7 +118,7 @@ impl QuasarTrainer {
         let layout = Layout::new(&config, options.train_step_sizes);
         let ranges = PlanRanges::new(&plan, layout.elements, |name| layout.places.get(name).copied())?;
         let source = checkpoint::Source::open(&config, folder)?;
-        let (mut learner, fallback) = learner(config, layout, source.buffers()?, device, options)?;
+        let (mut learner, fallback) = learner(config, layout, source.buffers()?, device, ranges.fragments(), options)?;
         source.parameters(|name, values| match learner.layout().range(name) {
             Some(range) => learner.write(&range, &values),
             None => Ok(()),
@@ -176,6 +176,7 @@ fn learner(
     layout: Layout,
     buffers: HashMap<String, Vec<f32>>,
     device: Device,
+    fragments: usize,
     options: &TrainerOptions,
 ) -> Result<(Box<dyn Learner>, Option<String>), TrainError> {
     let wants_kernels = device.is_cuda() && options.own_kernels && options.compute != Some(ComputeType::F32);
@@ -184,7 +185,7 @@ fn learner(
         let reason = if options.train_step_sizes { Some("step sizes are trained".to_owned()) } else { gpu::unsupported(&config) };
         match reason {
             Some(reason) => tracing::info!(%reason, "this model trains through libtorch's operations"),
-            None => match GpuLearner::new(config.clone(), layout.clone(), buffers.clone(), device, options) {
+            None => match GpuLearner::new(config.clone(), layout.clone(), buffers.clone(), device, fragments, options) {
                 Ok(learner) => return Ok((Box::new(learner), None)),
                 Err(TrainError::Kernels(reason)) => {
                     tracing::warn!(%reason, "own kernels cannot be used; training through libtorch's operations, which is slower");
@@ -205,7 +206,7 @@ pub(crate) fn fresh(config: QuasarConfig, options: &TrainerOptions, seed: u64) -
     let tensors = config.tensors();
     let values = |tensor: &TensorEntry| crate::init::values(&config, seed, tensor);
     let buffers = tensors.iter().filter(|tensor| tensor.is_buffer).map(|tensor| (tensor.name.clone(), values(tensor))).collect();
-    let (mut learner, fallback) = learner(config.clone(), layout, buffers, device, options)?;
+    let (mut learner, fallback) = learner(config.clone(), layout, buffers, device, 0, options)?;
     for tensor in tensors.iter().filter(|tensor| !tensor.is_buffer) {
         if let Some(range) = learner.layout().range(&tensor.name) {
             learner.write(&range, &values(tensor))?;
