@@ -241,6 +241,13 @@ pub fn advice(config: &QuasarConfig, work: Work, used: Strategy, missing: u64, h
     }
 }
 
+/// Least bytes of a GPU that training through libtorch's operations takes: weights and both moments in f32, and gradients twice, while they
+/// are put together and while a step is taken.
+pub fn least_through_libtorch(config: &QuasarConfig) -> u64 {
+    const BYTES: u64 = 4 * (3 + 2);
+    RESERVE_BYTES + BYTES * config.parameter_count()
+}
+
 /// What to do where the host could not give what a strategy pins, `host_bytes` being what was planned with.
 pub fn host_advice(config: &QuasarConfig, work: Work, used: Strategy, host_bytes: u64) -> String {
     let plan = memory_of(config, work, used);

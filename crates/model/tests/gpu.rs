@@ -279,6 +279,10 @@ fn kernels_that_cannot_be_compiled_are_replaced_by_libtorch_and_the_trainer_says
     let loss = trainer.step(&batch(&rows(0)), &Hyper::default(), None, false).unwrap().loss;
     let own = open(folder, &own()).step(&batch(&rows(0)), &Hyper::default(), None, false).unwrap().loss;
     assert!((loss - own).abs() < 1e-2 * own, "{loss} {own}");
+    let little = TrainerOptions { device_bytes: Some(1 << 30), ..options };
+    let Err(error) = QuasarTrainer::open_with(folder, plan(folder), &little) else { panic!("it does not fit into 1 GiB") };
+    let TrainError::OutOfMemory { missing, advice, .. } = error else { panic!("{error}") };
+    assert!(missing > 0 && advice.contains(reason.lines().next().unwrap()), "{advice}");
 }
 
 #[test]

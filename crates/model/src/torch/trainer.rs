@@ -17,7 +17,8 @@ use super::learner::Learner;
 use crate::exported::Exported;
 use crate::state::{RUN_MAX, Run, StateReader, StateWriter};
 use crate::{
-    Batch, HostMemory, HostValues, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer, TrainerState,
+    Batch, HostMemory, HostValues, Hyper, Place, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer,
+    TrainerState, memory,
 };
 
 /// How optimizer moments are kept on a GPU.
@@ -180,10 +181,10 @@ fn learner(
     options: &TrainerOptions,
 ) -> Result<(Box<dyn Learner>, Option<String>), TrainError> {
     let wants_kernels = device.is_cuda() && options.own_kernels && options.compute != Some(ComputeType::F32);
-    let mut fallback = None;
+    let (mut fallback, mut misfit) = (None, None);
     if wants_kernels {
-        let reason = if options.train_step_sizes { Some("step sizes are trained".to_owned()) } else { gpu::unsupported(&config) };
-        match reason {
+        misfit = if options.train_step_sizes { Some("step sizes are trained".to_owned()) } else { gpu::unsupported(&config) };
+        match &misfit {
             Some(reason) => tracing::info!(%reason, "this model trains through libtorch's operations"),
             None => match GpuLearner::new(config.clone(), layout.clone(), buffers.clone(), device, fragments, options) {
                 Ok(learner) => return Ok((Box::new(learner), None)),
@@ -195,8 +196,36 @@ fn learner(
             },
         }
     }
-    let kind = options.compute.unwrap_or_default().kind();
-    Ok((Box::new(FlatLearner::new(config, layout, buffers, device, kind, options)?), fallback))
+    let reason = fallback.as_deref().or(misfit.as_deref());
+    if let Device::Cuda(index) = device {
+        // Of the whole GPU: what libtorch holds for later counts as taken, but is there for it.
+        let there = gpu::total_bytes(index).unwrap_or(u64::MAX).min(options.device_bytes.unwrap_or(u64::MAX));
+        too_large(&config, there, reason)?;
+    }
+    let (kind, least) = (options.compute.unwrap_or_default().kind(), memory::least_through_libtorch(&config));
+    let learner = FlatLearner::new(config, layout, buffers, device, kind, options).map_err(|error| match error {
+        TrainError::OutOfMemory { place: Place::Gpu, missing, .. } => without_kernels(least, missing, reason),
+        error => error,
+    })?;
+    Ok((Box::new(learner), fallback))
+}
+
+/// Refuses a model that libtorch's operations cannot train in so many bytes of a GPU. They take several times as much as own kernels, which
+/// cannot be used for `reason`.
+fn too_large(config: &QuasarConfig, bytes: u64, reason: Option<&str>) -> Result<(), TrainError> {
+    let least = memory::least_through_libtorch(config);
+    if least > bytes { Err(without_kernels(least, least - bytes, reason)) } else { Ok(()) }
+}
+
+fn without_kernels(least: u64, missing: u64, reason: Option<&str>) -> TrainError {
+    const GIB: f64 = (1u64 << 30) as f64;
+    let least = least as f64 / GIB;
+    let mut advice = format!("through libtorch's operations this model takes at least {least:.1} GiB of the GPU");
+    // Of a compiler's log the first line.
+    if let Some(reason) = reason.and_then(|reason| reason.lines().next()) {
+        advice += &format!("; own kernels, which take less, cannot be used: {reason}");
+    }
+    TrainError::OutOfMemory { place: Place::Gpu, missing, advice }
 }
 
 /// A learner of a fresh model that is on no disk.
@@ -327,5 +356,24 @@ impl Trainer for QuasarTrainer {
         self.exported = Exported::default();
         reader.finish()?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_that_libtorch_cannot_hold_is_refused_with_the_reason_why_own_kernels_are_not_used() {
+        let reason = "slots.cu: error: no such type\nand a long log";
+        let released = QuasarConfig::released().unwrap();
+        let error = too_large(&released, 80 << 30, Some(reason)).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("slots.cu: error: no such type") && !text.contains("a long log"), "{text}");
+        let TrainError::OutOfMemory { place: Place::Gpu, missing, advice } = error else { panic!("{text}") };
+        assert_eq!(missing + (80 << 30), 20 * released.parameter_count() + (1 << 30));
+        assert!(advice.contains("at least 309.3 GiB"), "{advice}");
+        assert!(!too_large(&released, 80 << 30, None).unwrap_err().to_string().contains("own kernels"));
+        too_large(&QuasarConfig::preview(2).unwrap(), 80 << 30, Some(reason)).unwrap();
     }
 }
