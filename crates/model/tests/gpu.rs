@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 
 use common::{relative_difference, tokens};
 use protocol::{DType, FragmentPlan};
+use quasar_model::memory::{Strategy, Work, memory_of};
 use quasar_model::{
     Batch, ComputeType, Hyper, MomentType, QuasarConfig, QuasarTrainer, Routes, TrainError, Trainer, TrainerOptions, TrainerState,
 };
@@ -382,6 +383,41 @@ fn steps_are_bit_identical_with_free_and_forced_routes_and_with_recomputation_an
     }
     let digests = trainers.each_ref().map(|trainer| trainer.state().unwrap().digest());
     assert!(digests.iter().all(|digest| *digest == digests[0]));
+}
+
+/// With so little memory that not everything can be kept, and no word about how to save.
+#[test]
+fn a_learner_saves_memory_by_itself_to_the_same_bits() {
+    let Some(folder) = folder() else { return };
+    let config = QuasarConfig::from_dir(folder).unwrap();
+    let fragments = plan(folder).fragments.len() as u64;
+    let work = Work { rows: ROWS as u64, row_tokens: ROW_TOKENS as u64, fragments };
+    let peak = |recompute, offload, rows_per_pass| {
+        memory_of(&config, work, Strategy { byte_moments: true, recompute, offload, rows_per_pass }).peak_bytes
+    };
+    let all = ROWS as u64;
+    // Enough for recomputation; and not enough for anything without the host's memory.
+    let recomputing = (peak(true, false, all), Strategy { byte_moments: true, recompute: true, offload: false, rows_per_pass: all });
+    let least = peak(true, false, 1) - 1;
+    let recompute = peak(false, true, all) > least;
+    assert!(recomputing.0 < peak(false, false, all) && peak(recompute, true, all) <= least, "whole batches can be passed through");
+    let offloading = (least, Strategy { byte_moments: true, recompute, offload: true, rows_per_pass: all });
+    let steps = |options: &TrainerOptions, expected: Strategy| {
+        let mut trainer = open(folder, options);
+        let reports: Vec<_> = (0..3)
+            .map(|step| trainer.step(&batch(&rows(step)), &Hyper::default(), None, false).unwrap())
+            .map(|report| (report.loss, report.grad_norm))
+            .collect();
+        assert_eq!(trainer.strategy(), Some(expected));
+        (reports, trainer.export(0).unwrap(), trainer.state().unwrap().digest())
+    };
+    let kept = TrainerOptions { offload: Some(false), recompute: Some(false), ..own() };
+    let kept = steps(&kept, Strategy { byte_moments: true, recompute: false, offload: false, rows_per_pass: all });
+    for (device_bytes, expected) in [recomputing, offloading] {
+        let options = TrainerOptions { device_bytes: Some(device_bytes), host_bytes: 1 << 40, batch: (ROWS, ROW_TOKENS), ..own() };
+        assert!(options.offload.is_none() && options.recompute.is_none() && options.pass_tokens.is_none());
+        assert!(steps(&options, expected) == kept, "{expected}");
+    }
 }
 
 #[test]

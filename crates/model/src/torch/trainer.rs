@@ -15,10 +15,11 @@ use super::gpu::{self, GpuLearner};
 use super::layout::Layout;
 use super::learner::Learner;
 use crate::exported::Exported;
+use crate::memory::{self, Strategy};
 use crate::state::{RUN_MAX, Run, StateReader, StateWriter};
 use crate::{
     Batch, HostMemory, HostValues, Hyper, Place, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer,
-    TrainerState, memory,
+    TrainerState,
 };
 
 /// How optimizer moments are kept on a GPU.
@@ -131,6 +132,11 @@ impl QuasarTrainer {
     /// loaded.
     pub fn fallback(&self) -> Option<&str> {
         self.fallback.as_deref()
+    }
+
+    /// How a GPU with own kernels saved memory with the last batch.
+    pub fn strategy(&self) -> Option<Strategy> {
+        self.learner.strategy()
     }
 
     /// The model's configuration.

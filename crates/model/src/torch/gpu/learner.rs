@@ -195,10 +195,13 @@ impl GpuLearner {
 
     /// What to do if memory ran out with a batch, by its rows and their tokens.
     fn advised(&self, error: TrainError, batch: (usize, usize)) -> TrainError {
-        let shape = self.shape.map_or(PassShape { recompute: false, rows: batch.0 }, |(_, shape)| shape);
-        let (byte_moments, recompute, rows_per_pass) = (self.options.moments == MomentType::Bytes, shape.recompute, shape.rows as u64);
-        let used = Strategy { byte_moments, recompute, offload: self.offload, rows_per_pass };
+        let used = self.used(self.shape.map_or(PassShape { recompute: false, rows: batch.0 }, |(_, shape)| shape));
         advised(error, &self.config, work(batch, self.fragments), used, self.options.host_bytes)
+    }
+
+    fn used(&self, PassShape { recompute, rows }: PassShape) -> Strategy {
+        let byte_moments = self.options.moments == MomentType::Bytes;
+        Strategy { byte_moments, recompute, offload: self.offload, rows_per_pass: rows as u64 }
     }
 
     /// What to do if memory ran out between two steps.
@@ -285,6 +288,10 @@ impl Learner for GpuLearner {
 
     fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    fn strategy(&self) -> Option<Strategy> {
+        self.shape.map(|(_, shape)| self.used(shape))
     }
 
     fn take_step(
