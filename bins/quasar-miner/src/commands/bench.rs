@@ -6,7 +6,7 @@ use daemon::settings::{CommonArgs, MinerArgs, Role};
 use daemon::{Exit, Failure};
 use model::memory::{Available, MemoryPlan, Work, plan_memory, strategies};
 use model::torch::bench::{BenchOptions, bench};
-use model::{MomentType, QuasarConfig, TrainError, TrainerOptions};
+use model::{MomentType, Place, QuasarConfig, TrainError, TrainerOptions};
 
 use crate::device;
 
@@ -97,8 +97,24 @@ enum Refused {
 }
 
 /// Out of memory is for a person with another machine or other options to change; the rest is a matter of settings.
-fn failure(error: TrainError) -> Failure {
-    if matches!(error, TrainError::OutOfMemory { .. }) { Failure::unavailable(error) } else { Failure::configuration(error) }
+fn failure(error: TrainError, args: &BenchArgs) -> Failure {
+    match error {
+        TrainError::OutOfMemory { place: Place::Gpu, .. } => Failure::unavailable(error).hint(saving(args)),
+        TrainError::OutOfMemory { .. } => Failure::unavailable(error),
+        error => Failure::configuration(error),
+    }
+}
+
+/// The flags by which a bench saves memory of the GPU.
+fn saving(args: &BenchArgs) -> String {
+    let ways = [
+        (args.f32_moments, "no --f32-moments"),
+        (!args.recompute, "--recompute (layers computed again)"),
+        (!args.offload, "--offload (optimizer state in the host's memory)"),
+        (true, "a smaller --batch"),
+    ];
+    let ways: Vec<&str> = ways.iter().filter(|(is_left, _)| *is_left).map(|(_, way)| *way).collect();
+    format!("what saves memory here: {}", ways.join(", "))
 }
 
 pub fn main(common: &CommonArgs, miner: &MinerArgs, args: &BenchArgs) -> Result<Exit, Failure> {
@@ -116,12 +132,13 @@ pub fn main(common: &CommonArgs, miner: &MinerArgs, args: &BenchArgs) -> Result<
         device: args.device.clone(),
         recompute: Some(args.recompute),
         offload: Some(args.offload),
+        host_bytes: device::pinnable(),
         moments: if args.f32_moments { MomentType::F32 } else { MomentType::Bytes },
         ..TrainerOptions::default()
     };
     let options =
         BenchOptions { layers: args.layers, batch: args.batch, sequence_length: args.sequence_length, steps: args.steps, trainer };
-    let report = bench(&options).map_err(failure)?;
+    let report = bench(&options).map_err(|error| failure(error, args))?;
     if args.json {
         println!("{}", serde_json::to_string(&report).map_err(Failure::unavailable)?);
     } else {
@@ -195,5 +212,34 @@ pub fn plan(args: &PlanArgs) -> Result<Exit, Failure> {
             let needed = smallest.peak_bytes as f64 / GIB;
             Err(Failure::unavailable(Refused::NothingFits { needed, missing: needed - device_bytes as f64 / GIB }))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bench_that_runs_out_of_memory_names_the_flags_that_are_left() {
+        let device = "cuda:0".to_owned();
+        let mut args = BenchArgs {
+            layers: 20,
+            batch: 8,
+            sequence_length: 2048,
+            steps: 10,
+            device,
+            recompute: false,
+            offload: false,
+            f32_moments: false,
+            json: false,
+        };
+        let of = |place, args: &BenchArgs| failure(TrainError::OutOfMemory { place, missing: 7, advice: "less".into() }, args).to_string();
+        let text = of(Place::Gpu, &args);
+        assert!(text.contains("7 bytes") && text.contains("--recompute") && text.contains("--offload"), "{text}");
+        assert!(!text.contains("--f32-moments"), "{text}");
+        assert!(!of(Place::Host, &args).contains("--offload"));
+        (args.recompute, args.f32_moments) = (true, true);
+        let text = of(Place::Gpu, &args);
+        assert!(!text.contains("--recompute") && text.contains("--offload") && text.contains("no --f32-moments"), "{text}");
     }
 }
