@@ -22,6 +22,7 @@ Examples:
   QUASAR_MINER_DEVICES=0,1 quasar-miner run --worker-id rig --owner-identity 5F…
   quasar-miner checkpoint init --config config.json --seed 1 --out fresh/
   quasar-miner bench --layers 6 --batch 8 --torch-cuda-dir /opt/torch/lib/python3.12/site-packages/torch
+  quasar-miner plan-memory --config config.json --device cuda:0
   quasar-miner plan-memory --device-memory 78 --host-memory 100
   quasar-miner inspect head.qsr
 
@@ -188,6 +189,7 @@ mod tests {
             "quasar-miner doctor --json",
             "quasar-miner doctor --determinism --devices 0 --torch-cuda-dir torch",
             "quasar-miner bench --layers 6 --batch 8 --sequence-length 2048 --device cuda:0 --steps 10 --json",
+            "quasar-miner plan-memory --config config.json --device cuda:0 --batch 8 --json",
             "quasar-miner plan-memory --config config.json --device-memory 78 --host-memory 100",
         ] {
             parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));

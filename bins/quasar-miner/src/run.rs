@@ -295,7 +295,10 @@ impl Miner {
         let folder = self.state_dir.join("runs").join(facts.manifest.run.to_string()).join(format!("slot-{slot}"));
         let plane = Arc::new(Plane::open(&folder, session_epoch, &facts).map_err(Failure::unavailable)?);
         let (inputs, queue) = mpsc::channel(session::INPUTS);
-        let open = device::opener(device::options(device, &miner, &facts.manifest.parameters, &self.state_dir), facts.plan.clone());
+        let open = device::opener(
+            device::options(device, self.devices.len(), &miner, &facts.manifest.parameters, &self.state_dir),
+            facts.plan.clone(),
+        );
         let inner = facts.manifest.parameters.inner.clone();
         let trainer =
             TrainerThread::start(format!("learner-{slot}"), open, plane.clone(), inner, inputs.clone()).map_err(Failure::unavailable)?;

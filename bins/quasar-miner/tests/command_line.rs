@@ -174,3 +174,71 @@ fn the_doctor_names_the_versions_where_the_cuda_part_does_not_fit() {
     assert_eq!(shown.status.code(), Some(78));
     assert!(text(&shown.stdout).contains("2.4.1+cu121") && text(&shown.stdout).contains("2.11.0"), "{}", text(&shown.stdout));
 }
+
+/// `plan-memory` for the released model.
+fn plan_memory(arguments: &[&str]) -> Output {
+    output(&[["plan-memory"].as_slice(), arguments].concat())
+}
+
+#[test]
+fn plan_memory_marks_the_strategy_that_would_be_chosen() {
+    let whole = plan_memory(&["--device-memory", "139"]);
+    assert_eq!(whole.status.code(), Some(0), "{}", text(&whole.stderr));
+    let listed = text(&whole.stdout);
+    assert!(listed.starts_with("planned with 139.0 GiB of the GPU and 0.0 GiB of the host\n"), "{listed}");
+    let chosen: Vec<&str> = listed.lines().filter(|line| line.starts_with("->")).collect();
+    assert!(chosen.len() == 1 && chosen[0].ends_with(": 8-bit moments, 8 rows a pass"), "{listed}");
+
+    let arguments = ["--device-memory", "78", "--host-memory", "100", "--json"];
+    let offloaded = plan_memory(&arguments);
+    assert_eq!(offloaded.status.code(), Some(0), "{}", text(&offloaded.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&offloaded.stdout).unwrap();
+    let chosen = &report["chosen"];
+    assert_eq!((&chosen["offload"], &chosen["rows_per_pass"]), (&true.into(), &8.into()), "{report}");
+    assert!(chosen["host_bytes"].as_u64() <= Some(100 << 30) && chosen["peak_bytes"].as_u64() <= Some(78 << 30), "{report}");
+    assert_eq!(report["available"]["host_bytes"], 100u64 << 30);
+    assert!(report["strategies"].as_array().unwrap().contains(chosen));
+    // A GPU by name, with its memory said: the host's is then that of this machine.
+    let named = plan_memory(&["--device", "cuda:0", "--device-memory", "139", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&named.stdout).unwrap();
+    assert!(report["available"]["host_bytes"].as_u64() > Some(0), "{report}");
+}
+
+#[test]
+fn plan_memory_ends_with_69_where_nothing_fits_and_says_how_much_is_missing() {
+    for json in [false, true] {
+        let arguments = ["--device-memory", "78", "--batch", "8", "--json"];
+        let shown = plan_memory(&arguments[..if json { 5 } else { 4 }]);
+        assert_eq!(shown.status.code(), Some(69), "{}", text(&shown.stderr));
+        let error = text(&shown.stderr);
+        assert!(error.contains("no strategy fits") && error.contains("--host-memory"), "{error}");
+        if json {
+            let report: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+            assert!(report["chosen"].is_null() && report["strategies"].as_array().is_some_and(|all| !all.is_empty()), "{report}");
+        } else {
+            assert!(!text(&shown.stdout).contains("->"), "{}", text(&shown.stdout));
+        }
+    }
+}
+
+#[test]
+fn plan_memory_says_so_where_the_named_gpu_is_not_there_and_refuses_sizes_without_bounds() {
+    for device in ["cuda:4096", "gpu"] {
+        let shown = plan_memory(&["--device", device]);
+        assert_eq!(shown.status.code(), Some(78), "{}", text(&shown.stderr));
+        let error = text(&shown.stderr);
+        assert!(error.contains(device) && error.contains("hint: --device-memory"), "{error}");
+    }
+    let sizes: [&[&str]; 5] = [
+        &["--batch", "18446744073709551615"],
+        &["--batch", "8388608", "--sequence-length", "4"],
+        &["--batch", "0"],
+        &["--sequence-length", "1"],
+        &["--fragments", "0"],
+    ];
+    for arguments in sizes {
+        let shown = plan_memory(arguments);
+        assert_eq!(shown.status.code(), Some(64), "{arguments:?}: {}", text(&shown.stderr));
+        assert!(text(&shown.stderr).contains("16777216"), "{}", text(&shown.stderr));
+    }
+}

@@ -350,6 +350,7 @@ fn refuse_other_models(keys: &Keys) -> Result<(), ConfigError> {
         "hybrid_use_short_conv",
         "hybrid_quasar_use_rope",
         "hybrid_raven_add_gumbel_noise",
+        "hybrid_gla_kernel_fp32",
     ];
     off.into_iter().try_for_each(|key| keys.only_off(key))?;
     // Distillation losses that imitate a branch; the names vary, none is implemented.
@@ -425,6 +426,7 @@ mod tests {
             ("hybrid_quasar_use_rope", true.into()),
             ("hybrid_use_short_conv", true.into()),
             ("hybrid_raven_add_gumbel_noise", true.into()),
+            ("hybrid_gla_kernel_fp32", true.into()),
             ("hybrid_raven_decay_type", "GLA".into()),
             ("hybrid_output_adapter_alpha", 32.into()),
             ("hybrid_gla_group_norm_size", 1.into()),
@@ -471,6 +473,7 @@ mod tests {
 
     #[test]
     fn features_that_are_named_but_off_are_accepted_and_written_back() {
+        with("hybrid_gla_kernel_fp32", false.into()).unwrap();
         let config = with("engram_layers", Value::Array(vec![])).unwrap();
         assert!(config.to_json().contains("engram_layers"));
         assert_eq!(QuasarConfig::from_json(&config.to_json()).unwrap().branches, config.branches);

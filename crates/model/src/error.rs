@@ -2,6 +2,22 @@
 
 use crate::{ConfigError, StateError};
 
+/// Whose memory ran out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Gpu,
+    Host,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Gpu => "the GPU",
+            Self::Host => "the host",
+        })
+    }
+}
+
 /// Errors of [`crate::Trainer`] and [`crate::Evaluator`]. After any of them the trainer's state is what it was before the
 /// call.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +54,7 @@ pub enum TrainError {
     Kernels(String),
     /// Nothing has changed; the same call fails again unless less is asked for or more is there.
     #[error("{place} has too little memory: {missing} bytes are missing\nhint: {advice}")]
-    OutOfMemory { place: &'static str, missing: u64, advice: String },
+    OutOfMemory { place: Place, missing: u64, advice: String },
     /// An error inside libtorch: a shape that should not occur, or a broken device.
     #[error("libtorch: {0}\nhint: this is a bug or a broken installation; `nvidia-smi` says whether the GPU is well")]
     Torch(String),

@@ -25,7 +25,7 @@ mod train;
 pub mod torch;
 
 pub use config::{Branch, ConfigError, QuasarConfig};
-pub use error::TrainError;
+pub use error::{Place, TrainError};
 pub use host::{HostMemory, HostValues};
 pub use init::InitError;
 pub use ranges::PlanRanges;

@@ -2,7 +2,8 @@
 //!
 //! A pure estimate of the learner with own kernels: parameters in bf16 with 16 bits behind them, gradients in bf16, moments in 8 bits
 //! or f32, what each layer keeps for the backward pass, the largest layer's temporary tensors, and a tile of logits. While the backward
-//! pass goes down the layers, gradients come and kept tensors go, so that the peak is looked for layer by layer.
+//! pass goes down the layers, gradients come and kept tensors go, so that the peak is looked for layer by layer. Of the host's memory it
+//! counts what is pinned: optimizer state, and fragments on their way.
 
 use serde::Serialize;
 
@@ -15,6 +16,21 @@ const FULL_TOKENS: u64 = 16_384;
 /// What libtorch, its libraries and the driver take for themselves, and what the allocator loses between blocks: bytes, and per mille.
 const RESERVE_BYTES: u64 = 1 << 30;
 const RESERVE_PER_MILLE: u64 = 45;
+/// Fragments in pinned memory at a time: exported ones until their answer comes, and versions that wait for the next boundary.
+const FRAGMENTS_OUT: u64 = 3;
+const FRAGMENTS_IN: u64 = 3;
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// What a learner works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Work {
+    /// Rows in a batch.
+    pub rows: u64,
+    /// Tokens in a row.
+    pub row_tokens: u64,
+    /// Fragments of equal size that the model is cut into; 0: none is exchanged.
+    pub fragments: u64,
+}
 
 /// How memory is saved, cheapest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -45,8 +61,10 @@ pub struct MemoryPlan {
     pub strategy: Strategy,
     /// Weights and moments on the GPU.
     pub state_bytes: u64,
-    /// Those in the host's memory.
+    /// Pinned memory of the host: weights and moments that are not on the GPU, and fragments on their way.
     pub host_bytes: u64,
+    /// Of these, the fragments: they are needed with every strategy.
+    pub fragment_bytes: u64,
     /// Gradients of all parameters.
     pub gradient_bytes: u64,
     /// Everything at the worst moment of a step.
@@ -94,15 +112,19 @@ fn working_per_token(config: &QuasarConfig) -> u64 {
     2 * (choices * (2 * hidden + 4 * width) + 6 * hidden)
 }
 
-/// The estimate for a strategy, with rows of `row_tokens` tokens.
-pub fn memory_of(config: &QuasarConfig, row_tokens: u64, strategy: Strategy) -> MemoryPlan {
+/// The estimate for a strategy.
+pub fn memory_of(config: &QuasarConfig, work: Work, strategy: Strategy) -> MemoryPlan {
     let (layers, outside) = parameters_by_layer(config);
     let parameters: u64 = layers.iter().sum::<u64>() + outside;
     let moments = if strategy.byte_moments { 2 * parameters + parameters / 32 } else { 8 * parameters };
     // Scales of 8-bit moments stay on the GPU.
-    let host_bytes = if strategy.offload { 2 * parameters + if strategy.byte_moments { 2 * parameters } else { moments } } else { 0 };
-    let state_bytes = 4 * parameters + moments - host_bytes;
-    let tokens = strategy.rows_per_pass * row_tokens;
+    let away = if strategy.offload { 2 * parameters + if strategy.byte_moments { 2 * parameters } else { moments } } else { 0 };
+    let state_bytes = 4 * parameters + moments - away;
+    let fragment_bytes = match work.fragments {
+        0 => 0,
+        fragments => 4 * parameters.div_ceil(fragments) * (FRAGMENTS_OUT.min(fragments) + FRAGMENTS_IN.min(fragments)),
+    };
+    let tokens = strategy.rows_per_pass * work.row_tokens;
     let input = 2 * config.hidden_size as u64 * tokens;
     let kept: Vec<u64> =
         (0..layers.len()).map(|layer| if strategy.recompute { input } else { kept_per_token(config, layer) * tokens }).collect();
@@ -120,7 +142,8 @@ pub fn memory_of(config: &QuasarConfig, row_tokens: u64, strategy: Strategy) -> 
     most = most.max(live + outside);
     let peak = state_bytes + most;
     let peak_bytes = peak + RESERVE_BYTES + peak / 1000 * RESERVE_PER_MILLE;
-    MemoryPlan { strategy, state_bytes, host_bytes, gradient_bytes: 2 * parameters, peak_bytes }
+    let host_bytes = away + fragment_bytes;
+    MemoryPlan { strategy, state_bytes, host_bytes, fragment_bytes, gradient_bytes: 2 * parameters, peak_bytes }
 }
 
 /// What there is.
@@ -136,16 +159,22 @@ pub struct Available {
 
 impl Available {
     fn holds(&self, plan: &MemoryPlan) -> bool {
-        plan.peak_bytes <= self.device_bytes && plan.host_bytes <= self.host_bytes
+        plan.peak_bytes <= self.device_bytes && is_lent(plan, self.host_bytes)
     }
 }
 
-/// All strategies for a batch of `rows` rows, cheapest first: f32 moments if wanted, then 8-bit moments, recomputation, fewer rows in a
+/// Whether a plan pins no more than `host_bytes`, as far as there is a choice: fragments need their buffers all the same.
+fn is_lent(plan: &MemoryPlan, host_bytes: u64) -> bool {
+    !plan.strategy.offload || plan.host_bytes <= host_bytes
+}
+
+/// All strategies for a batch, cheapest first: f32 moments if wanted, then 8-bit moments, recomputation, fewer rows in a
 /// pass, and last the host's memory.
-pub fn strategies(config: &QuasarConfig, rows: u64, row_tokens: u64, f32_moments: bool) -> Vec<MemoryPlan> {
+pub fn strategies(config: &QuasarConfig, work: Work, f32_moments: bool) -> Vec<MemoryPlan> {
+    let rows = work.rows.max(1);
     let mut list = Vec::new();
     let mut add = |byte_moments, recompute, offload, rows_per_pass| {
-        list.push(memory_of(config, row_tokens, Strategy { byte_moments, recompute, offload, rows_per_pass }));
+        list.push(memory_of(config, work, Strategy { byte_moments, recompute, offload, rows_per_pass }));
     };
     if f32_moments {
         add(false, false, false, rows);
@@ -153,7 +182,7 @@ pub fn strategies(config: &QuasarConfig, rows: u64, row_tokens: u64, f32_moments
     add(true, false, false, rows);
     let mut part = rows;
     // Smaller passes cost less than computing twice, down to the size at which products no longer fill the GPU.
-    while part * row_tokens > FULL_TOKENS && part > 1 {
+    while part * work.row_tokens > FULL_TOKENS && part > 1 {
         part = part.div_ceil(2);
         add(true, false, false, part);
     }
@@ -174,17 +203,17 @@ pub fn strategies(config: &QuasarConfig, rows: u64, row_tokens: u64, f32_moments
 ///
 /// # Errors
 /// Nothing fits.
-pub fn plan_memory(config: &QuasarConfig, rows: u64, row_tokens: u64, available: Available) -> Result<MemoryPlan, MemoryPlan> {
-    let list = strategies(config, rows.max(1), row_tokens, available.f32_moments);
-    let smallest = list.iter().copied().filter(|plan| plan.host_bytes <= available.host_bytes).min_by_key(|plan| plan.peak_bytes);
+pub fn plan_memory(config: &QuasarConfig, work: Work, available: Available) -> Result<MemoryPlan, MemoryPlan> {
+    let list = strategies(config, work, available.f32_moments);
+    let smallest = list.iter().copied().filter(|plan| is_lent(plan, available.host_bytes)).min_by_key(|plan| plan.peak_bytes);
     list.iter().find(|plan| available.holds(plan)).copied().ok_or(smallest.unwrap_or(list[0]))
 }
 
 /// Recomputation and rows in a pass for a learner whose moments lie where they lie, with `bytes` of the GPU in all: the cheapest that
 /// fits, or the smallest there is.
-pub fn plan_pass(config: &QuasarConfig, rows: u64, row_tokens: u64, byte_moments: bool, offload: bool, bytes: u64) -> MemoryPlan {
-    let shapes = strategies(config, rows.max(1), row_tokens, false);
-    let of = |plan: &MemoryPlan| memory_of(config, row_tokens, Strategy { byte_moments, offload, ..plan.strategy });
+pub fn plan_pass(config: &QuasarConfig, work: Work, byte_moments: bool, offload: bool, bytes: u64) -> MemoryPlan {
+    let shapes = strategies(config, work, false);
+    let of = |plan: &MemoryPlan| memory_of(config, work, Strategy { byte_moments, offload, ..plan.strategy });
     let list: Vec<MemoryPlan> = shapes.iter().map(of).collect();
     let smallest = list.iter().copied().min_by_key(|plan| plan.peak_bytes).expect("there is always a strategy");
     list.into_iter().find(|plan| plan.peak_bytes <= bytes).unwrap_or(smallest)
@@ -192,14 +221,13 @@ pub fn plan_pass(config: &QuasarConfig, rows: u64, row_tokens: u64, byte_moments
 
 /// What would fit after `missing` bytes were missing with `used`: the cheapest strategy that takes so much less, with at most `host_bytes`
 /// of pinned memory if there is such a one.
-pub fn advice(config: &QuasarConfig, rows: u64, row_tokens: u64, used: Strategy, missing: u64, host_bytes: u64) -> String {
-    const GIB: f64 = (1u64 << 30) as f64;
-    let budget = memory_of(config, row_tokens, used).peak_bytes.saturating_sub(missing.max(1));
-    let list = strategies(config, rows.max(1), row_tokens, false);
+pub fn advice(config: &QuasarConfig, work: Work, used: Strategy, missing: u64, host_bytes: u64) -> String {
+    let budget = memory_of(config, work, used).peak_bytes.saturating_sub(missing.max(1));
+    let list = strategies(config, work, false);
     let mut fitting = list.iter().filter(|plan| plan.peak_bytes <= budget);
     let gib = |bytes: u64| bytes as f64 / GIB;
-    match fitting.clone().find(|plan| plan.host_bytes <= host_bytes).or_else(|| fitting.next()) {
-        Some(plan) if plan.host_bytes > host_bytes => format!(
+    match fitting.clone().find(|plan| is_lent(plan, host_bytes)).or_else(|| fitting.next()) {
+        Some(plan) if !is_lent(plan, host_bytes) => format!(
             "this would fit: {} ({:.1} GiB of the GPU); allow {:.1} GiB of pinned host memory for it",
             plan.strategy,
             gib(plan.peak_bytes),
@@ -213,11 +241,32 @@ pub fn advice(config: &QuasarConfig, rows: u64, row_tokens: u64, used: Strategy,
     }
 }
 
+/// Least bytes of a GPU that training through libtorch's operations takes: weights and both moments in f32, and gradients twice, while they
+/// are put together and while a step is taken.
+pub fn least_through_libtorch(config: &QuasarConfig) -> u64 {
+    const BYTES: u64 = 4 * (3 + 2);
+    RESERVE_BYTES + BYTES * config.parameter_count()
+}
+
+/// What to do where the host could not give what a strategy pins, `host_bytes` being what was planned with.
+pub fn host_advice(config: &QuasarConfig, work: Work, used: Strategy, host_bytes: u64) -> String {
+    let plan = memory_of(config, work, used);
+    let [needed, fragments, lent] = [plan.host_bytes, plan.fragment_bytes, host_bytes].map(|bytes| bytes as f64 / GIB);
+    let lent = if used.offload { format!(", and {lent:.1} GiB were planned with") } else { String::new() };
+    format!(
+        "this pins {needed:.1} GiB of the host's memory ({used}; {fragments:.1} GiB of it for fragments on their way){lent}; free so much, raise the container's limit, or set QUASAR_MINER_HOST_MEMORY_GIB to what may be pinned"
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const GIB: f64 = (1u64 << 30) as f64;
+    const FRAGMENTS: u64 = 24;
+
+    fn work(rows: u64) -> Work {
+        Work { rows, row_tokens: 2048, fragments: FRAGMENTS }
+    }
 
     #[test]
     fn the_estimate_lies_within_a_tenth_above_what_was_measured() {
@@ -235,14 +284,14 @@ mod tests {
         ] {
             let config = QuasarConfig::preview(layers).unwrap();
             let strategy = Strategy { byte_moments: true, recompute, offload: false, rows_per_pass: rows };
-            let estimate = memory_of(&config, 2048, strategy).peak_bytes as f64 / GIB;
+            let estimate = memory_of(&config, work(rows), strategy).peak_bytes as f64 / GIB;
             assert!(estimate > 0.98 * measured && estimate < 1.1 * measured, "{layers} layers, {rows} rows: {estimate} against {measured}");
         }
     }
 
     fn plan(layers: usize, rows: u64, device_gib: u64, host_gib: u64) -> Result<MemoryPlan, MemoryPlan> {
         let available = Available { device_bytes: device_gib << 30, host_bytes: host_gib << 30, f32_moments: true };
-        plan_memory(&QuasarConfig::preview(layers).unwrap(), rows, 2048, available)
+        plan_memory(&QuasarConfig::preview(layers).unwrap(), work(rows), available)
     }
 
     #[test]
@@ -260,24 +309,54 @@ mod tests {
         assert!(plan(20, 8, 78, 0).is_err());
         let offloaded = plan(20, 8, 78, 100).unwrap();
         assert!(offloaded.strategy.offload && offloaded.host_bytes > 60 << 30);
+        assert!(plan(20, 8, 78, 70).is_err(), "fragments on their way have to find room beside the optimizer's state");
+    }
+
+    #[test]
+    fn fragments_on_their_way_count_as_the_hosts_memory() {
+        let config = QuasarConfig::preview(20).unwrap();
+        let of = |offload, fragments| {
+            let strategy = Strategy { byte_moments: true, recompute: true, offload, rows_per_pass: 8 };
+            memory_of(&config, Work { fragments, ..work(8) }, strategy)
+        };
+        let parameters = config.parameter_count();
+        let (kept, offloaded) = (of(false, FRAGMENTS), of(true, FRAGMENTS));
+        assert_eq!(kept.host_bytes, kept.fragment_bytes);
+        assert_eq!(kept.fragment_bytes, 6 * 4 * parameters.div_ceil(FRAGMENTS));
+        assert_eq!(offloaded.host_bytes, 4 * parameters + kept.fragment_bytes);
+        assert_eq!((kept.peak_bytes, offloaded.peak_bytes), (of(false, 0).peak_bytes, of(true, 0).peak_bytes));
+        assert_eq!(of(false, 1).host_bytes, 8 * parameters, "a single fragment is at most once under way in each direction");
+        assert_eq!(of(false, 0).host_bytes, 0);
+    }
+
+    #[test]
+    fn a_host_that_is_short_of_memory_is_told_what_is_pinned_and_by_which_setting() {
+        let config = QuasarConfig::preview(20).unwrap();
+        let used = Strategy { byte_moments: true, recompute: true, offload: true, rows_per_pass: 8 };
+        let needed = format!("{:.1} GiB of the host's memory", memory_of(&config, work(8), used).host_bytes as f64 / GIB);
+        let text = host_advice(&config, work(8), used, 40 << 30);
+        assert!(text.contains(&needed) && text.contains("40.0 GiB were planned with"), "{text}");
+        assert!(text.contains("QUASAR_MINER_HOST_MEMORY_GIB") && !text.contains("of the GPU"), "{text}");
+        let text = host_advice(&config, work(8), Strategy { offload: false, ..used }, 0);
+        assert!(text.contains("fragments on their way") && !text.contains("planned with"), "{text}");
     }
 
     #[test]
     fn a_learner_that_is_already_there_saves_by_smaller_passes_then_by_recomputation() {
         let config = QuasarConfig::preview(6).unwrap();
-        let strategy = |gib: u64| plan_pass(&config, 32, 2048, true, false, gib << 30).strategy;
+        let strategy = |gib: u64| plan_pass(&config, work(32), true, false, gib << 30).strategy;
         assert_eq!((strategy(78).recompute, strategy(78).rows_per_pass), (false, 32));
         assert_eq!((strategy(50).recompute, strategy(50).rows_per_pass), (false, 16));
         assert!(strategy(42).recompute);
         assert_eq!(strategy(1).rows_per_pass, 1, "nothing fits: the smallest is tried");
-        assert!(!plan_pass(&config, 32, 2048, false, true, 78 << 30).strategy.byte_moments);
+        assert!(!plan_pass(&config, work(32), false, true, 78 << 30).strategy.byte_moments);
     }
 
     #[test]
     fn the_advice_names_the_cheapest_saving_that_makes_up_for_what_is_missing() {
         let config = QuasarConfig::preview(20).unwrap();
         let used = Strategy { byte_moments: true, recompute: false, offload: false, rows_per_pass: 8 };
-        let advise = |missing_gib: u64, host_gib: u64| advice(&config, 8, 2048, used, missing_gib << 30, host_gib << 30);
+        let advise = |missing_gib: u64, host_gib: u64| advice(&config, work(8), used, missing_gib << 30, host_gib << 30);
         let next = advise(0, 0);
         assert!(next.contains("8-bit moments, recomputation, 8 rows a pass ("), "a text without a number asks for the next saving: {next}");
         assert!(advise(1, 0).contains("8-bit moments, recomputation, 4 rows a pass ("), "{}", advise(1, 0));
@@ -291,7 +370,7 @@ mod tests {
     fn every_saving_saves() {
         let config = QuasarConfig::preview(20).unwrap();
         let peak = |byte_moments, recompute, offload, rows_per_pass| {
-            memory_of(&config, 2048, Strategy { byte_moments, recompute, offload, rows_per_pass }).peak_bytes
+            memory_of(&config, work(32), Strategy { byte_moments, recompute, offload, rows_per_pass }).peak_bytes
         };
         assert!(peak(true, false, false, 32) < peak(false, false, false, 32));
         assert!(peak(true, true, false, 32) < peak(true, false, false, 32));

@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 
 use common::{relative_difference, tokens};
 use protocol::{DType, FragmentPlan};
+use quasar_model::memory::{Strategy, Work, memory_of};
 use quasar_model::{
     Batch, ComputeType, Hyper, MomentType, QuasarConfig, QuasarTrainer, Routes, TrainError, Trainer, TrainerOptions, TrainerState,
 };
@@ -93,14 +94,18 @@ fn open(folder: &Path, options: &TrainerOptions) -> QuasarTrainer {
 }
 
 fn rows(seed: u32) -> Vec<u32> {
+    words(seed, ROWS * ROW_TOKENS, VOCABULARY)
+}
+
+fn words(seed: u32, count: usize, vocabulary: u32) -> Vec<u32> {
     let mut word = u64::from(seed) + 1;
     let mut next = || {
         word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         // Unevenly distributed, so that there is something to learn.
         let x = (word >> 33) as f64 / (1u64 << 31) as f64;
-        (x * x * f64::from(VOCABULARY)) as u32
+        (x * x * f64::from(vocabulary)) as u32
     };
-    (0..ROWS * ROW_TOKENS).map(|_| next()).collect()
+    (0..count).map(|_| next()).collect()
 }
 
 fn batch(tokens: &[u32]) -> Batch<'_> {
@@ -113,12 +118,15 @@ fn routes(folder: &Path, tokens: &[u32]) -> Routes {
     exact.step(&batch(tokens), &Hyper { lr: 0.0, ..Hyper::default() }, None, true).unwrap().routes.unwrap()
 }
 
-/// Loss and gradients of own kernels are as close to those of libtorch in f32 as those of libtorch in bf16 are, with `change` made to the
-/// options of all three. Two layers only: bf16 noise grows from layer to layer in a fresh model, and would hide mistakes.
-fn compare_gradients(branch: &str, change: impl Fn(&mut TrainerOptions)) {
+/// A model of two layers with one kind of branch: bf16 noise grows from layer to layer in a fresh model, and would hide mistakes.
+fn compare_branch(branch: &str, change: impl Fn(&mut TrainerOptions)) {
     let folder = checkpoint(&config(2, &[branch]));
-    let folder = folder.path();
-    let tokens = rows(1);
+    compare_gradients(branch, folder.path(), &batch(&rows(1)), change);
+}
+
+/// Loss and gradients of own kernels are as close to those of libtorch in f32 as those of libtorch in bf16 are, with `change` made to the
+/// options of all three.
+fn compare_gradients(what: &str, folder: &Path, batch: &Batch, change: impl Fn(&mut TrainerOptions)) {
     let with = |own_kernels, compute| {
         let mut options = options(own_kernels, compute);
         change(&mut options);
@@ -126,12 +134,12 @@ fn compare_gradients(branch: &str, change: impl Fn(&mut TrainerOptions)) {
     };
     let exact_options = with(false, ComputeType::F32);
     let zero = Hyper { lr: 0.0, ..Hyper::default() };
-    let routes = open(folder, &exact_options).step(&batch(&tokens), &zero, None, true).unwrap().routes.unwrap();
-    let gradients = |options: &TrainerOptions| open(folder, options).loss_and_gradients(&batch(&tokens), Some(&routes)).unwrap();
+    let routes = open(folder, &exact_options).step(batch, &zero, None, true).unwrap().routes.unwrap();
+    let gradients = |options: &TrainerOptions| open(folder, options).loss_and_gradients(batch, Some(&routes)).unwrap();
     let (exact_loss, exact) = gradients(&exact_options);
     let (bf16_loss, bf16) = gradients(&with(false, ComputeType::Bf16));
     let (own_loss, ours) = gradients(&with(true, ComputeType::Bf16));
-    eprintln!("{branch}: loss {exact_loss:.6} in f32, {bf16_loss:.6} in bf16, {own_loss:.6} by own kernels");
+    eprintln!("{what}: loss {exact_loss:.6} in f32, {bf16_loss:.6} in bf16, {own_loss:.6} by own kernels");
     assert_eq!(ours.len(), exact.len());
     let mut table = Vec::new();
     for (name, exact) in &exact {
@@ -157,7 +165,78 @@ fn gradients_of_own_kernels_are_as_close_to_f32_as_those_of_libtorch_in_bf16() {
         return;
     }
     for branch in ["quasar", "raven", "gla"] {
-        compare_gradients(branch, |_| {});
+        compare_branch(branch, |_| {});
+    }
+}
+
+/// Vocabulary, experts and feed-forward widths of the released model, which the small models above leave out: half the hidden width, two
+/// layers, and more tokens than one tile of logits holds.
+mod released {
+    use super::*;
+
+    const ROWS: usize = 8;
+    const VOCABULARY: u32 = 157_184;
+    const WIDTHS: [(&str, usize); 9] = [
+        ("vocab_size", VOCABULARY as usize),
+        ("hidden_size", 1024),
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 2),
+        ("intermediate_size", 5120),
+        ("num_experts", 256),
+        ("num_experts_per_tok", 8),
+        ("moe_intermediate_size", 512),
+        ("moe_shared_expert_intermediate_size", 512),
+    ];
+
+    fn folder() -> tempfile::TempDir {
+        checkpoint(&config_with(2, &["quasar"], &WIDTHS))
+    }
+
+    fn tokens() -> Vec<u32> {
+        words(1, ROWS * ROW_TOKENS, VOCABULARY)
+    }
+
+    fn batch(tokens: &[u32]) -> Batch<'_> {
+        Batch { tokens, rows: ROWS, row_tokens: ROW_TOKENS }
+    }
+
+    #[test]
+    fn gradients_at_the_released_models_widths_are_as_close_to_f32_as_those_of_libtorch_in_bf16() {
+        if !has_gpu() {
+            return;
+        }
+        let (folder, tokens) = (folder(), tokens());
+        compare_gradients("released widths", folder.path(), &batch(&tokens), |_| {});
+    }
+
+    /// In the first mixture layer inputs still agree but for rounding, so that only choices on the brink differ.
+    #[test]
+    fn own_kernels_choose_the_experts_that_libtorch_chooses_in_bf16() {
+        const LEAST: f64 = 0.99;
+        if !has_gpu() {
+            return;
+        }
+        let (folder, tokens) = (folder(), tokens());
+        let chosen = |options: &TrainerOptions| -> Vec<Vec<u16>> {
+            let mut trainer = open(folder.path(), options);
+            let choices = trainer.config().num_experts_per_tok;
+            let zero = Hyper { lr: 0.0, ..Hyper::default() };
+            let routes = trainer.step(&batch(&tokens), &zero, None, true).unwrap().routes.unwrap();
+            // The first layer of the record; of two layers, one has a mixture.
+            routes.0.chunks(choices).take(tokens.len()).map(<[u16]>::to_vec).collect()
+        };
+        let share = |ours: &[Vec<u16>], theirs: &[Vec<u16>]| {
+            let same = |(ours, theirs): (&Vec<u16>, &Vec<u16>)| ours.iter().filter(|expert| theirs.contains(expert)).count();
+            let all: usize = ours.iter().map(Vec::len).sum();
+            ours.iter().zip(theirs).map(same).sum::<usize>() as f64 / all as f64
+        };
+        let ours = chosen(&own());
+        let theirs = chosen(&options(false, ComputeType::Bf16));
+        let exact = chosen(&options(false, ComputeType::F32));
+        assert_eq!((ours.len(), theirs.len()), (tokens.len(), tokens.len()));
+        let (found, rounding) = (share(&ours, &theirs), share(&theirs, &exact));
+        eprintln!("{found:.5} of the choices are those of libtorch in bf16, {rounding:.5} of whose are those in f32");
+        assert!(found >= LEAST, "{found}");
     }
 }
 
@@ -166,10 +245,10 @@ fn experts_with_a_cap_and_documents_in_a_row_train_as_through_libtorch() {
     if !has_gpu() {
         return;
     }
-    compare_gradients("quasar", |options| options.cap_experts = true);
+    compare_branch("quasar", |options| options.cap_experts = true);
     let start = rows(1)[150];
     for branch in ["quasar", "raven", "gla"] {
-        compare_gradients(branch, |options| options.document_start = Some(start));
+        compare_branch(branch, |options| options.document_start = Some(start));
     }
 }
 
@@ -279,6 +358,10 @@ fn kernels_that_cannot_be_compiled_are_replaced_by_libtorch_and_the_trainer_says
     let loss = trainer.step(&batch(&rows(0)), &Hyper::default(), None, false).unwrap().loss;
     let own = open(folder, &own()).step(&batch(&rows(0)), &Hyper::default(), None, false).unwrap().loss;
     assert!((loss - own).abs() < 1e-2 * own, "{loss} {own}");
+    let little = TrainerOptions { device_bytes: Some(1 << 30), ..options };
+    let Err(error) = QuasarTrainer::open_with(folder, plan(folder), &little) else { panic!("it does not fit into 1 GiB") };
+    let TrainError::OutOfMemory { missing, advice, .. } = error else { panic!("{error}") };
+    assert!(missing > 0 && advice.contains(reason.lines().next().unwrap()), "{advice}");
 }
 
 #[test]
@@ -300,6 +383,41 @@ fn steps_are_bit_identical_with_free_and_forced_routes_and_with_recomputation_an
     }
     let digests = trainers.each_ref().map(|trainer| trainer.state().unwrap().digest());
     assert!(digests.iter().all(|digest| *digest == digests[0]));
+}
+
+/// With so little memory that not everything can be kept, and no word about how to save.
+#[test]
+fn a_learner_saves_memory_by_itself_to_the_same_bits() {
+    let Some(folder) = folder() else { return };
+    let config = QuasarConfig::from_dir(folder).unwrap();
+    let fragments = plan(folder).fragments.len() as u64;
+    let work = Work { rows: ROWS as u64, row_tokens: ROW_TOKENS as u64, fragments };
+    let peak = |recompute, offload, rows_per_pass| {
+        memory_of(&config, work, Strategy { byte_moments: true, recompute, offload, rows_per_pass }).peak_bytes
+    };
+    let all = ROWS as u64;
+    // Enough for recomputation; and not enough for anything without the host's memory.
+    let recomputing = (peak(true, false, all), Strategy { byte_moments: true, recompute: true, offload: false, rows_per_pass: all });
+    let least = peak(true, false, 1) - 1;
+    let recompute = peak(false, true, all) > least;
+    assert!(recomputing.0 < peak(false, false, all) && peak(recompute, true, all) <= least, "whole batches can be passed through");
+    let offloading = (least, Strategy { byte_moments: true, recompute, offload: true, rows_per_pass: all });
+    let steps = |options: &TrainerOptions, expected: Strategy| {
+        let mut trainer = open(folder, options);
+        let reports: Vec<_> = (0..3)
+            .map(|step| trainer.step(&batch(&rows(step)), &Hyper::default(), None, false).unwrap())
+            .map(|report| (report.loss, report.grad_norm))
+            .collect();
+        assert_eq!(trainer.strategy(), Some(expected));
+        (reports, trainer.export(0).unwrap(), trainer.state().unwrap().digest())
+    };
+    let kept = TrainerOptions { offload: Some(false), recompute: Some(false), ..own() };
+    let kept = steps(&kept, Strategy { byte_moments: true, recompute: false, offload: false, rows_per_pass: all });
+    for (device_bytes, expected) in [recomputing, offloading] {
+        let options = TrainerOptions { device_bytes: Some(device_bytes), host_bytes: 1 << 40, batch: (ROWS, ROW_TOKENS), ..own() };
+        assert!(options.offload.is_none() && options.recompute.is_none() && options.pass_tokens.is_none());
+        assert!(steps(&options, expected) == kept, "{expected}");
+    }
 }
 
 #[test]

@@ -215,7 +215,7 @@ pub const SETTINGS: &[Setting] = &[
         &["QUASAR_MINER_HOST_MEMORY_GIB"],
         MINER,
         Kind::Integer(0, 65_536),
-        "memory that may be pinned for a GPU's optimizer state; default: three quarters of what is free",
+        "memory that may be pinned for each GPU; default: three quarters of what is free, shared by the learners",
     ),
     Setting::new("miner.max_jobs", &[], MINER, Kind::Integer(1, MANY), "stop after this many jobs").flag("max-jobs"),
     Setting::new("miner.timeout_sec", &[], MINER, Kind::Seconds, "stop after this long").flag("timeout-sec"),

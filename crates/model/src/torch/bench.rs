@@ -98,7 +98,7 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
     let buffers = config.tensors().into_iter().filter(|tensor| tensor.is_buffer);
     let buffers = buffers.map(|tensor| (tensor.name.clone(), crate::init::values(&config, SEED, &tensor))).collect();
     let vocabulary = config.vocab_size - SPECIAL_TOKENS;
-    let mut learner = GpuLearner::new(config, layout, buffers, device, &options.trainer)?;
+    let mut learner = GpuLearner::new(config, layout, buffers, device, FRAGMENTS, &options.trainer)?;
     learner.randomise(SEED)?;
     let hyper = Hyper { lr: 1e-5, beta2: 0.999, ..Hyper::default() };
     let tokens_per_step = options.batch * options.sequence_length;

@@ -86,10 +86,13 @@ impl FlatLearner {
         Ok(Pass { loss: value, gradient, routes: record.then(|| Routes::join(&self.network.config, &routes)) })
     }
 
-    /// The same step as [`adamw::update`], as tensor operations for devices whose memory the host cannot see.
-    fn update_on_device(&mut self, gradient: &Tensor, hyper: &Hyper, scale: f64, step: u64) -> Result<(), TrainError> {
+    /// The same step as [`adamw::update`], as tensor operations for devices whose memory the host cannot see. The gradient is used up. All
+    /// memory is taken before anything changes: an error for want of it leaves weights and moments as they were.
+    fn update_on_device(&mut self, gradient: &mut Tensor, hyper: &Hyper, scale: f64, step: u64) -> Result<(), TrainError> {
         let trained = self.network.layout.trained as i64;
         tch::no_grad(|| -> ops::Result<()> {
+            let mut spare = gradient.f_empty_like()?;
+            let (mut first, mut second) = (self.first.f_narrow(0, 0, trained)?, self.second.f_narrow(0, 0, trained)?);
             if hyper.weight_decay > 0.0 {
                 for range in &self.network.layout.decayed {
                     let mut part = self.weights.f_narrow(0, range.start as i64, range.len() as i64)?;
@@ -97,17 +100,19 @@ impl FlatLearner {
                 }
             }
             let (correction1, correction2) = adamw::bias_corrections(hyper, step);
-            let gradient = gradient.f_mul_scalar(scale)?;
-            let (mut first, mut second) = (self.first.f_narrow(0, 0, trained)?, self.second.f_narrow(0, 0, trained)?);
-            let _ = first.f_lerp_(&gradient, 1.0 - hyper.beta1)?;
-            let mut squared = gradient.f_mul(&gradient)?;
-            let _ = squared.f_mul_scalar_(1.0 - hyper.beta2)?;
-            let _ = second.f_mul_scalar_(hyper.beta2)?.f_add_(&squared)?;
-            let mut bound = second.f_sqrt()?;
-            let _ = bound.f_div_scalar_(correction2.sqrt())?.f_add_scalar_(hyper.eps)?;
-            let mut moved = first.f_div(&bound)?;
-            let _ = moved.f_mul_scalar_(hyper.lr / correction1)?;
-            let _ = self.weights.f_narrow(0, 0, trained)?.f_sub_(&moved)?;
+            let _ = gradient.f_mul_scalar_(scale)?;
+            let _ = first.f_lerp_(gradient, 1.0 - hyper.beta1)?;
+            // Its square.
+            let _ = gradient.f_mul_out(&spare, gradient)?;
+            let _ = spare.f_mul_scalar_(1.0 - hyper.beta2)?;
+            let _ = second.f_mul_scalar_(hyper.beta2)?.f_add_(&spare)?;
+            // By what the first moment is divided.
+            let _ = second.f_sqrt_out(&spare)?;
+            let _ = spare.f_div_scalar_(correction2.sqrt())?.f_add_scalar_(hyper.eps)?;
+            // How far weights move.
+            let _ = first.f_div_out(gradient, &spare)?;
+            let _ = gradient.f_mul_scalar_(hyper.lr / correction1)?;
+            let _ = self.weights.f_narrow(0, 0, trained)?.f_sub_(gradient)?;
             Ok(())
         })?;
         Ok(())
@@ -164,7 +169,7 @@ impl Learner for FlatLearner {
             };
             adamw::update(buffers, &self.network.layout.decayed, hyper, scale, step, self.threads);
         } else {
-            self.update_on_device(&gradient, hyper, scale, step)?;
+            self.update_on_device(&mut gradient, hyper, scale, step)?;
         }
         Ok(Taken { loss, grad_norm, routes })
     }
@@ -215,5 +220,45 @@ impl Learner for FlatLearner {
     fn set_moments(&mut self, first: &[f32], second: &[f32]) -> Result<(), TrainError> {
         overwrite(&self.first, &(0..first.len()), first)?;
         overwrite(&self.second, &(0..second.len()), second)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_as_tensor_operations_gives_the_bits_of_the_formula_written_out() {
+        let config = QuasarConfig::from_json(include_str!("../../tests/data/small_config.json")).unwrap();
+        let layout = Layout::new(&config, false);
+        let buffers = config.tensors().into_iter().filter(|tensor| tensor.is_buffer);
+        let buffers = buffers.map(|tensor| (tensor.name.clone(), crate::init::values(&config, 1, &tensor))).collect();
+        let options = TrainerOptions::default();
+        let mut learner = FlatLearner::new(config, layout.clone(), buffers, Device::Cpu, Kind::Float, &options).unwrap();
+        let trained = layout.trained as i64;
+        tch::manual_seed(1);
+        let weights = Tensor::randn([layout.elements as i64], (Kind::Float, Device::Cpu));
+        tch::no_grad(|| learner.weights.copy_(&weights));
+        let zeros = || Tensor::zeros([trained], (Kind::Float, Device::Cpu));
+        let (mut first, mut second) = (zeros(), zeros());
+        let hyper = Hyper { weight_decay: 0.1, ..Hyper::default() };
+        for step in 1..4 {
+            let gradient = Tensor::randn([trained], (Kind::Float, Device::Cpu));
+            learner.update_on_device(&mut gradient.copy(), &hyper, 0.7, step).unwrap();
+            for range in &layout.decayed {
+                let mut part = weights.narrow(0, range.start as i64, range.len() as i64);
+                let decayed = &part * (1.0 - hyper.lr * hyper.weight_decay);
+                part.copy_(&decayed);
+            }
+            let (correction1, correction2) = adamw::bias_corrections(&hyper, step);
+            let gradient = gradient * 0.7;
+            first = first.lerp(&gradient, 1.0 - hyper.beta1);
+            second = second * hyper.beta2 + &gradient * &gradient * (1.0 - hyper.beta2);
+            let moved = &first / (second.sqrt() / correction2.sqrt() + hyper.eps) * (hyper.lr / correction1);
+            let after = weights.narrow(0, 0, trained) - moved;
+            weights.narrow(0, 0, trained).copy_(&after);
+            assert_eq!(learner.weights, weights, "step {step}");
+            assert_eq!((&learner.first.narrow(0, 0, trained), &learner.second.narrow(0, 0, trained)), (&first, &second), "step {step}");
+        }
     }
 }

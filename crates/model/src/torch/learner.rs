@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::layout::Layout;
 use crate::host::OrdinaryMemory;
+use crate::memory::Strategy;
 use crate::state::Run;
 use crate::{Batch, HostMemory, HostValues, Hyper, QuasarConfig, Routes, TrainError, exported};
 
@@ -19,6 +20,11 @@ pub(crate) trait Learner: Send {
     fn config(&self) -> &QuasarConfig;
 
     fn layout(&self) -> &Layout;
+
+    /// How memory is saved, as of the last batch; `None` before, and where there is no choice.
+    fn strategy(&self) -> Option<Strategy> {
+        None
+    }
 
     /// Optimizer step number `step` on a checked batch; on an error nothing has changed.
     fn take_step(&mut self, batch: &Batch, hyper: &Hyper, forced: Option<&Routes>, record: bool, step: u64) -> Result<Taken, TrainError>;

@@ -39,7 +39,7 @@ impl From<tch::TchError> for crate::TrainError {
         let text = text.lines().next().unwrap_or_default();
         match shortage::shortage(text) {
             Some(shortage) => Self::OutOfMemory {
-                place: if shortage.on_gpu { "the GPU" } else { "the host" },
+                place: if shortage.on_gpu { crate::Place::Gpu } else { crate::Place::Host },
                 missing: shortage.missing,
                 advice: "fewer rows in a step, or a machine with more memory".to_owned(),
             },

@@ -15,9 +15,11 @@ use super::gpu::{self, GpuLearner};
 use super::layout::Layout;
 use super::learner::Learner;
 use crate::exported::Exported;
+use crate::memory::{self, Strategy};
 use crate::state::{RUN_MAX, Run, StateReader, StateWriter};
 use crate::{
-    Batch, HostMemory, HostValues, Hyper, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer, TrainerState,
+    Batch, HostMemory, HostValues, Hyper, Place, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer,
+    TrainerState,
 };
 
 /// How optimizer moments are kept on a GPU.
@@ -57,7 +59,7 @@ pub struct TrainerOptions {
     /// Keep the lower halves of the weights and the moments in pinned memory of the host (own kernels). `None`: if the GPU cannot hold
     /// them.
     pub offload: Option<bool>,
-    /// Bytes of the host's memory that may be pinned for that.
+    /// Bytes of the host's memory that may be pinned for that, fragments on their way included.
     pub host_bytes: u64,
     /// Bytes of the GPU to plan for. `None`: what is free.
     pub device_bytes: Option<u64>,
@@ -118,7 +120,7 @@ impl QuasarTrainer {
         let layout = Layout::new(&config, options.train_step_sizes);
         let ranges = PlanRanges::new(&plan, layout.elements, |name| layout.places.get(name).copied())?;
         let source = checkpoint::Source::open(&config, folder)?;
-        let (mut learner, fallback) = learner(config, layout, source.buffers()?, device, options)?;
+        let (mut learner, fallback) = learner(config, layout, source.buffers()?, device, ranges.fragments(), options)?;
         source.parameters(|name, values| match learner.layout().range(name) {
             Some(range) => learner.write(&range, &values),
             None => Ok(()),
@@ -130,6 +132,11 @@ impl QuasarTrainer {
     /// loaded.
     pub fn fallback(&self) -> Option<&str> {
         self.fallback.as_deref()
+    }
+
+    /// How a GPU with own kernels saved memory with the last batch.
+    pub fn strategy(&self) -> Option<Strategy> {
+        self.learner.strategy()
     }
 
     /// The model's configuration.
@@ -176,15 +183,16 @@ fn learner(
     layout: Layout,
     buffers: HashMap<String, Vec<f32>>,
     device: Device,
+    fragments: usize,
     options: &TrainerOptions,
 ) -> Result<(Box<dyn Learner>, Option<String>), TrainError> {
     let wants_kernels = device.is_cuda() && options.own_kernels && options.compute != Some(ComputeType::F32);
-    let mut fallback = None;
+    let (mut fallback, mut misfit) = (None, None);
     if wants_kernels {
-        let reason = if options.train_step_sizes { Some("step sizes are trained".to_owned()) } else { gpu::unsupported(&config) };
-        match reason {
+        misfit = if options.train_step_sizes { Some("step sizes are trained".to_owned()) } else { gpu::unsupported(&config) };
+        match &misfit {
             Some(reason) => tracing::info!(%reason, "this model trains through libtorch's operations"),
-            None => match GpuLearner::new(config.clone(), layout.clone(), buffers.clone(), device, options) {
+            None => match GpuLearner::new(config.clone(), layout.clone(), buffers.clone(), device, fragments, options) {
                 Ok(learner) => return Ok((Box::new(learner), None)),
                 Err(TrainError::Kernels(reason)) => {
                     tracing::warn!(%reason, "own kernels cannot be used; training through libtorch's operations, which is slower");
@@ -194,8 +202,36 @@ fn learner(
             },
         }
     }
-    let kind = options.compute.unwrap_or_default().kind();
-    Ok((Box::new(FlatLearner::new(config, layout, buffers, device, kind, options)?), fallback))
+    let reason = fallback.as_deref().or(misfit.as_deref());
+    if let Device::Cuda(index) = device {
+        // Of the whole GPU: what libtorch holds for later counts as taken, but is there for it.
+        let there = gpu::total_bytes(index).unwrap_or(u64::MAX).min(options.device_bytes.unwrap_or(u64::MAX));
+        too_large(&config, there, reason)?;
+    }
+    let (kind, least) = (options.compute.unwrap_or_default().kind(), memory::least_through_libtorch(&config));
+    let learner = FlatLearner::new(config, layout, buffers, device, kind, options).map_err(|error| match error {
+        TrainError::OutOfMemory { place: Place::Gpu, missing, .. } => without_kernels(least, missing, reason),
+        error => error,
+    })?;
+    Ok((Box::new(learner), fallback))
+}
+
+/// Refuses a model that libtorch's operations cannot train in so many bytes of a GPU. They take several times as much as own kernels, which
+/// cannot be used for `reason`.
+fn too_large(config: &QuasarConfig, bytes: u64, reason: Option<&str>) -> Result<(), TrainError> {
+    let least = memory::least_through_libtorch(config);
+    if least > bytes { Err(without_kernels(least, least - bytes, reason)) } else { Ok(()) }
+}
+
+fn without_kernels(least: u64, missing: u64, reason: Option<&str>) -> TrainError {
+    const GIB: f64 = (1u64 << 30) as f64;
+    let least = least as f64 / GIB;
+    let mut advice = format!("through libtorch's operations this model takes at least {least:.1} GiB of the GPU");
+    // Of a compiler's log the first line.
+    if let Some(reason) = reason.and_then(|reason| reason.lines().next()) {
+        advice += &format!("; own kernels, which take less, cannot be used: {reason}");
+    }
+    TrainError::OutOfMemory { place: Place::Gpu, missing, advice }
 }
 
 /// A learner of a fresh model that is on no disk.
@@ -205,7 +241,7 @@ pub(crate) fn fresh(config: QuasarConfig, options: &TrainerOptions, seed: u64) -
     let tensors = config.tensors();
     let values = |tensor: &TensorEntry| crate::init::values(&config, seed, tensor);
     let buffers = tensors.iter().filter(|tensor| tensor.is_buffer).map(|tensor| (tensor.name.clone(), values(tensor))).collect();
-    let (mut learner, fallback) = learner(config.clone(), layout, buffers, device, options)?;
+    let (mut learner, fallback) = learner(config.clone(), layout, buffers, device, 0, options)?;
     for tensor in tensors.iter().filter(|tensor| !tensor.is_buffer) {
         if let Some(range) = learner.layout().range(&tensor.name) {
             learner.write(&range, &values(tensor))?;
@@ -326,5 +362,24 @@ impl Trainer for QuasarTrainer {
         self.exported = Exported::default();
         reader.finish()?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_that_libtorch_cannot_hold_is_refused_with_the_reason_why_own_kernels_are_not_used() {
+        let reason = "slots.cu: error: no such type\nand a long log";
+        let released = QuasarConfig::released().unwrap();
+        let error = too_large(&released, 80 << 30, Some(reason)).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("slots.cu: error: no such type") && !text.contains("a long log"), "{text}");
+        let TrainError::OutOfMemory { place: Place::Gpu, missing, advice } = error else { panic!("{text}") };
+        assert_eq!(missing + (80 << 30), 20 * released.parameter_count() + (1 << 30));
+        assert!(advice.contains("at least 309.3 GiB"), "{advice}");
+        assert!(!too_large(&released, 80 << 30, None).unwrap_err().to_string().contains("own kernels"));
+        too_large(&QuasarConfig::preview(2).unwrap(), 80 << 30, Some(reason)).unwrap();
     }
 }

@@ -23,6 +23,7 @@ const NVRTC_FOLDERS: [&str; 3] = ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "t
 const CAPABILITY_MAJOR: c_int = 75;
 const CAPABILITY_MINOR: c_int = 76;
 const MULTIPROCESSORS: c_int = 16;
+const SHARED_OPT_IN: c_int = 97;
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`
 const MAX_DYNAMIC_SHARED: c_int = 8;
 /// `CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP`
@@ -163,12 +164,8 @@ pub(crate) fn gpus() -> Result<Vec<GpuInfo>, String> {
     let describe = |index: usize| {
         let gpu = Gpu::open(index)?;
         let (free, total) = gpu.memory()?;
-        let mut name = [0u8; NAME_BYTES];
-        // SAFETY: the buffer has the size that is named.
-        check(unsafe { (cuda.device_name)(name.as_mut_ptr().cast(), NAME_BYTES as c_int, gpu.device) }, "cuDeviceGetName")?;
-        let name = CStr::from_bytes_until_nul(&name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let driver = format!("{}.{}", version / 1000, version % 1000 / 10);
-        Ok(GpuInfo { name, capability: gpu.capability, free_bytes: free as u64, total_bytes: total as u64, driver })
+        Ok(GpuInfo { name: gpu.name()?, capability: gpu.capability, free_bytes: free as u64, total_bytes: total as u64, driver })
     };
     (0..usize::try_from(count).unwrap_or_default()).map(describe).collect()
 }
@@ -181,6 +178,8 @@ pub(crate) struct Gpu {
     /// For example 90 for an H100.
     pub capability: u32,
     pub multiprocessors: u32,
+    /// Most shared memory that a block can have, bytes.
+    pub shared_bytes: u32,
 }
 
 // SAFETY: a context may be made current on any thread, and is, before each use.
@@ -207,7 +206,16 @@ impl Gpu {
             check((cuda.retain)(&raw mut context, device), "cuDevicePrimaryCtxRetain")?;
         }
         let capability = 10 * attribute(device, CAPABILITY_MAJOR)? + attribute(device, CAPABILITY_MINOR)?;
-        Ok(Self { context, device, capability, multiprocessors: attribute(device, MULTIPROCESSORS)? })
+        let (multiprocessors, shared_bytes) = (attribute(device, MULTIPROCESSORS)?, attribute(device, SHARED_OPT_IN)?);
+        Ok(Self { context, device, capability, multiprocessors, shared_bytes })
+    }
+
+    /// Its name, for people.
+    pub fn name(&self) -> Result<String, String> {
+        let mut name = [0u8; NAME_BYTES];
+        // SAFETY: the buffer has the size that is named.
+        check(unsafe { (cuda()?.device_name)(name.as_mut_ptr().cast(), NAME_BYTES as c_int, self.device) }, "cuDeviceGetName")?;
+        Ok(CStr::from_bytes_until_nul(&name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default())
     }
 
     /// Makes the GPU current on this thread.

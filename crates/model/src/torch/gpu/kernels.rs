@@ -181,6 +181,18 @@ pub(crate) fn unsupported(config: &QuasarConfig) -> Option<String> {
     must.iter().find(|(_, holds)| !holds).map(|(text, _)| (*text).to_owned())
 }
 
+/// Why a GPU cannot run the kernels, if it cannot: known before anything is compiled.
+fn too_small(name: &str, capability: u32, shared_bytes: usize) -> Option<String> {
+    if capability < CAPABILITY_MIN {
+        let [has, needed] = [capability, CAPABILITY_MIN].map(|capability| format!("{}.{}", capability / 10, capability % 10));
+        return Some(format!("the GPU ({name}) has compute capability {has}, and {needed} is needed"));
+    }
+    let (kernel, needed) = SOURCES.iter().flat_map(|source| source.kernels).max_by_key(|(_, bytes)| *bytes)?;
+    (*needed > shared_bytes).then(|| {
+        format!("the GPU ({name}) has {shared_bytes} bytes of shared memory for a block of threads, and {needed} are needed ({kernel})")
+    })
+}
+
 /// All kernels for one model on one GPU.
 pub(crate) struct Kernels {
     pub gpu: Gpu,
@@ -197,13 +209,8 @@ impl Kernels {
     pub fn new(config: &QuasarConfig, device: Device, cache: Option<&Path>, further: &[String]) -> std::result::Result<Self, String> {
         let Device::Cuda(index) = device else { return Err("not a CUDA device".into()) };
         let gpu = Gpu::open(index)?;
-        if gpu.capability < CAPABILITY_MIN {
-            let (major, minor) = (gpu.capability / 10, gpu.capability % 10);
-            return Err(format!(
-                "the GPU has compute capability {major}.{minor}; they need {}.{}",
-                CAPABILITY_MIN / 10,
-                CAPABILITY_MIN % 10
-            ));
+        if let Some(reason) = too_small(&gpu.name()?, gpu.capability, gpu.shared_bytes as usize) {
+            return Err(reason);
         }
         let sizes = [
             ("HIDDEN", config.hidden_size),
@@ -340,4 +347,23 @@ fn code_of(source: &Source, capability: u32, options: &[String], cache: Option<&
         tracing::warn!(%error, folder = %folder.display(), "compiled kernels could not be kept: the next start compiles them again");
     }
     Ok(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_with_too_little_shared_memory_are_told_so_before_anything_is_compiled() {
+        for (name, capability, shared_bytes) in [("NVIDIA H100 80GB HBM3", 90, 232_448), ("NVIDIA B200", 100, 232_448)] {
+            assert_eq!(too_small(name, capability, shared_bytes), None);
+        }
+        for (name, capability, shared_bytes) in [("NVIDIA A100-SXM4-80GB", 80, 166_912), ("NVIDIA L40S", 89, 101_376)] {
+            let reason = too_small(name, capability, shared_bytes).unwrap();
+            assert!(reason.contains(name) && reason.contains("202496") && reason.contains("delta_gradients"), "{reason}");
+            assert!(reason.contains(&shared_bytes.to_string()), "{reason}");
+        }
+        let old = too_small("Tesla V100", 70, 98_304).unwrap();
+        assert!(old.contains("Tesla V100") && old.contains("7.0") && old.contains("8.0"), "{old}");
+    }
 }

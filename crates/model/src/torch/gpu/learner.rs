@@ -11,7 +11,7 @@ use super::kernels::Kernels;
 use super::mixture::{self, Routes};
 use super::pinned::PinnedMemory;
 use super::store::{Gradients, Store, to_slice};
-use crate::memory::{self, MemoryPlan, Strategy, plan_pass};
+use crate::memory::{self, MemoryPlan, Strategy, Work, plan_pass};
 use crate::state::Run;
 use crate::torch::context;
 use crate::torch::layout::Layout;
@@ -19,7 +19,7 @@ use crate::torch::learner::{Learner, Taken};
 use crate::torch::ops;
 use crate::torch::trainer::{MomentType, TrainerOptions};
 use crate::train::Piece;
-use crate::{Batch, HostMemory, HostValues, Hyper, QuasarConfig, TrainError};
+use crate::{Batch, HostMemory, HostValues, Hyper, Place, QuasarConfig, TrainError};
 
 /// A model in training on one GPU.
 pub(crate) struct GpuLearner {
@@ -31,6 +31,8 @@ pub(crate) struct GpuLearner {
     buffers: HashMap<String, Vec<f32>>,
     constants: (usize, Constants),
     options: TrainerOptions,
+    /// Fragments that the model is cut into.
+    fragments: usize,
     /// Shape of the last batch, and how it is passed through.
     shape: Option<((usize, usize), PassShape)>,
     /// Whether optimizer state lies in the host's memory.
@@ -57,18 +59,25 @@ struct Computed {
     routes: Vec<Vec<Tensor>>,
 }
 
+fn work(batch: (usize, usize), fragments: usize) -> Work {
+    Work { rows: batch.0 as u64, row_tokens: batch.1 as u64, fragments: fragments as u64 }
+}
+
 /// The strategy by which a learner is opened: optimizer state goes to the host's memory if nothing else fits and it may.
-fn planned(config: &QuasarConfig, options: &TrainerOptions, device_bytes: u64) -> MemoryPlan {
-    let (rows, row_tokens) = (options.batch.0 as u64, options.batch.1 as u64);
-    let plan = |offload| plan_pass(config, rows, row_tokens, options.moments == MomentType::Bytes, offload, device_bytes);
+fn planned(config: &QuasarConfig, work: Work, options: &TrainerOptions, device_bytes: u64) -> MemoryPlan {
+    let plan = |offload| plan_pass(config, work, options.moments == MomentType::Bytes, offload, device_bytes);
     let must_offload = || plan(false).peak_bytes > device_bytes && plan(true).host_bytes <= options.host_bytes;
     plan(options.offload.unwrap_or_else(must_offload))
 }
 
-/// Puts into an error about the GPU's memory what would fit instead of the strategy that was used for so many rows and tokens of a row.
-fn advised(error: TrainError, config: &QuasarConfig, options: &TrainerOptions, batch: (usize, usize), used: Strategy) -> TrainError {
+/// Puts into an error about memory what to do: what would fit the GPU instead of the strategy that was used, or what the host has to give
+/// for it.
+fn advised(error: TrainError, config: &QuasarConfig, work: Work, used: Strategy, host_bytes: u64) -> TrainError {
     let TrainError::OutOfMemory { place, missing, .. } = error else { return error };
-    let advice = memory::advice(config, batch.0 as u64, batch.1 as u64, used, missing, options.host_bytes);
+    let advice = match place {
+        Place::Gpu => memory::advice(config, work, used, missing, host_bytes),
+        Place::Host => memory::host_advice(config, work, used, host_bytes),
+    };
     TrainError::OutOfMemory { place, missing, advice }
 }
 
@@ -77,7 +86,7 @@ fn device_error(device: Device, reason: String) -> TrainError {
 }
 
 impl GpuLearner {
-    /// A learner whose weights are all zero.
+    /// A learner whose weights are all zero, of a model that is exchanged in so many fragments, if in any.
     ///
     /// # Errors
     /// [`TrainError::Kernels`] if the kernels cannot be compiled or loaded; too little memory.
@@ -86,6 +95,7 @@ impl GpuLearner {
         layout: Layout,
         buffers: HashMap<String, Vec<f32>>,
         device: Device,
+        fragments: usize,
         options: &TrainerOptions,
     ) -> Result<Self, TrainError> {
         if let Some(reason) = super::unsupported(&config) {
@@ -98,7 +108,8 @@ impl GpuLearner {
             Kernels::new(&config, device, options.kernel_cache.as_deref(), &options.compiler_options).map_err(TrainError::Kernels)?;
         let (free, _) = kernels.gpu.memory().map_err(|reason| device_error(device, reason))?;
         let device_bytes = options.device_bytes.unwrap_or(u64::MAX).min(free as u64);
-        let plan = planned(&config, options, device_bytes);
+        let work = work(options.batch, fragments);
+        let plan = planned(&config, work, options, device_bytes);
         let offload = plan.strategy.offload;
         tracing::info!(
             strategy = %plan.strategy,
@@ -108,7 +119,7 @@ impl GpuLearner {
             "memory plan"
         );
         let store = Store::new(&kernels, &layout, Some(options.moments), offload)
-            .map_err(|error| advised(error.into(), &config, options, options.batch, plan.strategy))?;
+            .map_err(|error| advised(error.into(), &config, work, plan.strategy, options.host_bytes))?;
         let constants = (1, Constants::new(&config, &buffers, 1, device)?);
         Ok(Self {
             kernels,
@@ -118,6 +129,7 @@ impl GpuLearner {
             buffers,
             constants,
             options: options.clone(),
+            fragments,
             shape: None,
             offload,
             device_bytes,
@@ -173,8 +185,7 @@ impl GpuLearner {
             return shape;
         }
         let byte_moments = self.options.moments == MomentType::Bytes;
-        let plan =
-            plan_pass(&self.config, batch.rows as u64, batch.row_tokens as u64, byte_moments, self.offload, self.device_bytes).strategy;
+        let plan = plan_pass(&self.config, work(of, self.fragments), byte_moments, self.offload, self.device_bytes).strategy;
         let rows = self.options.pass_tokens.map_or(plan.rows_per_pass as usize, |tokens| tokens / batch.row_tokens);
         let shape = PassShape { recompute: self.options.recompute.unwrap_or(plan.recompute), rows: rows.clamp(1, batch.rows) };
         tracing::info!(recompute = shape.recompute, rows_per_pass = shape.rows, rows = batch.rows, "memory plan of a batch");
@@ -182,12 +193,20 @@ impl GpuLearner {
         shape
     }
 
-    /// Says what would fit if memory ran out in a pass over a batch.
-    fn advised(&self, error: TrainError, batch: &Batch) -> TrainError {
-        let shape = self.shape.map_or(PassShape { recompute: false, rows: batch.rows }, |(_, shape)| shape);
-        let (byte_moments, recompute, rows_per_pass) = (self.options.moments == MomentType::Bytes, shape.recompute, shape.rows as u64);
-        let used = Strategy { byte_moments, recompute, offload: self.offload, rows_per_pass };
-        advised(error, &self.config, &self.options, (batch.rows, batch.row_tokens), used)
+    /// What to do if memory ran out with a batch, by its rows and their tokens.
+    fn advised(&self, error: TrainError, batch: (usize, usize)) -> TrainError {
+        let used = self.used(self.shape.map_or(PassShape { recompute: false, rows: batch.0 }, |(_, shape)| shape));
+        advised(error, &self.config, work(batch, self.fragments), used, self.options.host_bytes)
+    }
+
+    fn used(&self, PassShape { recompute, rows }: PassShape) -> Strategy {
+        let byte_moments = self.options.moments == MomentType::Bytes;
+        Strategy { byte_moments, recompute, offload: self.offload, rows_per_pass: rows as u64 }
+    }
+
+    /// What to do if memory ran out between two steps.
+    fn advised_between(&self, error: impl Into<TrainError>) -> TrainError {
+        self.advised(error.into(), self.shape.map_or(self.options.batch, |(batch, _)| batch))
     }
 
     /// Tables for rows of `row_tokens` tokens.
@@ -271,6 +290,10 @@ impl Learner for GpuLearner {
         &self.layout
     }
 
+    fn strategy(&self) -> Option<Strategy> {
+        self.shape.map(|(_, shape)| self.used(shape))
+    }
+
     fn take_step(
         &mut self,
         batch: &Batch,
@@ -290,7 +313,8 @@ impl Learner for GpuLearner {
             let routes = if record { Some(self.record(&routes)?) } else { None };
             Ok((values, routes))
         });
-        let ([loss, grad_norm, _, was_taken], routes) = taken.map_err(|error| self.advised(error.into(), batch))?;
+        let ([loss, grad_norm, _, was_taken], routes) =
+            taken.map_err(|error| self.advised(error.into(), (batch.rows, batch.row_tokens)))?;
         if was_taken == 0.0 {
             let what = if loss.is_finite() { "the gradient" } else { "the loss" };
             return Err(TrainError::NotFinite { what, step });
@@ -315,7 +339,7 @@ impl Learner for GpuLearner {
             }
             Ok((loss, flat))
         });
-        computed.map_err(|error| self.advised(error.into(), batch))
+        computed.map_err(|error| self.advised(error.into(), (batch.rows, batch.row_tokens)))
     }
 
     fn hidden(&mut self, batch: &Batch, forced: Option<&crate::Routes>) -> Result<Vec<Vec<f32>>, TrainError> {
@@ -325,7 +349,7 @@ impl Learner for GpuLearner {
             let states = self.pass(batch).trace(&self.ids(batch)?, &mut Routes { forced, used: Vec::new() })?;
             states.iter().map(ops::to_host).collect()
         });
-        states.map_err(|error| self.advised(error.into(), batch))
+        states.map_err(|error| self.advised(error.into(), (batch.rows, batch.row_tokens)))
     }
 
     fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, TrainError> {
@@ -337,14 +361,18 @@ impl Learner for GpuLearner {
     }
 
     fn contribute(&mut self, ranges: &[Range<usize>]) -> Result<HostValues, TrainError> {
-        self.store.contribute(&self.kernels, ranges).map(HostValues::new).map_err(|reason| TrainError::from(tch::TchError::Torch(reason)))
+        self.store
+            .contribute(&self.kernels, ranges)
+            .map(HostValues::new)
+            .map_err(|reason| self.advised_between(tch::TchError::Torch(reason)))
     }
 
     fn carry(&mut self, ranges: &[Range<usize>], version: &HostValues, exported: Option<&HostValues>) -> Result<(), TrainError> {
         let memory = PinnedMemory::of(&self.kernels);
-        let (version, exported) = (memory.reach(version)?, exported.map(|exported| memory.reach(exported)).transpose()?);
+        let reach = |values: &HostValues| memory.reach(values).map_err(|error| self.advised_between(error));
+        let (version, exported) = (reach(version)?, exported.map(reach).transpose()?);
         let (version, exported) = (version.held().expect("pinned"), exported.as_ref().and_then(HostValues::held));
-        self.store.carry(&self.kernels, ranges, version, exported).map_err(|reason| TrainError::from(tch::TchError::Torch(reason)))
+        self.store.carry(&self.kernels, ranges, version, exported).map_err(|reason| self.advised_between(tch::TchError::Torch(reason)))
     }
 
     fn host_memory(&self) -> Box<dyn HostMemory> {

@@ -17,3 +17,8 @@ mod store;
 pub(crate) use driver::{gpus, remember_torch};
 pub(crate) use kernels::unsupported;
 pub(crate) use learner::GpuLearner;
+
+/// Bytes of memory that a GPU has, whoever holds them.
+pub(crate) fn total_bytes(index: usize) -> Result<u64, String> {
+    Ok(driver::Gpu::open(index)?.memory()?.1 as u64)
+}
