@@ -209,10 +209,10 @@ mod released {
         compare_gradients("released widths", folder.path(), &batch(&tokens), |_| {});
     }
 
-    /// In the first mixture layer inputs still agree but for rounding, so that only choices on the brink differ.
+    /// In the first mixture layer inputs still agree but for rounding, so that only choices on the brink differ: no more of them than
+    /// rounding to bf16 turns.
     #[test]
-    fn own_kernels_choose_the_experts_that_libtorch_chooses_in_bf16() {
-        const LEAST: f64 = 0.99;
+    fn own_kernels_choose_the_experts_that_libtorch_chooses_but_for_rounding() {
         if !has_gpu() {
             return;
         }
@@ -234,9 +234,9 @@ mod released {
         let theirs = chosen(&options(false, ComputeType::Bf16));
         let exact = chosen(&options(false, ComputeType::F32));
         assert_eq!((ours.len(), theirs.len()), (tokens.len(), tokens.len()));
-        let (found, rounding) = (share(&ours, &theirs), share(&theirs, &exact));
-        eprintln!("{found:.5} of the choices are those of libtorch in bf16, {rounding:.5} of whose are those in f32");
-        assert!(found >= LEAST, "{found}");
+        let (found, rounding, own) = (share(&ours, &theirs), share(&theirs, &exact), share(&ours, &exact));
+        eprintln!("of the choices in f32 libtorch makes {rounding:.4} in bf16 and own kernels {own:.4}; with each other {found:.4}");
+        assert!(rounding > 0.96 && own > rounding - 0.005 && found > rounding - 0.005);
     }
 }
 
