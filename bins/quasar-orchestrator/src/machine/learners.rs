@@ -95,9 +95,14 @@ impl Learner {
         self.live && self.state == LearnerState::Training
     }
 
+    /// Whether it has something to answer a pull with.
+    pub fn can_answer(&self) -> bool {
+        self.is_training() && self.local_step > 0
+    }
+
     /// Whether a pull waits for its answer.
     pub fn is_eligible(&self) -> bool {
-        self.is_training() && self.local_step > 0 && self.misses < MISSES_MAX
+        self.can_answer() && self.misses < MISSES_MAX
     }
 }
 

@@ -95,6 +95,7 @@ impl Orchestrator {
         if self.fragments.iter().all(|fragment| fragment.version <= version) {
             return Err(format!("no fragment is beyond version {version}"));
         }
+        self.restoring = Some(Restoring { version, until: self.next_t + u64::from(self.parameters().fragments) });
         // What is open was trained on what is taken back.
         let open: Vec<u64> = self.pulls.iter().filter(|(_, pull)| pull.stage == PullStage::Open).map(|(t, _)| *t).collect();
         for t in open {
@@ -103,7 +104,6 @@ impl Orchestrator {
             }
             self.close_pull(t);
         }
-        self.restoring = Some(Restoring { version, until: self.next_t + u64::from(self.parameters().fragments) });
         Ok(format!("each fragment beyond version {version} goes back to it, as a new version"))
     }
 

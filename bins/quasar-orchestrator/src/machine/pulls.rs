@@ -142,8 +142,9 @@ impl Orchestrator {
         if self.restoring.is_some() {
             return self.restore_next(fragment);
         }
-        let (_, eligible) = self.counts();
-        if is_closing && eligible == 0 {
+        // Also those that are not waited for any more: if nobody is, their answers are all that can come.
+        let able = self.learners.values().filter(|learner| learner.can_answer()).count();
+        if is_closing && able == 0 {
             // A process that has just begun has not heard of anybody yet.
             if now_ms >= self.pace.resumed_ms + self.parameters().learner_ttl_ms {
                 self.pass_over(fragment, version);
@@ -158,7 +159,7 @@ impl Orchestrator {
             return;
         }
         let needed = if self.next_t == 0 { usize::from(self.parameters().quorum_min) } else { 1 };
-        if now_ms < self.last_pull_ms + interval || eligible < needed {
+        if now_ms < self.last_pull_ms + interval || able < needed {
             return;
         }
         self.last_pull_ms = now_ms;
@@ -345,9 +346,11 @@ impl Orchestrator {
         let epoch = self.epoch;
         let leased = LeasedSteps::of(&self.leases);
         let Some(pull) = self.pulls.get_mut(&t) else { return };
-        for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| learner.is_training() && learner.local_step > 0) {
+        // Nobody missed a pull that a rollback ends.
+        let is_judged = self.restoring.is_none();
+        for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| is_judged && learner.can_answer()) {
             // A commitment alone is no answer: whoever only commits is not waited for either.
-            let answers = |offer: &Offer| matches!(offer.stage, OfferStage::Accepted | OfferStage::Checking);
+            let answers = |offer: &Offer| !matches!(offer.stage, OfferStage::Committed | OfferStage::Granted);
             learner.misses = if pull.offers.get(slot).is_some_and(answers) { 0 } else { learner.misses.saturating_add(1) };
         }
         self.pace.survey = true;

@@ -180,3 +180,17 @@ fn learners_that_never_answer_are_not_waited_for_again_and_again() {
     let contributors = world.tapes.range(from + 8..).map(|(_, tape)| tape.inputs.len()).max().unwrap();
     assert_eq!(contributors, 6);
 }
+
+#[test]
+fn a_run_in_which_nobody_answered_for_a_while_goes_on_when_somebody_does() {
+    let mut world = World::new(0, 4);
+    world.run(10_000);
+    world.learners.iter_mut().for_each(|sim| sim.mute = true);
+    world.run(120_000);
+    assert!(world.machine.learners.values().all(|learner| !learner.is_eligible()), "nobody is waited for any more");
+    world.learners.iter_mut().for_each(|sim| sim.mute = false);
+    let from = world.machine.next_t;
+    world.run(30_000);
+    let contributors = world.tapes.range(from + 8..).map(|(_, tape)| tape.inputs.len()).max().unwrap_or(0);
+    assert_eq!(contributors, 4);
+}
