@@ -39,6 +39,8 @@ pub struct Faults {
     /// A request takes twenty times as long.
     pub tail_ppm: u64,
     pub orchestrator_crash_ms: u64,
+    /// Crashes of the orchestrator that take its disk along.
+    pub lost_disk_ppm: u64,
     pub miner_crash_ms: u64,
     pub validator_crash_ms: u64,
     /// One node, or a group of them, does not reach the store.
@@ -210,6 +212,9 @@ impl Plan {
         }
         if random.chance(250_000) {
             plan.orders.push((random.between(until_ms / 3, until_ms), Action::Rollback { version: random.between(0, 2) }));
+        }
+        if random.chance(500_000) {
+            plan.faults.lost_disk_ppm = random.between(0, 300_000);
         }
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         plan

@@ -377,6 +377,13 @@ impl Watch {
         self.accepted.clear();
     }
 
+    /// What the orchestrator knew, and the bucket did not, is gone: open pulls are asked again, receipts after the last snapshot
+    /// do not count.
+    pub fn disk_lost(&mut self) {
+        self.accepted.clear();
+        (self.crashed, self.ledger) = (None, None);
+    }
+
     /// A page of the catalog, as it lies in the bucket.
     pub fn page(&mut self, world: &World, stored: &StoredPage) {
         let rows = stored.shards.iter().map(|shard| shard.rows).sum();

@@ -48,7 +48,15 @@ fn between(world: &World, from: u64, to: u64) -> u64 {
 
 fn crash_orchestrator(world: &Rc<World>) {
     let (kept, down_ms) = (between(world, 0, 3) as usize, between(world, 50, 8_000));
-    world.crash_and_restart(kept, down_ms);
+    if !world.orchestrator.borrow().is_running() {
+        return;
+    }
+    let loses_disk = world.random.borrow_mut().chance(world.plan.faults.lost_disk_ppm);
+    if loses_disk {
+        world.crash_and_lose_disk(down_ms);
+    } else {
+        world.crash_and_restart(kept, down_ms);
+    }
 }
 
 fn crash_a_miner(world: &Rc<World>) {

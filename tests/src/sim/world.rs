@@ -135,6 +135,8 @@ pub struct Outcome {
     pub merges: u64,
     pub contributions: u64,
     pub crashes: u64,
+    /// Crashes that took the disk along.
+    pub lost_disks: u64,
     pub effects: u64,
     pub longest_stall_ms: u64,
     pub longest_stall_before_ms: u64,
@@ -420,6 +422,7 @@ impl World {
             merges: watch.manifests.values().filter(|(_, merge)| merge.version > merge.base_version).count() as u64,
             contributions: watch.manifests.values().map(|(_, merge)| merge.accepted().count() as u64).sum(),
             crashes: orchestrator.crashes,
+            lost_disks: orchestrator.lost_disks,
             effects: orchestrator.effects,
             longest_stall_ms: watch.longest_stall_ms,
             longest_stall_before_ms: watch.longest_stall_before_ms,

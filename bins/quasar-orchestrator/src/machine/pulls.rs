@@ -68,6 +68,13 @@ impl OfferStage {
 }
 
 impl OpenPull {
+    /// Drops offers whose commitments are not in the log yet.
+    pub(super) fn remove_committed(&mut self) {
+        let committed: Vec<Slot> =
+            self.offers.iter().filter(|(_, offer)| offer.stage == OfferStage::Committed).map(|(slot, _)| *slot).collect();
+        committed.iter().for_each(|slot| self.remove(slot));
+    }
+
     pub(super) fn new(fragment: u16, version: u64, now_ms: u64, deadline_ms: u64) -> Self {
         Self {
             fragment,
@@ -445,6 +452,10 @@ impl Orchestrator {
     pub(super) fn on_merged(&mut self, manifest: MergeManifest, id: Digest, keyframe_length: u64) {
         let now_ms = self.volatile.now_ms;
         let Some(pull) = self.pulls.remove(&manifest.t) else { return };
+        // Of a step that a predecessor decided, what it had logged may be lost with its disk; commitments come before their merge.
+        for one in manifest.accepted().filter(|one| !pull.offers.contains_key(&(one.hotkey, one.slot))) {
+            self.log.add(LogKind::Commitment, one.commitment);
+        }
         self.log.add(LogKind::Merge, id);
         self.timing.add_sync(now_ms.saturating_sub(pull.closed_ms));
         let fragment = &mut self.fragments[usize::from(manifest.fragment)];

@@ -122,6 +122,8 @@ impl Orchestrator {
             let version = self.fragments[usize::from(fragment)].version;
             let pull = self.pulls.entry(t).or_insert_with(|| OpenPull::new(fragment, version, now_ms, 0));
             pull.closed_ms = now_ms;
+            // What is not logged by the snapshot is logged with the merge.
+            pull.remove_committed();
             match step {
                 StepFact::Taped(tape) => pull.stage = PullStage::Merging(tape),
                 StepFact::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),

@@ -5,6 +5,7 @@ mod effects;
 mod grants;
 mod merge;
 mod polls;
+mod takeover;
 mod writes;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -13,7 +14,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use daemon::Machine;
 use protocol::Digest;
-use protocol::documents::{Action, Order};
+use protocol::documents::{Action, Order, WRITER_LEASE_MS};
 use quasar_orchestrator::machine::{Effect, Input, Orchestrator, Slot};
 
 use super::executor::{Life, WORLD};
@@ -48,7 +49,10 @@ pub struct Node {
     waiting: VecDeque<Effect>,
     in_flight: usize,
     tick_ms: Option<u64>,
+    /// The next process finds nothing on the disk.
+    has_lost_disk: bool,
     pub crashes: u64,
+    pub lost_disks: u64,
     pub effects: u64,
     /// The boundary at which to crash: after so many effects have ended, counted over all lives.
     pub crash_after: Option<u64>,
@@ -81,6 +85,10 @@ fn decode(bytes: &[u8]) -> Orchestrator {
 }
 
 impl Node {
+    pub fn is_running(&self) -> bool {
+        self.machine.is_some()
+    }
+
     pub fn machine(&self) -> Option<&Orchestrator> {
         self.machine.as_ref()
     }
@@ -98,6 +106,12 @@ impl World {
         let orders_taken;
         {
             let mut node = self.orchestrator.borrow_mut();
+            if std::mem::take(&mut node.has_lost_disk) {
+                let now_ms = node.last_ms.max(self.clock_ms(NODE));
+                let (sequence, machine) = self.from_the_bucket(life, now_ms);
+                node.disk = Disk { snapshot: Some((now_ms, encode(&machine))), entries: Vec::new(), sequence };
+                self.watch.borrow_mut().disk_lost();
+            }
             let mut machine = match &node.disk.snapshot {
                 Some((_, bytes)) => decode(bytes),
                 None => Orchestrator::new(self.setup.clone()),
@@ -251,6 +265,16 @@ impl World {
         }
         let mut node = self.orchestrator.borrow_mut();
         self.begin_effects(&mut node, life);
+    }
+
+    /// Kills the orchestrator and takes its disk away. The next one waits until nobody can have the writer lease.
+    pub fn crash_and_lose_disk(&self, down_ms: u64) {
+        {
+            let mut node = self.orchestrator.borrow_mut();
+            node.has_lost_disk = true;
+            node.lost_disks += 1;
+        }
+        self.crash_and_restart(0, WRITER_LEASE_MS + down_ms);
     }
 
     /// Kills the orchestrator and starts it again later.
