@@ -108,7 +108,7 @@ impl World {
             let mut node = self.orchestrator.borrow_mut();
             if std::mem::take(&mut node.has_lost_disk) {
                 let now_ms = node.last_ms.max(self.clock_ms(NODE));
-                let (sequence, machine) = self.from_the_bucket(life, now_ms);
+                let (sequence, machine) = self.recover_from_bucket(life, now_ms);
                 node.disk = Disk { snapshot: Some((now_ms, encode(&machine))), entries: Vec::new(), sequence };
                 self.watch.borrow_mut().disk_lost();
             }

@@ -13,7 +13,7 @@ use super::super::world::World;
 
 impl World {
     /// The machine of a writer that begins with an empty disk, and the sequence number that its documents have to be above.
-    pub(super) fn from_the_bucket(&self, life: Life, now_ms: u64) -> (u64, Orchestrator) {
+    pub(super) fn recover_from_bucket(&self, life: Life, now_ms: u64) -> (u64, Orchestrator) {
         let snapshot = self.peek(&self.run.snapshot());
         let (taken_ms, mut machine) = match snapshot {
             Some(bytes) => Orchestrator::from_snapshot(&bytes).expect("our own snapshot"),
