@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use chain::Hotkey;
 use daemon::health::{self, Health};
+use daemon::seen::Memory;
 use daemon::sequence::Sequence;
 use daemon::settings::{CommonArgs, MinerArgs, Role};
-use daemon::{Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
+use daemon::{Exit, Failure, Journal, JournalError, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
 use protocol::AccountId;
 use protocol::envelope::RunId;
 use storage::client::{GrantClient, PublicReader};
@@ -191,10 +192,14 @@ impl Miner {
     /// The current run; `None` if a stop comes first.
     async fn discover(&self, genesis: [u8; 32]) -> Result<Option<RunReader>, Failure> {
         let component = self.health.component("run");
+        let memory = Memory::new(&genesis, self.netuid, &self.owner);
+        let journal = |error: JournalError| Failure::new(error.exit(), error);
         let mut waiting = Waiting::default();
         loop {
-            match RunReader::discover(self.public.clone(), genesis, self.netuid, self.owner, self.pin, clock::now_ms()).await {
+            let seen = memory.recall(&self.journal).map_err(journal)?;
+            match RunReader::discover(self.public.clone(), genesis, self.netuid, self.owner, self.pin, seen, clock::now_ms()).await {
                 Ok(reader) => {
+                    memory.keep(&self.journal, reader.seen()).map_err(journal)?;
                     let manifest = &reader.facts().manifest;
                     tracing::info!(run = %manifest.run, name = manifest.name, "run found");
                     component.ready();

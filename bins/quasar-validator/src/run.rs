@@ -7,8 +7,9 @@ use std::time::Duration;
 use chain::{ChainLink, Hotkey};
 use daemon::driver::{DriverOptions, Recovered};
 use daemon::health::{self, Health};
+use daemon::seen::Memory;
 use daemon::settings::{CommonArgs, Role, ValidatorArgs, ValidatorSettings};
-use daemon::{Driver, Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
+use daemon::{Driver, Exit, Failure, Journal, JournalError, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
 use model::{QuasarEvaluator, QuasarTrainer, TrainError};
 use protocol::envelope::RunId;
 use protocol::{AccountId, FragmentPlan, Reason};
@@ -167,10 +168,14 @@ impl Validator {
     /// The current run; `None` if a stop comes first.
     async fn discover(&self, genesis: [u8; 32]) -> Result<Option<RunReader>, Failure> {
         let component = self.health.component("run");
+        let memory = Memory::new(&genesis, self.netuid, &self.owner);
+        let journal = |error: JournalError| Failure::new(error.exit(), error);
         let mut waiting = Waiting::default();
         loop {
-            match RunReader::discover(self.public.clone(), genesis, self.netuid, self.owner, self.pin, clock::now_ms()).await {
+            let seen = memory.recall(&self.journal).map_err(journal)?;
+            match RunReader::discover(self.public.clone(), genesis, self.netuid, self.owner, self.pin, seen, clock::now_ms()).await {
                 Ok(reader) => {
+                    memory.keep(&self.journal, reader.seen()).map_err(journal)?;
                     component.ready();
                     return Ok(Some(reader));
                 }

@@ -15,6 +15,7 @@ pub mod journal;
 pub mod machine;
 pub mod network;
 pub mod retry;
+pub mod seen;
 pub mod sequence;
 pub mod settings;
 pub mod shutdown;

@@ -421,7 +421,7 @@ fn open_inner<D: Document>(bytes: &[u8], context: &Context, expect: Expect<'_>, 
 
 /// Highest sequence seen for each mutable key, and the document that had it; a reader persists it and refuses anything older,
 /// and anything else with the same sequence.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SequenceGuard {
     seen: std::collections::BTreeMap<String, (u64, Digest)>,
 }
@@ -441,6 +441,16 @@ impl SequenceGuard {
         (*seen, *document) = (header.sequence, *id);
         Ok(())
     }
+}
+
+/// What a client has seen of a subnet's bucket, for it to keep over a restart: of the documents that do not expire, or soon
+/// enough, nobody can show it older ones then.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// Newest version of the run root.
+    pub root: u32,
+    /// Of the pointer to the current run.
+    pub guard: SequenceGuard,
 }
 
 #[cfg(test)]

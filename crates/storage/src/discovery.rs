@@ -8,7 +8,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 use protocol::documents::{CatalogPage, CatalogRef, Codec, CurrentRun, Equivocation, Head, RunManifest, RunRoot};
-use protocol::envelope::{Context, Document, EnvelopeError, Expect, PROTOCOL_VERSION, RunId, SequenceGuard, Verified, open, open_stored};
+use protocol::envelope::{
+    Context, Document, EnvelopeError, Expect, PROTOCOL_VERSION, RunId, Seen, SequenceGuard, Verified, open, open_stored,
+};
 use protocol::paths::{Keys, RunKeys};
 use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest};
 
@@ -36,6 +38,10 @@ pub enum DiscoveryError {
         "the run's codecs are {up:?} up and {down:?} down, the programs of this build speak bf16 and int4\nhint: install a release of this software that speaks the run's codecs"
     )]
     Codecs { up: Codec, down: Codec },
+    #[error(
+        "the newest run root in the bucket is version {found}, and version {seen} was seen before\nhint: the bucket was set back, or somebody hides what the owner signed; ask the owner of the run"
+    )]
+    RootHidden { found: u32, seen: u32 },
     #[error("{key}: {error}")]
     Envelope { key: String, error: EnvelopeError },
     #[error("{key} is missing\nhint: the run is incomplete in the bucket; its operator has to publish it again")]
@@ -140,28 +146,33 @@ pub struct RunReader {
     guard: SequenceGuard,
     /// What was last accepted at each polled key: one half of a proof, should the other half ever come.
     last: BTreeMap<String, Bytes>,
+    seen: Seen,
 }
 
 impl RunReader {
-    /// Finds the run that is current in the bucket behind `public`.
+    /// Finds the run that is current in the bucket behind `public`, which may show nothing older than what was `seen` there.
     pub async fn discover(
         public: PublicReader,
         genesis: [u8; 32],
         netuid: u16,
         owner: AccountId,
         pin: Option<RunId>,
+        seen: Seen,
         now_ms: u64,
     ) -> Result<Self, DiscoveryError> {
         let keys = Keys::new(netuid);
         let outside = Context { genesis, netuid, run: RunId::NONE };
         let (roots, newest, orchestrators) = walk_roots(&public, &keys, &outside, owner).await?;
+        if roots < seen.root {
+            return Err(DiscoveryError::RootHidden { found: roots, seen: seen.root });
+        }
         let Some((root, root_digest)) = newest else { return Err(DiscoveryError::NoRun) };
         let orchestrator = root.orchestrator;
 
         let key = keys.current();
         let bytes = read(&public, &key, CurrentRun::PURPOSE.limit()).await?.ok_or(DiscoveryError::NoRun)?;
         let current = checked::<CurrentRun>(&key, open(&bytes, &outside, Expect::Key(&orchestrator), now_ms))?;
-        let mut guard = SequenceGuard::default();
+        let mut guard = seen.guard;
         guard.accept(&key, &current.header, &current.id).map_err(|error| DiscoveryError::Envelope { key: key.clone(), error })?;
         let current = current.document;
         if current.root_version != roots || current.root_digest != root_digest {
@@ -204,7 +215,13 @@ impl RunReader {
             shards.extend(&public, &run, &context, expect, newest).await?;
         }
         let facts = RunFacts { root, manifest, plan, shards, context, keys, run, orchestrator, orchestrators };
-        Ok(Self { public, facts: Arc::new(facts), etags: BTreeMap::new(), guard, last: BTreeMap::new() })
+        let seen = Seen { root: roots, guard: guard.clone() };
+        Ok(Self { public, facts: Arc::new(facts), etags: BTreeMap::new(), guard, last: BTreeMap::new(), seen })
+    }
+
+    /// What the next discovery has to know.
+    pub fn seen(&self) -> &Seen {
+        &self.seen
     }
 
     pub fn facts(&self) -> &Arc<RunFacts> {

@@ -8,7 +8,7 @@ use protocol::documents::{
     AuditParameters, Bounds, CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, Head, InnerOptimizer, LrSchedule, ReleaseRef,
     RunManifest, RunParameters, RunRoot, RunState,
 };
-use protocol::envelope::{Context, Document, EnvelopeError, RunId, sign};
+use protocol::envelope::{Context, Document, EnvelopeError, RunId, Seen, sign};
 use protocol::log::{Frontier, LogRef};
 use protocol::paths::Keys;
 use protocol::{DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, ShardManifest, Signer, Slice};
@@ -119,7 +119,7 @@ impl Bucket {
 
     async fn discover(&self, now_ms: u64) -> Result<RunReader, DiscoveryError> {
         let public = PublicReader::new(&self.server.endpoint(), "quasar").unwrap();
-        RunReader::discover(public, GENESIS, NETUID, key(1).key().account(), None, now_ms).await
+        RunReader::discover(public, GENESIS, NETUID, key(1).key().account(), None, Seen::default(), now_ms).await
     }
 
     /// The owner names another online key.
@@ -260,6 +260,38 @@ async fn an_older_head_that_is_put_back_is_refused() {
     assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 5);
     bucket.publish(&at, &bucket.context, &head(4), &key(2), 15).await;
     assert_eq!(of_envelope(reader.head(NOW_MS).await.unwrap_err()), EnvelopeError::Replayed { got: 15, seen: 20 });
+}
+
+#[tokio::test]
+async fn a_restarted_client_is_shown_no_older_root_and_no_older_pointer() {
+    let bucket = Bucket::new().await;
+    let old_root = bucket.store.get(&bucket.keys.root(1), 1 << 20).await.unwrap().bytes;
+    let old_current = bucket.store.get(&bucket.keys.current(), 1 << 20).await.unwrap().bytes;
+    // The owner names another key, and a client sees it.
+    let root_digest = bucket.rotate(&key(5), &key(1)).await;
+    let manifest = bucket.store.get(&bucket.keys.run(bucket.context.run).manifest(), 1 << 20).await.unwrap().bytes;
+    let current = CurrentRun { root_version: 2, root_digest, run: bucket.context.run, manifest_digest: Digest::blake3(&manifest) };
+    bucket.publish(&bucket.keys.current(), &bucket.outside, &current, &key(5), 31).await;
+    let new_current = bucket.store.get(&bucket.keys.current(), 1 << 20).await.unwrap().bytes;
+    let seen = bucket.discover(NOW_MS).await.unwrap().seen().clone();
+    assert_eq!(seen.root, 2);
+    let again = async |seen: &Seen| {
+        let public = PublicReader::new(&bucket.server.endpoint(), "quasar").unwrap();
+        RunReader::discover(public, GENESIS, NETUID, key(1).key().account(), None, seen.clone(), NOW_MS).await
+    };
+    assert!(again(&seen).await.is_ok());
+    // Whoever holds the old key hides the second root and shows what he signed before.
+    bucket.store.delete(&bucket.keys.root(2)).await.unwrap();
+    bucket.put(&bucket.keys.root(1), &old_root).await;
+    bucket.put(&bucket.keys.current(), &old_current).await;
+    assert!(again(&Seen::default()).await.is_ok(), "a client that comes for the first time cannot know");
+    assert!(matches!(again(&seen).await, Err(DiscoveryError::RootHidden { found: 1, seen: 2 })));
+    // Or the bucket shows an older pointer of the same key.
+    bucket.rotate(&key(5), &key(1)).await;
+    bucket.publish(&bucket.keys.current(), &bucket.outside, &current, &key(5), 40).await;
+    let seen = again(&seen).await.unwrap().seen().clone();
+    bucket.put(&bucket.keys.current(), &new_current).await;
+    assert!(matches!(again(&seen).await, Err(DiscoveryError::Envelope { error: EnvelopeError::Replayed { got: 31, seen: 40 }, .. })));
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use fragments::keyframe::{self, KeyframeId};
 use model::{ToyTrainer, TrainError};
 use protocol::audits::select;
 use protocol::documents::*;
-use protocol::envelope::{Context, Document, Expect, RunId, header_for, open_stored, sign, sign_with_header};
+use protocol::envelope::{Context, Document, Expect, RunId, Seen, header_for, open_stored, sign, sign_with_header};
 use protocol::paths::{Keys, RunKeys, public_prefix};
 use protocol::{AccountId, Digest, Ed25519Signer, FileRecord, GrantBundle, GrantRequest, KeyKind, Reason, Signer};
 use storage::client::{GrantClient, PublicReader};
@@ -359,7 +359,7 @@ impl Published {
 
     async fn reader(&self) -> RunReader {
         let owner = self.owner.key().account();
-        RunReader::discover(self.public.clone(), self.chain.genesis(), NETUID, owner, None, clock::now_ms()).await.unwrap()
+        RunReader::discover(self.public.clone(), self.chain.genesis(), NETUID, owner, None, Seen::default(), clock::now_ms()).await.unwrap()
     }
 
     /// One life of the validator, until `is_done` or for so long.
