@@ -12,7 +12,7 @@ use daemon::{Exit, Failure, Journal, Machine, clock};
 use protocol::Digest;
 use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, MergeManifest, Tape, WriterLease};
 use protocol::envelope::{Document, Purpose};
-use protocol::log::LogHead;
+use protocol::log::{LOG_ENTRIES_MAX, LogHead};
 use storage::StoreError;
 
 use crate::effects::Service;
@@ -154,6 +154,20 @@ async fn gather(service: &Service, machine: &Orchestrator, head: Head) -> Result
         log.push(entry);
     }
     log.reverse();
+    // Log heads that were written before the run's head could name them.
+    let mut size = head.log.size.max(machine.log_size());
+    'published: loop {
+        for next in size + 1..=size + LOG_ENTRIES_MAX as u64 {
+            if let Some((entry, _)) = document::<LogHead>(service, &service.run.log(next)).await?
+                && entry.previous == size
+            {
+                log.push(entry);
+                size = next;
+                continue 'published;
+            }
+        }
+        break;
+    }
     Ok(BucketFacts { epoch: head.epoch, head, steps, pages, leases, log })
 }
 

@@ -5,7 +5,7 @@ use daemon::driver::DriverOptions;
 use protocol::Digest;
 use protocol::documents::{CatalogPage, Head, Job, MergeManifest, Tape};
 use protocol::envelope::{Document, Expect, Verified};
-use protocol::log::LogHead;
+use protocol::log::{LOG_ENTRIES_MAX, LogHead};
 use quasar_orchestrator::machine::{BucketFacts, Input, Orchestrator, StepFact, StoredPage};
 
 use super::super::executor::Life;
@@ -77,6 +77,15 @@ impl World {
             log.push(entry.document);
         }
         log.reverse();
+        let mut size = head.log.size.max(machine.log_size());
+        let follows = |size: u64| {
+            let mut next = (size + 1..=size + LOG_ENTRIES_MAX as u64).filter_map(|next| self.document::<LogHead>(&self.run.log(next)));
+            next.find(|entry| entry.document.previous == size)
+        };
+        while let Some(entry) = follows(size) {
+            size = entry.document.frontier.size();
+            log.push(entry.document);
+        }
         BucketFacts { epoch, head, steps, pages, leases, log }
     }
 
