@@ -128,14 +128,20 @@ impl Health {
 
     /// Why the process is not ready; empty if it is.
     pub fn unready(&self) -> Vec<String> {
+        self.look().1
+    }
+
+    /// Whether the process is dead, and why it is not ready, as seen at one moment.
+    pub fn look(&self) -> (bool, Vec<String>) {
         let mut reasons = self.dead();
+        let is_dead = !reasons.is_empty();
         let parts = self.parts();
         reasons.extend(parts.conditions.iter().filter_map(|(name, condition)| Some(format!("{name}: {}", condition.reason.as_ref()?))));
         let probed = parts.probes.iter().filter_map(|(name, probe)| Some(format!("{name}: {}", probe()?)));
         // What is dead is named already.
         let probed: Vec<String> = probed.filter(|reason| !reasons.contains(reason)).collect();
         reasons.extend(probed);
-        reasons
+        (is_dead, reasons)
     }
 }
 

@@ -66,9 +66,10 @@ impl Supervisor {
 
 /// The message: how it is doing, and a sign of life unless something is dead.
 fn state(health: &Health, has_watchdog: bool) -> String {
-    let reasons = health.unready();
+    // Seen once: what ends the signs of life is in the reasons.
+    let (is_dead, reasons) = health.look();
     let status = if reasons.is_empty() { "ready".to_owned() } else { reasons.join("; ").replace('\n', "; ") };
-    let sign = if has_watchdog && health.dead().is_empty() { "\nWATCHDOG=1" } else { "" };
+    let sign = if has_watchdog && !is_dead { "\nWATCHDOG=1" } else { "" };
     format!("STATUS={status}{sign}")
 }
 

@@ -491,7 +491,7 @@ async fn objects_that_contradict_each_other_are_refused_and_left_alone() {
 async fn a_page_holds_published_training_shards_of_the_run_and_a_successor_finds_it() {
     let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
     let (service, journal) = bucket.orchestrator(&folder.path().join("a")).await;
-    let (keys, outside) = (Keys::new(NETUID), Context { run: RunId::NONE, ..bucket.context });
+    let (keys, outside) = (Keys::new(NETUID), bucket.context.without_run());
     let shard = |id: &str| ShardManifest {
         id: id.into(),
         rows: 7,

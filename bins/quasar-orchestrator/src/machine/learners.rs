@@ -20,7 +20,7 @@ const RECEIPTS_AWAITED: usize = 2;
 /// A lease that nobody finishes ends after so many times the time it should take.
 const LEASE_DEADLINE_FACTOR: u64 = 20;
 /// A learner that left so many pulls in a row without an answer is not waited for; it is pulled and merged all the same.
-pub(super) const MISSES_MAX: u8 = 3;
+const MISSES_MAX: u8 = 3;
 
 /// What the orchestrator knows about a slot that has spoken.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -100,9 +100,14 @@ impl Learner {
         self.is_training() && self.local_step > 0
     }
 
+    /// Whether it has not left pull after pull without an answer.
+    pub fn answers_mostly(&self) -> bool {
+        self.misses < MISSES_MAX
+    }
+
     /// Whether a pull waits for its answer.
     pub fn is_eligible(&self) -> bool {
-        self.can_answer() && self.misses < MISSES_MAX
+        self.can_answer() && self.answers_mostly()
     }
 }
 

@@ -8,8 +8,8 @@ use protocol::schedule::{self, Work};
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
-use super::learners::{LeasedSteps, MISSES_MAX};
-use super::{Effect, Fragment, Key, Orchestrator, Slot, Want};
+use super::learners::LeasedSteps;
+use super::{Effect, Fragment, Key, Learner, Orchestrator, Slot, Want};
 
 /// A learner's step is believed to take at least this share of the average, as one part in so many.
 const STEP_MS_SHARE_MIN: u64 = 4;
@@ -327,9 +327,10 @@ impl Orchestrator {
             }
             // Whoever commits and uploads nothing, again and again, is waited for no longer.
             let uploads = pull.pending > 0
-                && pull.offers.iter().any(|(slot, offer)| {
-                    offer.stage.is_pending() && self.learners.get(slot).is_none_or(|learner| learner.misses < MISSES_MAX)
-                });
+                && pull
+                    .offers
+                    .iter()
+                    .any(|(slot, offer)| offer.stage.is_pending() && self.learners.get(slot).is_none_or(Learner::answers_mostly));
             let complete = accepted >= training.max(1) && !uploads;
             let grace_over = pull.quorum_ms.is_some_and(|quorum_ms| {
                 let grace = schedule::grace_ms(&self.setup.parameters, step_ms, quorum_ms - pull.opened_ms, self.timing.sync_ms());

@@ -104,14 +104,14 @@ pub async fn give(office: &Office, (action, arguments): (Action, OrderArgs)) -> 
     }
     let end = Instant::now() + Duration::from_secs(arguments.timeout_sec);
     loop {
-        if let Some(status) = status_of(office, &keys).await?
-            // The outcomes of orders long ago are not shown any more.
-            && (status.outcomes.iter().any(|outcome| outcome.number == number)
-                || status.outcomes.iter().all(|outcome| outcome.number > number) && status.orders > number)
-        {
+        if let Some(status) = status_of(office, &keys).await? {
             let outcome = status.outcomes.iter().find(|outcome| outcome.number == number);
-            print(&arguments, number, outcome.map(|outcome| (outcome.done, outcome.text.as_str())));
-            return Ok(if outcome.is_none_or(|outcome| outcome.done) { Exit::Done } else { Exit::Configuration });
+            // The outcomes of orders long ago are not shown any more.
+            let is_forgotten = status.orders > number && status.outcomes.iter().all(|outcome| outcome.number > number);
+            if outcome.is_some() || is_forgotten {
+                print(&arguments, number, outcome.map(|outcome| (outcome.done, outcome.text.as_str())));
+                return Ok(if outcome.is_none_or(|outcome| outcome.done) { Exit::Done } else { Exit::Configuration });
+            }
         }
         if Instant::now() >= end {
             return Err(Failure::try_later(anyhow::anyhow!("order {number} is written, and no orchestrator has taken it yet"))

@@ -67,7 +67,7 @@ impl Supervised {
     fn falls_silent(&self, reason: &str) {
         let first = self.hear_until("the signs of life end", |message| !is_sign(message));
         for message in std::iter::once(first).chain((0..MESSAGES).map(|_| self.hear())) {
-            assert!(!is_sign(&message) && message.contains("chain: ") && message.contains(reason), "{message}");
+            assert!(!is_sign(&message) && message.contains("STATUS=chain: ") && message.contains(reason), "{message}");
         }
     }
 
