@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use chain::memory::{MemoryChain, MemorySettings};
 use chain::{Chain, Hotkey, Hyperparameters, Neuron};
-use protocol::documents::{Action, CatalogRef, CurrentRun, Head, Order, ReleaseRef};
-use protocol::envelope::{self, Context, Expect, RunId, SKEW_MS, Verified};
+use protocol::documents::{Action, CatalogRef, CurrentRun, FragmentManifest, Head, Order, ReleaseRef};
+use protocol::envelope::{self, Context, Document, Expect, RunId, SKEW_MS, Verified};
 use protocol::paths::{self, Keys, RunKeys};
-use protocol::{AccountId, Digest, KeyKind};
+use protocol::{AccountId, Digest, FileRecord, KeyKind};
 use quasar_orchestrator::machine::{FragmentSetup, RunSetup, ShardRows, Slot};
 use storage::Object;
 use storage::memory::{MemoryGrants, MemoryStore};
@@ -276,10 +276,21 @@ impl World {
             self.plant(&self.keys.shard_tokens(shard), Bytes::from_static(b"tokens"));
         }
         for fragment in 0..self.plan.parameters.fragments {
-            let state = tensors::first_state(fragment);
+            let (state, key) = (tensors::first_state(fragment), self.run.keyframe(fragment, 0));
+            let bytes = tensors::keyframe_bytes(fragment, 0, &state);
+            let keyframe = FileRecord::of_bytes(key.clone(), &bytes);
+            let state_digest = Digest::blake3(&state.0);
+            let manifest = FragmentManifest { fragment, version: 0, t: u64::MAX, keyframe, delta: None, state: state_digest };
             self.plant(&self.run.state(fragment, 0), tensors::state_bytes(&state));
-            self.plant(&self.run.keyframe(fragment, 0), tensors::keyframe_bytes(fragment, 0, &state));
+            self.plant(&key, bytes);
+            self.plant_signed(&self.run.fragment_manifest(fragment, 0), &manifest);
         }
+    }
+
+    /// Puts in a document that the operator signs.
+    fn plant_signed<D: Document>(&self, key: &str, document: &D) {
+        let now_ms = EPOCH_MS + self.executor.now_ms();
+        self.plant(key, Bytes::from(envelope::sign(document, &self.context, &*self.office.signer, now_ms, now_ms)));
     }
 
     pub fn me(&self) -> Rc<Self> {
@@ -352,10 +363,7 @@ impl World {
         for (number, (at_ms, action)) in (1..).zip(self.plan.orders.clone()) {
             let world = self.me();
             self.executor.after(at_ms, WORLD, move || {
-                let order = Order { number, action, reason: "as planned".into() };
-                let now_ms = EPOCH_MS + world.executor.now_ms();
-                let bytes = envelope::sign(&order, &world.context, &*world.office.signer, now_ms, now_ms);
-                world.plant(&world.run.order(number), Bytes::from(bytes));
+                world.plant_signed(&world.run.order(number), &Order { number, action, reason: "as planned".into() });
             });
         }
         let world = self.me();

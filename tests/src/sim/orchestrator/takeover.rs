@@ -1,15 +1,25 @@
-//! Going on without the disk: the snapshot in the bucket, and what lies write-once beyond it.
+//! Going on without the disk: the snapshot in the bucket, and what lies write-once beyond it, read as a real successor reads it.
 
-use daemon::Machine;
-use daemon::driver::DriverOptions;
-use protocol::Digest;
-use protocol::documents::{CatalogPage, Head, Job, MergeManifest, Tape};
-use protocol::envelope::{Document, Expect, Verified};
-use protocol::log::{LOG_ENTRIES_MAX, LogHead};
-use quasar_orchestrator::machine::{BucketFacts, Input, Orchestrator, StepFact, StoredPage};
+use bytes::Bytes;
+use daemon::{Failure, Machine};
+use futures::FutureExt;
+use protocol::documents::Head;
+use protocol::envelope::{Document, EnvelopeError, Expect, Verified};
+use quasar_orchestrator::machine::{Input, Orchestrator};
+use quasar_orchestrator::takeover::{Bucket, gather};
 
 use super::super::executor::Life;
 use super::super::world::World;
+
+impl Bucket for World {
+    async fn read(&self, key: &str, _limit: u64) -> Result<Option<Bytes>, Failure> {
+        Ok(self.peek(key))
+    }
+
+    fn open<D: Document>(&self, bytes: &[u8]) -> Result<Verified<D>, EnvelopeError> {
+        self.plan.scheme.open(bytes, &self.context, Expect::Account(&self.office.account), None)
+    }
+}
 
 impl World {
     /// The machine of a writer that begins with an empty disk, and the sequence number that its documents have to be above.
@@ -20,79 +30,13 @@ impl World {
             None => (0, Orchestrator::new(self.setup.clone())),
         };
         // A run is created with a head; here the first writer writes it.
-        let Some(head) = self.document::<Head>(self.head_key()) else { return (0, machine) };
-        let facts = self.gather(&machine, head.document, life);
+        let Some(bytes) = self.peek(self.head_key()) else { return (0, machine) };
+        let found = self.open::<Head>(&bytes).expect("our own head");
+        let head = Head { epoch: life, ..found.document };
+        let gathered = gather(self, &self.run, self.plan.parameters.overlap, &machine, head).now_or_never();
+        let facts = gathered.expect("the bucket answers at once").expect("the bucket holds together");
         machine.handle(now_ms.max(taken_ms), Input::Recovered { facts: Box::new(facts) });
         while machine.poll_effect().is_some() {}
-        (head.header.sequence, machine)
-    }
-
-    fn document<D: Document>(&self, key: &str) -> Option<Verified<D>> {
-        let bytes = self.peek(key)?;
-        self.plan.scheme.open::<D>(&bytes, &self.context, Expect::Account(&self.office.account), None).ok()
-    }
-
-    fn gather(&self, machine: &Orchestrator, head: Head, epoch: Life) -> BucketFacts {
-        let mut steps = Vec::new();
-        let reach = u64::from(self.plan.parameters.overlap) + 2;
-        let (mut t, mut absent) = (machine.closed_below(), 0);
-        while t < head.outer_step || absent < reach {
-            match self.document::<Tape>(&self.run.tape(t)) {
-                None => absent += u64::from(t >= head.outer_step),
-                Some(tape) => {
-                    absent = 0;
-                    if !machine.is_closed(t) {
-                        steps.push(self.step(tape.document));
-                    }
-                }
-            }
-            t += 1;
-        }
-        let mut pages: Vec<StoredPage> = Vec::new();
-        loop {
-            let newest = pages.last().map_or(machine.newest_page(), |page| page.reference);
-            let Some(bytes) = self.peek(&self.run.catalog(newest.page + 1)) else { break };
-            let Some(page) = self.document::<CatalogPage>(&self.run.catalog(newest.page + 1)) else { break };
-            pages.push(StoredPage::new(Digest::blake3(&bytes), &page.document));
-        }
-        let mut leases = Vec::new();
-        for first in machine.unknown_leases_from(epoch) {
-            let (mut id, mut absent) = (first, 0);
-            while absent < DriverOptions::default().in_flight_max {
-                match self.document::<Job>(&self.run.lease(id)) {
-                    Some(job) => {
-                        leases.push(job.document);
-                        absent = 0;
-                    }
-                    None => absent += 1,
-                }
-                id += 1;
-            }
-        }
-        let mut log = Vec::new();
-        let mut size = head.log.size;
-        while size > machine.log_size() {
-            let Some(entry) = self.document::<LogHead>(&self.run.log(size)) else { break };
-            size = entry.document.previous;
-            log.push(entry.document);
-        }
-        log.reverse();
-        let mut size = head.log.size.max(machine.log_size());
-        let follows = |size: u64| {
-            let mut next = (size + 1..=size + LOG_ENTRIES_MAX as u64).filter_map(|next| self.document::<LogHead>(&self.run.log(next)));
-            next.find(|entry| entry.document.previous == size)
-        };
-        while let Some(entry) = follows(size) {
-            size = entry.document.frontier.size();
-            log.push(entry.document);
-        }
-        BucketFacts { epoch, head, steps, pages, leases, log }
-    }
-
-    fn step(&self, tape: Tape) -> StepFact {
-        let Some(merge) = self.document::<MergeManifest>(&self.run.merge(tape.t)) else { return StepFact::Taped(tape) };
-        let (manifest, id) = (Box::new(merge.document), merge.id);
-        let keyframe = self.peek(&self.run.keyframe(manifest.fragment, manifest.version));
-        StepFact::Merged { manifest, id, keyframe_length: keyframe.map_or(0, |bytes| bytes.len() as u64) }
+        (found.header.sequence, machine)
     }
 }

@@ -1,0 +1,136 @@
+//! What a successor without the journal reads: everything that lies write-once in the bucket beyond the snapshot it begins with.
+
+use bytes::Bytes;
+use daemon::Failure;
+use daemon::driver::DriverOptions;
+use protocol::Digest;
+use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, MergeManifest, Tape};
+use protocol::envelope::{Document, EnvelopeError, Verified};
+use protocol::log::{LOG_ENTRIES_MAX, LogHead};
+use protocol::paths::RunKeys;
+
+use crate::machine::{BucketFacts, Orchestrator, StepFact, StoredPage};
+
+/// The bucket as a successor reads it.
+pub trait Bucket {
+    /// The object at `key`, of at most `limit` bytes; `None` if there is none.
+    fn read(&self, key: &str, limit: u64) -> impl Future<Output = Result<Option<Bytes>, Failure>>;
+
+    /// Opens a document that an orchestrator of the run has signed.
+    ///
+    /// # Errors
+    /// It is not what its key says.
+    fn open<D: Document>(&self, bytes: &[u8]) -> Result<Verified<D>, EnvelopeError>;
+}
+
+/// What the bucket holds beyond `machine`. `head` is the one that the successor has claimed, with its epoch.
+///
+/// # Errors
+/// The bucket does not answer, or what lies in it does not belong together.
+pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: &Orchestrator, head: Head) -> Result<BucketFacts, Failure> {
+    let mut steps = Vec::new();
+    let reach = u64::from(overlap) + 2;
+    let (mut t, mut absent) = (machine.closed_below(), 0);
+    // The steps that the head knows, and those that were taped before the head could say so.
+    while t < head.outer_step || absent < reach {
+        match document::<Tape>(bucket, &keys.tape(t)).await? {
+            None => absent += u64::from(t >= head.outer_step),
+            Some((tape, _)) => {
+                absent = 0;
+                if !machine.is_closed(t) {
+                    steps.push(step(bucket, keys, tape).await?);
+                }
+            }
+        }
+        t += 1;
+    }
+    let mut pages: Vec<StoredPage> = Vec::new();
+    loop {
+        let newest = pages.last().map_or(machine.newest_page(), |page| page.reference);
+        let key = keys.catalog(newest.page + 1);
+        let Some((page, file)) = stored::<CatalogPage>(bucket, &key).await? else { break };
+        let page = page.document;
+        if (page.page, page.previous) != (newest.page + 1, newest.digest) {
+            return Err(Failure::configuration(anyhow::anyhow!("{key} does not follow the page before it"))
+                .hint("somebody else wrote to this bucket; nothing was changed"));
+        }
+        pages.push(StoredPage::new(file, &page));
+    }
+    let newest = pages.last().map_or(machine.newest_page(), |page| page.reference);
+    if newest.page < head.catalog.page {
+        return Err(missing(&keys.catalog(newest.page + 1)));
+    }
+    let mut leases = Vec::new();
+    for first in machine.unknown_leases_from(head.epoch) {
+        let (mut id, mut absent) = (first, 0);
+        // Records are written beside each other: where one is missing, the next may be there.
+        while absent < DriverOptions::default().in_flight_max {
+            match document::<Job>(bucket, &keys.lease(id)).await? {
+                Some((job, _)) => {
+                    leases.push(job);
+                    absent = 0;
+                }
+                None => absent += 1,
+            }
+            id += 1;
+        }
+    }
+    let mut log = Vec::new();
+    let mut size = head.log.size;
+    while size > machine.log_size() {
+        let key = keys.log(size);
+        let (entry, _) = document::<LogHead>(bucket, &key).await?.ok_or_else(|| missing(&key))?;
+        size = entry.previous;
+        log.push(entry);
+    }
+    log.reverse();
+    // Log heads that were written before the run's head could name them.
+    let mut size = head.log.size.max(machine.log_size());
+    'published: loop {
+        for next in size + 1..=size + LOG_ENTRIES_MAX as u64 {
+            if let Some((entry, _)) = document::<LogHead>(bucket, &keys.log(next)).await?
+                && entry.previous == size
+            {
+                log.push(entry);
+                size = next;
+                continue 'published;
+            }
+        }
+        break;
+    }
+    Ok(BucketFacts { epoch: head.epoch, head, steps, pages, leases, log })
+}
+
+async fn step(bucket: &impl Bucket, keys: &RunKeys, tape: Tape) -> Result<StepFact, Failure> {
+    let Some((manifest, id)) = document::<MergeManifest>(bucket, &keys.merge(tape.t)).await? else {
+        return Ok(StepFact::Taped(tape));
+    };
+    if (manifest.fragment, manifest.base_version) != (tape.fragment, tape.base_version) {
+        return Err(Failure::configuration(anyhow::anyhow!("the merge manifest of outer step {} contradicts its tape", tape.t))
+            .hint("somebody else wrote to this bucket; nothing was changed"));
+    }
+    let key = keys.fragment_manifest(manifest.fragment, manifest.version);
+    let (fragment, _) = document::<FragmentManifest>(bucket, &key).await?.ok_or_else(|| missing(&key))?;
+    if fragment.keyframe.blake3 != manifest.keyframe || fragment.state != manifest.state {
+        return Err(Failure::configuration(anyhow::anyhow!("{key} contradicts the merge manifest of outer step {}", tape.t))
+            .hint("somebody else wrote to this bucket; nothing was changed"));
+    }
+    Ok(StepFact::Merged { manifest: Box::new(manifest), id, keyframe_length: fragment.keyframe.length })
+}
+
+fn missing(key: &str) -> Failure {
+    Failure::configuration(anyhow::anyhow!("{key} is missing, and later objects build on it"))
+        .hint("restore it from a version of the bucket's object; nothing was changed")
+}
+
+/// A document with the id of its envelope.
+async fn document<D: Document>(bucket: &impl Bucket, key: &str) -> Result<Option<(D, Digest)>, Failure> {
+    Ok(stored::<D>(bucket, key).await?.map(|(verified, _)| (verified.document, verified.id)))
+}
+
+/// A document with the digest of its file.
+async fn stored<D: Document>(bucket: &impl Bucket, key: &str) -> Result<Option<(Verified<D>, Digest)>, Failure> {
+    let Some(bytes) = bucket.read(key, D::PURPOSE.file_limit()).await? else { return Ok(None) };
+    let opened = bucket.open::<D>(&bytes).map_err(|error| Failure::configuration(error).context(key.to_owned()))?;
+    Ok(Some((opened, Digest::blake3(&bytes))))
+}
