@@ -177,9 +177,24 @@ mod avx2 {
     }
 }
 
+/// Decodes blocks that [`check`] accepted; of others it makes some values.
+pub(crate) fn decode(bytes: &[u8], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if level() == Level::Avx512 {
+        let (values, rest_of_values) = out.as_chunks_mut::<BLOCK_ELEMENTS>();
+        // A last block without one element has as many bytes as a whole one.
+        let (blocks, rest) = bytes.split_at(values.len() * BLOCK_BYTES);
+        for (block, values) in blocks.as_chunks::<BLOCK_BYTES>().0.iter().zip(values) {
+            // SAFETY: the processor has what the level says.
+            unsafe { crate::wide::of_int4::decode(block, values) };
+        }
+        return decode_any(rest, rest_of_values);
+    }
+    decode_any(bytes, out);
+}
+
 vectorised! {
-    /// Decodes blocks that [`check`] accepted; of others it makes some values.
-    pub(crate) fn decode(bytes: &[u8], out: &mut [f32]) {
+    fn decode_any(bytes: &[u8], out: &mut [f32]) {
         for (bytes, out) in bytes.chunks(BLOCK_BYTES).zip(out.chunks_mut(BLOCK_ELEMENTS)) {
             let (scale, codes) = bytes.split_at(SCALE_BYTES);
             let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);

@@ -14,8 +14,9 @@
 //! few times from front to back in small pieces, and holds none of them: memory is the result, and per thread a tile of each
 //! payload and a sketch of each. Sparse payloads stay sparse.
 //!
-//! Sums are in f64, over places that the plan and the codec fix ([`crate::codec`]), in the order of the inputs; threads share
-//! out whole tasks whose results are added in order, so their number has no influence on the result.
+//! Sums go over places that the plan and the codec fix ([`crate::codec`]), in the order of the inputs; threads share out whole tasks
+//! whose results are added in order, so their number has no influence on the result. A contribution shorter than 2^-100 in a unit
+//! counts as zero there.
 
 mod engine;
 mod sketch;
@@ -26,7 +27,8 @@ use protocol::{MergeRule, Reason, Slice};
 
 use crate::codec::{CodecError, Encoding, HEADER_BYTES, Layout, PayloadHeader, Source};
 use crate::gates::{self, NormVerdict};
-use engine::{Engine, Voice};
+use crate::memory::zeros;
+use engine::{Combined, Engine, UnitSums, Voice};
 
 /// Most contributions in one merge.
 pub const INPUTS_MAX: usize = 4096;
@@ -215,7 +217,7 @@ pub fn leave_one_out_keeps(slices: &[Slice], inputs: &[&[f32]]) -> Result<Vec<bo
     let inputs: Vec<Input> = inputs.iter().map(|values| Input { values, weight: 1 }).collect();
     of_values(slices, &inputs, |merge| {
         let mut verdicts = vec![NormVerdict { outcome: Reason::None, scales: vec![1.0; merge.engine.layout.units.len()] }; inputs.len()];
-        merge.leave_one_out(&mut verdicts)?;
+        merge.merge_rest(&mut verdicts)?;
         Ok(verdicts.iter().map(|verdict| verdict.outcome == Reason::None).collect())
     })
 }
@@ -267,8 +269,7 @@ impl<'a> Prepared<'a> {
         let votes: Vec<bool> = self.engine.voices.iter().map(Voice::votes).collect();
         let mut verdicts = gates::norm_gate(&self.norms, &votes);
         let neighbours = self.mutual_cosine(&mut verdicts)?;
-        let rests = self.leave_one_out(&mut verdicts)?;
-        let mut merged = self.combine(&verdicts)?;
+        let (mut merged, rests) = self.merge_rest(&mut verdicts)?;
         for (input, cosine) in neighbours {
             merged.inputs[input].neighbour_ppm = ppm(cosine);
         }
@@ -310,33 +311,66 @@ impl<'a> Prepared<'a> {
         Ok(members.iter().map(|member| member.input).zip(nearest).collect())
     }
 
-    /// Marks contributions whose direction stands alone as [`Reason::DirectionOutlier`]. Returns each judged contribution's
-    /// cosine to the mean direction of the others.
-    fn leave_one_out(&self, verdicts: &mut [NormVerdict]) -> Result<Vec<(usize, f64)>, MergeError> {
-        let members = self.members(verdicts);
-        if members.len() < gates::CROWD_MIN {
-            return Ok(Vec::new());
+    /// Marks contributions whose direction stands alone as [`Reason::DirectionOutlier`], and merges what is accepted then. Returns
+    /// each judged contribution's cosine to the mean direction of the others, too.
+    ///
+    /// Both need sums over all payloads. They are taken in one pass, as if nobody stood alone; only if somebody does, the second one is
+    /// taken again.
+    fn merge_rest(&self, verdicts: &mut [NormVerdict]) -> Result<(Merged, Vec<(usize, f64)>), MergeError> {
+        let judged = self.members(verdicts);
+        if judged.len() < gates::CROWD_MIN {
+            return Ok((self.combine(verdicts)?, Vec::new()));
         }
-        let inputs: Vec<usize> = members.iter().map(|member| member.input).collect();
-        let factors_of = |unit: usize| members.iter().map(|member| verdicts[member.input].scales[unit] / member.norm).collect();
-        // With directions u_m and their sum S: u_m·S.
-        let sums = self.engine.sum(&inputs, &factors_of, None)?;
-        let squares = sums.iter().map(|unit| unit.squares).sum();
-        let product = |(number, member): (usize, &Member)| -> f64 {
-            let scales = &verdicts[member.input].scales;
-            sums.iter().zip(scales).map(|(unit, scale)| unit.products[number] * scale / member.norm).sum()
-        };
-        let products: Vec<f64> = members.iter().enumerate().map(product).collect();
-        let cosines = gates::rest_cosines(squares, &products);
-        for (member, _) in members.iter().zip(gates::stand_alone(&cosines)).filter(|(_, alone)| *alone) {
+        let accepted = accepted(verdicts);
+        let directions = self.directions(&accepted, &judged, verdicts);
+        let rules = self.engine.rules(&accepted, &self.norms, verdicts);
+        let mut delta = zeros(self.engine.layout.elements);
+        let factors: [&(dyn Fn(usize) -> Vec<f64> + Sync); 2] = [&directions, &|unit| rules[unit].factors.clone()];
+        let [of_directions, sums] = self.engine.sum(&accepted, factors, Some(&mut delta))?;
+        let cosines = self.rest_cosines(&accepted, &judged, verdicts, &of_directions);
+        let alone = gates::stand_alone(&cosines);
+        let rests = judged.iter().map(|member| member.input).zip(cosines).collect();
+        if !alone.contains(&true) {
+            let combined = self.engine.combine(&accepted, &self.norms, verdicts, rules, sums, delta)?;
+            return Ok((self.report(verdicts, &accepted, combined), rests));
+        }
+        for (member, _) in judged.iter().zip(alone).filter(|(_, alone)| *alone) {
             verdicts[member.input].outcome = Reason::DirectionOutlier;
         }
-        Ok(inputs.into_iter().zip(cosines).collect())
+        drop(delta);
+        Ok((self.combine(verdicts)?, rests))
+    }
+
+    /// The factors, by unit, that bring each accepted contribution that is judged to length 1.
+    fn directions(&self, accepted: &[usize], judged: &[Member], verdicts: &[NormVerdict]) -> impl Fn(usize) -> Vec<f64> + Sync + use<> {
+        let length = |input: &usize| judged.iter().find(|member| member.input == *input).map(|member| member.norm);
+        let scales = |input: &usize| (verdicts[*input].scales.clone(), length(input));
+        let of_members: Vec<(Vec<f64>, Option<f64>)> = accepted.iter().map(scales).collect();
+        move |unit| of_members.iter().map(|(scales, length)| length.map_or(0.0, |length| scales[unit] / length)).collect()
+    }
+
+    /// Each judged contribution's cosine to the mean direction of the others, from the sums of all directions.
+    fn rest_cosines(&self, accepted: &[usize], judged: &[Member], verdicts: &[NormVerdict], sums: &[UnitSums]) -> Vec<f64> {
+        // With directions u_m and their sum S: u_m·S.
+        let squares = sums.iter().map(|unit| unit.squares).sum();
+        let product = |member: &Member| -> f64 {
+            let place = accepted.partition_point(|input| *input < member.input);
+            let scales = &verdicts[member.input].scales;
+            sums.iter().zip(scales).map(|(unit, scale)| unit.products[place] * scale / member.norm).sum()
+        };
+        gates::rest_cosines(squares, &judged.iter().map(product).collect::<Vec<f64>>())
     }
 
     fn combine(&self, verdicts: &[NormVerdict]) -> Result<Merged, MergeError> {
-        let members: Vec<usize> = (0..verdicts.len()).filter(|input| verdicts[*input].outcome == Reason::None).collect();
-        let combined = self.engine.combine(&members, &self.norms, verdicts)?;
+        let accepted = accepted(verdicts);
+        let rules = self.engine.rules(&accepted, &self.norms, verdicts);
+        let mut delta = zeros(self.engine.layout.elements);
+        let [sums] = self.engine.sum(&accepted, [&|unit| rules[unit].factors.clone()], Some(&mut delta))?;
+        let combined = self.engine.combine(&accepted, &self.norms, verdicts, rules, sums, delta)?;
+        Ok(self.report(verdicts, &accepted, combined))
+    }
+
+    fn report(&self, verdicts: &[NormVerdict], accepted: &[usize], combined: Combined) -> Merged {
         let merged_norm = combined.squares.sqrt();
         let reports = (0..verdicts.len()).map(|input| {
             let (norms, verdict) = (&self.norms[input], &verdicts[input]);
@@ -344,7 +378,7 @@ impl<'a> Prepared<'a> {
             let norm_micro = (norm * MICRO).round() as u64;
             let mut report =
                 InputReport { outcome: verdict.outcome, norm_micro, clip_ppm: 0, cosine_ppm: 0, neighbour_ppm: 0, rest_ppm: 0 };
-            if let Ok(member) = members.binary_search(&input) {
+            if let Ok(member) = accepted.binary_search(&input) {
                 let clipped = clipped_norm(norms, &verdict.scales);
                 report.clip_ppm = if norm > 0.0 { (clipped / norm * PPM).round() as u32 } else { PPM as u32 };
                 if clipped * merged_norm > 0.0 {
@@ -354,8 +388,13 @@ impl<'a> Prepared<'a> {
             report
         });
         let inputs = reports.collect();
-        Ok(Merged { delta: combined.delta, norm_micro: (merged_norm * MICRO).round() as u64, inputs })
+        Merged { delta: combined.delta, norm_micro: (merged_norm * MICRO).round() as u64, inputs }
     }
+}
+
+/// Numbers of what no filter has marked.
+fn accepted(verdicts: &[NormVerdict]) -> Vec<usize> {
+    (0..verdicts.len()).filter(|input| verdicts[*input].outcome == Reason::None).collect()
 }
 
 fn clipped_norm(norms: &[f64], scales: &[f64]) -> f64 {

@@ -1,8 +1,9 @@
 //! Count sketches of directions: 4096 numbers whose dot products estimate those of the vectors, to about 1/64.
 //!
 //! Each 4096 elements of a unit are given random signs, rotated by a random number of places, and added to the sketch: a count
-//! sketch (Charikar, Chen, Farach-Colton 2002) whose bucket function works on whole registers and never lets two elements of
-//! one chunk collide. Signs and places follow from the norms of all contributions, so nobody can choose a payload that
+//! sketch (Charikar, Chen, Farach-Colton 2002) whose bucket function works on whole registers (sixteens are rotated among each other,
+//! and elements within their sixteen) and never lets two elements of one chunk collide. Two of different chunks collide with
+//! probability 1/4096. Signs and places follow from the norms of all contributions, so nobody can choose a payload that
 //! looks different in the sketch alone without knowing everybody else's.
 //!
 //! Each span is added up in f32, in order, and then rounded to multiples of 2^-40. The sums over spans are then exact in f64, and
@@ -13,11 +14,11 @@ use rayon::prelude::*;
 
 use super::engine::{Voice, dense_block};
 use crate::codec::{CodecError, Encoding, Layout, decode_tile, top_k};
-use crate::kernels::Element;
+use crate::kernels::{Element, PLACES, Places, rotated};
 use crate::simd::vectorised;
 
 /// Numbers in a sketch.
-pub(super) const BUCKETS: usize = 4096;
+pub(super) const BUCKETS: usize = PLACES;
 
 /// Adding and subtracting this rounds a number between -2^11 and 2^11 to a multiple of 2^-40.
 const GRID: f64 = 6144.0;
@@ -72,7 +73,7 @@ pub(super) fn sketch(layout: &Layout, voice: &Voice, factors: &[f64], seed: Seed
         .into_par_iter()
         .fold(start, |part: Result<Part, CodecError>, span| {
             let mut part = part?;
-            part.span.fill(0.0);
+            part.span.0.as_flattened_mut().fill(0.0);
             for tile in layout.tiles(span) {
                 let Part { span: sums, bytes, values, .. } = &mut part;
                 let bytes = voice.tile(layout, tile, bytes)?;
@@ -94,13 +95,14 @@ pub(super) fn sketch(layout: &Layout, voice: &Voice, factors: &[f64], seed: Seed
                         Encoding::TopK => {
                             top_k::Group::new(bytes, tile.elements()).entries(start / BUCKETS, |index, value| {
                                 let negative = chunk.signs(index / 64) >> (index % 64) & 1 == 1;
-                                sums[(index + chunk.rotation()) % BUCKETS] += if negative { -value } else { value };
+                                let place = rotated(index, chunk.rotation());
+                                sums.0[place / 16][place % 16] += if negative { -value } else { value };
                             });
                         }
                     }
                 }
             }
-            add_on_grid(&mut part.buckets, &part.span, factors[span.unit]);
+            add_on_grid(&mut part.buckets, part.span.0.as_flattened(), factors[span.unit]);
             Ok(part)
         })
         .reduce(start, |left, right| {
@@ -115,14 +117,19 @@ pub(super) fn sketch(layout: &Layout, voice: &Voice, factors: &[f64], seed: Seed
 struct Part {
     buckets: Vec<f64>,
     /// Of the span at hand, before its factor.
-    span: Vec<f32>,
+    span: Box<Places>,
     bytes: Vec<u8>,
     values: Vec<f32>,
 }
 
 impl Part {
     fn new() -> Self {
-        Self { buckets: vec![0.0; BUCKETS], span: vec![0.0; BUCKETS], bytes: Vec::new(), values: vec![0.0; BUCKETS] }
+        Self {
+            buckets: vec![0.0; BUCKETS],
+            span: Box::new(Places([[0.0; 16]; BUCKETS / 16])),
+            bytes: Vec::new(),
+            values: vec![0.0; BUCKETS],
+        }
     }
 }
 
@@ -135,18 +142,16 @@ vectorised! {
 }
 
 /// Adds a chunk with its signs, rotated.
-fn add_chunk<T: Element>(sums: &mut [f32], values: &[T], chunk: ChunkSeed) {
+fn add_chunk<T: Element>(sums: &mut Places, values: &[T], chunk: ChunkSeed) {
     let mut words = [0; BUCKETS / 64];
     fill_signs(&mut words, chunk);
-    let (before, behind) = values.split_at(values.len().min(BUCKETS - chunk.rotation()));
-    T::add_signed(&mut sums[chunk.rotation()..], before, &words, 0);
-    T::add_signed(sums, behind, &words, before.len());
+    T::add_signed(sums, values, &words, chunk.rotation());
 }
 
 vectorised! {
-    fn add_on_grid(buckets: &mut [f64], values: &[f32], factor: f64) {
-        for (bucket, value) in buckets.iter_mut().zip(values) {
-            *bucket += (f64::from(*value) * factor + GRID) - GRID;
+    fn add_on_grid(buckets: &mut [f64], sums: &[f32], factor: f64) {
+        for (bucket, sum) in buckets.iter_mut().zip(sums) {
+            *bucket += (f64::from(*sum) * factor + GRID) - GRID;
         }
     }
 }
