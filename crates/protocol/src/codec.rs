@@ -5,7 +5,7 @@
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use bincode::enc::EncoderImpl;
-use bincode::enc::write::Writer;
+use bincode::enc::write::{SizeWriter, Writer};
 use bincode::error::EncodeError;
 use bincode::{Decode, Encode};
 
@@ -32,6 +32,13 @@ pub enum CodecError {
 pub fn encode<T: Encode>(value: &T) -> Vec<u8> {
     bincode::encode_to_vec(value, bincode::config::standard().with_fixed_int_encoding())
         .expect("encoding our own types into memory does not fail")
+}
+
+/// Bytes of the encoding of a value.
+pub(crate) fn length<T: Encode>(value: &T) -> usize {
+    let mut encoder = EncoderImpl::new(SizeWriter::default(), bincode::config::standard().with_fixed_int_encoding());
+    value.encode(&mut encoder).expect("to count bytes does not fail");
+    encoder.into_writer().bytes_written
 }
 
 /// Decodes exactly one value of at most `limit` bytes from all of `bytes`.

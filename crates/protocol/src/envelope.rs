@@ -327,6 +327,11 @@ pub fn sign_with_header<D: Document>(header: Header, document: &D, signer: &dyn 
     bytes
 }
 
+/// Bytes of a file with this header and a payload of so many bytes.
+pub(crate) fn file_length(header: &Header, payload: usize) -> usize {
+    codec::length(header) + size_of::<u64>() + payload + SIGNATURE_BYTES
+}
+
 /// Signs `document`: the bytes of a `.qsr` file.
 pub fn sign<D: Document>(document: &D, context: &Context, signer: &dyn Signer, sequence: u64, now_ms: u64) -> Vec<u8> {
     sign_with_header(header_for::<D>(context, signer.key(), sequence, now_ms), document, signer)

@@ -10,6 +10,8 @@ use bincode::{Decode, Encode};
 use blake2::{Blake2b512, Digest as _};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::digest::words;
+
 const SS58_PREFIX: u8 = 42;
 const SS58_CONTEXT: &[u8] = b"SS58PRE";
 /// Longest text that can be an address with 32 account bytes; anything longer is refused before decoding.
@@ -84,7 +86,7 @@ impl FromStr for AccountId {
 
 impl Serialize for AccountId {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        if serializer.is_human_readable() { serializer.collect_str(self) } else { self.0.serialize(serializer) }
+        if serializer.is_human_readable() { serializer.collect_str(self) } else { words::serialize(&self.0, serializer) }
     }
 }
 
@@ -93,7 +95,7 @@ impl<'de> Deserialize<'de> for AccountId {
         if deserializer.is_human_readable() {
             String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
         } else {
-            <[u8; 32]>::deserialize(deserializer).map(Self)
+            words::deserialize(deserializer).map(Self)
         }
     }
 }

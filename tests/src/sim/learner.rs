@@ -11,7 +11,7 @@ use protocol::documents::{
     encode_progress,
 };
 use protocol::envelope::{self, Document, Expect, Header, next_sequence};
-use protocol::{AccountId, Digest, GrantBundle, GrantRequest, Method, SealedBytes, codec};
+use protocol::{AccountId, Digest, GrantBundle, GrantRequest, KeyMap, Method, SealedBytes, codec};
 use quasar_miner::machine::{
     Boundary, Effect, End, Exported, Fault, Found, GrantInfo, Input, Learner, LearnerSettings, Look, PreparedPart, Put, StepDone, Trouble,
 };
@@ -133,12 +133,12 @@ impl Node {
 /// The newest bundle of a kind, by method and key.
 #[derive(Default)]
 struct Grants {
-    by_method: [HashMap<String, Rc<GrantRequest>>; 2],
+    by_method: [KeyMap<Rc<GrantRequest>>; 2],
 }
 
 impl Grants {
     fn take_over(&mut self, fresh: GrantBundle) -> Vec<GrantInfo> {
-        self.by_method.iter_mut().for_each(HashMap::clear);
+        self.by_method.iter_mut().for_each(KeyMap::clear);
         let take = |grant: GrantRequest| {
             let info = GrantInfo { method: grant.method, key: grant.key.clone(), sha256: grant.sha256, expires_ms: grant.expires_ms };
             self.by_method[grant.method as usize].insert(grant.key.clone(), Rc::new(grant));

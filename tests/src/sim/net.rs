@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use futures::FutureExt;
-use protocol::{GrantRequest, Method};
+use protocol::{GrantRequest, KeyMap, Method};
 use storage::client::{GrantAccess, GrantError, PutOutcome};
 use storage::{Object, ObjectStore, PutCondition, StoreError};
 
@@ -53,7 +53,7 @@ pub struct Net {
     pub(super) down_until_ms: u64,
     pub(super) chain_stalled_until_ms: u64,
     pub(super) slow: Vec<Node>,
-    previous: HashMap<String, (u64, Object)>,
+    previous: KeyMap<(u64, Object)>,
     pub traffic: [Traffic; 3],
 }
 
@@ -67,7 +67,7 @@ impl Net {
             down_until_ms: 0,
             chain_stalled_until_ms: 0,
             slow: Vec::new(),
-            previous: HashMap::new(),
+            previous: KeyMap::default(),
             traffic: [Traffic::default(); 3],
         }
     }

@@ -1,16 +1,14 @@
 //! Which requests the orchestrator has granted, without their URLs.
 
-use std::collections::HashMap;
-
-use protocol::{Digest, Method};
+use protocol::{Digest, KeyMap, Method};
 
 use super::io::GrantInfo;
 
 /// Grants by key.
 #[derive(Clone, Debug, Default)]
 struct Bundle {
-    get: HashMap<String, GrantInfo>,
-    put: HashMap<String, GrantInfo>,
+    get: KeyMap<GrantInfo>,
+    put: KeyMap<GrantInfo>,
 }
 
 impl Bundle {
@@ -22,14 +20,14 @@ impl Bundle {
         bundle
     }
 
-    fn by_method(&self, method: Method) -> &HashMap<String, GrantInfo> {
+    fn by_method(&self, method: Method) -> &KeyMap<GrantInfo> {
         match method {
             Method::Get => &self.get,
             Method::Put => &self.put,
         }
     }
 
-    fn by_method_mut(&mut self, method: Method) -> &mut HashMap<String, GrantInfo> {
+    fn by_method_mut(&mut self, method: Method) -> &mut KeyMap<GrantInfo> {
         match method {
             Method::Get => &mut self.get,
             Method::Put => &mut self.put,

@@ -83,8 +83,13 @@ impl Orchestrator {
             return;
         }
         let fragments = u64::from(self.parameters().fragments);
-        let merges: Vec<MergeManifest> =
-            self.manifests.range(cycle * fragments..(cycle + 1) * fragments).map(|(_, manifest)| manifest.clone()).collect();
+        // They are most of a snapshot, and only this selection needs them: what is known of them afterwards is what to delete.
+        let later = self.manifests.split_off(&((cycle + 1) * fragments));
+        let merges: Vec<MergeManifest> = std::mem::replace(&mut self.manifests, later).into_values().collect();
+        for merge in &merges {
+            let slots = merge.contributions.iter().map(|one| (one.hotkey, one.slot)).collect();
+            self.payloads.insert(merge.t, slots);
+        }
         let validators: Vec<AccountId> = self.guests.iter().filter(|guest| guest.validator).map(|guest| guest.hotkey).collect();
         let deadline_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
         for selection in select(self.setup.run, cycle, block, hash, &merges, &validators) {

@@ -1,6 +1,6 @@
 //! Releases on schedule and at the end of the run, and what is deleted once nobody needs it (`docs/protocol.md`, outer step).
 
-use protocol::documents::{MergeManifest, ReleaseRef, RunState};
+use protocol::documents::{ReleaseRef, RunState};
 use protocol::log::LogKind;
 use protocol::schedule;
 use serde::{Deserialize, Serialize};
@@ -139,13 +139,9 @@ impl Orchestrator {
         }
         let fragments = u64::from(self.parameters().fragments);
         let kept_from = audited_from.saturating_sub(CYCLES_AFTER_AUDIT) * fragments;
-        let kept = self.manifests.split_off(&kept_from);
-        let gone = std::mem::replace(&mut self.manifests, kept);
-        let payloads_of = |manifest: &MergeManifest| {
-            let t = manifest.t;
-            manifest.contributions.iter().map(move |one| ((one.hotkey, one.slot), t)).collect::<Vec<_>>()
-        };
-        retired.payloads = gone.values().flat_map(payloads_of).collect();
+        let kept = self.payloads.split_off(&kept_from);
+        let gone = std::mem::replace(&mut self.payloads, kept);
+        retired.payloads = gone.into_iter().flat_map(|(t, slots)| slots.into_iter().map(move |slot| (slot, t))).collect();
         if retired != Retired::default() {
             self.emit(Effect::Retire { retired: Box::new(retired) });
         }

@@ -88,8 +88,10 @@ pub struct Orchestrator {
     restoring: Option<Restoring>,
     pulls: BTreeMap<u64, OpenPull>,
     last_pull_ms: u64,
-    /// Merge manifests of cycles whose audits are not settled yet.
+    /// Merge manifests of the cycles that are still to be audited.
     manifests: BTreeMap<u64, MergeManifest>,
+    /// Whose payloads of an audited outer step are kept yet.
+    payloads: BTreeMap<u64, Vec<Slot>>,
     /// Cycle to audit next.
     audit_cycle: u64,
     audits: BTreeMap<Digest, AuditCase>,
@@ -178,6 +180,7 @@ impl Orchestrator {
             pulls: BTreeMap::new(),
             last_pull_ms: 0,
             manifests: BTreeMap::new(),
+            payloads: BTreeMap::new(),
             audit_cycle: 0,
             audits: BTreeMap::new(),
             audits_ordered: 0,
@@ -353,7 +356,7 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 3;
+    const LAYOUT: u32 = 4;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         self.volatile.now_ms = now_ms;

@@ -481,8 +481,7 @@ impl Orchestrator {
         for contribution in &manifest.contributions {
             let slot = (contribution.hotkey, contribution.slot);
             let Some(learner) = self.learners.get_mut(&slot) else { continue };
-            learner.grants_dirty = true;
-            self.pace.dirty.insert(slot);
+            // Its grants stay as they are: those for what is merged are used up, and to take them out of a bundle revokes nothing.
             learner.last_reason = contribution.outcome;
             if contribution.outcome == Reason::None {
                 learner.contributions += 1;

@@ -331,3 +331,13 @@ fn a_clock_that_jumps_ahead_by_hours_or_weeks_loses_no_merge_and_no_row() {
         assert_eq!(totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows, 10_000, "{totals:?}");
     }
 }
+
+#[test]
+fn grants_are_published_for_what_is_to_be_uploaded_and_not_again_when_it_is_merged() {
+    let mut world = World::new(0, 3);
+    world.run(4_000);
+    let (bundles, before) = (world.bundles, world.machine.status().contributions);
+    world.run(20_000);
+    let (bundles, merged) = (world.bundles - bundles, world.machine.status().contributions - before);
+    assert!(merged > 60 && bundles < merged * 3 / 2, "{bundles} bundles for {merged} contributions");
+}

@@ -135,8 +135,7 @@ pub fn encode_progress(mut progress: Progress, context: &Context, signer: &dyn S
     keep_newest(&mut progress.openings);
     progress.padding.clear();
     let header = envelope::header_for::<Progress>(context, signer.key(), sequence, now_ms);
-    let envelope = envelope::Envelope { header: header.clone(), payload: codec::encode(&progress) };
-    let length = codec::encode(&envelope).len() + 64;
+    let length = envelope::file_length(&header, codec::length(&progress));
     progress.padding = vec![0; PROGRESS_BYTES.saturating_sub(length)];
     envelope::sign_with_header(header, &progress, signer)
 }

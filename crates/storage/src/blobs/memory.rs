@@ -1,10 +1,10 @@
 //! Objects in memory. Deterministic: versions are a counter, there is no clock.
 
-use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use protocol::KeyMap;
 
 use super::{BlobError, Blobs, Opened, Stat, Upload, permits};
 use crate::PutCondition;
@@ -16,7 +16,7 @@ pub struct MemoryBlobs(Arc<RwLock<Shelf>>);
 #[derive(Default)]
 struct Shelf {
     /// Keys share long beginnings: to hash them is faster than to compare them. Only a list puts them into order.
-    objects: HashMap<String, (Stat, Bytes)>,
+    objects: KeyMap<(Stat, Bytes)>,
     versions: u64,
 }
 

@@ -181,7 +181,8 @@ fn snapshots_of_other_versions_and_damaged_ones_are_refused_with_a_reason() {
     let mut newer = snapshot.clone();
     newer[16] += 1;
     let error = Orchestrator::from_snapshot(&newer).unwrap_err();
-    assert!(error.to_string().contains("layout 4") && error.to_string().contains("hint:"), "{error}");
+    let found = format!("layout {}", Orchestrator::LAYOUT + 1);
+    assert!(error.to_string().contains(&found) && error.to_string().contains("hint:"), "{error}");
     for at in [0, 30, snapshot.len() - 1] {
         let mut damaged = snapshot.clone();
         damaged[at] ^= 1;

@@ -217,6 +217,8 @@ pub(super) struct World {
     pub(super) retired: Vec<Retired>,
     /// Catalog pages that were added, written once.
     pub(super) pages: Vec<StoredPage>,
+    /// Bundles of grants on demand that were published.
+    pub(super) bundles: u64,
     /// Releases do not come to an end.
     pub(super) holds_releases: bool,
     /// This learner counts ten steps for each.
@@ -251,6 +253,7 @@ impl World {
             leases: BTreeMap::new(),
             retired: Vec::new(),
             pages: Vec::new(),
+            bundles: 0,
             holds_releases: false,
             liar: None,
             record: None,
@@ -321,6 +324,7 @@ impl World {
                 None
             }
             Effect::PublishPullGrants { slot, wants, .. } => {
+                self.bundles += 1;
                 let withheld = self.withheld.contains(&slot);
                 let sim = self.learners.iter_mut().find(|sim| sim.slot == slot)?;
                 for want in wants {
