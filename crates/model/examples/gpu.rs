@@ -3,15 +3,17 @@
 //! ```text
 //! gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]
 //! gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS  loss on real text (bytes as tokens) with 8-bit and with f32 moments
+//! gpu TORCH_FOLDER tree CHECKPOINT TOKENS STEPS OUT  trains a checkpoint on a file of u32 tokens and writes the result as another
 //! ```
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use protocol::DType;
 use quasar_model::torch::bench::{BenchOptions, bench};
 use quasar_model::{Batch, Hyper, MomentType, QuasarConfig, QuasarTrainer, Trainer, TrainerOptions};
 
-const USAGE: &str = "usage: gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]\n       gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS";
+const USAGE: &str = "usage: gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]\n       gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS\n       gpu TORCH_FOLDER tree CHECKPOINT TOKENS STEPS OUT";
 /// Shape of a batch of text.
 const ROWS: usize = 8;
 const ROW_TOKENS: usize = 512;
@@ -36,9 +38,36 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             println!("{}", serde_json::to_string(&bench(&options)?)?);
             Ok(())
         }
+        ("tree", [checkpoint, tokens, steps, out]) => tree(Path::new(checkpoint), Path::new(tokens), steps.parse()?, Path::new(out)),
         ("moments", [text, steps, seeds]) => moments(Path::new(text), steps.parse()?, seeds.parse()?),
         _ => Err(USAGE.into()),
     }
+}
+
+/// Loads a checkpoint, takes steps on one batch of a file of tokens, and writes a checkpoint from what the trainer exports.
+fn tree(checkpoint: &Path, tokens: &Path, steps: usize, out: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    const TOKENS: usize = 2048;
+    // Where the GPU is too small for the optimizer.
+    const HOST_BYTES: u64 = 90 << 30;
+    let start = Instant::now();
+    let base = fragments::CheckpointTree::open(checkpoint)?;
+    let plan = fragments::plan(base.contract(), 24)?;
+    let options = TrainerOptions { device: "cuda:0".into(), host_bytes: HOST_BYTES, ..TrainerOptions::default() };
+    let mut trainer = QuasarTrainer::open_with(checkpoint, plan.clone(), &options)?;
+    let parameters: u64 = (0..24).map(|fragment| plan.elements(fragment)).sum();
+    println!("{parameters} parameters loaded after {:.0} s; {:?}", start.elapsed().as_secs_f64(), trainer.strategy());
+    let tokens = std::fs::read(tokens)?;
+    let tokens: Vec<u32> = tokens.as_chunks::<4>().0.iter().take(TOKENS).map(|bytes| u32::from_le_bytes(*bytes)).collect();
+    for step in 1..=steps {
+        let start = Instant::now();
+        let hyper = Hyper { lr: 1e-4, ..Hyper::default() };
+        let report = trainer.step(&Batch { tokens: &tokens, rows: 1, row_tokens: TOKENS }, &hyper, None, false)?;
+        println!("step {step}: loss {:.4}, gradient norm {:.3}, {:.2} s", report.loss, report.grad_norm, start.elapsed().as_secs_f64());
+    }
+    let start = Instant::now();
+    fragments::checkpoint::assemble_from(&base, &plan, |fragment| trainer.export(fragment), out)?;
+    println!("written after {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
 }
 
 /// A small model of the released width with every branch, over bytes.

@@ -1,12 +1,16 @@
-//! Fresh weights for small models, written as a Hugging Face tree.
+//! Fresh weights, written as a Hugging Face tree.
 //!
 //! Every tensor has its own random stream, keyed by seed and name, and elementary functions come from portable Rust: the
 //! same configuration and seed give the same bytes on every machine. Distributions follow the model specification's table
 //! of initial values, with one difference: expert weights, which the reference leaves at zero because it always loads them,
 //! are drawn like other matrices, since with zeros they would never get a gradient.
+//!
+//! Any part of a tensor can be drawn on its own, so threads share a tensor out, and memory holds one at a time.
 
-use std::collections::HashMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
 use std::f64::consts::TAU;
+use std::ops::Range;
 use std::path::Path;
 
 use fragments::contract::CONTRACT_FILE;
@@ -15,39 +19,36 @@ use half::{bf16, f16};
 use protocol::DType;
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use safetensors::tensor::{Dtype, TensorView};
+use rayon::prelude::*;
+use safetensors::tensor::{Dtype, View};
 
 use crate::{ConfigError, QuasarConfig, TensorEntry};
 
-/// Largest model that is initialised: all of it is held in memory.
-pub const PARAMETERS_MAX: u64 = 2_000_000_000;
+/// A tree with more bytes has several files of up to this many (or of one larger tensor), as model hubs want them.
+const FILE_BYTES_MAX: u64 = 5_000_000_000;
+
+/// Elements that one task draws: whole pairs of normal numbers.
+const TASK_ELEMENTS: usize = 1 << 16;
 
 /// Why no fresh model was written.
 #[derive(Debug, thiserror::Error)]
 pub enum InitError {
     #[error(transparent)]
     Config(#[from] ConfigError),
-    #[error(
-        "the model has {parameters} parameters, more than {PARAMETERS_MAX}\nhint: fresh weights are for small models; start large ones from a published checkpoint"
-    )]
-    TooLarge { parameters: u64 },
     #[error("{path} is not empty\nhint: name a new folder; an existing checkpoint is never overwritten")]
     NotEmpty { path: String },
     #[error("cannot write {path}: {source}")]
     Io { path: String, source: std::io::Error },
     #[error(transparent)]
     Contract(#[from] ContractError),
-    #[error("cannot write model.safetensors: {0}")]
-    Safetensors(#[from] safetensors::SafeTensorError),
+    #[error("cannot write {file}: {source}")]
+    Safetensors { file: String, source: safetensors::SafeTensorError },
 }
 
-/// Writes `config.json`, `model.safetensors` and the parameter contract of a fresh model to `out`, a new or empty folder.
-/// Parameters are stored as `dtype`, buffers as f32.
+/// Writes `config.json`, the weights and the parameter contract of a fresh model to `out`, a new or empty folder. Parameters are
+/// stored as `dtype`, buffers as f32; weights stand in `model.safetensors`, or in several files and an index where that would be larger than
+/// 5 GB.
 pub fn fresh(config: &QuasarConfig, seed: u64, dtype: DType, out: &Path) -> Result<(), InitError> {
-    let parameters = config.parameter_count();
-    if parameters > PARAMETERS_MAX {
-        return Err(InitError::TooLarge { parameters });
-    }
     let io = |path: &Path| {
         let path = path.display().to_string();
         move |source| InitError::Io { path, source }
@@ -57,14 +58,8 @@ pub fn fresh(config: &QuasarConfig, seed: u64, dtype: DType, out: &Path) -> Resu
         return Err(InitError::NotEmpty { path: out.display().to_string() });
     }
     let tensors = config.tensors();
-    let bytes: Vec<(Dtype, Vec<u8>)> = tensors.iter().map(|tensor| store(&values(config, seed, tensor), tensor.is_buffer, dtype)).collect();
-    let mut views = Vec::with_capacity(tensors.len());
-    for (tensor, (kind, data)) in tensors.iter().zip(&bytes) {
-        let shape = tensor.shape.iter().map(|n| *n as usize).collect();
-        views.push((tensor.name.as_str(), TensorView::new(*kind, shape, data)?));
-    }
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(views, Some(metadata), &out.join("model.safetensors"))?;
+    let drawn: Vec<Drawn> = tensors.iter().map(|tensor| Drawn::new(config, seed, tensor, dtype)).collect();
+    write_files(&drawn, FILE_BYTES_MAX, out)?;
 
     let specs = tensors.iter().filter(|tensor| !tensor.is_buffer);
     let specs = specs.map(|tensor| TensorSpec { name: tensor.name.clone(), shape: tensor.shape.clone(), dtype });
@@ -76,51 +71,178 @@ pub fn fresh(config: &QuasarConfig, seed: u64, dtype: DType, out: &Path) -> Resu
     std::fs::write(&path, config.to_json()).map_err(io(&path))
 }
 
-/// Initial values of one tensor, parameters and buffers alike.
-pub fn values(config: &QuasarConfig, seed: u64, tensor: &TensorEntry) -> Vec<f32> {
-    let elements = tensor.elements() as usize;
-    let name = tensor.name.as_str();
-    let kaiming = || uniform(seed, name, elements, 1.0 / (*tensor.shape.last().expect("a matrix") as f64).sqrt());
-    // Linear layers inside a branch keep the tensor library's default initial values, those of the trunk are normal.
-    let in_branch = ["quasar_attention.", "raven_attention.", "gla_attention."].iter().any(|part| name.contains(part));
-    let layer = || name.split('.').nth(2).and_then(|n| n.parse().ok()).expect("a name below model.layers.N");
-    let last = name.rsplit('.').next().expect("split gives at least one part");
-    match last {
-        "inv_freq" => config.inverse_frequencies(),
-        "slope" => config.slopes(layer()),
-        "expert_bias" | "branch_mix_logits" => vec![0.0; elements],
-        "replace_alpha_raw" => vec![config.alpha_init as f32; elements],
-        "branch_output_gain" | "branch_global_output_gain" | "branch_output_channel_gain" => vec![1.0; elements],
-        "branch_local_window_mix_logit" => vec![libm::log(1e-6 / (1.0 - 1e-6)) as f32; elements],
-        "A_log" if name.contains("raven") => each_uniform(seed, name, elements, |u| libm::log((16.0 * u).max(f64::MIN_POSITIVE))),
-        "A_log" => each_uniform(seed, name, elements, |u| libm::log(1.0 + 15.0 * u)),
-        "dt_bias" if name.contains("raven") => {
-            let (low, high) = (libm::log(0.001), libm::log(0.1));
-            each_uniform(seed, name, elements, |u| {
-                let step = libm::exp(low + (high - low) * u).max(1e-4);
-                step + libm::log(-libm::expm1(-step)) // inverse of softplus
-            })
+fn write_files(tensors: &[Drawn], bytes_max: u64, out: &Path) -> Result<(), InitError> {
+    let mut files: Vec<Vec<&Drawn>> = vec![Vec::new()];
+    let (mut in_file, mut total) = (0, 0);
+    for tensor in tensors {
+        let bytes = tensor.data_len() as u64;
+        if in_file > 0 && in_file + bytes > bytes_max {
+            files.push(Vec::new());
+            in_file = 0;
         }
-        "dt_bias" => vec![0.0; elements],
-        "bias" => uniform(seed, name, elements, 1.0 / (config.head_dim as f64).sqrt()), // g_proj.1, fan-in head_dim
-        _ if name.contains("norm.weight") => vec![1.0; elements],
-        _ if name.ends_with("adapter_up.weight") => vec![0.0; elements],
-        _ if name.ends_with("adapter_down.weight") || name.ends_with("mlp.gate.weight") || in_branch => kaiming(),
-        _ => {
-            let mut values = normal(seed, name, elements, config.initializer_range);
-            if let (true, Some(pad)) = (name == "model.word_embeddings.weight", config.pad_token_id) {
-                values[pad as usize * config.hidden_size..][..config.hidden_size].fill(0.0);
-            }
-            values
-        }
+        (in_file, total) = (in_file + bytes, total + bytes);
+        files.last_mut().expect("there is a file").push(tensor);
+    }
+    let name = |number: usize| match files.len() {
+        1 => "model.safetensors".to_owned(),
+        count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+    };
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let mut places = BTreeMap::new();
+    for (number, tensors) in files.iter().enumerate() {
+        let file = name(number);
+        let named = tensors.iter().map(|tensor| (tensor.entry.name.as_str(), *tensor));
+        safetensors::serialize_to_file(named, Some(metadata.clone()), &out.join(&file))
+            .map_err(|source| InitError::Safetensors { file: file.clone(), source })?;
+        places.extend(tensors.iter().map(|tensor| (tensor.entry.name.as_str(), file.clone())));
+    }
+    if files.len() == 1 {
+        return Ok(());
+    }
+    let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": places });
+    let path = out.join("model.safetensors.index.json");
+    std::fs::write(&path, format!("{index:#}\n")).map_err(|source| InitError::Io { path: path.display().to_string(), source })
+}
+
+/// A tensor whose bytes are drawn when they are written.
+struct Drawn<'a> {
+    entry: &'a TensorEntry,
+    shape: Vec<usize>,
+    dtype: DType,
+    initial: Initial,
+}
+
+impl<'a> Drawn<'a> {
+    fn new(config: &QuasarConfig, seed: u64, entry: &'a TensorEntry, dtype: DType) -> Self {
+        let shape = entry.shape.iter().map(|n| *n as usize).collect();
+        let dtype = if entry.is_buffer { DType::F32 } else { dtype };
+        Self { entry, shape, dtype, initial: Initial::new(config, seed, entry) }
     }
 }
 
-fn store(values: &[f32], is_buffer: bool, dtype: DType) -> (Dtype, Vec<u8>) {
-    match if is_buffer { DType::F32 } else { dtype } {
-        DType::F32 => (Dtype::F32, values.iter().flat_map(|value| value.to_le_bytes()).collect()),
-        DType::Bf16 => (Dtype::BF16, values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect()),
-        DType::F16 => (Dtype::F16, values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect()),
+impl View for &Drawn<'_> {
+    fn dtype(&self) -> Dtype {
+        match self.dtype {
+            DType::F32 => Dtype::F32,
+            DType::Bf16 => Dtype::BF16,
+            DType::F16 => Dtype::F16,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let width = self.dtype.bytes() as usize;
+        let mut bytes = vec![0; self.data_len()];
+        bytes.par_chunks_mut(width * TASK_ELEMENTS).enumerate().for_each_init(
+            || vec![0.0; TASK_ELEMENTS],
+            |values, (task, bytes)| {
+                let values = &mut values[..bytes.len() / width];
+                self.initial.fill(task * TASK_ELEMENTS, values);
+                for (element, value) in bytes.chunks_exact_mut(width).zip(values) {
+                    match self.dtype {
+                        DType::F32 => element.copy_from_slice(&value.to_le_bytes()),
+                        DType::Bf16 => element.copy_from_slice(&bf16::from_f32(*value).to_le_bytes()),
+                        DType::F16 => element.copy_from_slice(&f16::from_f32(*value).to_le_bytes()),
+                    }
+                }
+            },
+        );
+        bytes.into()
+    }
+
+    fn data_len(&self) -> usize {
+        (self.entry.elements() * self.dtype.bytes()) as usize
+    }
+}
+
+/// Initial values of one tensor, parameters and buffers alike.
+pub fn values(config: &QuasarConfig, seed: u64, tensor: &TensorEntry) -> Vec<f32> {
+    let initial = Initial::new(config, seed, tensor);
+    let mut values = vec![0.0; tensor.elements() as usize];
+    values.par_chunks_mut(TASK_ELEMENTS).enumerate().for_each(|(task, values)| initial.fill(task * TASK_ELEMENTS, values));
+    values
+}
+
+/// How the elements of a tensor are drawn.
+enum Law {
+    Known(Vec<f32>),
+    Same(f32),
+    /// Of a number in (0, 1).
+    Uniform(Box<dyn Fn(f64) -> f64 + Send + Sync>),
+    /// Normal with this standard deviation (Box and Muller, 1958), in pairs.
+    Normal(f64),
+}
+
+/// What a tensor begins with.
+struct Initial {
+    law: Law,
+    random: ChaCha8Rng,
+    /// Elements that are zero all the same.
+    zeros: Range<usize>,
+}
+
+impl Initial {
+    fn new(config: &QuasarConfig, seed: u64, tensor: &TensorEntry) -> Self {
+        let name = tensor.name.as_str();
+        let uniform = |map: fn(f64) -> f64| Law::Uniform(Box::new(map));
+        let kaiming = || symmetric(1.0 / (*tensor.shape.last().expect("a matrix") as f64).sqrt());
+        // Linear layers inside a branch keep the tensor library's default initial values, those of the trunk are normal.
+        let in_branch = ["quasar_attention.", "raven_attention.", "gla_attention."].iter().any(|part| name.contains(part));
+        let layer = || name.split('.').nth(2).and_then(|n| n.parse().ok()).expect("a name below model.layers.N");
+        let last = name.rsplit('.').next().expect("split gives at least one part");
+        let law = match last {
+            "inv_freq" => Law::Known(config.inverse_frequencies()),
+            "slope" => Law::Known(config.slopes(layer())),
+            "expert_bias" | "branch_mix_logits" => Law::Same(0.0),
+            "replace_alpha_raw" => Law::Same(config.alpha_init as f32),
+            "branch_output_gain" | "branch_global_output_gain" | "branch_output_channel_gain" => Law::Same(1.0),
+            "branch_local_window_mix_logit" => Law::Same(libm::log(1e-6 / (1.0 - 1e-6)) as f32),
+            "A_log" if name.contains("raven") => uniform(|u| libm::log((16.0 * u).max(f64::MIN_POSITIVE))),
+            "A_log" => uniform(|u| libm::log(1.0 + 15.0 * u)),
+            "dt_bias" if name.contains("raven") => {
+                let (low, high) = (libm::log(0.001), libm::log(0.1));
+                Law::Uniform(Box::new(move |u| {
+                    let step = libm::exp(low + (high - low) * u).max(1e-4);
+                    step + libm::log(-libm::expm1(-step)) // inverse of softplus
+                }))
+            }
+            "dt_bias" => Law::Same(0.0),
+            "bias" => symmetric(1.0 / (config.head_dim as f64).sqrt()), // g_proj.1, fan-in head_dim
+            _ if name.contains("norm.weight") => Law::Same(1.0),
+            _ if name.ends_with("adapter_up.weight") => Law::Same(0.0),
+            _ if name.ends_with("adapter_down.weight") || name.ends_with("mlp.gate.weight") || in_branch => kaiming(),
+            _ => Law::Normal(config.initializer_range),
+        };
+        let pad = config.pad_token_id.filter(|_| name == "model.word_embeddings.weight").map(|pad| pad as usize * config.hidden_size);
+        let zeros = pad.map_or(0..0, |start| start..start + config.hidden_size);
+        Self { law, random: stream(seed, name), zeros }
+    }
+
+    /// Elements from `first`, an even number, on.
+    fn fill(&self, first: usize, out: &mut [f32]) {
+        let mut random = self.random.clone();
+        // An element of a pair or a single one takes 64 bits.
+        random.set_word_pos(2 * first as u128);
+        match &self.law {
+            Law::Known(values) => out.copy_from_slice(&values[first..first + out.len()]),
+            Law::Same(value) => out.fill(*value),
+            Law::Uniform(map) => out.fill_with(|| map(open_unit(&mut random)) as f32),
+            Law::Normal(deviation) => {
+                for pair in out.chunks_mut(2) {
+                    let radius = deviation * (-2.0 * libm::log(open_unit(&mut random))).sqrt();
+                    let (sin, cos) = libm::sincos(TAU * open_unit(&mut random));
+                    pair.iter_mut().zip([radius * cos, radius * sin]).for_each(|(value, drawn)| *value = drawn as f32);
+                }
+            }
+        }
+        for element in self.zeros.clone() {
+            if let Some(value) = element.checked_sub(first).and_then(|place| out.get_mut(place)) {
+                *value = 0.0;
+            }
+        }
     }
 }
 
@@ -135,26 +257,15 @@ fn open_unit(random: &mut ChaCha8Rng) -> f64 {
     ((random.next_u64() >> 11) as f64 + 0.5) / (1u64 << 53) as f64
 }
 
-fn each_uniform(seed: u64, name: &str, elements: usize, map: impl Fn(f64) -> f64) -> Vec<f32> {
-    let mut random = stream(seed, name);
-    (0..elements).map(|_| map(open_unit(&mut random)) as f32).collect()
-}
-
 /// Uniform in (-bound, bound).
-pub(crate) fn uniform(seed: u64, name: &str, elements: usize, bound: f64) -> Vec<f32> {
-    each_uniform(seed, name, elements, |u| (2.0 * u - 1.0) * bound)
+fn symmetric(bound: f64) -> Law {
+    Law::Uniform(Box::new(move |u| (2.0 * u - 1.0) * bound))
 }
 
-/// Normal with the given standard deviation (Box and Muller, 1958).
-fn normal(seed: u64, name: &str, elements: usize, deviation: f64) -> Vec<f32> {
-    let mut random = stream(seed, name);
-    let mut values = Vec::with_capacity(elements + 1);
-    while values.len() < elements {
-        let radius = deviation * (-2.0 * libm::log(open_unit(&mut random))).sqrt();
-        let (sin, cos) = libm::sincos(TAU * open_unit(&mut random));
-        values.extend([(radius * cos) as f32, (radius * sin) as f32]);
-    }
-    values.truncate(elements);
+/// Numbers of a stream of their own, uniform in (-bound, bound).
+pub(crate) fn uniform(seed: u64, name: &str, elements: usize, bound: f64) -> Vec<f32> {
+    let mut values = vec![0.0; elements];
+    Initial { law: symmetric(bound), random: stream(seed, name), zeros: 0..0 }.fill(0, &mut values);
     values
 }
 
@@ -206,9 +317,43 @@ mod tests {
     }
 
     #[test]
-    fn a_model_too_large_for_memory_is_refused() {
-        let config = QuasarConfig::from_json(include_str!("preview_config.json")).unwrap();
+    fn any_part_of_a_tensor_can_be_drawn_on_its_own() {
+        let entry = |name: &str| config().tensors().into_iter().find(|tensor| tensor.name == name).unwrap();
+        for name in ["model.word_embeddings.weight", "model.layers.1.attention.quasar_attention.q_proj.weight"] {
+            let (initial, whole) = (Initial::new(&config(), 7, &entry(name)), values(&config(), 7, &entry(name)));
+            for (first, count) in [(0, 5), (90, 100), (whole.len() - 8, 8)] {
+                let mut part = vec![9.0; count];
+                initial.fill(first, &mut part);
+                assert_eq!(part, whole[first..first + count], "{name}, {count} from {first}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_tree_has_several_files_with_the_same_tensors_and_an_index() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(matches!(fresh(&config, 0, DType::F32, folder.path()), Err(InitError::TooLarge { parameters: 16_553_949_296 })));
+        let (config, tensors) = (config(), config().tensors());
+        let drawn: Vec<Drawn> = tensors.iter().map(|tensor| Drawn::new(&config, 3, tensor, DType::Bf16)).collect();
+        let (one, many) = (folder.path().join("one"), folder.path().join("many"));
+        for (out, bytes_max) in [(&one, u64::MAX), (&many, 20_000)] {
+            std::fs::create_dir(out).unwrap();
+            write_files(&drawn, bytes_max, out).unwrap();
+        }
+        let whole = std::fs::read(one.join("model.safetensors")).unwrap();
+        let whole = safetensors::SafeTensors::deserialize(&whole).unwrap();
+        let index: serde_json::Value = serde_json::from_slice(&std::fs::read(many.join("model.safetensors.index.json")).unwrap()).unwrap();
+        let files: std::collections::BTreeSet<&str> =
+            index["weight_map"].as_object().unwrap().values().map(|file| file.as_str().unwrap()).collect();
+        assert!(files.len() > 2 && files.contains(format!("model-00001-of-{:05}.safetensors", files.len()).as_str()));
+        let mut found = 0;
+        for file in files {
+            let bytes = std::fs::read(many.join(file)).unwrap();
+            for (name, tensor) in safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors() {
+                assert_eq!(index["weight_map"][&name], file);
+                assert!(tensor == whole.tensor(&name).unwrap(), "{name}");
+                found += 1;
+            }
+        }
+        assert_eq!(found, tensors.len());
     }
 }

@@ -187,7 +187,10 @@ impl GpuLearner {
         let byte_moments = self.options.moments == MomentType::Bytes;
         let plan = plan_pass(&self.config, work(of, self.fragments), byte_moments, self.offload, self.device_bytes).strategy;
         let rows = self.options.pass_tokens.map_or(plan.rows_per_pass as usize, |tokens| tokens / batch.row_tokens);
-        let shape = PassShape { recompute: self.options.recompute.unwrap_or(plan.recompute), rows: rows.clamp(1, batch.rows) };
+        // Kernels have a line of blocks for each head of each row, and a grid so many lines.
+        const LINES_MAX: usize = 65_535;
+        let most = batch.rows.min(LINES_MAX / self.config.num_attention_heads);
+        let shape = PassShape { recompute: self.options.recompute.unwrap_or(plan.recompute), rows: rows.min(most).max(1) };
         tracing::info!(recompute = shape.recompute, rows_per_pass = shape.rows, rows = batch.rows, "memory plan of a batch");
         self.shape = Some((of, shape));
         shape
