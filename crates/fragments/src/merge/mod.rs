@@ -128,7 +128,7 @@ impl MergeError {
 }
 
 /// Merges all `inputs` without any filter and without clipping. A single input (of weight > 0) comes back unchanged,
-/// a unit that is zero in every input is zero.
+/// but for units that are vanishing; a unit that is zero in every input is zero.
 pub fn merge(slices: &[Slice], inputs: &[Input]) -> Result<Merged, MergeError> {
     of_values(slices, inputs, |merge| {
         let plain = NormVerdict { outcome: Reason::None, scales: vec![1.0; merge.engine.layout.units.len()] };
