@@ -171,11 +171,12 @@ impl Service {
     async fn swap(&self, key: &str, known: Option<String>, bytes: Bytes) -> Result<Option<String>, String> {
         let mut known = known;
         loop {
-            self.fence.hold().await;
             let condition = match known.take() {
                 Some(tag) => PutCondition::IfMatch(tag),
                 None => self.condition_of(key).await.map_err(|error| error.to_string())?,
             };
+            // Only now: a tag that was read before the lease was known to be ours may be that of a successor's object.
+            self.fence.hold().await;
             match self.store.put(key, bytes.clone(), condition).await {
                 Ok(tag) => return Ok(Some(tag)),
                 // An answer of ours was lost, or somebody else wrote: the lease tells.

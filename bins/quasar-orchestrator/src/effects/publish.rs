@@ -72,7 +72,6 @@ impl Service {
         }
         let key = self.keys.current();
         let is_ours = persist(&key, || async {
-            self.fence.hold().await;
             let condition = match self.store.get(&key, Purpose::CurrentRun.file_limit()).await {
                 Ok(object) => {
                     let outside = self.context.without_run();
@@ -85,6 +84,7 @@ impl Service {
                 Err(StoreError::NotFound { .. }) => PutCondition::IfAbsent,
                 Err(error) => return Err(error.to_string()),
             };
+            self.fence.hold().await;
             let now_ms = clock::now_ms();
             let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
             let bytes = envelope::sign(&self.current, &self.context.without_run(), &*self.signer, sequence, now_ms);

@@ -316,6 +316,71 @@ async fn a_writer_that_lost_its_lease_never_moves_the_head_again() {
     assert!(matches!(bucket.store.head("quasar/job").await, Err(StoreError::NotFound { .. })));
 }
 
+/// A store that answers questions about one key only once it is told to.
+struct Slow {
+    inner: MemoryStore,
+    key: &'static str,
+    asked: tokio::sync::Notify,
+    go_on: tokio::sync::Notify,
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Slow {
+    async fn get_if_changed(&self, key: &str, etag: Option<&str>, limit: u64) -> Result<Option<storage::Object>, StoreError> {
+        self.inner.get_if_changed(key, etag, limit).await
+    }
+
+    async fn get_range(&self, key: &str, start: u64, end: u64) -> Result<Bytes, StoreError> {
+        self.inner.get_range(key, start, end).await
+    }
+
+    async fn head(&self, key: &str) -> Result<storage::ObjectMeta, StoreError> {
+        if key == self.key {
+            self.asked.notify_one();
+            self.go_on.notified().await;
+        }
+        self.inner.head(key).await
+    }
+
+    async fn put(&self, key: &str, bytes: Bytes, condition: PutCondition) -> Result<String, StoreError> {
+        self.inner.put(key, bytes, condition).await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<storage::ObjectMeta>, StoreError> {
+        self.inner.list(prefix).await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.inner.delete(key).await
+    }
+
+    fn presign(&self, request: &storage::Presign) -> Result<protocol::GrantRequest, StoreError> {
+        self.inner.presign(request)
+    }
+}
+
+#[tokio::test]
+async fn a_writer_that_slept_while_it_looked_at_a_key_overwrites_nothing_of_its_successor() {
+    const KEY: &str = "quasar/job";
+    let (bucket, folder, other) = (Bucket::new().await, tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, _journal) = bucket.orchestrator(folder.path()).await;
+    let slow = Arc::new(Slow { inner: bucket.store.clone(), key: KEY, asked: Default::default(), go_on: Default::default() });
+    let Ok(mut first) = Arc::try_unwrap(first) else { panic!("nobody else holds it") };
+    first.store = slow.clone();
+    let first = Arc::new(first);
+    let writing = tokio::spawn({
+        let first = first.clone();
+        async move { first.put_latest(KEY, 1, || Ok(Bytes::from_static(b"old"))).await }
+    });
+    slow.asked.notified().await;
+    // It held the lease when it asked; nobody renews it, and the successor writes there.
+    let (second, _journal) = bucket.orchestrator(other.path()).await;
+    second.put_latest(KEY, 1, || Ok(Bytes::from_static(b"new"))).await;
+    slow.go_on.notify_one();
+    assert!(tokio::time::timeout(Duration::from_secs(1), writing).await.is_err(), "it waits for a lease that never comes back");
+    assert_eq!(bucket.store.get(KEY, 16).await.unwrap().bytes, "new");
+}
+
 #[tokio::test]
 async fn whoever_completes_a_step_from_its_tape_writes_the_same_bytes() {
     let (bucket, one, two) = (Bucket::new().await, tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

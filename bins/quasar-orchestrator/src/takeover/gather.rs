@@ -4,7 +4,7 @@ use bytes::Bytes;
 use daemon::Failure;
 use daemon::driver::DriverOptions;
 use protocol::Digest;
-use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, MergeManifest, Tape};
+use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, MergeManifest, Order, Tape};
 use protocol::envelope::{Document, EnvelopeError, Verified};
 use protocol::log::{LOG_ENTRIES_MAX, LogHead};
 use protocol::paths::RunKeys;
@@ -75,6 +75,13 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
             id += 1;
         }
     }
+    // A ban or a rollback that the writer before took stands from the first pull on, and not from the next look.
+    let mut orders = Vec::new();
+    let mut number = machine.orders_taken() + 1;
+    while let Some((order, _)) = document::<Order>(bucket, &keys.order(number)).await? {
+        orders.push(order);
+        number += 1;
+    }
     let mut log = Vec::new();
     let mut size = head.log.size;
     while size > machine.log_size() {
@@ -98,7 +105,7 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
         }
         break;
     }
-    Ok(BucketFacts { epoch: head.epoch, head, steps, pages, leases, log })
+    Ok(BucketFacts { epoch: head.epoch, head, steps, pages, leases, orders, log })
 }
 
 async fn step(bucket: &impl Bucket, keys: &RunKeys, tape: Tape) -> Result<StepFact, Failure> {
