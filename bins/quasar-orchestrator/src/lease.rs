@@ -174,7 +174,7 @@ mod tests {
     fn trust_ends_on_whichever_clock_went_on() {
         let begun = Moment { steady_ms: 1_000, wall_ms: 500_000 };
         let trust = Trust::from(begun, WRITER_LEASE_MS);
-        let after = |steady_ms, wall_ms| trust.holds(Moment { steady_ms: 1_000 + steady_ms, wall_ms: 500_000 + wall_ms });
+        let after = |steady_ms: u64, wall_ms: u64| trust.holds(Moment { steady_ms: 1_000 + steady_ms, wall_ms: 500_000 + wall_ms });
         assert!(after(23_999, 23_999) && !after(24_000, 0) && !after(0, 24_000));
     }
 

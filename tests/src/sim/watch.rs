@@ -162,7 +162,7 @@ impl Watch {
                     self.taped(world, tape);
                 }
             }
-            _ if key.contains("/log/") => {
+            _ if key.contains("/log/") && !key.contains("/private/") => {
                 if let Some((_, head)) = decoded::<LogHead>(bytes) {
                     self.logged(world, &head);
                 }

@@ -175,34 +175,51 @@ impl Fence {
     /// # Errors
     /// [`Lost`] if somebody else has it; a store that does not answer is no error, but the trust runs out.
     pub async fn renew(&self) -> Result<(), Lost> {
+        self.ask().await.map(drop)
+    }
+
+    /// Asks the store until it has said whose the lease is: before somebody else's write is taken for an answer of ours that was
+    /// lost, which a store that does not answer never proves.
+    ///
+    /// # Errors
+    /// [`Lost`] if somebody else has it.
+    pub async fn confirm(&self) -> Result<(), Lost> {
+        while !self.ask().await? {
+            tokio::time::sleep(RETRY).await;
+        }
+        Ok(())
+    }
+
+    /// Renews the lease; `false` where the store did not say whose it is.
+    async fn ask(&self) -> Result<bool, Lost> {
         let mut held = self.held.lock().await;
         if self.is_lost() {
             return Err(Lost);
         }
         let begun = moment();
         let next = renewed(&held.0);
-        let Ok(bytes) = self.settings.sign(&next) else { return Ok(()) };
+        let Ok(bytes) = self.settings.sign(&next) else { return Ok(false) };
         match self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone())).await {
             Ok(etag) => {
                 *held = (next, etag);
                 self.trust_from(begun);
-                Ok(())
+                Ok(true)
             }
             Err(StoreError::PreconditionFailed { .. }) => self.look_again(&mut held).await,
             Err(error) => {
                 tracing::warn!("the writer lease cannot be renewed: {error}");
-                Ok(())
+                Ok(false)
             }
         }
     }
 
     /// The lease is not as it was left: an answer of ours was lost, or somebody else has it.
-    async fn look_again(&self, held: &mut (WriterLease, String)) -> Result<(), Lost> {
+    async fn look_again(&self, held: &mut (WriterLease, String)) -> Result<bool, Lost> {
         let settings = &self.settings;
         match read_lease(&*settings.store, &settings.key, &settings.context, &settings.signers).await {
             Ok(Some((lease, etag))) if is_still(&held.0, &lease.document) => {
                 *held = (lease.document, etag);
-                Ok(())
+                Ok(true)
             }
             Ok(found) => {
                 let (epoch, host) = found.map_or((0, "nobody".to_owned()), |(lease, _)| (lease.document.epoch, lease.document.host));
@@ -212,7 +229,7 @@ impl Fence {
             }
             Err(failure) => {
                 tracing::warn!("the writer lease cannot be read: {failure}");
-                Ok(())
+                Ok(false)
             }
         }
     }

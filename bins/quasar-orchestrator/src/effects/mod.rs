@@ -28,7 +28,6 @@ use daemon::sequence::Sequence;
 use daemon::{Shutdown, clock};
 use protocol::documents::{CurrentRun, RunManifest};
 use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, Verified, open_stored};
-use protocol::log::LogHead;
 use protocol::paths::{Keys, RunKeys};
 use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest, Signer};
 use storage::{ObjectStore, PutCondition, StoreError};
@@ -197,7 +196,7 @@ impl Service {
 
     /// Asks the store whether the lease is still ours; stops everything if it is not.
     pub(crate) async fn confirm(&self) {
-        if self.fence.renew().await.is_err() {
+        if self.fence.confirm().await.is_err() {
             self.stop("another orchestrator writes to this run");
             std::future::pending::<()>().await;
         }
@@ -280,11 +279,8 @@ impl Executor for Hands {
                 inputs.send(Input::Verdict { audit, verdict }).await;
             }
             Effect::PublishLog { head } => {
-                let bytes = service.put_once(&service.run.log(head.frontier.size()), &*head).await;
-                let input = match service.open_own::<LogHead>(&bytes) {
-                    Ok(stored) if stored.document != *head => Input::LogTaken { head: Box::new(stored.document) },
-                    _ => Input::LogPublished,
-                };
+                let stored = service.publish_log(&head).await;
+                let input = if stored == *head { Input::LogPublished } else { Input::LogTaken { head: Box::new(stored) } };
                 inputs.send(input).await;
             }
             Effect::Release { versions, tokens } => {

@@ -99,12 +99,13 @@ impl Hands {
                 Input::Verdict { audit, verdict }
             }
             Effect::PublishLog { head } => {
-                let bytes = self.put_once(&self.world.run.log(head.frontier.size()), &*head).await;
-                match self.world.plan.scheme.open::<LogHead>(&bytes, &self.world.context, Expect::Account(&self.world.office.account), None)
-                {
-                    Ok(stored) if stored.document != *head => Input::LogTaken { head: Box::new(stored.document) },
-                    _ => Input::LogPublished,
-                }
+                let bytes = self.put_once(&self.world.run.log_after(head.previous), &*head).await;
+                let office = Expect::Account(&self.world.office.account);
+                let fixed = self.world.plan.scheme.open::<LogHead>(&bytes, &self.world.context, office, None);
+                let fixed = fixed.map_or_else(|_| (*head).clone(), |verified| verified.document);
+                let key = self.world.run.log(fixed.frontier.size());
+                self.persist(|| self.put_bytes_once(&key, bytes.clone())).await;
+                if fixed == *head { Input::LogPublished } else { Input::LogTaken { head: Box::new(fixed) } }
             }
             Effect::StoreSnapshot { revision, bytes } => {
                 let bytes = Bytes::from(bytes);

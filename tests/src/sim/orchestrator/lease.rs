@@ -92,41 +92,41 @@ impl Hands {
         }
     }
 
-    /// `false` once the lease is somebody else's.
-    async fn renew(&self) -> bool {
+    /// Whether the lease is ours, if the store says so.
+    async fn renew(&self) -> Option<bool> {
         let _turn = self.renewing.lock().await;
         if self.is_lost() {
-            return false;
+            return Some(false);
         }
         let begun = self.moment();
         let Some((next, tag)) = self.holding.borrow().as_ref().map(|holding| (renewed(&holding.held), holding.tag.clone())) else {
-            return true;
+            return None;
         };
         let bytes: Bytes = self.sign_ours(&next, &self.world.context);
         match self.world.put(self.id, &self.world.run.writer_lease(), bytes, PutCondition::IfMatch(tag)).await {
             Ok(tag) => {
                 let trust = Trust::from(begun, WRITER_LEASE_MS);
                 *self.holding.borrow_mut() = Some(Holding { held: next, tag, trust, is_lost: false });
-                true
+                Some(true)
             }
             Err(StoreError::PreconditionFailed { .. }) => self.look_again().await,
-            Err(_) => true,
+            Err(_) => None,
         }
     }
 
     /// The lease is not as it was left: an answer of ours was lost, or somebody else has it.
-    async fn look_again(&self) -> bool {
-        let Some(found) = self.look_at_lease().await else { return true };
+    async fn look_again(&self) -> Option<bool> {
+        let found = self.look_at_lease().await?;
         let mut holding = self.holding.borrow_mut();
-        let Some(holding) = holding.as_mut() else { return true };
+        let holding = holding.as_mut()?;
         match found {
             Some((lease, tag)) if is_still(&holding.held, &lease.document) => {
                 (holding.held, holding.tag) = (lease.document, tag);
-                true
+                Some(true)
             }
             _ => {
                 holding.is_lost = true;
-                false
+                Some(false)
             }
         }
     }
@@ -135,17 +135,23 @@ impl Hands {
     pub(super) async fn keep(&self) {
         loop {
             self.world.executor.sleep(RENEW_MS).await;
-            if !self.renew().await {
+            if self.renew().await == Some(false) {
                 return self.world.fenced(self.host, self.life);
             }
         }
     }
 
-    /// Asks the store whether the lease is still ours; the process ends if it is not.
+    /// Asks the store until it has said whose the lease is; the process ends if it is not ours.
     pub(super) async fn confirm(&self) {
-        if !self.renew().await {
-            self.world.fenced(self.host, self.life);
-            std::future::pending::<()>().await;
+        loop {
+            match self.renew().await {
+                Some(true) => return,
+                None => self.world.executor.sleep(RETRY_MS).await,
+                Some(false) => {
+                    self.world.fenced(self.host, self.life);
+                    std::future::pending::<()>().await;
+                }
+            }
         }
     }
 }
