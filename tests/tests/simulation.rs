@@ -91,6 +91,21 @@ fn a_store_that_fails_every_fifth_request_and_loses_every_tenth_answer_loses_no_
 }
 
 #[test]
+fn a_standby_takes_over_from_whoever_is_away_and_a_writer_that_wakes_up_later_moves_nothing() {
+    let (mut takeovers, mut fenced) = (0, 0);
+    for seed in 1..=12 {
+        let mut plan = Plan::of_seed(seed, 6, 3);
+        plan.has_standby = true;
+        (plan.faults.pause_ms, plan.faults.orchestrator_crash_ms) = (30_000, 60_000);
+        let outcome = sim::run(plan);
+        must_hold(seed, 6, &outcome);
+        takeovers += outcome.takeovers;
+        fenced += outcome.fenced;
+    }
+    assert!(takeovers >= 8 && fenced >= 1, "{takeovers} takeovers, {fenced} fenced");
+}
+
+#[test]
 fn each_invariant_has_one_name_and_one_sentence() {
     let mut names: Vec<&str> = INVARIANTS.iter().map(|(name, _)| *name).collect();
     names.sort_unstable();

@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod devnet;
 pub mod effects;
+pub mod lease;
 pub mod machine;
 pub mod office;
 pub mod operator;

@@ -68,7 +68,10 @@ pub async fn recover(
     fresh: Orchestrator,
 ) -> Result<(Recovered<Orchestrator>, Input), Failure> {
     let epoch = head.epoch;
-    if !journal.is_empty().map_err(|error| Failure::new(error.exit(), error))? {
+    let is_empty = journal.is_empty().map_err(|error| Failure::new(error.exit(), error))?;
+    if !is_empty && !service.fence.is_own() {
+        tracing::warn!("another orchestrator wrote to this run while this one waited for the lease: its journal is history");
+    } else if !is_empty {
         let recovered = driver::recover(journal, || fresh.clone())?;
         if !recovered.machine.is_behind(&head) {
             return Ok((recovered, Input::Claimed { epoch }));

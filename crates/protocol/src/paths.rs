@@ -118,6 +118,11 @@ impl RunKeys {
         format!("{}/log/{size}.qsr", self.public)
     }
 
+    /// The log head that follows the log of this size, whoever wrote it first: there is one.
+    pub fn log_after(&self, size: u64) -> String {
+        format!("{}/log/{size}.qsr", self.private)
+    }
+
     pub fn status(&self) -> String {
         format!("{}/status.json", self.public)
     }
@@ -259,6 +264,7 @@ mod tests {
             run.opening(&account, 1, &digest, 0),
             run.receipt(&account, 1, 9),
             run.log(64),
+            run.log_after(64),
             run.tape(4),
             run.writer_lease(),
             run.lease(7 << 32),

@@ -116,24 +116,45 @@ impl Shards {
         expect: Expect<'_>,
         newest: &CatalogRef,
     ) -> Result<(), DiscoveryError> {
-        let mut known = self.0.read().unwrap_or_else(PoisonError::into_inner).newest;
-        let mut shards = Vec::new();
-        for page in known.map_or(0, |known| known.page.saturating_add(1))..=newest.page {
-            let key = run.catalog(page);
-            let (document, digest) = stored::<CatalogPage>(public, &key, context, expect).await?;
+        let mut pages = Vec::new();
+        for page in self.next_page()..=newest.page {
+            pages.push(stored::<CatalogPage>(public, &run.catalog(page), context, expect).await?);
+        }
+        self.take(pages, newest).map_err(|page| DiscoveryError::DigestMismatch { key: run.catalog(page) })
+    }
+
+    /// Shards that are known already, up to this page.
+    pub fn known(newest: CatalogRef, shards: Vec<ShardManifest>) -> Self {
+        Self(Arc::new(RwLock::new(Pages { newest: Some(newest), shards: Arc::new(shards) })))
+    }
+
+    /// The first page that was not taken yet.
+    pub fn next_page(&self) -> u32 {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).newest.map_or(0, |known| known.page.saturating_add(1))
+    }
+
+    /// Takes the pages that follow, each with the digest of its file: all of them, or none where one does not name the page before
+    /// it, or the last is not `newest`.
+    ///
+    /// # Errors
+    /// The number of the page that does not fit.
+    pub fn take(&self, pages: Vec<(CatalogPage, Digest)>, newest: &CatalogRef) -> Result<(), u32> {
+        let mut taken = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let (mut known, mut shards) = (taken.newest, Vec::new());
+        for (document, digest) in pages {
+            let page = known.map_or(0, |known| known.page.saturating_add(1));
             let follows = document.page == page && document.previous == known.map_or(Digest::ZERO, |known| known.digest);
             if !follows || !document.shards.iter().all(|shard| shard.file.is_consistent()) {
-                return Err(DiscoveryError::DigestMismatch { key });
+                return Err(page);
             }
             known = Some(CatalogRef { page, digest });
             shards.extend(document.shards);
         }
         if known.as_ref() != Some(newest) {
-            return Err(DiscoveryError::DigestMismatch { key: run.catalog(newest.page) });
+            return Err(newest.page);
         }
-        let mut pages = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        Arc::make_mut(&mut pages.shards).extend(shards);
-        pages.newest = known;
+        Arc::make_mut(&mut taken.shards).extend(shards);
+        taken.newest = known;
         Ok(())
     }
 }

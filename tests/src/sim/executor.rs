@@ -1,11 +1,12 @@
 //! A single-threaded executor on a virtual clock: the same tasks in the same order, every time.
 //!
 //! Time moves only when nothing can run; it jumps to the next timer. Timers of the same millisecond fire in the order in which
-//! they were set. Every task belongs to a *life* (one run of one process), and a crash drops all tasks of a life where they stand.
+//! they were set. Every task belongs to a *life* (one run of one process); a crash drops all tasks of a life where they stand, and a
+//! life that is stopped does nothing until it goes on, when all that was due meanwhile happens at once.
 
 use std::cell::{Cell, RefCell};
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -28,6 +29,8 @@ struct Inner {
     order: Cell<u64>,
     lives: Cell<Life>,
     ended: RefCell<BTreeSet<Life>>,
+    /// Lives that stand still, with what is to happen in them since.
+    stopped: RefCell<BTreeMap<Life, Vec<Due>>>,
     timers: RefCell<BinaryHeap<Reverse<Timer>>>,
     tasks: RefCell<Vec<Option<Task>>>,
     free: RefCell<Vec<usize>>,
@@ -61,6 +64,12 @@ struct Timer {
     at_ms: u64,
     order: u64,
     what: What,
+}
+
+/// What a life that stands still has to catch up on.
+enum Due {
+    Poll(Arc<Signal>),
+    Call(Box<dyn FnOnce()>),
 }
 
 enum What {
@@ -103,12 +112,34 @@ impl Executor {
     /// A process ends where it stands: its tasks are dropped, its timers never fire.
     pub fn end(&self, life: Life) {
         self.0.ended.borrow_mut().insert(life);
+        let missed = self.0.stopped.borrow_mut().remove(&life);
         // A future may own handles whose destructors look at the table.
         let mut dropped = Vec::new();
         for (place, entry) in self.0.tasks.borrow_mut().iter_mut().enumerate() {
             if entry.as_ref().is_some_and(|task| task.life == life && task.future.is_some()) {
                 dropped.push(entry.take());
                 self.0.free.borrow_mut().push(place);
+            }
+        }
+        drop(missed);
+    }
+
+    /// A process stands still where it is: nothing of it happens until it goes on.
+    pub fn stop(&self, life: Life) {
+        self.0.stopped.borrow_mut().entry(life).or_default();
+    }
+
+    pub fn is_stopped(&self, life: Life) -> bool {
+        self.0.stopped.borrow().contains_key(&life)
+    }
+
+    /// A process that stood still goes on, and finds everything that was due meanwhile.
+    pub fn go_on(&self, life: Life) {
+        let Some(missed) = self.0.stopped.borrow_mut().remove(&life) else { return };
+        for due in missed {
+            match due {
+                Due::Poll(signal) => self.0.ready.lock().unwrap_or_else(PoisonError::into_inner).push_back(signal),
+                Due::Call(what) => self.after_boxed(0, life, what),
             }
         }
     }
@@ -132,7 +163,11 @@ impl Executor {
 
     /// Calls `what` after so long, unless the life is over by then.
     pub fn after(&self, delay_ms: u64, life: Life, what: impl FnOnce() + 'static) {
-        let timer = Timer { at_ms: self.now_ms() + delay_ms, order: self.next_order(), what: What::Call(life, Box::new(what)) };
+        self.after_boxed(delay_ms, life, Box::new(what));
+    }
+
+    fn after_boxed(&self, delay_ms: u64, life: Life, what: Box<dyn FnOnce()>) {
+        let timer = Timer { at_ms: self.now_ms() + delay_ms, order: self.next_order(), what: What::Call(life, what) };
         self.0.timers.borrow_mut().push(Reverse(timer));
     }
 
@@ -167,13 +202,35 @@ impl Executor {
         self.0.now_ms.set(timer.at_ms.max(self.now_ms()));
         match timer.what {
             What::Wake(waker) => waker.wake(),
-            What::Call(life, what) if !self.is_over(life) => what(),
-            What::Call(..) => {}
+            What::Call(life, _) if self.is_over(life) => {}
+            What::Call(life, what) => {
+                if let Some(what) = self.unless_stopped(life, what) {
+                    what();
+                }
+            }
         }
         true
     }
 
+    /// What is to be done now; a life that stands still does it later.
+    fn unless_stopped(&self, life: Life, what: Box<dyn FnOnce()>) -> Option<Box<dyn FnOnce()>> {
+        match self.0.stopped.borrow_mut().get_mut(&life) {
+            Some(missed) => {
+                missed.push(Due::Call(what));
+                None
+            }
+            None => Some(what),
+        }
+    }
+
     fn poll(&self, signal: &Arc<Signal>) {
+        if let Some(life) =
+            self.0.tasks.borrow()[signal.place].as_ref().filter(|task| Arc::ptr_eq(&task.signal, signal)).map(|task| task.life)
+            && let Some(missed) = self.0.stopped.borrow_mut().get_mut(&life)
+        {
+            // It counts as queued, so that it is woken once.
+            return missed.push(Due::Poll(signal.clone()));
+        }
         signal.is_queued.store(false, Ordering::Relaxed);
         let place = signal.place;
         let future = match &mut self.0.tasks.borrow_mut()[place] {
@@ -246,5 +303,26 @@ mod tests {
         executor.after(16, doomed, move || other.borrow_mut().push((0, 0)));
         while executor.turn() {}
         assert_eq!(*told.borrow(), [(5, 5), (10, 10), (30, 30)]);
+    }
+
+    #[test]
+    fn a_life_that_stands_still_catches_up_in_order_once_it_goes_on() {
+        let executor = Executor::default();
+        let told = Rc::new(RefCell::new(Vec::new()));
+        let life = executor.new_life();
+        for delay_ms in [10, 40] {
+            let (inner, told) = (executor.clone(), told.clone());
+            executor.spawn(life, async move {
+                inner.sleep(delay_ms).await;
+                told.borrow_mut().push((inner.now_ms(), delay_ms));
+            });
+        }
+        let (inner, other) = (executor.clone(), told.clone());
+        executor.after(20, life, move || other.borrow_mut().push((inner.now_ms(), 20)));
+        let (stopping, going_on) = (executor.clone(), executor.clone());
+        executor.after(5, WORLD, move || stopping.stop(life));
+        executor.after(30, WORLD, move || going_on.go_on(life));
+        while executor.turn() {}
+        assert_eq!(*told.borrow(), [(30, 10), (30, 20), (40, 40)]);
     }
 }

@@ -6,8 +6,9 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use daemon::Machine;
+use daemon::clock::Steady;
 use protocol::documents::{
-    Commitment, Head, Job, Lease, OPENING_PARTS, OpenedStep, OpeningManifest, Progress, PullGrants, Receipt, StandingGrants,
+    CatalogPage, Commitment, Head, Job, Lease, OPENING_PARTS, OpenedStep, OpeningManifest, Progress, PullGrants, Receipt, StandingGrants,
     encode_progress,
 };
 use protocol::envelope::{self, Document, Expect, Header, next_sequence};
@@ -16,6 +17,7 @@ use quasar_miner::machine::{
     Boundary, Effect, End, Exported, Fault, Found, GrantInfo, Input, Learner, LearnerSettings, Look, PreparedPart, Put, StepDone, Trouble,
 };
 use storage::client::{GrantError, PutOutcome};
+use storage::discovery::Shards;
 use storage::{StoreError, bundle};
 
 use super::executor::{Life, WORLD};
@@ -61,6 +63,8 @@ struct Memory {
     weights: Option<Weights>,
     standing: Grants,
     pull: Grants,
+    /// The run's shards, as far as it has read the pages of the catalog.
+    shards: Shards,
     payloads: BTreeMap<u64, Bytes>,
     receipts: BTreeMap<u64, Bytes>,
     openings: BTreeMap<(Digest, u8), Bytes>,
@@ -77,7 +81,7 @@ pub struct Node {
     memory: Memory,
     machine: Option<Learner>,
     pub life: Life,
-    last_ms: u64,
+    time: Steady,
     tick_ms: Option<u64>,
     pub step_ms: u64,
     pub ended: Option<End>,
@@ -99,7 +103,7 @@ impl Node {
             memory: Memory::default(),
             machine: None,
             life: WORLD,
-            last_ms: 0,
+            time: Steady::new(0),
             tick_ms: None,
             step_ms: 0,
             ended: None,
@@ -171,10 +175,11 @@ impl World {
                 leases_max: None,
             };
             node.machine = Some(Learner::new(settings));
-            node.memory = Memory::default();
+            let shards = self.setup.shards.iter().map(|shard| tensors::shard(&shard.id)).collect();
+            node.memory = Memory { shards: Shards::known(self.setup.catalog, shards), ..Memory::default() };
             node.life = life;
             node.ended = None;
-            node.last_ms = now_ms;
+            node.time = Steady::new(0);
         }
         self.tell_miner(index, life, Input::Tick);
     }
@@ -209,8 +214,7 @@ impl World {
         if node.life != life {
             return;
         }
-        let now_ms = node.last_ms.max(self.clock_ms(node.id));
-        node.last_ms = now_ms;
+        let now_ms = node.time.read(self.clock_ms(node.id), self.steady(node.id));
         self.trace(&[self.executor.now_ms(), index as u64 + 1, kind_of(&input)]);
         self.say(node.id, || format!("{input:?}"));
         let Some(machine) = &mut node.machine else { return };
@@ -232,7 +236,7 @@ impl World {
             return;
         }
         if let Some(deadline) = machine.deadline() {
-            let delay_ms = deadline.saturating_sub(self.clock_ms(node.id)).clamp(1, 60_000);
+            let delay_ms = deadline.saturating_sub(now_ms).clamp(1, 60_000);
             let at_ms = self.executor.now_ms() + delay_ms;
             if node.tick_ms == Some(at_ms) {
                 return;
@@ -439,6 +443,16 @@ impl World {
             Err(_) => return Err(()),
         };
         let head = self.open_head(&object, self.clock_ms(id)).ok_or(())?;
+        // Shards that joined the run with this head are known before it is given out.
+        let shards = self.learners[index].borrow().memory.shards.clone();
+        let mut pages = Vec::new();
+        for page in shards.next_page()..=head.document.catalog.page {
+            let object = self.get(id, &self.run.catalog(page), None).await.ok().flatten().ok_or(())?;
+            let office = Expect::Account(&self.office.account);
+            let opened = self.plan.scheme.open::<CatalogPage>(&object.bytes, &self.context, office, None).map_err(|_| ())?;
+            pages.push((opened.document, Digest::blake3(&object.bytes)));
+        }
+        shards.take(pages, &head.document.catalog).map_err(|_| ())?;
         self.saw(index, Look::Head, object.etag, head.header.sequence)?;
         Ok(Some(head.document))
     }
@@ -530,6 +544,10 @@ impl World {
         shards.sort();
         shards.dedup();
         for shard in shards {
+            let known = self.learners[index].borrow().memory.shards.list();
+            // A lease may be read before the head that names its shard's page.
+            let manifest = known.iter().find(|known| known.id == *shard).ok_or(Trouble::Absent)?;
+            self.watch.borrow_mut().takes_rows(self, manifest);
             self.get_granted(index, id, &self.keys.shard_tokens(shard), 100).await?;
         }
         Ok(())

@@ -45,6 +45,6 @@ pub fn small(seed: u64, miners: usize) -> Plan {
 /// Runs a world whose orchestrator dies at the end of its `point`-th effect, before it hears of it, and is started again.
 pub fn run_crashing(plan: Plan, point: u64) -> Outcome {
     let world: Rc<World> = World::new(plan);
-    world.orchestrator.borrow_mut().crash_after = Some(point);
+    world.orchestrators[0].borrow_mut().crash_after = Some(point);
     world.live()
 }

@@ -12,7 +12,7 @@ use super::plan::Faults;
 use super::random::Random;
 use super::world::World;
 
-/// 0 is the orchestrator; then come the miners, then the validators.
+/// 0 is the orchestrator; then come the miners, then the validators, then the orchestrator's standby.
 pub type Node = usize;
 
 /// Old versions are given out for so long after a write.
@@ -120,7 +120,8 @@ impl World {
         match node {
             0 => 0,
             node if node <= self.plan.miners => 1,
-            _ => 2,
+            node if node <= self.plan.miners + self.plan.validators => 2,
+            _ => 0,
         }
     }
 
@@ -150,8 +151,8 @@ impl World {
             return Err(unavailable(key));
         }
         let now_ms = self.executor.now_ms();
-        // Whoever moves the head reads it strongly consistent, as compare-and-swap needs it.
-        if !(node == 0 && key == self.head_key())
+        // Whoever moves head and lease reads them strongly consistent, as compare-and-swap needs it.
+        if !(role == 0 && (key == self.head_key() || key == self.lease_key()))
             && net.is_stale(now_ms)
             && let Some((written_ms, object)) = net.previous.get(key)
             && written_ms + STALE_MS > now_ms

@@ -39,6 +39,10 @@ pub struct Faults {
     /// A request takes twenty times as long.
     pub tail_ppm: u64,
     pub orchestrator_crash_ms: u64,
+    /// A process of the orchestrator stands still for up to a minute and a half.
+    pub pause_ms: u64,
+    /// The clock of some node jumps by up to ten minutes and is set right within a minute.
+    pub clock_jump_ms: u64,
     /// Crashes of the orchestrator that take its disk along.
     pub lost_disk_ppm: u64,
     pub miner_crash_ms: u64,
@@ -61,6 +65,14 @@ pub struct Faults {
     pub restart_ms: Option<u64>,
 }
 
+/// A miner that the operator bans, and perhaps pardons.
+#[derive(Clone, Copy, Debug)]
+pub struct Ban {
+    pub miner: usize,
+    pub banned_ms: u64,
+    pub unbanned_ms: Option<u64>,
+}
+
 /// A world before it begins.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -68,6 +80,8 @@ pub struct Plan {
     pub scheme: Scheme,
     pub miners: usize,
     pub validators: usize,
+    /// A second host of the orchestrator stands by.
+    pub has_standby: bool,
     pub parameters: RunParameters,
     /// Mean duration of an inner step.
     pub step_ms: u64,
@@ -82,6 +96,8 @@ pub struct Plan {
     pub behaviours: Vec<Behaviour>,
     /// What the operator orders, and when.
     pub orders: Vec<(u64, Action)>,
+    /// Whom the operator bans.
+    pub bans: Vec<Ban>,
     pub faults: Faults,
     /// A run that is not complete by then hangs.
     pub limit_ms: u64,
@@ -137,6 +153,7 @@ impl Plan {
             scheme: Scheme::Cheap,
             miners,
             validators: 2,
+            has_standby: false,
             parameters: parameters(24, cycles, poll_ms, step_ms),
             step_ms,
             latency_ms: 40,
@@ -146,6 +163,7 @@ impl Plan {
             snapshot_every: 2_000,
             behaviours: vec![Behaviour::Honest; miners],
             orders: Vec::new(),
+            bans: Vec::new(),
             faults: Faults::default(),
             limit_ms: 3_600_000,
             is_open_ended: false,
@@ -215,6 +233,20 @@ impl Plan {
         }
         if random.chance(500_000) {
             plan.faults.lost_disk_ppm = random.between(0, 300_000);
+        }
+        plan.has_standby = random.chance(400_000);
+        if plan.has_standby {
+            plan.faults.pause_ms = random.between(20_000, 120_000);
+        }
+        if random.chance(300_000) {
+            plan.faults.clock_jump_ms = random.between(10_000, 120_000);
+        }
+        if random.chance(300_000) {
+            for _ in 0..random.between(1, 3) {
+                let miner = random.below(miners as u64) as usize;
+                let banned_ms = random.between(0, until_ms);
+                plan.bans.push(Ban { miner, banned_ms, unbanned_ms: random.chance(600_000).then(|| random.between(banned_ms, until_ms)) });
+            }
         }
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         plan

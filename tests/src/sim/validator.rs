@@ -7,6 +7,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use chain::{Chain, Hotkey, setter};
 use daemon::Machine as _;
+use daemon::clock::Steady;
 use futures::FutureExt;
 use protocol::audits::Selection;
 use protocol::documents::{
@@ -54,7 +55,7 @@ pub struct Node {
     memory: Memory,
     machine: Option<Machine>,
     pub life: Life,
-    last_ms: u64,
+    time: Steady,
     tick_ms: Option<u64>,
     pub ended: Option<Ended>,
 }
@@ -69,7 +70,7 @@ impl Node {
             memory: Memory::default(),
             machine: None,
             life: WORLD,
-            last_ms: 0,
+            time: Steady::new(0),
             tick_ms: None,
             ended: None,
         }
@@ -106,10 +107,10 @@ impl World {
             };
             node.memory = Memory::default();
             node.life = life;
-            node.last_ms = self.clock_ms(node.id);
+            node.time = Steady::new(0);
             let mut machine = Machine::new(settings);
             if let Some(memory) = node.disk.weights.clone() {
-                machine.recall_weights(node.last_ms, memory);
+                machine.recall_weights(self.clock_ms(node.id), memory);
             }
             node.machine = Some(machine);
         }
@@ -132,8 +133,7 @@ impl World {
         if node.life != life {
             return;
         }
-        let now_ms = node.last_ms.max(self.clock_ms(node.id));
-        node.last_ms = now_ms;
+        let now_ms = node.time.read(self.clock_ms(node.id), self.steady(node.id));
         self.trace(&[self.executor.now_ms(), node.id as u64, kind_of(&input)]);
         self.say(node.id, || format!("{input:?}"));
         let Some(machine) = &mut node.machine else { return };
@@ -152,7 +152,7 @@ impl World {
             return;
         }
         let Some(deadline) = machine.deadline() else { return };
-        let delay_ms = deadline.saturating_sub(self.clock_ms(node.id)).clamp(1, 2_000);
+        let delay_ms = deadline.saturating_sub(now_ms).clamp(1, 2_000);
         let at_ms = self.executor.now_ms() + delay_ms;
         if node.tick_ms == Some(at_ms) {
             return;

@@ -5,12 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use protocol::documents::{Commitment, Head, MergeManifest, Progress, RunState, Score, Tape, VerdictResult, VerdictReveal};
+use protocol::documents::{
+    Action, CatalogPage, Commitment, Head, MergeManifest, Order, Progress, RunState, Score, Tape, VerdictResult, VerdictReveal,
+};
 use protocol::envelope::{Document, peek};
 use protocol::ledger::LedgerTotals;
 use protocol::log::{Frontier, LogHead, LogKind};
 use protocol::schedule::cycle_of;
-use protocol::{AccountId, Digest, codec};
+use protocol::{AccountId, Digest, ShardManifest, codec};
 use quasar_orchestrator::machine::{OfferStage, Orchestrator, PullStage, Slot, StoredPage};
 use storage::Presign;
 
@@ -54,6 +56,9 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ("lie_is_failed", "no verdict passes a payload that was not trained"),
     ("weights_follow_verdicts", "scores are merged tokens without those that a revealed verdict fails, nothing else"),
     ("only_writer", "an orchestrator that is alone is never fenced"),
+    ("one_writer_per_epoch", "the head's epochs never fall, each is one process's, and a process that lost its lease ends"),
+    ("banned_is_left_out", "what a banned hotkey sends is in no merge that was opened after the ban, and it holds no rows"),
+    ("page_before_rows", "a learner takes rows of a shard only after it has read and checked the catalog page that names it"),
     ("nobody_cries", "no machine logs an error that accuses the orchestrator"),
     ("run_completes", "once the faults are over, the run ends: every fragment merged, released, audited"),
 ];
@@ -75,10 +80,19 @@ pub struct Watch {
     pub lies: BTreeSet<Digest>,
     failed: BTreeSet<(u64, AccountId, u8)>,
     pub verdicts: BTreeMap<&'static str, u64>,
-    crashed: Option<Vec<u8>>,
+    /// By host.
+    crashed: BTreeMap<usize, Vec<u8>>,
+    /// Epoch of the newest writer, and of the newest one that went on from the bucket.
+    epoch: u64,
+    succeeded: u64,
+    pub takeovers: u64,
+    /// Which node moved the head in an epoch.
+    writers: BTreeMap<u64, Node>,
+    /// The outer steps from which on a banned hotkey is left out.
+    banned: BTreeMap<AccountId, u64>,
     ledger: Option<LedgerTotals>,
-    /// Digest and rows of the catalog pages that were added.
-    pages: BTreeMap<u32, (Digest, u64)>,
+    /// Digest, rows and shards of the catalog pages that were added.
+    pages: BTreeMap<u32, (Digest, u64, Vec<String>)>,
     batches: u64,
     pub records_refused: u64,
     newest_commitments: BTreeMap<AccountId, Commitment>,
@@ -111,13 +125,13 @@ impl Watch {
     /// An object was written into the bucket.
     pub fn wrote(&mut self, world: &World, node: Node, key: &str, bytes: &Bytes, is_once: bool) {
         let name = key.rsplit('/').next().unwrap_or_default();
-        let names = ["head.qsr", "current.qsr", "progress.qsr", "standing.qsr", "pull.qsr", "status.json", "snapshot.bin"];
+        let names = ["head.qsr", "current.qsr", "progress.qsr", "standing.qsr", "pull.qsr", "status.json", "snapshot.bin", "writer.qsr"];
         let is_mutable = names.contains(&name) || key.contains("/jobs/");
         self.hold(world, "write_once", is_once || is_mutable, || format!("node {node} wrote {key} without a condition"));
         match name {
             "head.qsr" => {
                 if let Some((_, head)) = decoded::<Head>(bytes) {
-                    self.moved(world, head);
+                    self.moved(world, node, head);
                 }
             }
             "progress.qsr" if world.plan.behaviours.contains(&Behaviour::Copier) => {
@@ -138,12 +152,17 @@ impl Watch {
                     self.merged(world, id, manifest);
                 }
             }
+            _ if key.contains("/catalog/") => {
+                if let Some((_, page)) = decoded::<CatalogPage>(bytes) {
+                    self.page(world, &StoredPage::new(Digest::blake3(bytes), &page));
+                }
+            }
             _ if key.contains("/tape/") => {
                 if let Some((_, tape)) = decoded::<Tape>(bytes) {
                     self.taped(world, tape);
                 }
             }
-            _ if key.contains("/log/") => {
+            _ if key.contains("/log/") && !key.contains("/private/") => {
                 if let Some((_, head)) = decoded::<LogHead>(bytes) {
                     self.logged(world, &head);
                 }
@@ -153,7 +172,11 @@ impl Watch {
     }
 
     fn taped(&mut self, world: &World, tape: Tape) {
-        let accepted = self.accepted.remove(&tape.t).unwrap_or_default();
+        let mut accepted = self.accepted.remove(&tape.t).unwrap_or_default();
+        if tape.epoch < self.succeeded {
+            // Decided by a writer that was succeeded meanwhile, and written before the lease was taken over, or late: it stands.
+            accepted.clear();
+        }
         for slot in accepted {
             let is_in = tape.inputs.iter().any(|input| (input.hotkey, input.slot) == slot);
             self.hold(world, "accepted_is_merged", is_in, || {
@@ -187,6 +210,8 @@ impl Watch {
                 id == contribution.commitment && record.commitments.iter().any(|one| one.t == t && one.blake3 == contribution.payload)
             });
             self.hold(world, "evidence_holds_payload", holds, || format!("step {t}: {}", slot.0.short()));
+            let is_banned = self.banned.get(&slot.0).is_some_and(|from| t >= *from);
+            self.hold(world, "banned_is_left_out", !is_banned, || format!("step {t}: {}", slot.0.short()));
             let is_new = self.payloads.insert((slot, t));
             self.hold(world, "contribution_once", is_new, || format!("{} is merged twice in step {t}", slot.0.short()));
         }
@@ -209,8 +234,13 @@ impl Watch {
         self.hold(world, "merged_once", is_first, || format!("step {t} has two manifests"));
     }
 
-    fn moved(&mut self, world: &World, head: Head) {
+    fn moved(&mut self, world: &World, node: Node, head: Head) {
         self.heads += 1;
+        let writer = *self.writers.entry(head.epoch).or_insert(node);
+        let newest = self.writers.last_key_value().map_or(0, |(epoch, _)| *epoch);
+        self.hold(world, "one_writer_per_epoch", writer == node && head.epoch == newest, || {
+            format!("node {node} moved the head in epoch {}, which is node {writer}'s; the newest is {newest}", head.epoch)
+        });
         if let Some(before) = self.head.clone() {
             let rank = |state: RunState| state as u8;
             let versions = head.fragments.iter().zip(&before.fragments).all(|(now, then)| now.version >= then.version);
@@ -345,6 +375,10 @@ impl Watch {
 
     /// The orchestrator has handled a batch.
     pub fn orchestrator_is(&mut self, world: &World, machine: &Orchestrator) {
+        // One that was succeeded, and has not noticed, decides nothing.
+        if machine.epoch() != self.epoch {
+            return;
+        }
         self.batches += 1;
         for (t, pull) in machine.pulls() {
             if pull.stage != PullStage::Open {
@@ -360,8 +394,12 @@ impl Watch {
         if !self.batches.is_multiple_of(LEDGER_EVERY) {
             return;
         }
+        for (lease, slot) in machine.open_leases().filter(|_| !self.banned.is_empty()).collect::<Vec<_>>() {
+            let holds = !self.banned.contains_key(&slot.0);
+            self.hold(world, "banned_is_left_out", holds, || format!("{} holds lease {lease}", slot.0.short()));
+        }
         let totals = machine.ledger().totals();
-        let joined = self.pages.range(..=machine.newest_page().page).map(|(_, (_, rows))| rows);
+        let joined = self.pages.range(..=machine.newest_page().page).map(|(_, (_, rows, _))| rows);
         let rows: u64 = world.setup.shards.iter().map(|shard| &shard.rows).chain(joined).sum();
         let sum = totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows;
         self.hold(world, "ledger_conserves", sum == rows, || format!("{sum} rows of {rows}: {totals:?}"));
@@ -372,33 +410,61 @@ impl Watch {
         self.ledger = Some(totals);
     }
 
-    /// A rollback: what is open was trained on what is taken back, also where it is accepted already.
-    pub fn takes_back(&mut self) {
-        self.accepted.clear();
+    /// A process has taken the lease.
+    pub fn claimed(&mut self, epoch: u64) {
+        self.epoch = self.epoch.max(epoch);
     }
 
-    /// What the orchestrator knew, and the bucket did not, is gone: open pulls are asked again, receipts after the last snapshot
-    /// do not count.
-    pub fn disk_lost(&mut self) {
+    /// The writer takes an order. A rollback: what is open was trained on what is taken back, also where it is accepted already.
+    pub fn ordered(&mut self, machine: &Orchestrator, order: &Order) {
+        if machine.epoch() != self.epoch || order.number != machine.orders_taken() + 1 {
+            return;
+        }
+        self.take(machine, order);
+    }
+
+    fn take(&mut self, machine: &Orchestrator, order: &Order) {
+        match order.action {
+            Action::Rollback { .. } => self.accepted.clear(),
+            Action::Ban { hotkey } => {
+                self.banned.entry(hotkey).or_insert_with(|| machine.status().outer_step);
+                self.accepted.values_mut().for_each(|slots| slots.retain(|slot| slot.0 != hotkey));
+            }
+            Action::Unban { hotkey } => {
+                self.banned.remove(&hotkey);
+            }
+            _ => {}
+        }
+    }
+
+    /// A process went on from the bucket, with orders that it found there: what others knew beyond it is gone. Open pulls are asked again, receipts after the last
+    /// snapshot do not count.
+    pub fn succeeded(&mut self, host: usize, machine: &Orchestrator, orders: &[Order]) {
+        orders.iter().for_each(|order| self.take(machine, order));
+        self.takeovers += u64::from(self.succeeded > 0 || self.epoch > 1);
+        self.succeeded = self.epoch;
         self.accepted.clear();
-        (self.crashed, self.ledger) = (None, None);
+        self.crashed.remove(&host);
+        self.ledger = None;
     }
 
     /// A page of the catalog, as it lies in the bucket.
-    pub fn page(&mut self, world: &World, stored: &StoredPage) {
+    fn page(&mut self, world: &World, stored: &StoredPage) {
         let rows = stored.shards.iter().map(|shard| shard.rows).sum();
-        let known = *self.pages.entry(stored.reference.page).or_insert((stored.reference.digest, rows));
-        self.hold(world, "pages_stand", known == (stored.reference.digest, rows), || format!("{:?} is another one", stored.reference));
+        let entry = (stored.reference.digest, rows, stored.shards.iter().map(|shard| shard.id.clone()).collect());
+        let known = self.pages.entry(stored.reference.page).or_insert_with(|| entry.clone());
+        let stands = *known == entry;
+        self.hold(world, "pages_stand", stands, || format!("{:?} is another one", stored.reference));
     }
 
     /// The machine as it was when its process died.
-    pub fn crashed(&mut self, machine: Vec<u8>) {
-        self.crashed = Some(machine);
+    pub fn crashed(&mut self, host: usize, machine: Vec<u8>) {
+        self.crashed.insert(host, machine);
     }
 
     /// The machine as snapshot and journal give it.
-    pub fn recovered(&mut self, world: &World, machine: &[u8]) {
-        if let Some(crashed) = self.crashed.take() {
+    pub fn recovered(&mut self, world: &World, host: usize, machine: &[u8]) {
+        if let Some(crashed) = self.crashed.remove(&host) {
             self.hold(world, "journal_is_exact", crashed == machine, || {
                 let at = crashed.iter().zip(machine).position(|(a, b)| a != b);
                 format!("{} and {} bytes, which differ from {at:?} on", crashed.len(), machine.len())
@@ -411,8 +477,17 @@ impl Watch {
         self.longest_stall_before_ms = std::mem::take(&mut self.longest_stall_ms);
     }
 
+    /// A process found its lease in other hands.
     pub fn fenced(&mut self, world: &World) {
-        self.violated(world, "only_writer", "the head was moved by somebody else".into());
+        let is_alone = !world.plan.has_standby;
+        self.hold(world, "only_writer", !is_alone, || "an orchestrator that is alone was fenced".into());
+    }
+
+    /// A learner works on a shard of the catalog.
+    pub fn takes_rows(&mut self, world: &World, shard: &ShardManifest) {
+        let known =
+            world.setup.shards.iter().any(|own| own.id == shard.id) || self.pages.values().any(|(_, _, ids)| ids.contains(&shard.id));
+        self.hold(world, "page_before_rows", known && *shard == tensors::shard(&shard.id), || shard.id.clone());
     }
 
     /// Somebody else's newest commitment.
@@ -451,6 +526,10 @@ impl Watch {
         self.hold(world, "run_completes", head.state == RunState::Complete, || format!("{:?} at step {}", head.state, head.outer_step));
         let lacking = head.fragments.iter().filter(|fragment| fragment.version < parameters.cycles).count();
         self.hold(world, "run_completes", lacking == 0, || format!("{lacking} fragments lack merges"));
+        let outlived =
+            world.orchestrators.iter().filter(|node| node.borrow().machine().is_some_and(|machine| machine.epoch() < self.epoch));
+        let outlived = outlived.count();
+        self.hold(world, "one_writer_per_epoch", outlived == 0, || format!("{outlived} processes go on without the lease"));
         self.replay_tapes(world);
         let missing: Vec<u64> = (0..head.outer_step).filter(|t| !self.manifests.contains_key(t)).collect();
         self.hold(world, "merged_once", missing.is_empty(), || format!("steps without a manifest: {missing:?}"));

@@ -11,13 +11,15 @@ pub fn begin(world: &Rc<World>) {
     let miners = world.plan.miners as u64;
     // Miners' times are those of one miner.
     type Happen = fn(&Rc<World>);
-    let kinds: [(u64, Happen); 6] = [
+    let kinds: [(u64, Happen); 8] = [
         (faults.orchestrator_crash_ms, crash_orchestrator),
         (faults.miner_crash_ms.div_ceil(miners.max(1)), crash_a_miner),
         (faults.validator_crash_ms, crash_a_validator),
         (faults.partition_ms, partition),
         (faults.outage_ms, outage),
         (faults.chain_stall_ms, stall_chain),
+        (faults.pause_ms, pause_orchestrator),
+        (faults.clock_jump_ms, set_a_clock),
     ];
     if let Some(at_ms) = world.plan.kill_quarter_ms {
         let later = world.clone();
@@ -46,17 +48,63 @@ fn between(world: &World, from: u64, to: u64) -> u64 {
     world.random.borrow_mut().between(from, to)
 }
 
+/// A standby takes over what is away for longer than the lease.
 fn crash_orchestrator(world: &Rc<World>) {
-    let (kept, down_ms) = (between(world, 0, 3) as usize, between(world, 50, 8_000));
-    if !world.orchestrator.borrow().is_running() {
+    let host = between(world, 0, world.orchestrators.len() as u64 - 1) as usize;
+    let longest_ms = if world.plan.has_standby { 60_000 } else { 8_000 };
+    let (kept, down_ms) = (between(world, 0, 3) as usize, between(world, 50, longest_ms));
+    if !world.orchestrators[host].borrow().is_up() {
         return;
     }
     let loses_disk = world.random.borrow_mut().chance(world.plan.faults.lost_disk_ppm);
     if loses_disk {
-        world.crash_and_lose_disk(down_ms);
+        world.crash_and_lose_disk(host, down_ms);
     } else {
-        world.crash_and_restart(kept, down_ms);
+        world.crash_and_restart(host, kept, down_ms);
     }
+}
+
+/// The process is stopped; or its machine sleeps, and one of its clocks with it; or both clocks, until one is set.
+fn pause_orchestrator(world: &Rc<World>) {
+    let host = between(world, 0, world.orchestrators.len() as u64 - 1) as usize;
+    let (paused_ms, kind, late_ms) = (between(world, 500, 90_000), between(world, 0, 2), between(world, 0, 60_000));
+    let (life, node) = {
+        let host = world.orchestrators[host].borrow();
+        (host.life, host.id)
+    };
+    if !world.orchestrators[host].borrow().is_up() || world.executor.is_stopped(life) {
+        return;
+    }
+    world.say(node, || format!("STANDS STILL for {paused_ms} ms, kind {kind}"));
+    world.executor.stop(life);
+    let later = world.clone();
+    world.executor.after(paused_ms, WORLD, move || {
+        if !later.executor.is_stopped(life) {
+            return;
+        }
+        if kind > 0 {
+            later.set_clock(node, |clock| clock.slept_ms += paused_ms);
+        }
+        if kind == 2 {
+            later.set_clock(node, |clock| clock.off_ms -= paused_ms as i64);
+            let right = later.clone();
+            later.executor.after(late_ms, WORLD, move || right.set_clock(node, |clock| clock.off_ms += paused_ms as i64));
+        }
+        later.executor.go_on(life);
+    });
+}
+
+fn set_a_clock(world: &Rc<World>) {
+    // The orchestrator's as often as anybody's.
+    let anybody = between(world, 0, world.nodes() as u64 - 1) as usize;
+    let node = if between(world, 0, 3) == 0 { 0 } else { anybody };
+    let jump_ms = between(world, 60_000, 600_000) as i64;
+    let off_ms = if between(world, 0, 1) == 0 { jump_ms } else { -jump_ms };
+    let right_ms = between(world, 1_000, 60_000);
+    world.say(node, || format!("CLOCK is set by {off_ms} ms"));
+    world.set_clock(node, |clock| clock.off_ms += off_ms);
+    let later = world.clone();
+    world.executor.after(right_ms, WORLD, move || later.set_clock(node, |clock| clock.off_ms -= off_ms));
 }
 
 fn crash_a_miner(world: &Rc<World>) {
@@ -83,7 +131,7 @@ fn crash_a_validator(world: &Rc<World>) {
 }
 
 fn partition(world: &Rc<World>) {
-    let nodes = 1 + world.plan.miners + world.plan.validators;
+    let nodes = world.nodes();
     let until_ms = world.executor.now_ms() + between(world, 2_000, 30_000);
     let share = between(world, 1, (nodes as u64 / 3).max(1));
     for _ in 0..share {

@@ -5,17 +5,20 @@ use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use chain::memory::{MemoryChain, MemorySettings};
 use chain::{Chain, Hotkey, Hyperparameters, Neuron};
-use protocol::documents::{Action, CatalogRef, CurrentRun, FragmentManifest, Head, Order, ReleaseRef};
+use protocol::documents::{Action, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, Order, ReleaseRef, RunState};
 use protocol::envelope::{self, Context, Document, Expect, RunId, SKEW_MS, Verified};
+use protocol::log::{Frontier, LogRef};
 use protocol::paths::{self, Keys, RunKeys};
 use protocol::{AccountId, Digest, FileRecord, KeyKind};
 use quasar_orchestrator::machine::{FragmentSetup, RunSetup, ShardRows, Slot};
 use storage::Object;
 use storage::memory::{MemoryGrants, MemoryStore};
+use tokio::time::Instant;
 
 use super::executor::{Executor, WORLD};
 use super::net::{Net, Traffic};
@@ -67,6 +70,7 @@ pub struct World {
     pub keys: Keys,
     pub run: RunKeys,
     head_key: String,
+    lease_key: String,
     /// The orchestrator's identity.
     pub office: Identity,
     pub current: CurrentRun,
@@ -76,17 +80,29 @@ pub struct World {
     store_ms: Arc<AtomicU64>,
     pub chain: MemoryChain,
     pub net: RefCell<Net>,
-    pub orchestrator: RefCell<orchestrator::Node>,
+    /// The hosts of the orchestrator: the first one, and the standby where there is one.
+    pub orchestrators: Vec<RefCell<orchestrator::Node>>,
     pub learners: Vec<RefCell<learner::Node>>,
     pub validators: Vec<RefCell<validator::Node>>,
     pub watch: RefCell<Watch>,
     slot_keys: RefCell<HashMap<Slot, Rc<SlotKeys>>>,
     /// By node.
-    skews_ms: Vec<i64>,
+    clocks: Vec<Cell<Clock>>,
+    /// The zero of all steady clocks.
+    begun: Instant,
     newest_head: RefCell<Option<(Option<String>, Verified<Head>)>>,
     trace: Cell<u64>,
     events: Cell<u64>,
     pub stepping: Cell<Stepping>,
+}
+
+/// What a node's clocks show beside the time of the world.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Clock {
+    /// Of the wall clock.
+    pub off_ms: i64,
+    /// Time that the machine slept through: its steady clock stood still.
+    pub slept_ms: u64,
 }
 
 /// Who trains just now.
@@ -137,6 +153,9 @@ pub struct Outcome {
     pub crashes: u64,
     /// Crashes that took the disk along.
     pub lost_disks: u64,
+    /// Times that a process went on from the bucket after another host had written, and processes that found their lease gone.
+    pub takeovers: u64,
+    pub fenced: u64,
     pub effects: u64,
     pub longest_stall_ms: u64,
     pub longest_stall_before_ms: u64,
@@ -214,7 +233,8 @@ impl World {
         let grants = MemoryGrants::new(store.clone(), move || clock.load(Ordering::Relaxed));
         let mut net = Net::new(random.fork(), plan.faults.clone(), plan.latency_ms);
         let skew = |_| random.below(2 * plan.faults.skew_ms + 1) as i64 - plan.faults.skew_ms as i64;
-        let skews_ms = (0..1 + plan.miners + plan.validators).map(skew).collect();
+        let mut clocks: Vec<Cell<Clock>> = Vec::new();
+        clocks.extend((0..1 + plan.miners + plan.validators).map(skew).map(|off_ms| Cell::new(Clock { off_ms, slept_ms: 0 })));
         let mut learners = Vec::new();
         for (index, identity) in miners.into_iter().enumerate() {
             let keys = Rc::new(SlotKeys::of(&run, (identity.account, 0)));
@@ -231,7 +251,12 @@ impl World {
             let hotkey = Rc::new(Hotkey::from_seed(KeyKind::Ed25519, &identity.seed));
             judges.push(RefCell::new(validator::Node::new(identity, hotkey, plan.miners + 1 + index)));
         }
-        let orchestrator = RefCell::new(orchestrator::Node::default());
+        let mut orchestrators = vec![RefCell::new(orchestrator::Node::new(0, 0))];
+        if plan.has_standby {
+            orchestrators.push(RefCell::new(orchestrator::Node::new(1, clocks.len())));
+            let off_ms = random.below(2 * plan.faults.skew_ms + 1) as i64 - plan.faults.skew_ms as i64;
+            clocks.push(Cell::new(Clock { off_ms, slept_ms: 0 }));
+        }
         let current = CurrentRun { root_version: 1, root_digest: Digest::ZERO, run: run_id, manifest_digest: Digest::ZERO };
         let world = Rc::new_cyclic(|me| Self {
             me: me.clone(),
@@ -239,6 +264,7 @@ impl World {
             random: RefCell::new(random),
             context,
             head_key: run.head(),
+            lease_key: run.writer_lease(),
             keys,
             run,
             office,
@@ -249,12 +275,13 @@ impl World {
             store_ms,
             chain,
             net: RefCell::new(net),
-            orchestrator,
+            orchestrators,
             learners,
             validators: judges,
             watch: RefCell::default(),
             slot_keys: RefCell::default(),
-            skews_ms,
+            clocks,
+            begun: Instant::now(),
             newest_head: RefCell::default(),
             trace: Cell::new(0xcbf2_9ce4_8422_2325),
             events: Cell::new(0),
@@ -285,6 +312,23 @@ impl World {
             self.plant(&key, bytes);
             self.plant_signed(&self.run.fragment_manifest(fragment, 0), &manifest);
         }
+        let fragments = self.setup.fragments.iter();
+        let head = Head {
+            epoch: 0,
+            state: RunState::Open,
+            outer_step: 0,
+            closed_below: 0,
+            block: 0,
+            run_step: 0,
+            pulls: Vec::new(),
+            fragments: fragments.map(|one| FragmentHead { version: 0, length: one.keyframe_length, digest: one.keyframe }).collect(),
+            release: self.setup.release.clone(),
+            catalog: self.setup.catalog,
+            ledger: Digest::ZERO,
+            log: LogRef::from(&Frontier::default()),
+            notices: Vec::new(),
+        };
+        self.plant_signed(&self.head_key, &head);
     }
 
     /// Puts in a document that the operator signs.
@@ -299,11 +343,42 @@ impl World {
 
     /// What a node's clock shows.
     pub fn clock_ms(&self, node: super::net::Node) -> u64 {
-        (EPOCH_MS + self.executor.now_ms()).saturating_add_signed(self.skews_ms[node])
+        (EPOCH_MS + self.executor.now_ms()).saturating_add_signed(self.clocks[node].get().off_ms)
+    }
+
+    /// What a node's clock shows that nobody sets.
+    pub fn steady_ms(&self, node: super::net::Node) -> u64 {
+        self.executor.now_ms() - self.clocks[node].get().slept_ms
+    }
+
+    pub fn steady(&self, node: super::net::Node) -> Instant {
+        self.begun + Duration::from_millis(self.steady_ms(node))
+    }
+
+    /// A node's clocks change.
+    pub fn set_clock(&self, node: super::net::Node, change: impl FnOnce(&mut Clock)) {
+        let mut clock = self.clocks[node].get();
+        change(&mut clock);
+        self.clocks[node].set(clock);
+    }
+
+    /// Number of nodes.
+    pub fn nodes(&self) -> usize {
+        self.clocks.len()
+    }
+
+    /// The orchestrator that writes, or wrote last.
+    fn writer(&self) -> &RefCell<orchestrator::Node> {
+        let epoch_of = |node: &&RefCell<orchestrator::Node>| node.borrow().machine().map(|machine| machine.epoch());
+        self.orchestrators.iter().max_by_key(epoch_of).expect("there is a host")
     }
 
     pub fn head_key(&self) -> &str {
         &self.head_key
+    }
+
+    pub fn lease_key(&self) -> &str {
+        &self.lease_key
     }
 
     /// Opens the head, which everybody reads: what is the same for all of them is done once.
@@ -348,7 +423,9 @@ impl World {
 
     /// Starts everybody and the weather.
     pub fn begin(&self) {
-        self.start_orchestrator();
+        for host in 0..self.orchestrators.len() {
+            self.start_orchestrator(host);
+        }
         for index in 0..self.plan.validators {
             self.start_validator(index);
         }
@@ -360,7 +437,7 @@ impl World {
             let world = self.me();
             self.executor.after(delay_ms, WORLD, move || world.start_miner(index));
         }
-        for (number, (at_ms, action)) in (1..).zip(self.plan.orders.clone()) {
+        for (number, (at_ms, action)) in (1..).zip(self.orders()) {
             let world = self.me();
             self.executor.after(at_ms, WORLD, move || {
                 world.plant_signed(&world.run.order(number), &Order { number, action, reason: "as planned".into() });
@@ -369,6 +446,18 @@ impl World {
         let world = self.me();
         self.executor.spawn(WORLD, async move { world.make_blocks().await });
         super::weather::begin(&self.me());
+    }
+
+    /// What the operator orders, and when, in the order of time.
+    pub fn orders(&self) -> Vec<(u64, Action)> {
+        let mut orders = self.plan.orders.clone();
+        for ban in &self.plan.bans {
+            let hotkey = self.learners[ban.miner].borrow().identity.account;
+            orders.push((ban.banned_ms, Action::Ban { hotkey }));
+            orders.extend(ban.unbanned_ms.map(|at_ms| (at_ms, Action::Unban { hotkey })));
+        }
+        orders.sort_by_key(|(at_ms, _)| *at_ms);
+        orders
     }
 
     async fn make_blocks(self: Rc<Self>) {
@@ -385,8 +474,9 @@ impl World {
     pub fn live(self: &Rc<Self>) -> Outcome {
         self.begin();
         let outcome = self.finish();
-        // Tasks hold the world, and the world holds them.
+        // Tasks and processes hold the world, and the world holds them.
         self.executor.clear();
+        self.forget_orchestrators();
         outcome
     }
 
@@ -418,7 +508,8 @@ impl World {
             let last = merges.max_by_key(|(_, merge)| merge.version);
             newest.extend(last.map_or(Digest::ZERO, |(_, merge)| merge.keyframe).0);
         }
-        let orchestrator = self.orchestrator.borrow();
+        let orchestrator = self.writer().borrow();
+        let sum = |of: fn(&orchestrator::Node) -> u64| self.orchestrators.iter().map(|node| of(&node.borrow())).sum::<u64>();
         let (now_ms, stepping) = (self.executor.now_ms(), self.stepping.get());
         let useful_ms: u64 = self.learners.iter().map(|node| node.borrow().useful_ms).sum();
         Outcome {
@@ -429,9 +520,11 @@ impl World {
             completed_ms: watch.completed_ms,
             merges: watch.manifests.values().filter(|(_, merge)| merge.version > merge.base_version).count() as u64,
             contributions: watch.manifests.values().map(|(_, merge)| merge.accepted().count() as u64).sum(),
-            crashes: orchestrator.crashes,
-            lost_disks: orchestrator.lost_disks,
-            effects: orchestrator.effects,
+            crashes: sum(|node| node.crashes),
+            lost_disks: sum(|node| node.lost_disks),
+            takeovers: watch.takeovers,
+            fenced: sum(|node| node.fenced),
+            effects: sum(|node| node.effects),
             longest_stall_ms: watch.longest_stall_ms,
             longest_stall_before_ms: watch.longest_stall_before_ms,
             longest_idle_ms: stepping.longest_idle_ms,

@@ -2,12 +2,12 @@
 //!
 //! The lease is an object that moves by compare-and-swap. Its holder renews it each third of its time; whoever waits for it
 //! watches with its own clock that it stays as it is for the whole time, so no two clocks are compared and a clock that jumps
-//! hands out nothing. A holder that could not renew in time stops writing until it has (`Fence::hold`); one that finds somebody
-//! else's lease there has lost it for good. A write that was on its way meanwhile meets compare-and-swap (head, jobs, grants,
+//! hands out nothing ([`crate::lease`] holds these rules). A holder that could not renew in time stops writing until it has
+//! (`Fence::hold`); one that finds somebody else's lease there has lost it for good. A write that was on its way meanwhile meets compare-and-swap (head, jobs, grants,
 //! snapshot) or a write-once key whose content the tape fixes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,8 +19,9 @@ use protocol::{KeyRef, Signer};
 use storage::{ObjectStore, PutCondition, StoreError};
 use tokio::time::Instant;
 
-/// The holder believes in its lease for this share of its time, in percent: it stops before anybody may take over.
-const TRUSTED_PERCENT: u32 = 80;
+pub use crate::lease::Wait;
+use crate::lease::{Candidate, Claim, Moment, Next, Trust, is_still, renewed};
+
 /// Renewals within the time of a lease.
 const RENEWALS: u32 = 3;
 /// Looks at a lease that somebody else holds, within its time.
@@ -47,22 +48,21 @@ impl FenceSettings {
     pub const LEASE: Duration = Duration::from_millis(WRITER_LEASE_MS);
 }
 
-/// What to do about somebody else's lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// Wait for it to end, but not for its holder to go on.
-    ForItsEnd,
-    /// Wait as long as it takes.
-    Standby,
-}
-
 /// A lease that is held, or was.
 pub struct Fence {
     settings: FenceSettings,
     held: tokio::sync::Mutex<(WriterLease, String)>,
-    /// Trusted until then, by two clocks: a machine that was suspended has slept through one of them.
-    trusted_until: Mutex<(Instant, u64)>,
+    trust: Mutex<Trust>,
     lost: AtomicBool,
+    /// Nobody else has written since the journal at hand did.
+    is_own: bool,
+}
+
+/// The zero of the steady clock is where the process looked first.
+static BEGUN: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+fn moment() -> Moment {
+    Moment { steady_ms: BEGUN.elapsed().as_millis() as u64, wall_ms: clock::now_ms() }
 }
 
 /// The lease is somebody else's.
@@ -94,51 +94,40 @@ impl Fence {
     /// # Errors
     /// The store does not answer; or somebody else goes on holding it and `wait` does not say to stand by.
     pub async fn acquire(settings: FenceSettings, wait: Wait, shutdown: &Shutdown) -> Result<Option<Self>, Failure> {
-        let mut watched: Option<(String, Instant)> = None;
+        let lease_ms = settings.lease.as_millis() as u64;
+        let mut candidate = Candidate::new(settings.instance, settings.host.clone(), lease_ms, wait);
         loop {
-            let begun = (Instant::now(), clock::now_ms());
+            let begun = moment();
             let found = read_lease(&*settings.store, &settings.key, &settings.context, &settings.signers).await?;
-            let (epoch, condition) = match &found {
-                None => (1, PutCondition::IfAbsent),
-                Some((lease, etag)) => {
-                    let is_free = lease.document.released || lease.document.instance == settings.instance;
-                    let is_over = watched.as_ref().is_some_and(|(tag, since)| tag == etag && since.elapsed() >= settings.lease);
-                    if !is_free && !is_over {
-                        if watched.as_ref().is_none_or(|(tag, _)| tag != etag) {
-                            if watched.is_some() && wait == Wait::ForItsEnd {
-                                return Err(held_by(&lease.document));
-                            }
-                            tracing::info!(
-                                holder = lease.document.host,
-                                epoch = lease.document.epoch,
-                                "waiting for the writer lease to end"
-                            );
-                            watched = Some((etag.clone(), Instant::now()));
-                        }
-                        if !shutdown.sleep(settings.lease / LOOKS).await {
-                            return Ok(None);
-                        }
-                        continue;
+            let found = found.as_ref().map(|(lease, tag)| (lease, tag.as_str()));
+            let claim = match candidate.look(moment().steady_ms, found) {
+                Next::Claim(claim) => claim,
+                Next::Refused => return Err(held_by(found.map_or("nobody", |(lease, _)| lease.document.host.as_str()))),
+                Next::Wait { is_new } => {
+                    if let Some((lease, _)) = found.filter(|_| is_new) {
+                        let WriterLease { epoch, host, .. } = &lease.document;
+                        tracing::info!(holder = host, epoch, "waiting for the writer lease to end");
                     }
-                    // Whatever its holder signed until its end, a number above it is told.
-                    let floor = lease.header.sequence + 2 * settings.lease.as_millis() as u64;
-                    settings.sequence.raise(floor).map_err(|error| Failure::new(error.exit(), error))?;
-                    (lease.document.epoch + 1, PutCondition::IfMatch(etag.clone()))
+                    if !shutdown.sleep(settings.lease / LOOKS).await {
+                        return Ok(None);
+                    }
+                    continue;
                 }
             };
-            let lease = WriterLease { epoch, instance: settings.instance, host: settings.host.clone(), renewal: 0, released: false };
+            let Claim { lease, condition, sequence_floor, is_own } = claim;
+            settings.sequence.raise(sequence_floor).map_err(|error| Failure::new(error.exit(), error))?;
             let bytes = settings.sign(&lease).map_err(|error| Failure::new(error.exit(), error))?;
             match settings.store.put(&settings.key, bytes, condition).await {
                 Ok(etag) => {
-                    tracing::info!(epoch, "holding the writer lease");
-                    let fence = Self {
+                    tracing::info!(epoch = lease.epoch, "holding the writer lease");
+                    let trust = Mutex::new(Trust::from(begun, lease_ms));
+                    return Ok(Some(Self {
                         held: tokio::sync::Mutex::new((lease, etag)),
-                        trusted_until: Mutex::new(begun),
+                        trust,
                         lost: AtomicBool::new(false),
+                        is_own,
                         settings,
-                    };
-                    fence.trust_from(begun);
-                    return Ok(Some(fence));
+                    }));
                 }
                 // Somebody was quicker, or our own answer was lost; both are seen at the next look.
                 Err(StoreError::PreconditionFailed { .. }) => tokio::time::sleep(RETRY).await,
@@ -147,9 +136,14 @@ impl Fence {
         }
     }
 
-    fn trust_from(&self, (begun, begun_ms): (Instant, u64)) {
-        let time = self.settings.lease * TRUSTED_PERCENT / 100;
-        *self.trusted_until.lock().unwrap_or_else(PoisonError::into_inner) = (begun + time, begun_ms + time.as_millis() as u64);
+    fn trust_from(&self, begun: Moment) {
+        let lease_ms = self.settings.lease.as_millis() as u64;
+        *self.trust.lock().unwrap_or_else(PoisonError::into_inner) = Trust::from(begun, lease_ms);
+    }
+
+    /// Whether nobody else has written since the journal at hand did: it holds everything then.
+    pub fn is_own(&self) -> bool {
+        self.is_own
     }
 
     /// The fencing epoch.
@@ -163,8 +157,7 @@ impl Fence {
 
     /// Whether this process may write now.
     pub fn is_trusted(&self) -> bool {
-        let (until, until_ms) = *self.trusted_until.lock().unwrap_or_else(PoisonError::into_inner);
-        !self.is_lost() && Instant::now() < until && clock::now_ms() < until_ms
+        !self.is_lost() && self.trust.lock().unwrap_or_else(PoisonError::into_inner).holds(moment())
     }
 
     /// Waits until this process may write. Once the lease is lost, that is never: the stop ends the wait.
@@ -182,34 +175,51 @@ impl Fence {
     /// # Errors
     /// [`Lost`] if somebody else has it; a store that does not answer is no error, but the trust runs out.
     pub async fn renew(&self) -> Result<(), Lost> {
+        self.ask().await.map(drop)
+    }
+
+    /// Asks the store until it has said whose the lease is: before somebody else's write is taken for an answer of ours that was
+    /// lost, which a store that does not answer never proves.
+    ///
+    /// # Errors
+    /// [`Lost`] if somebody else has it.
+    pub async fn confirm(&self) -> Result<(), Lost> {
+        while !self.ask().await? {
+            tokio::time::sleep(RETRY).await;
+        }
+        Ok(())
+    }
+
+    /// Renews the lease; `false` where the store did not say whose it is.
+    async fn ask(&self) -> Result<bool, Lost> {
         let mut held = self.held.lock().await;
         if self.is_lost() {
             return Err(Lost);
         }
-        let begun = (Instant::now(), clock::now_ms());
-        let next = WriterLease { renewal: held.0.renewal + 1, ..held.0.clone() };
-        let Ok(bytes) = self.settings.sign(&next) else { return Ok(()) };
+        let begun = moment();
+        let next = renewed(&held.0);
+        let Ok(bytes) = self.settings.sign(&next) else { return Ok(false) };
         match self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone())).await {
             Ok(etag) => {
                 *held = (next, etag);
                 self.trust_from(begun);
-                Ok(())
+                Ok(true)
             }
             Err(StoreError::PreconditionFailed { .. }) => self.look_again(&mut held).await,
             Err(error) => {
                 tracing::warn!("the writer lease cannot be renewed: {error}");
-                Ok(())
+                Ok(false)
             }
         }
     }
 
     /// The lease is not as it was left: an answer of ours was lost, or somebody else has it.
-    async fn look_again(&self, held: &mut (WriterLease, String)) -> Result<(), Lost> {
+    async fn look_again(&self, held: &mut (WriterLease, String)) -> Result<bool, Lost> {
         let settings = &self.settings;
         match read_lease(&*settings.store, &settings.key, &settings.context, &settings.signers).await {
-            Ok(Some((lease, etag))) if (lease.document.epoch, lease.document.instance) == (held.0.epoch, settings.instance) => {
+            Ok(Some((lease, etag))) if is_still(&held.0, &lease.document) => {
                 *held = (lease.document, etag);
-                Ok(())
+                Ok(true)
             }
             Ok(found) => {
                 let (epoch, host) = found.map_or((0, "nobody".to_owned()), |(lease, _)| (lease.document.epoch, lease.document.host));
@@ -219,7 +229,7 @@ impl Fence {
             }
             Err(failure) => {
                 tracing::warn!("the writer lease cannot be read: {failure}");
-                Ok(())
+                Ok(false)
             }
         }
     }
@@ -239,7 +249,7 @@ impl Fence {
         if self.is_lost() {
             return;
         }
-        let last = WriterLease { renewal: held.0.renewal + 1, released: true, ..held.0.clone() };
+        let last = WriterLease { released: true, ..renewed(&held.0) };
         let Ok(bytes) = self.settings.sign(&last) else { return };
         match self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone())).await {
             Ok(etag) => *held = (last, etag),
@@ -256,8 +266,8 @@ impl FenceSettings {
     }
 }
 
-fn held_by(lease: &WriterLease) -> Failure {
-    Failure::configuration(anyhow::anyhow!("the orchestrator on {} holds the writer lease of this run and renews it", lease.host))
+fn held_by(host: &str) -> Failure {
+    Failure::configuration(anyhow::anyhow!("the orchestrator on {host} holds the writer lease of this run and renews it"))
         .hint("run one orchestrator for a run; a second one with `run --standby` waits until the first is gone")
 }
 

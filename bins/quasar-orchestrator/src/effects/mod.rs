@@ -28,7 +28,6 @@ use daemon::sequence::Sequence;
 use daemon::{Shutdown, clock};
 use protocol::documents::{CurrentRun, RunManifest};
 use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, Verified, open_stored};
-use protocol::log::LogHead;
 use protocol::paths::{Keys, RunKeys};
 use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest, Signer};
 use storage::{ObjectStore, PutCondition, StoreError};
@@ -171,11 +170,12 @@ impl Service {
     async fn swap(&self, key: &str, known: Option<String>, bytes: Bytes) -> Result<Option<String>, String> {
         let mut known = known;
         loop {
-            self.fence.hold().await;
             let condition = match known.take() {
                 Some(tag) => PutCondition::IfMatch(tag),
                 None => self.condition_of(key).await.map_err(|error| error.to_string())?,
             };
+            // Only now: a tag that was read before the lease was known to be ours may be that of a successor's object.
+            self.fence.hold().await;
             match self.store.put(key, bytes.clone(), condition).await {
                 Ok(tag) => return Ok(Some(tag)),
                 // An answer of ours was lost, or somebody else wrote: the lease tells.
@@ -196,7 +196,7 @@ impl Service {
 
     /// Asks the store whether the lease is still ours; stops everything if it is not.
     pub(crate) async fn confirm(&self) {
-        if self.fence.renew().await.is_err() {
+        if self.fence.confirm().await.is_err() {
             self.stop("another orchestrator writes to this run");
             std::future::pending::<()>().await;
         }
@@ -279,11 +279,8 @@ impl Executor for Hands {
                 inputs.send(Input::Verdict { audit, verdict }).await;
             }
             Effect::PublishLog { head } => {
-                let bytes = service.put_once(&service.run.log(head.frontier.size()), &*head).await;
-                let input = match service.open_own::<LogHead>(&bytes) {
-                    Ok(stored) if stored.document != *head => Input::LogTaken { head: Box::new(stored.document) },
-                    _ => Input::LogPublished,
-                };
+                let stored = service.publish_log(&head).await;
+                let input = if stored == *head { Input::LogPublished } else { Input::LogTaken { head: Box::new(stored) } };
                 inputs.send(input).await;
             }
             Effect::Release { versions, tokens } => {

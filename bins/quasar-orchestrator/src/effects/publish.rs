@@ -6,6 +6,7 @@ use bytes::Bytes;
 use daemon::{Failure, clock};
 use protocol::documents::{CurrentRun, Head, Job, Lease};
 use protocol::envelope::{self, Expect, Purpose, open_stored};
+use protocol::log::LogHead;
 use storage::{PutCondition, StoreError};
 
 use super::{Service, persist};
@@ -56,7 +57,7 @@ impl Service {
                     return Ok(claimed);
                 }
                 Err(StoreError::PreconditionFailed { .. }) => {
-                    self.fence.renew().await.map_err(|lost| Failure::configuration(lost).hint("start again with `run --standby`"))?;
+                    self.fence.confirm().await.map_err(|lost| Failure::configuration(lost).hint("start again with `run --standby`"))?;
                 }
                 Err(error) => return Err(Failure::unavailable(error)),
             }
@@ -72,7 +73,6 @@ impl Service {
         }
         let key = self.keys.current();
         let is_ours = persist(&key, || async {
-            self.fence.hold().await;
             let condition = match self.store.get(&key, Purpose::CurrentRun.file_limit()).await {
                 Ok(object) => {
                     let outside = self.context.without_run();
@@ -85,6 +85,7 @@ impl Service {
                 Err(StoreError::NotFound { .. }) => PutCondition::IfAbsent,
                 Err(error) => return Err(error.to_string()),
             };
+            self.fence.hold().await;
             let now_ms = clock::now_ms();
             let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
             let bytes = envelope::sign(&self.current, &self.context.without_run(), &*self.signer, sequence, now_ms);
@@ -123,6 +124,16 @@ impl Service {
                 self.confirm().await;
             }
         }
+    }
+
+    /// Publishes the head that follows the log of its size before, and gives it: ours, or the one that another writer has put there
+    /// first. Two heads of different sizes lie under different keys; what follows a head is therefore fixed before it is shown.
+    pub(super) async fn publish_log(&self, head: &LogHead) -> LogHead {
+        let bytes = self.put_once(&self.run.log_after(head.previous), head).await;
+        let fixed = self.open_own::<LogHead>(&bytes).map_or_else(|_| head.clone(), |verified| verified.document);
+        let key = self.run.log(fixed.frontier.size());
+        persist(&key, || self.put_bytes_once(&key, bytes.clone())).await;
+        fixed
     }
 
     pub(super) async fn publish_status(&self, status: &Status) {

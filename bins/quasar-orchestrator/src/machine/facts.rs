@@ -210,6 +210,8 @@ pub struct BucketFacts {
     pub pages: Vec<StoredPage>,
     /// Leases given out since the snapshot, each as a job of one lease.
     pub leases: Vec<Job>,
+    /// Orders that the snapshot has not taken, in their order.
+    pub orders: Vec<Order>,
     /// Log heads published since the snapshot, oldest first.
     pub log: Vec<LogHead>,
 }

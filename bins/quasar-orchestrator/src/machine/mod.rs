@@ -256,6 +256,11 @@ impl Orchestrator {
         self.log.published().size
     }
 
+    /// Leases that are not over, with who has them.
+    pub fn open_leases(&self) -> impl Iterator<Item = (u64, Slot)> {
+        self.leases.iter().filter(|(_, record)| !record.ended).map(|(id, record)| (*id, record.slot))
+    }
+
     /// The books of all rows.
     pub fn ledger(&self) -> &TokenLedger {
         &self.ledger

@@ -131,6 +131,9 @@ impl Orchestrator {
             self.next_t = self.next_t.max(t + 1);
         }
         self.take_over(&facts.head);
+        for order in facts.orders {
+            self.on_order(order);
+        }
     }
 
     fn take_over(&mut self, head: &Head) {

@@ -4,9 +4,9 @@ use bytes::Bytes;
 use daemon::Failure;
 use daemon::driver::DriverOptions;
 use protocol::Digest;
-use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, MergeManifest, Tape};
+use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, MergeManifest, Order, Tape};
 use protocol::envelope::{Document, EnvelopeError, Verified};
-use protocol::log::{LOG_ENTRIES_MAX, LogHead};
+use protocol::log::LogHead;
 use protocol::paths::RunKeys;
 
 use crate::machine::{BucketFacts, Orchestrator, StepFact, StoredPage};
@@ -75,6 +75,13 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
             id += 1;
         }
     }
+    // A ban or a rollback that the writer before took stands from the first pull on, and not from the next look.
+    let mut orders = Vec::new();
+    let mut number = machine.orders_taken() + 1;
+    while let Some((order, _)) = document::<Order>(bucket, &keys.order(number)).await? {
+        orders.push(order);
+        number += 1;
+    }
     let mut log = Vec::new();
     let mut size = head.log.size;
     while size > machine.log_size() {
@@ -86,19 +93,16 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
     log.reverse();
     // Log heads that were written before the run's head could name them.
     let mut size = head.log.size.max(machine.log_size());
-    'published: loop {
-        for next in size + 1..=size + LOG_ENTRIES_MAX as u64 {
-            if let Some((entry, _)) = document::<LogHead>(bucket, &keys.log(next)).await?
-                && entry.previous == size
-            {
-                log.push(entry);
-                size = next;
-                continue 'published;
-            }
+    // One that is fixed and not shown yet is met when this writer comes to write there.
+    while let Some((entry, _)) = document::<LogHead>(bucket, &keys.log_after(size)).await? {
+        let next = entry.frontier.size();
+        if entry.previous != size || document::<LogHead>(bucket, &keys.log(next)).await?.is_none() {
+            break;
         }
-        break;
+        log.push(entry);
+        size = next;
     }
-    Ok(BucketFacts { epoch: head.epoch, head, steps, pages, leases, log })
+    Ok(BucketFacts { epoch: head.epoch, head, steps, pages, leases, orders, log })
 }
 
 async fn step(bucket: &impl Bucket, keys: &RunKeys, tape: Tape) -> Result<StepFact, Failure> {

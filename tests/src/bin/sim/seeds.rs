@@ -83,7 +83,8 @@ pub fn run(seeds: &Seeds) -> ExitCode {
     let violations: usize = outcomes.iter().map(|(_, outcome)| outcome.violations.len()).sum();
     let sum = |of: fn(&Outcome) -> u64| outcomes.iter().map(|(_, outcome)| of(outcome)).sum::<u64>();
     println!(
-        "{} worlds of {} miners, {} cycles: {} events, {} merges of {} contributions, {} crashes of the orchestrator, {} with its disk",
+        "{} worlds of {} miners, {} cycles: {} events, {} merges of {} contributions, {} crashes of the orchestrator, {} with its disk, \
+         {} takeovers, {} processes fenced",
         seeds.seeds,
         seeds.miners,
         seeds.cycles,
@@ -92,6 +93,8 @@ pub fn run(seeds: &Seeds) -> ExitCode {
         sum(|outcome| outcome.contributions),
         sum(|outcome| outcome.crashes),
         sum(|outcome| outcome.lost_disks),
+        sum(|outcome| outcome.takeovers),
+        sum(|outcome| outcome.fenced),
     );
     println!("{seconds:.1} s on {threads} threads, {:.2} worlds a second; {violations} violations", seeds.seeds as f64 / seconds);
     if let [(seed, outcome)] = outcomes.as_slice() {

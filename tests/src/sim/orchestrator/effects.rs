@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use chain::Chain;
 use futures::FutureExt;
-use protocol::documents::{CatalogPage, Commitment, CurrentRun, Job, Lease, Progress, PullGrants, Receipt, Tape, VerdictReveal};
+use protocol::documents::{CatalogPage, Commitment, Job, Lease, Progress, PullGrants, Receipt, Tape, VerdictReveal};
 use protocol::envelope::Expect;
 use protocol::log::LogHead;
 use protocol::{Digest, Reason};
@@ -11,50 +11,47 @@ use quasar_orchestrator::machine::{Effect, Input, Retired, Slot, StoredPage};
 use storage::{Presign, PutCondition};
 
 use super::super::tensors;
-use super::super::world::World;
-use super::{Hands, NODE};
+use super::Hands;
 
-impl World {
-    pub(super) async fn execute(&self, hands: &Hands, effect: Effect) -> Option<Input> {
+impl Hands {
+    pub(super) async fn execute(&self, effect: Effect) -> Option<Input> {
         Some(match effect {
             Effect::Watch { live, silent } => {
-                *hands.watched.borrow_mut() = (live, silent);
+                *self.watched.borrow_mut() = (live, silent);
                 return None;
             }
             Effect::PublishHead { head } => {
-                self.publish_head(hands, &head).await;
+                self.publish_head(&head).await;
                 Input::HeadPublished
             }
             Effect::PublishCurrent => {
-                let key = self.keys.current();
-                let make = || self.sign_ours::<CurrentRun>(&self.current, &self.context.without_run());
-                self.persist(|| async { self.put(NODE, &key, make(), PutCondition::Always).await.ok() }).await;
+                self.publish_current().await;
                 return None;
             }
             Effect::PublishJob { revision, job } => {
                 for lease in &job.leases {
-                    self.record_lease(hands, &job, lease).await;
+                    self.record_lease(&job, lease).await;
                 }
-                let key = self.slot_keys((job.hotkey, job.slot)).job.clone();
-                self.put_latest(hands, &key, revision, || self.sign_ours::<Job>(&job, &self.context)).await;
+                let key = self.world.slot_keys((job.hotkey, job.slot)).job.clone();
+                self.put_latest(&key, revision, || self.sign_ours::<Job>(&job, &self.world.context)).await;
                 return None;
             }
             Effect::PublishStanding { revision, slot, validator, mark, cycle } => {
-                self.publish_standing(hands, revision, slot, validator, &mark, cycle).await;
+                self.publish_standing(revision, slot, validator, &mark, cycle).await;
                 return None;
             }
             Effect::PublishPullGrants { revision, slot, session_epoch, wants } => {
-                let key = self.slot_keys(slot).pull.clone();
+                let key = self.world.slot_keys(slot).pull.clone();
                 let make = || {
                     let wanted: Vec<Presign> = wants.iter().map(|want| self.presign_of(want)).collect();
-                    self.watch.borrow_mut().grants(self, &wanted);
+                    self.world.watch.borrow_mut().grants(&self.world, &wanted);
                     let document = |sealed| PullGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed };
                     self.bundle::<PullGrants>(&slot.0, &wanted, document)
                 };
-                self.put_latest(hands, &key, revision, make).await;
+                self.put_latest(&key, revision, make).await;
                 return None;
             }
-            Effect::StoreCommitment { slot, t, id } => match self.store_commitment(hands, slot, t, id).await? {
+            Effect::StoreCommitment { slot, t, id } => match self.store_commitment(slot, t, id).await? {
                 Ok(id) => Input::CommitmentStored { slot, t, id },
                 Err(_) => Input::CommitmentRefused { slot, t },
             },
@@ -66,8 +63,9 @@ impl World {
                 Input::ReceiptChecked { slot, lease: lease.id, outcome }
             }
             Effect::WriteTape { tape } => {
-                let bytes = self.put_once(&self.run.tape(tape.t), &*tape).await;
-                let stored = self.plan.scheme.open::<Tape>(&bytes, &self.context, Expect::Account(&self.office.account), None);
+                let bytes = self.put_once(&self.world.run.tape(tape.t), &*tape).await;
+                let stored =
+                    self.world.plan.scheme.open::<Tape>(&bytes, &self.world.context, Expect::Account(&self.world.office.account), None);
                 Input::TapeWritten { tape: Box::new(stored.map_or_else(|_| (*tape).clone(), |verified| verified.document)) }
             }
             Effect::Merge { tape, rejected, previous_keyframe } => {
@@ -75,7 +73,7 @@ impl World {
                 Input::Merged { manifest: Box::new(manifest), id, keyframe_length }
             }
             Effect::ReadBeacon { cycle, block } => {
-                let read = || async { self.chain.block_hash(block).now_or_never().and_then(Result::ok).flatten() };
+                let read = || async { self.world.chain.block_hash(block).now_or_never().and_then(Result::ok).flatten() };
                 Input::Beacon { cycle, block, hash: self.persist(read).await }
             }
             Effect::MakeOpeningKeys { audits } => {
@@ -87,25 +85,31 @@ impl World {
                 Input::AuditOrdered { audit }
             }
             Effect::ReadVerdict { audit, validator } => {
-                let key = self.run.verdict_reveal(&validator, &audit);
-                let found = self.get(NODE, &key, None).await.ok().flatten();
+                let key = self.world.run.verdict_reveal(&validator, &audit);
+                let found = self.world.get(self.id, &key, None).await.ok().flatten();
                 let verdict = found.and_then(|object| {
-                    let opened =
-                        self.plan.scheme.open::<VerdictReveal>(&object.bytes, &self.context, Expect::Account(&validator), None).ok()?;
+                    let opened = self
+                        .world
+                        .plan
+                        .scheme
+                        .open::<VerdictReveal>(&object.bytes, &self.world.context, Expect::Account(&validator), None)
+                        .ok()?;
                     (opened.document.verdict.audit == audit).then_some((opened.id, opened.document.verdict.result))
                 });
                 Input::Verdict { audit, verdict }
             }
             Effect::PublishLog { head } => {
-                let bytes = self.put_once(&self.run.log(head.frontier.size()), &*head).await;
-                match self.plan.scheme.open::<LogHead>(&bytes, &self.context, Expect::Account(&self.office.account), None) {
-                    Ok(stored) if stored.document != *head => Input::LogTaken { head: Box::new(stored.document) },
-                    _ => Input::LogPublished,
-                }
+                let bytes = self.put_once(&self.world.run.log_after(head.previous), &*head).await;
+                let office = Expect::Account(&self.world.office.account);
+                let fixed = self.world.plan.scheme.open::<LogHead>(&bytes, &self.world.context, office, None);
+                let fixed = fixed.map_or_else(|_| (*head).clone(), |verified| verified.document);
+                let key = self.world.run.log(fixed.frontier.size());
+                self.persist(|| self.put_bytes_once(&key, bytes.clone())).await;
+                if fixed == *head { Input::LogPublished } else { Input::LogTaken { head: Box::new(fixed) } }
             }
             Effect::StoreSnapshot { revision, bytes } => {
                 let bytes = Bytes::from(bytes);
-                self.put_latest(hands, &self.run.snapshot(), revision, || bytes.clone()).await;
+                self.put_latest(&self.world.run.snapshot(), revision, || bytes.clone()).await;
                 return None;
             }
             Effect::Retire { retired } => {
@@ -117,9 +121,12 @@ impl World {
             }
             Effect::Release { versions, tokens } => Input::Released { release: self.release(versions, tokens).await },
             Effect::PublishStatus { status } => {
+                if !self.is_trusted() {
+                    return None;
+                }
                 // Nobody here reads it, and addresses as text are most of its cost.
                 let bytes = Bytes::from(status.outer_step.to_string());
-                let _ = self.put(NODE, &self.run.status(), bytes, PutCondition::Always).await;
+                let _ = self.world.put(self.id, &self.world.run.status(), bytes, PutCondition::Always).await;
                 return None;
             }
         })
@@ -128,25 +135,25 @@ impl World {
     /// Every shard that an order names is published.
     async fn write_page(&self, page: u32, previous: Digest, shards: &[String]) -> StoredPage {
         let document = CatalogPage { page, previous, shards: shards.iter().map(|id| tensors::shard(id)).collect() };
-        let bytes = self.put_once(&self.run.catalog(page), &document).await;
-        let opened = self.plan.scheme.open::<CatalogPage>(&bytes, &self.context, Expect::Account(&self.office.account), None);
-        let stored = StoredPage::new(Digest::blake3(&bytes), &opened.map_or(document, |verified| verified.document));
-        self.watch.borrow_mut().page(self, &stored);
-        stored
+        let bytes = self.put_once(&self.world.run.catalog(page), &document).await;
+        let opened =
+            self.world.plan.scheme.open::<CatalogPage>(&bytes, &self.world.context, Expect::Account(&self.world.office.account), None);
+        StoredPage::new(Digest::blake3(&bytes), &opened.map_or(document, |verified| verified.document))
     }
 
     /// Writes down who got which rows, before anybody is told.
-    pub(super) async fn record_lease(&self, hands: &Hands, job: &Job, lease: &Lease) {
-        if hands.recorded.borrow().contains(&lease.id) {
+    pub(super) async fn record_lease(&self, job: &Job, lease: &Lease) {
+        if self.recorded.borrow().contains(&lease.id) {
             return;
         }
         let record = Job { leases: vec![lease.clone()], ..job.clone() };
-        let bytes = self.put_once(&self.run.lease(lease.id), &record).await;
-        let stored = self.plan.scheme.open::<Job>(&bytes, &self.context, Expect::Account(&self.office.account), None);
+        let bytes = self.put_once(&self.world.run.lease(lease.id), &record).await;
+        let stored = self.world.plan.scheme.open::<Job>(&bytes, &self.world.context, Expect::Account(&self.world.office.account), None);
         if stored.is_ok_and(|stored| stored.document.leases == record.leases) {
-            hands.recorded.borrow_mut().insert(lease.id);
+            self.recorded.borrow_mut().insert(lease.id);
         } else {
-            self.watch.borrow_mut().fenced(self);
+            // Another writer gave out a lease of this number.
+            self.confirm().await;
         }
     }
 
@@ -154,26 +161,27 @@ impl World {
         let versions = retired
             .versions
             .iter()
-            .flat_map(|(fragment, version)| [self.run.keyframe(*fragment, *version), self.run.state(*fragment, *version)]);
-        let payloads = retired.payloads.iter().map(|(slot, t)| self.slot_keys(*slot).own.payload(*t));
-        let releases = retired.releases.iter().map(|release| self.keys.release_manifest(release));
+            .flat_map(|(fragment, version)| [self.world.run.keyframe(*fragment, *version), self.world.run.state(*fragment, *version)]);
+        let payloads = retired.payloads.iter().map(|(slot, t)| self.world.slot_keys(*slot).own.payload(*t));
+        let releases = retired.releases.iter().map(|release| self.world.keys.release_manifest(release));
         for key in versions.chain(payloads).chain(releases) {
-            self.delete(NODE, &key).await;
+            self.hold().await;
+            self.world.delete(self.id, &key).await;
         }
     }
 
-    pub(super) async fn store_commitment(&self, hands: &Hands, slot: Slot, t: u64, id: Digest) -> Option<Result<Digest, Reason>> {
-        let keys = self.slot_keys(slot);
-        let known = hands.records.borrow().get(&slot).cloned();
+    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest) -> Option<Result<Digest, Reason>> {
+        let keys = self.world.slot_keys(slot);
+        let known = self.records.borrow().get(&slot).cloned();
         let bytes = match known {
             Some((newest, bytes)) if newest == id => bytes,
             _ => self.get_present(&keys.progress).await?,
         };
-        let record = self.plan.scheme.open::<Progress>(&bytes, &self.context, Expect::Account(&slot.0), None).ok()?;
+        let record = self.world.plan.scheme.open::<Progress>(&bytes, &self.world.context, Expect::Account(&slot.0), None).ok()?;
         let payload = record.document.commitments.iter().find(|commitment| commitment.t == t)?.blake3;
         let key = keys.own.commitment(t);
         let stored = self.persist(|| self.put_bytes_once(&key, bytes.clone())).await;
-        let evidence = self.plan.scheme.open::<Progress>(&stored, &self.context, Expect::Account(&slot.0), None).ok();
+        let evidence = self.world.plan.scheme.open::<Progress>(&stored, &self.world.context, Expect::Account(&slot.0), None).ok();
         let holds = |record: &Progress| record.commitments.iter().any(|one| one.t == t && one.blake3 == payload);
         Some(match evidence {
             Some(evidence) if holds(&evidence.document) => Ok(evidence.id),
@@ -182,7 +190,7 @@ impl World {
     }
 
     pub(super) async fn check_payload(&self, slot: Slot, t: u64, commitment: &Commitment) -> Reason {
-        let Some(bytes) = self.get_present(&self.slot_keys(slot).own.payload(t)).await else { return Reason::NotUploaded };
+        let Some(bytes) = self.get_present(&self.world.slot_keys(slot).own.payload(t)).await else { return Reason::NotUploaded };
         if bytes.len() as u64 != commitment.length {
             Reason::LengthMismatch
         } else if Digest::blake3(&bytes) != commitment.blake3 || Digest::sha256(&bytes) != commitment.sha256 {
@@ -195,9 +203,13 @@ impl World {
     }
 
     pub(super) async fn check_receipt(&self, slot: Slot, lease: &Lease, committed: &[(u64, Digest)]) -> Result<(Digest, Vec<u32>), Reason> {
-        let bytes = self.get_present(&self.slot_keys(slot).own.receipt(lease.id)).await.ok_or(Reason::NotUploaded)?;
-        let receipt =
-            self.plan.scheme.open::<Receipt>(&bytes, &self.context, Expect::Account(&slot.0), None).map_err(|_| Reason::ReceiptMismatch)?;
+        let bytes = self.get_present(&self.world.slot_keys(slot).own.receipt(lease.id)).await.ok_or(Reason::NotUploaded)?;
+        let receipt = self
+            .world
+            .plan
+            .scheme
+            .open::<Receipt>(&bytes, &self.world.context, Expect::Account(&slot.0), None)
+            .map_err(|_| Reason::ReceiptMismatch)?;
         receipt.document.check(&slot.0, slot.1, lease, committed).map_err(|_| Reason::ReceiptMismatch)?;
         Ok((receipt.id, receipt.document.steps.iter().map(|step| step.lease_step).collect()))
     }

@@ -10,20 +10,20 @@ use quasar_orchestrator::machine::{Key, Slot, StandingMark, VERDICT_MS, VERSIONS
 use storage::{ObjectStore, Presign, bundle};
 
 use super::super::paper::Scheme;
-use super::super::world::{BASE_FILE, BASE_RELEASE, World};
-use super::{Hands, NODE};
+use super::super::world::{BASE_FILE, BASE_RELEASE};
+use super::Hands;
 
 const STANDING_MS: u64 = 60 * 60_000;
 const ON_DEMAND_MS: u64 = 15 * 60_000;
 
-impl World {
+impl Hands {
     pub(super) fn presign_of(&self, want: &Want) -> Presign {
-        let now_ms = self.clock_ms(NODE);
+        let now_ms = self.world.clock_ms(self.id);
         let spell = |key: &Key| match key {
-            Key::Shard(shard) => self.keys.shard_tokens(shard),
-            Key::Payload { slot, t } => self.slot_keys(*slot).own.payload(*t),
-            Key::Receipt { slot, lease } => self.slot_keys(*slot).own.receipt(*lease),
-            Key::Opening { slot, audit, part } => self.slot_keys(*slot).own.opening(audit, *part),
+            Key::Shard(shard) => self.world.keys.shard_tokens(shard),
+            Key::Payload { slot, t } => self.world.slot_keys(*slot).own.payload(*t),
+            Key::Receipt { slot, lease } => self.world.slot_keys(*slot).own.receipt(*lease),
+            Key::Opening { slot, audit, part } => self.world.slot_keys(*slot).own.opening(audit, *part),
         };
         match want {
             Want::Read { key } => Presign::Get { key: spell(key), now_ms, expires_in_ms: ON_DEMAND_MS },
@@ -38,18 +38,10 @@ impl World {
         }
     }
 
-    pub(super) async fn publish_standing(
-        &self,
-        hands: &Hands,
-        revision: u64,
-        slot: Slot,
-        validator: bool,
-        mark: &StandingMark,
-        cycle: u64,
-    ) {
-        let key = self.slot_keys(slot).standing.clone();
+    pub(super) async fn publish_standing(&self, revision: u64, slot: Slot, validator: bool, mark: &StandingMark, cycle: u64) {
+        let key = self.world.slot_keys(slot).standing.clone();
         let make = || {
-            let now_ms = self.clock_ms(NODE);
+            let now_ms = self.world.clock_ms(self.id);
             let read = |key: String| Presign::Get { key, now_ms, expires_in_ms: STANDING_MS };
             let write = |key: String, length: u64, if_absent: bool| Presign::Put {
                 key,
@@ -59,55 +51,57 @@ impl World {
                 now_ms,
                 expires_in_ms: STANDING_MS,
             };
-            let mut wanted = vec![read(self.keys.release_manifest(BASE_RELEASE)), read(self.keys.release_file(BASE_RELEASE, BASE_FILE))];
+            let mut wanted =
+                vec![read(self.world.keys.release_manifest(BASE_RELEASE)), read(self.world.keys.release_file(BASE_RELEASE, BASE_FILE))];
             if validator {
-                wanted.extend((cycle..=cycle + VERSIONS_AHEAD).map(|epoch| write(self.run.scores(&slot.0, epoch), SCORES_BYTES, true)));
+                wanted
+                    .extend((cycle..=cycle + VERSIONS_AHEAD).map(|epoch| write(self.world.run.scores(&slot.0, epoch), SCORES_BYTES, true)));
             } else {
-                wanted.push(write(self.slot_keys(slot).progress.clone(), PROGRESS_BYTES as u64, false));
+                wanted.push(write(self.world.slot_keys(slot).progress.clone(), PROGRESS_BYTES as u64, false));
             }
             if mark.live {
                 for (fragment, version) in mark.versions.iter().enumerate() {
                     let from = if validator { version.saturating_sub(VERSIONS_AHEAD / 2) } else { *version };
-                    wanted.extend((from..=version + VERSIONS_AHEAD).map(|version| read(self.run.keyframe(fragment as u16, version))));
+                    wanted.extend((from..=version + VERSIONS_AHEAD).map(|version| read(self.world.run.keyframe(fragment as u16, version))));
                 }
             }
             let session_epoch = mark.session_epoch;
             let document = |sealed| StandingGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed };
             self.bundle::<StandingGrants>(&slot.0, &wanted, document)
         };
-        self.put_latest(hands, &key, revision, make).await;
+        self.put_latest(&key, revision, make).await;
     }
 
     /// Presigns, seals and signs.
     pub(super) fn bundle<D: Document>(&self, hotkey: &AccountId, wanted: &[Presign], document: impl Fn(SealedBytes) -> D) -> Bytes {
-        let requests = wanted.iter().filter_map(|request| self.store.presign(request).ok()).collect();
+        let requests = wanted.iter().filter_map(|request| self.world.store.presign(request).ok()).collect();
         let grants = GrantBundle { requests };
-        let now_ms = self.clock_ms(NODE);
-        let header = envelope::header_for::<D>(&self.context, self.office.signer.key(), self.next_sequence(now_ms), now_ms);
-        let sealed = match self.plan.scheme {
+        let now_ms = self.world.clock_ms(self.id);
+        let header = envelope::header_for::<D>(&self.world.context, self.world.office.signer.key(), self.next_sequence(now_ms), now_ms);
+        let sealed = match self.world.plan.scheme {
             Scheme::Cheap => SealedBytes { encapsulated: [0; 32], ciphertext: codec::encode(&grants) },
             Scheme::Ed25519 => {
                 let recipient = chain::certificate::recipient(hotkey, None).expect("an Ed25519 hotkey can be sealed to");
-                bundle::seal_to(&self.context, D::PURPOSE, &header, &recipient, &grants).expect("a point that is not weak")
+                bundle::seal_to(&self.world.context, D::PURPOSE, &header, &recipient, &grants).expect("a point that is not weak")
             }
         };
-        Bytes::from(envelope::sign_with_header(header, &document(sealed), &*self.office.signer))
+        Bytes::from(envelope::sign_with_header(header, &document(sealed), &*self.world.office.signer))
     }
 
     pub(super) async fn order_audit(&self, selection: &protocol::audits::Selection, parts: &[(u64, Digest)], leases: Vec<Lease>) {
-        let key = self.run.audit(&selection.validator, &selection.audit);
+        let key = self.world.run.audit(&selection.validator, &selection.audit);
         let (hotkey, slot) = (selection.hotkey, selection.slot);
         self.persist(|| async {
-            let now_ms = self.clock_ms(NODE);
+            let now_ms = self.world.clock_ms(self.id);
             let read = |key: String| Presign::Get { key, now_ms, expires_in_ms: VERDICT_MS };
             let write =
                 |key: String, length: u64| Presign::Put { key, length, sha256: None, if_absent: true, now_ms, expires_in_ms: VERDICT_MS };
-            let keys = self.slot_keys((hotkey, slot));
+            let keys = self.world.slot_keys((hotkey, slot));
             let mut wanted = vec![
                 read(keys.own.payload(selection.t)),
                 read(keys.own.commitment(selection.t)),
-                write(self.run.verdict_commit(&selection.validator, &selection.audit), VERDICT_COMMIT_BYTES),
-                write(self.run.verdict_reveal(&selection.validator, &selection.audit), VERDICT_REVEAL_BYTES),
+                write(self.world.run.verdict_commit(&selection.validator, &selection.audit), VERDICT_COMMIT_BYTES),
+                write(self.world.run.verdict_reveal(&selection.validator, &selection.audit), VERDICT_REVEAL_BYTES),
             ];
             wanted.extend((0..parts.len()).map(|part| read(keys.own.opening(&selection.audit, part as u8))));
             let document = |sealed: SealedBytes| AuditOrder {

@@ -1,47 +1,61 @@
-//! The orchestrator's node: its real machine behind a journal, and hands that do to the simulated bucket what
-//! `quasar-orchestrator`'s effects do to a real one: the same objects, conditions, order, retries and limits.
+//! The hosts of the orchestrator: on each a journal and a process, of which one holds the writer lease. The machine is the real one;
+//! the hands do to the simulated bucket what `quasar-orchestrator`'s effects do to a real one: the same objects, conditions, order,
+//! retries and limits.
 
 mod effects;
 mod grants;
+mod lease;
 mod merge;
 mod polls;
 mod takeover;
 mod writes;
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
 use bytes::Bytes;
 use daemon::Machine;
+use daemon::clock::Steady;
 use protocol::Digest;
-use protocol::documents::{Action, Order, WRITER_LEASE_MS};
 use quasar_orchestrator::machine::{Effect, Input, Orchestrator, Slot};
 
 use super::executor::{Life, WORLD};
+use super::net::Node as NodeId;
 use super::world::World;
+use lease::Holding;
 
-const NODE: usize = 0;
 /// As the driver's default.
 const EFFECTS_AT_ONCE: usize = 64;
 /// Longest time that a journal's commit takes.
 const COMMIT_MS: u64 = 4;
+/// A process that was fenced is started again, as the standby, after so long.
+const RESTART_MS: u64 = 5_000;
 
 /// What the disk holds.
 #[derive(Default)]
 struct Disk {
+    /// Names the journal.
+    instance: Option<[u8; 16]>,
     snapshot: Option<(u64, Vec<u8>)>,
     entries: Vec<(u64, Input)>,
     sequence: u64,
 }
 
-/// The process of the orchestrator, and its disk.
-#[derive(Default)]
+/// A host: its disk, and the process that runs there.
 pub struct Node {
+    host: usize,
+    pub id: NodeId,
     disk: Disk,
+    /// Journals that this host has had.
+    journals: u8,
+    /// Of the process that runs, or ran last.
+    pub life: Life,
+    is_up: bool,
+    /// Of a process that holds the lease, or did.
     machine: Option<Orchestrator>,
-    life: Life,
-    hands: Rc<Hands>,
-    last_ms: u64,
+    hands: Option<Rc<Hands>>,
+    time: Steady,
     since_snapshot: usize,
     /// Inputs that the journal does not hold yet.
     pending: Vec<Input>,
@@ -49,24 +63,30 @@ pub struct Node {
     waiting: VecDeque<Effect>,
     in_flight: usize,
     tick_ms: Option<u64>,
-    /// The next process finds nothing on the disk.
-    has_lost_disk: bool,
     pub crashes: u64,
     pub lost_disks: u64,
     pub effects: u64,
+    /// Processes that found their lease in other hands.
+    pub fenced: u64,
     /// The boundary at which to crash: after so many effects have ended, counted over all lives.
     pub crash_after: Option<u64>,
 }
 
 /// What lives and dies with the process.
-#[derive(Default)]
 struct Hands {
-    watched: std::cell::RefCell<(Vec<Slot>, Vec<Slot>)>,
-    records: std::cell::RefCell<HashMap<Slot, (Digest, Bytes)>>,
-    head_etag: std::cell::RefCell<Option<String>>,
-    outbox: std::cell::RefCell<HashMap<String, Turnstile>>,
+    world: Rc<World>,
+    host: usize,
+    id: NodeId,
+    life: Life,
+    holding: RefCell<Option<Holding>>,
+    /// Renewals come one after the other.
+    renewing: tokio::sync::Mutex<()>,
+    watched: RefCell<(Vec<Slot>, Vec<Slot>)>,
+    records: RefCell<HashMap<Slot, (Digest, Bytes)>>,
+    head_etag: RefCell<Option<String>>,
+    outbox: RefCell<HashMap<String, Turnstile>>,
     /// Leases whose record lies in the bucket.
-    recorded: std::cell::RefCell<HashSet<u64>>,
+    recorded: RefCell<HashSet<u64>>,
 }
 
 #[derive(Clone, Default)]
@@ -85,8 +105,33 @@ fn decode(bytes: &[u8]) -> Orchestrator {
 }
 
 impl Node {
-    pub fn is_running(&self) -> bool {
-        self.machine.is_some()
+    pub fn new(host: usize, id: NodeId) -> Self {
+        Self {
+            host,
+            id,
+            disk: Disk::default(),
+            journals: 0,
+            life: WORLD,
+            is_up: false,
+            machine: None,
+            hands: None,
+            time: Steady::new(0),
+            since_snapshot: 0,
+            pending: Vec::new(),
+            is_committing: false,
+            waiting: VecDeque::new(),
+            in_flight: 0,
+            tick_ms: None,
+            crashes: 0,
+            lost_disks: 0,
+            effects: 0,
+            fenced: 0,
+            crash_after: None,
+        }
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.is_up
     }
 
     pub fn machine(&self) -> Option<&Orchestrator> {
@@ -97,82 +142,134 @@ impl Node {
     pub fn fingerprint(&self) -> Option<Digest> {
         self.machine.as_ref().map(|machine| Digest::blake3(&encode(machine)))
     }
+
+    /// The journal is history, or gone with its disk.
+    fn put_journal_aside(&mut self) {
+        self.disk = Disk::default();
+    }
+
+    /// The number of the journal at hand.
+    fn instance(&mut self) -> [u8; 16] {
+        let (host, journals) = (self.host as u8, &mut self.journals);
+        *self.disk.instance.get_or_insert_with(|| {
+            *journals += 1;
+            let mut number = [0; 16];
+            (number[0], number[1]) = (host, *journals);
+            number
+        })
+    }
+
+    /// The process is gone; gives the machine that it had.
+    fn drop_process(&mut self) -> Option<Orchestrator> {
+        self.is_up = false;
+        self.is_committing = false;
+        self.waiting.clear();
+        self.in_flight = 0;
+        self.tick_ms = None;
+        self.hands = None;
+        self.machine.take()
+    }
 }
 
 impl World {
-    /// Starts the orchestrator's process: snapshot, journal again with effects muted, then ask for what is open.
-    pub fn start_orchestrator(&self) {
+    /// Starts a process on a host, which stands by until the lease is its own.
+    pub fn start_orchestrator(&self, host: usize) {
         let life = self.executor.new_life();
-        let orders_taken;
+        let hands = {
+            let mut node = self.orchestrators[host].borrow_mut();
+            if node.is_up {
+                return;
+            }
+            (node.is_up, node.life) = (true, life);
+            let hands = Rc::new(Hands {
+                world: self.me(),
+                host,
+                id: node.id,
+                life,
+                holding: RefCell::default(),
+                renewing: tokio::sync::Mutex::default(),
+                watched: RefCell::default(),
+                records: RefCell::default(),
+                head_etag: RefCell::default(),
+                outbox: RefCell::default(),
+                recorded: RefCell::default(),
+            });
+            node.hands = Some(hands.clone());
+            hands
+        };
+        self.executor.spawn(life, self.me().lead(hands, life));
+    }
+
+    /// From here on the process writes.
+    fn begin_orchestrating(&self, hands: &Rc<Hands>, machine: Orchestrator, epoch: u64) {
+        let (host, life) = (hands.host, hands.life);
+        let orders_taken = machine.orders_taken();
         {
-            let mut node = self.orchestrator.borrow_mut();
-            if std::mem::take(&mut node.has_lost_disk) {
-                let now_ms = node.last_ms.max(self.clock_ms(NODE));
-                let (sequence, machine) = self.recover_from_bucket(life, now_ms);
-                node.disk = Disk { snapshot: Some((now_ms, encode(&machine))), entries: Vec::new(), sequence };
-                self.watch.borrow_mut().disk_lost();
-            }
-            let mut machine = match &node.disk.snapshot {
-                Some((_, bytes)) => decode(bytes),
-                None => Orchestrator::new(self.setup.clone()),
-            };
-            let mut last_ms = node.disk.snapshot.as_ref().map_or(0, |(last_ms, _)| *last_ms);
-            for (now_ms, input) in &node.disk.entries {
-                machine.handle(*now_ms, input.clone());
-                while machine.poll_effect().is_some() {}
-                last_ms = last_ms.max(*now_ms);
-            }
-            self.watch.borrow_mut().recovered(self, &encode(&machine));
-            orders_taken = machine.orders_taken();
-            node.machine = Some(machine);
-            node.life = life;
-            node.last_ms = last_ms;
+            let mut node = self.orchestrators[host].borrow_mut();
+            let snapshot_ms = node.disk.snapshot.as_ref().map_or(0, |(last_ms, _)| *last_ms);
+            let last_ms = node.disk.entries.iter().map(|(now_ms, _)| *now_ms).fold(snapshot_ms, u64::max);
+            node.time = Steady::new(last_ms);
             node.since_snapshot = node.disk.entries.len();
-            node.hands = Rc::default();
+            node.machine = Some(machine);
         }
-        self.tell_orchestrator(life, Input::Claimed { epoch: life });
-        let world = self.me();
-        self.executor.spawn(life, async move { world.poll_progress(life).await });
-        let world = self.me();
-        self.executor.spawn(life, async move { world.poll_chain(life).await });
-        let world = self.me();
-        self.executor.spawn(life, async move { world.poll_orders(life, orders_taken).await });
+        self.tell_orchestrator(host, life, Input::Claimed { epoch });
+        self.executor.spawn(life, hands.clone().poll_progress());
+        self.executor.spawn(life, hands.clone().poll_chain());
+        self.executor.spawn(life, hands.clone().poll_orders(orders_taken));
     }
 
     /// Kills the process where it stands. Of the inputs whose commit is under way, the journal holds some first part.
-    pub fn crash_orchestrator(&self, kept: usize) {
-        let mut node = self.orchestrator.borrow_mut();
-        if node.machine.is_none() {
+    pub fn crash_orchestrator(&self, host: usize, kept: usize) {
+        let mut node = self.orchestrators[host].borrow_mut();
+        if !node.is_up {
             return;
         }
-        let now_ms = node.last_ms.max(self.clock_ms(NODE));
-        let mut machine = node.machine.take();
+        let now_ms = self.machine_ms(&mut node);
         let torn: Vec<Input> = std::mem::take(&mut node.pending).into_iter().take(kept).collect();
-        for input in torn {
-            // The next life has to come to the same state from the journal as this one would have from memory.
-            if let Some(machine) = &mut machine {
+        if let Some(mut machine) = node.drop_process() {
+            for input in torn {
+                // The next life has to come to the same state from the journal as this one would have from memory.
                 machine.handle(now_ms, input.clone());
                 while machine.poll_effect().is_some() {}
+                node.disk.entries.push((now_ms, input));
             }
-            node.disk.entries.push((now_ms, input));
-        }
-        if let Some(machine) = &machine {
-            self.watch.borrow_mut().crashed(encode(machine));
+            self.watch.borrow_mut().crashed(host, encode(&machine));
         }
         let life = node.life;
         node.crashes += 1;
-        node.is_committing = false;
-        node.waiting.clear();
-        node.in_flight = 0;
-        node.tick_ms = None;
         drop(node);
-        self.trace(&[self.executor.now_ms(), 0, u64::MAX]);
-        self.say(NODE, || "CRASH".into());
+        self.trace(&[self.executor.now_ms(), host as u64, u64::MAX]);
+        self.say(self.orchestrators[host].borrow().id, || "CRASH".into());
         self.executor.end(life);
     }
 
-    fn tell_orchestrator(&self, life: Life, input: Input) {
-        let mut node = self.orchestrator.borrow_mut();
+    /// The lease is somebody else's: the process ends with exit code 78, and its operator starts it again as the standby.
+    fn fenced(&self, host: usize, life: Life) {
+        {
+            let mut node = self.orchestrators[host].borrow_mut();
+            if node.life != life || !node.is_up {
+                return;
+            }
+            node.drop_process();
+            node.pending.clear();
+            node.fenced += 1;
+            self.say(node.id, || "FENCED".into());
+        }
+        self.trace(&[self.executor.now_ms(), host as u64, u64::MAX - 1]);
+        self.watch.borrow_mut().fenced(self);
+        let world = self.me();
+        self.executor.after(0, WORLD, move || world.executor.end(life));
+        let world = self.me();
+        self.executor.after(RESTART_MS, WORLD, move || world.start_orchestrator(host));
+    }
+
+    /// Time of a host's machine.
+    fn machine_ms(&self, node: &mut Node) -> u64 {
+        node.time.read(self.clock_ms(node.id), self.steady(node.id))
+    }
+
+    fn tell_orchestrator(&self, host: usize, life: Life, input: Input) {
+        let mut node = self.orchestrators[host].borrow_mut();
         if node.life != life || node.machine.is_none() {
             return;
         }
@@ -181,25 +278,27 @@ impl World {
             node.is_committing = true;
             let world = self.me();
             let commit_ms = 1 + self.random.borrow_mut().below(COMMIT_MS);
-            self.executor.after(commit_ms, life, move || world.commit_orchestrator(life));
+            self.executor.after(commit_ms, life, move || world.commit_orchestrator(host, life));
         }
     }
 
-    fn commit_orchestrator(&self, life: Life) {
-        let mut node = self.orchestrator.borrow_mut();
+    fn commit_orchestrator(&self, host: usize, life: Life) {
+        let mut node = self.orchestrators[host].borrow_mut();
         let node = &mut *node;
+        if node.life != life {
+            return;
+        }
         node.is_committing = false;
-        let now_ms = node.last_ms.max(self.clock_ms(NODE));
-        node.last_ms = now_ms;
+        let now_ms = self.machine_ms(node);
         let batch = std::mem::take(&mut node.pending);
         let Some(machine) = &mut node.machine else { return };
         node.since_snapshot += batch.len();
         for input in batch {
             node.disk.entries.push((now_ms, input.clone()));
-            self.trace(&[self.executor.now_ms(), 0, kind_of(&input)]);
-            self.say(NODE, || format!("{input:?}"));
-            if let Input::Order { order: Order { action: Action::Rollback { .. }, .. } } = &input {
-                self.watch.borrow_mut().takes_back();
+            self.trace(&[self.executor.now_ms(), host as u64, kind_of(&input)]);
+            self.say(node.id, || format!("{input:?}"));
+            if let Input::Order { order } = &input {
+                self.watch.borrow_mut().ordered(machine, order);
             }
             machine.handle(now_ms, input);
             while let Some(effect) = machine.poll_effect() {
@@ -214,39 +313,40 @@ impl World {
         self.watch.borrow_mut().orchestrator_is(self, machine);
         let deadline = machine.deadline();
         self.begin_effects(node, life);
-        self.set_orchestrator_tick(node, life, deadline);
+        self.set_orchestrator_tick(node, life, now_ms, deadline);
     }
 
-    fn set_orchestrator_tick(&self, node: &mut Node, life: Life, deadline: Option<u64>) {
+    fn set_orchestrator_tick(&self, node: &mut Node, life: Life, now_ms: u64, deadline: Option<u64>) {
         let Some(deadline) = deadline else { return };
-        let delay_ms = deadline.saturating_sub(self.clock_ms(NODE)).clamp(1, 2_000);
-        let at_ms = self.executor.now_ms() + delay_ms;
+        let delay_ms = deadline.saturating_sub(now_ms).clamp(1, 2_000);
+        let (host, at_ms) = (node.host, self.executor.now_ms() + delay_ms);
         node.tick_ms = Some(at_ms);
         let world = self.me();
         self.executor.after(delay_ms, life, move || {
-            let is_due = world.orchestrator.borrow().tick_ms == Some(at_ms);
+            let is_due = world.orchestrators[host].borrow().tick_ms == Some(at_ms);
             if is_due {
-                world.tell_orchestrator(life, Input::Tick);
+                world.tell_orchestrator(host, life, Input::Tick);
             }
         });
     }
 
     fn begin_effects(&self, node: &mut Node, life: Life) {
+        let Some(hands) = node.hands.clone() else { return };
         while node.in_flight < EFFECTS_AT_ONCE {
             let Some(effect) = node.waiting.pop_front() else { break };
             node.in_flight += 1;
-            self.say(NODE, || format!("begins {effect:?}"));
-            let (world, hands) = (self.me(), node.hands.clone());
+            self.say(node.id, || format!("begins {effect:?}"));
+            let (world, hands) = (self.me(), hands.clone());
             self.executor.spawn(life, async move {
-                let answer = world.execute(&hands, effect).await;
-                world.effect_ended(life, answer);
+                let answer = hands.execute(effect).await;
+                world.effect_ended(hands.host, life, answer);
             });
         }
     }
 
-    fn effect_ended(&self, life: Life, answer: Option<Input>) {
+    fn effect_ended(&self, host: usize, life: Life, answer: Option<Input>) {
         let crash = {
-            let mut node = self.orchestrator.borrow_mut();
+            let mut node = self.orchestrators[host].borrow_mut();
             if node.life != life || node.machine.is_none() {
                 return;
             }
@@ -257,35 +357,34 @@ impl World {
         if crash {
             // The effect is done, and its process never hears of it.
             let world = self.me();
-            self.executor.after(0, WORLD, move || world.crash_and_restart(0, 500));
+            self.executor.after(0, WORLD, move || world.crash_and_restart(host, 0, 500));
             return;
         }
         if let Some(input) = answer {
-            self.tell_orchestrator(life, input);
+            self.tell_orchestrator(host, life, input);
         }
-        let mut node = self.orchestrator.borrow_mut();
+        let mut node = self.orchestrators[host].borrow_mut();
         self.begin_effects(&mut node, life);
     }
 
-    /// Kills the orchestrator and takes its disk away. The next one waits until nobody can have the writer lease.
-    pub fn crash_and_lose_disk(&self, down_ms: u64) {
-        {
-            let mut node = self.orchestrator.borrow_mut();
-            node.has_lost_disk = true;
-            node.lost_disks += 1;
-        }
-        self.crash_and_restart(0, WRITER_LEASE_MS + down_ms);
+    /// Kills a process and takes its disk away.
+    pub fn crash_and_lose_disk(&self, host: usize, down_ms: u64) {
+        self.crash_and_restart(host, 0, down_ms);
+        let mut node = self.orchestrators[host].borrow_mut();
+        node.disk = Disk::default();
+        node.lost_disks += 1;
     }
 
-    /// Kills the orchestrator and starts it again later.
-    pub fn crash_and_restart(&self, kept: usize, down_ms: u64) {
-        self.crash_orchestrator(kept);
+    /// Kills a process and starts it again later.
+    pub fn crash_and_restart(&self, host: usize, kept: usize, down_ms: u64) {
+        self.crash_orchestrator(host, kept);
         let world = self.me();
-        self.executor.after(down_ms, WORLD, move || {
-            if world.orchestrator.borrow().machine.is_none() {
-                world.start_orchestrator();
-            }
-        });
+        self.executor.after(down_ms, WORLD, move || world.start_orchestrator(host));
+    }
+
+    /// Nothing holds the world any more through this host.
+    pub fn forget_orchestrators(&self) {
+        self.orchestrators.iter().for_each(|node| node.borrow_mut().hands = None);
     }
 }
 

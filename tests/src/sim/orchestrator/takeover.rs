@@ -1,42 +1,107 @@
-//! Going on without the disk: the snapshot in the bucket, and what lies write-once beyond it, read as a real successor reads it.
+//! Which memory a writer that begins goes on from, decided as `quasar_orchestrator::takeover` does: its own journal if nobody wrote
+//! since, else the bucket, read by the code of a real successor.
+
+use std::rc::Rc;
 
 use bytes::Bytes;
 use daemon::{Failure, Machine};
-use futures::FutureExt;
 use protocol::documents::Head;
 use protocol::envelope::{Document, EnvelopeError, Expect, Verified};
 use quasar_orchestrator::machine::{Input, Orchestrator};
 use quasar_orchestrator::takeover::{Bucket, gather};
+use storage::{PutCondition, StoreError};
 
 use super::super::executor::Life;
 use super::super::world::World;
+use super::{Disk, Hands, decode, encode};
 
-impl Bucket for World {
+impl Bucket for Hands {
     async fn read(&self, key: &str, _limit: u64) -> Result<Option<Bytes>, Failure> {
-        Ok(self.peek(key))
+        Ok(self.get_present(key).await)
     }
 
     fn open<D: Document>(&self, bytes: &[u8]) -> Result<Verified<D>, EnvelopeError> {
-        self.plan.scheme.open(bytes, &self.context, Expect::Account(&self.office.account), None)
+        self.world.plan.scheme.open(bytes, &self.world.context, Expect::Account(&self.world.office.account), None)
     }
 }
 
 impl World {
-    /// The machine of a writer that begins with an empty disk, and the sequence number that its documents have to be above.
-    pub(super) fn recover_from_bucket(&self, life: Life, now_ms: u64) -> (u64, Orchestrator) {
-        let snapshot = self.peek(&self.run.snapshot());
-        let (taken_ms, mut machine) = match snapshot {
-            Some(bytes) => Orchestrator::from_snapshot(&bytes).expect("our own snapshot"),
-            None => (0, Orchestrator::new(self.setup.clone())),
+    /// The life of a process until its machine runs: it opens its journal, stands by for the lease, claims the head, and remembers.
+    pub(super) async fn lead(self: Rc<Self>, hands: Rc<Hands>, life: Life) {
+        let host = hands.host;
+        let last = hands.last_writer().await;
+        let instance = {
+            let mut node = self.orchestrators[host].borrow_mut();
+            if last.is_some_and(|last| node.disk.instance != Some(last)) {
+                node.put_journal_aside();
+            }
+            node.instance()
         };
-        // A run is created with a head; here the first writer writes it.
-        let Some(bytes) = self.peek(self.head_key()) else { return (0, machine) };
-        let found = self.open::<Head>(&bytes).expect("our own head");
-        let head = Head { epoch: life, ..found.document };
-        let gathered = gather(self, &self.run, self.plan.parameters.overlap, &machine, head).now_or_never();
-        let facts = gathered.expect("the bucket answers at once").expect("the bucket holds together");
-        machine.handle(now_ms.max(taken_ms), Input::Recovered { facts: Box::new(facts) });
-        while machine.poll_effect().is_some() {}
-        (found.header.sequence, machine)
+        let (epoch, is_own) = hands.acquire(instance).await;
+        {
+            let keeper = hands.clone();
+            self.executor.spawn(life, async move { keeper.keep().await });
+        }
+        self.watch.borrow_mut().claimed(epoch);
+        let head = hands.claim_head(epoch).await;
+        let journal = if is_own { self.orchestrators[host].borrow().disk.replayed() } else { None };
+        let machine = match journal.filter(|machine| !machine.is_behind(&head)) {
+            Some(machine) => {
+                self.watch.borrow_mut().recovered(&self, host, &encode(&machine));
+                machine
+            }
+            None => {
+                let (taken_ms, mut machine) = match hands.get_present(&self.run.snapshot()).await {
+                    Some(bytes) => Orchestrator::from_snapshot(&bytes).expect("our own snapshot"),
+                    None => (0, Orchestrator::new(self.setup.clone())),
+                };
+                let facts =
+                    gather(&*hands, &self.run, self.plan.parameters.overlap, &machine, head).await.expect("the bucket holds together");
+                let now_ms = self.clock_ms(hands.id).max(taken_ms);
+                let orders = facts.orders.clone();
+                machine.handle(now_ms, Input::Recovered { facts: Box::new(facts) });
+                while machine.poll_effect().is_some() {}
+                let mut node = self.orchestrators[host].borrow_mut();
+                node.disk = Disk { snapshot: Some((now_ms, encode(&machine))), entries: Vec::new(), ..std::mem::take(&mut node.disk) };
+                self.watch.borrow_mut().succeeded(host, &machine, &orders);
+                machine
+            }
+        };
+        self.begin_orchestrating(&hands, machine, epoch);
+    }
+}
+
+impl Hands {
+    /// Signs the head that lies there anew, under this writer's epoch.
+    async fn claim_head(&self, epoch: u64) -> Head {
+        loop {
+            let read = || async { self.world.get(self.id, self.world.head_key(), None).await.ok().flatten() };
+            let object = self.persist(read).await;
+            let found = self.open::<Head>(&object.bytes).expect("our own head");
+            self.raise_sequence(found.header.sequence);
+            let claimed = Head { epoch, ..found.document };
+            let bytes = self.sign_ours(&claimed, &self.world.context);
+            let condition = PutCondition::IfMatch(object.etag.unwrap_or_default());
+            match self.world.put(self.id, self.world.head_key(), bytes, condition).await {
+                Ok(tag) => {
+                    *self.head_etag.borrow_mut() = Some(tag);
+                    return claimed;
+                }
+                Err(StoreError::PreconditionFailed { .. }) => self.confirm().await,
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+impl Disk {
+    /// The machine that the journal remembers, if there is one.
+    pub(super) fn replayed(&self) -> Option<Orchestrator> {
+        let mut machine = decode(&self.snapshot.as_ref()?.1);
+        for (now_ms, input) in &self.entries {
+            machine.handle(*now_ms, input.clone());
+            while machine.poll_effect().is_some() {}
+        }
+        Some(machine)
     }
 }

@@ -3,15 +3,15 @@
 use bytes::Bytes;
 use protocol::documents::Head;
 use protocol::envelope::{self, Context, Document, next_sequence};
+use quasar_orchestrator::machine::Input;
 use storage::{PutCondition, StoreError};
 
-use super::super::world::World;
-use super::{Hands, NODE};
+use super::Hands;
 
 const RETRY_FIRST_MS: u64 = 200;
 const RETRY_LONGEST_MS: u64 = 15_000;
 
-impl World {
+impl Hands {
     /// Tries until it works.
     pub(super) async fn persist<T, F: Future<Output = Option<T>>>(&self, mut attempt: impl FnMut() -> F) -> T {
         let mut pause_ms = RETRY_FIRST_MS;
@@ -19,44 +19,57 @@ impl World {
             if let Some(value) = attempt().await {
                 return value;
             }
-            self.executor.sleep(pause_ms).await;
+            self.world.executor.sleep(pause_ms).await;
             pause_ms = (pause_ms * 2).min(RETRY_LONGEST_MS);
         }
     }
 
     pub(super) fn next_sequence(&self, now_ms: u64) -> u64 {
-        let mut node = self.orchestrator.borrow_mut();
+        let mut node = self.world.orchestrators[self.host].borrow_mut();
         node.disk.sequence = next_sequence(node.disk.sequence, now_ms);
         node.disk.sequence
     }
 
+    /// Numbers of this process are above this one.
+    pub(super) fn raise_sequence(&self, floor: u64) {
+        let mut node = self.world.orchestrators[self.host].borrow_mut();
+        node.disk.sequence = node.disk.sequence.max(floor);
+    }
+
+    pub(super) fn tell(&self, input: Input) {
+        self.world.tell_orchestrator(self.host, self.life, input);
+    }
+
     pub(super) fn sign_ours<D: Document>(&self, document: &D, context: &Context) -> Bytes {
-        let now_ms = self.clock_ms(NODE);
+        let now_ms = self.world.clock_ms(self.id);
         let sequence = self.next_sequence(now_ms);
-        Bytes::from(envelope::sign(document, context, &*self.office.signer, sequence, now_ms))
+        Bytes::from(envelope::sign(document, context, &*self.world.office.signer, sequence, now_ms))
     }
 
     pub(super) async fn put_bytes_once(&self, key: &str, bytes: Bytes) -> Option<Bytes> {
-        match self.put(NODE, key, bytes.clone(), PutCondition::IfAbsent).await {
+        self.hold().await;
+        match self.world.put(self.id, key, bytes.clone(), PutCondition::IfAbsent).await {
             Ok(_) => Some(bytes),
-            Err(StoreError::PreconditionFailed { .. }) => self.get(NODE, key, None).await.ok().flatten().map(|object| object.bytes),
+            Err(StoreError::PreconditionFailed { .. }) => {
+                self.world.get(self.id, key, None).await.ok().flatten().map(|object| object.bytes)
+            }
             Err(_) => None,
         }
     }
 
     pub(super) async fn put_once<D: Document>(&self, key: &str, document: &D) -> Bytes {
-        self.persist(|| self.put_bytes_once(key, self.sign_ours(document, &self.context))).await
+        self.persist(|| self.put_bytes_once(key, self.sign_ours(document, &self.world.context))).await
     }
 
-    pub(super) async fn put_latest(&self, hands: &Hands, key: &str, revision: u64, make: impl Fn() -> Bytes) {
+    pub(super) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Bytes) {
         let lock = {
-            let mut outbox = hands.outbox.borrow_mut();
+            let mut outbox = self.outbox.borrow_mut();
             let entry = outbox.entry(key.to_owned()).or_default();
             entry.newest = entry.newest.max(revision);
             entry.lock.clone()
         };
         let mut tag = lock.lock().await;
-        if hands.outbox.borrow().get(key).is_some_and(|entry| entry.newest != revision) {
+        if self.outbox.borrow().get(key).is_some_and(|entry| entry.newest != revision) {
             return;
         }
         let known = tag.take();
@@ -65,7 +78,7 @@ impl World {
 
     pub(super) async fn get_present(&self, key: &str) -> Option<Bytes> {
         self.persist(|| async {
-            match self.get(NODE, key, None).await {
+            match self.world.get(self.id, key, None).await {
                 Ok(object) => Some(object.map(|object| object.bytes)),
                 Err(StoreError::NotFound { .. }) => Some(None),
                 Err(_) => None,
@@ -74,31 +87,49 @@ impl World {
         .await
     }
 
-    pub(super) async fn publish_head(&self, hands: &Hands, head: &Head) {
-        let key = self.run.head();
-        let known = hands.head_etag.borrow().clone();
-        let tag = self.persist(|| self.swap(&key, known.clone(), self.sign_ours(head, &self.context))).await;
-        *hands.head_etag.borrow_mut() = Some(tag);
+    pub(super) async fn publish_head(&self, head: &Head) {
+        let key = self.world.run.head();
+        let known = self.head_etag.borrow().clone();
+        let tag = self.persist(|| self.swap(&key, known.clone(), self.sign_ours(head, &self.world.context))).await;
+        *self.head_etag.borrow_mut() = Some(tag);
     }
 
-    /// One attempt of a write by compare-and-swap; `known` is what was last seen there. The only writer finds at most an answer of
-    /// its own that was lost.
-    pub(super) async fn swap(&self, key: &str, known: Option<String>, bytes: Bytes) -> Option<String> {
+    pub(super) async fn publish_current(&self) {
+        let key = self.world.keys.current();
+        self.persist(|| async {
+            let condition = self.condition_of(&key).await?;
+            self.hold().await;
+            let bytes = self.sign_ours(&self.world.current, &self.world.context.without_run());
+            self.world.put(self.id, &key, bytes, condition).await.ok().map(drop)
+        })
+        .await;
+    }
+
+    /// One attempt of a write by compare-and-swap; `known` is what was last seen there.
+    async fn swap(&self, key: &str, known: Option<String>, bytes: Bytes) -> Option<String> {
         let mut known = known;
         loop {
             let condition = match known.take() {
                 Some(tag) => PutCondition::IfMatch(tag),
-                None => match self.get(NODE, key, None).await {
-                    Ok(object) => PutCondition::IfMatch(object.and_then(|object| object.etag).unwrap_or_default()),
-                    Err(StoreError::NotFound { .. }) => PutCondition::IfAbsent,
-                    Err(_) => return None,
-                },
+                None => self.condition_of(key).await?,
             };
-            match self.put(NODE, key, bytes.clone(), condition).await {
+            // Only now: what was seen while the lease was ours is what nobody else has written since.
+            self.hold().await;
+            match self.world.put(self.id, key, bytes.clone(), condition).await {
                 Ok(tag) => return Some(tag),
-                Err(StoreError::PreconditionFailed { .. }) => {}
+                // An answer of ours was lost, or somebody else wrote: the lease tells.
+                Err(StoreError::PreconditionFailed { .. }) => self.confirm().await,
                 Err(_) => return None,
             }
+        }
+    }
+
+    /// The condition under which the object stays as it is now.
+    async fn condition_of(&self, key: &str) -> Option<PutCondition> {
+        match self.world.get(self.id, key, None).await {
+            Ok(object) => Some(PutCondition::IfMatch(object.and_then(|object| object.etag).unwrap_or_default())),
+            Err(StoreError::NotFound { .. }) => Some(PutCondition::IfAbsent),
+            Err(_) => None,
         }
     }
 }

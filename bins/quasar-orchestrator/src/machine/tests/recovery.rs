@@ -1,5 +1,7 @@
 //! A successor without the journal: what the bucket holds is enough.
 
+use protocol::documents::{Action, Order};
+
 use super::*;
 use crate::machine::{BucketFacts, LEASE_EPOCH_SHIFT, StepFact};
 
@@ -35,7 +37,7 @@ impl World {
         }
         log.reverse();
         self.machine = machine;
-        Input::Recovered { facts: Box::new(BucketFacts { epoch: self.epoch, head, steps, pages, leases, log }) }
+        Input::Recovered { facts: Box::new(BucketFacts { epoch: self.epoch, head, steps, pages, leases, orders: Vec::new(), log }) }
     }
 
     fn check_books(&self) {
@@ -213,4 +215,26 @@ fn the_same_inputs_again_give_the_same_machine() {
     for (t, pull) in &world.machine.pulls {
         assert_eq!((pull.opened_ms, &pull.stage), (twin.pulls[t].opened_ms, &twin.pulls[t].stage));
     }
+}
+
+#[test]
+fn a_successor_takes_the_orders_that_its_snapshot_lacks_before_it_asks_anybody() {
+    let mut world = World::new(0, 3);
+    world.run(5_000);
+    let before = world.snapshot.clone();
+    let hotkey = world.learners[0].slot.0;
+    let ban = Order { number: 1, action: Action::Ban { hotkey }, reason: "for the test".into() };
+    world.input(Input::Order { order: ban.clone() });
+    let from = world.machine.next_t;
+    // The snapshot with the ban did not come through.
+    world.snapshot = before;
+    let Input::Recovered { mut facts } = world.recover_from_bucket() else { unreachable!("that is what it gives") };
+    facts.orders = vec![ban];
+    world.input(Input::Recovered { facts });
+    world.input(Input::Metagraph { guests: world.guests.clone() });
+    assert_eq!(world.machine.orders_taken(), 1);
+    assert!(world.machine.open_leases().all(|(_, slot)| slot.0 != hotkey), "its rows are back");
+    world.run(10_000);
+    let merged = |hotkey| world.tapes.range(from..).any(|(_, tape)| tape.inputs.iter().any(|input| input.hotkey == hotkey));
+    assert!(!merged(hotkey) && merged(world.learners[1].slot.0));
 }

@@ -1,0 +1,188 @@
+//! The rules of the writer lease, without a clock or a store: when it may be taken, and how long its holder may believe in it.
+
+use protocol::documents::WriterLease;
+use protocol::envelope::Verified;
+use storage::PutCondition;
+
+/// The holder believes in its lease for this share of its time, in percent: it stops before anybody may take over.
+const TRUSTED_PERCENT: u64 = 80;
+
+/// One moment on both clocks of a machine, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// Never set; stands still while the machine is suspended.
+    pub steady_ms: u64,
+    pub wall_ms: u64,
+}
+
+/// What to do about somebody else's lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Wait for it to end, but not for its holder to go on.
+    ForItsEnd,
+    /// Wait as long as it takes.
+    Standby,
+}
+
+/// Somebody who wants to write.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    /// Of the journal at hand.
+    pub instance: [u8; 16],
+    pub host: String,
+    pub lease_ms: u64,
+    pub wait: Wait,
+    /// Tag of somebody else's lease, and since when it has stayed as it is.
+    watched: Option<(String, u64)>,
+}
+
+/// What a candidate does after a look at the lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    Claim(Claim),
+    /// Somebody else has it; `is_new` at the first look at it as it is now.
+    Wait {
+        is_new: bool,
+    },
+    /// Somebody else goes on holding it.
+    Refused,
+}
+
+/// A lease to write: it is held if the condition was met.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    pub lease: WriterLease,
+    pub condition: PutCondition,
+    /// Whatever the holder before signed until its end, its sequence numbers are not above this.
+    pub sequence_floor: u64,
+    /// Nobody else has written since the journal at hand did: it holds everything.
+    pub is_own: bool,
+}
+
+impl Candidate {
+    pub fn new(instance: [u8; 16], host: String, lease_ms: u64, wait: Wait) -> Self {
+        Self { instance, host, lease_ms, wait, watched: None }
+    }
+
+    /// Decides upon the lease that lies there with its tag, read no later than `steady_ms`: it is taken at once if nobody has it,
+    /// if it was given back, or if its holder worked with this very journal; else once it has stayed as it is for its whole time.
+    pub fn look(&mut self, steady_ms: u64, found: Option<(&Verified<WriterLease>, &str)>) -> Next {
+        let lease = |epoch| WriterLease { epoch, instance: self.instance, host: self.host.clone(), renewal: 0, released: false };
+        let Some((verified, tag)) = found else {
+            return Next::Claim(Claim { lease: lease(1), condition: PutCondition::IfAbsent, sequence_floor: 0, is_own: true });
+        };
+        let holder = &verified.document;
+        let is_own = holder.instance == self.instance;
+        let is_over = self.watched.as_ref().is_some_and(|(known, since_ms)| known == tag && steady_ms >= since_ms + self.lease_ms);
+        if is_own || holder.released || is_over {
+            let sequence_floor = verified.header.sequence + 2 * self.lease_ms;
+            let condition = PutCondition::IfMatch(tag.to_owned());
+            return Next::Claim(Claim { lease: lease(holder.epoch + 1), condition, sequence_floor, is_own });
+        }
+        let is_new = self.watched.as_ref().is_none_or(|(known, _)| known != tag);
+        if is_new && self.watched.is_some() && self.wait == Wait::ForItsEnd {
+            return Next::Refused;
+        }
+        if is_new {
+            self.watched = Some((tag.to_owned(), steady_ms));
+        }
+        Next::Wait { is_new }
+    }
+}
+
+/// Until when a holder believes in its lease, by two clocks: a machine that was suspended has slept through one of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trust {
+    until: Moment,
+}
+
+impl Trust {
+    /// After a renewal that was begun then and has succeeded.
+    pub fn from(begun: Moment, lease_ms: u64) -> Self {
+        let time_ms = lease_ms * TRUSTED_PERCENT / 100;
+        Self { until: Moment { steady_ms: begun.steady_ms + time_ms, wall_ms: begun.wall_ms + time_ms } }
+    }
+
+    pub fn holds(&self, now: Moment) -> bool {
+        now.steady_ms < self.until.steady_ms && now.wall_ms < self.until.wall_ms
+    }
+}
+
+/// The lease of a holder that renews it.
+pub fn renewed(held: &WriterLease) -> WriterLease {
+    WriterLease { renewal: held.renewal + 1, ..held.clone() }
+}
+
+/// Whether the lease that lies there is still the holder's, after a write of it met another one than it knew.
+pub fn is_still(held: &WriterLease, found: &WriterLease) -> bool {
+    (found.epoch, found.instance) == (held.epoch, held.instance)
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::documents::WRITER_LEASE_MS;
+    use protocol::envelope::{Context, Expect, RunId, open_stored, sign};
+    use protocol::{Ed25519Signer, Signer};
+
+    use super::*;
+
+    const CONTEXT: Context = Context { genesis: [1; 32], netuid: 24, run: RunId([2; 16]) };
+
+    fn signed(lease: &WriterLease, sequence: u64) -> Verified<WriterLease> {
+        let signer = Ed25519Signer::from_seed([3; 32]);
+        open_stored(&sign(lease, &CONTEXT, &signer, sequence, sequence), &CONTEXT, Expect::Key(&signer.key())).unwrap()
+    }
+
+    fn candidate(wait: Wait) -> Candidate {
+        Candidate::new([9; 16], "host".into(), WRITER_LEASE_MS, wait)
+    }
+
+    fn lease() -> WriterLease {
+        WriterLease { epoch: 4, instance: [8; 16], host: "other".into(), renewal: 7, released: false }
+    }
+
+    #[test]
+    fn a_lease_is_taken_after_it_stayed_for_its_whole_time_and_each_renewal_begins_that_time_anew() {
+        let mut standby = candidate(Wait::Standby);
+        let held = signed(&lease(), 1_000);
+        assert_eq!(standby.look(0, Some((&held, "a"))), Next::Wait { is_new: true });
+        assert_eq!(standby.look(WRITER_LEASE_MS - 1, Some((&held, "a"))), Next::Wait { is_new: false });
+        assert_eq!(standby.look(WRITER_LEASE_MS, Some((&held, "b"))), Next::Wait { is_new: true }, "it was renewed");
+        let Next::Claim(claim) = standby.look(2 * WRITER_LEASE_MS, Some((&held, "b"))) else { panic!("it is over") };
+        assert_eq!((claim.lease.epoch, claim.condition, claim.is_own), (5, PutCondition::IfMatch("b".into()), false));
+        assert_eq!(claim.sequence_floor, 1_000 + 2 * WRITER_LEASE_MS);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_lease_that_was_given_back_or_was_its_own() {
+        let released = signed(&WriterLease { released: true, ..lease() }, 5);
+        assert!(matches!(candidate(Wait::ForItsEnd).look(0, Some((&released, "a"))), Next::Claim(Claim { is_own: false, .. })));
+        let own = signed(&WriterLease { instance: [9; 16], ..lease() }, 5);
+        assert!(matches!(candidate(Wait::ForItsEnd).look(0, Some((&own, "a"))), Next::Claim(Claim { is_own: true, .. })));
+        assert!(matches!(candidate(Wait::ForItsEnd).look(0, None), Next::Claim(Claim { is_own: true, .. })));
+    }
+
+    #[test]
+    fn whoever_does_not_stand_by_is_refused_once_the_lease_is_renewed() {
+        let held = signed(&lease(), 5);
+        let mut refused = candidate(Wait::ForItsEnd);
+        assert_eq!(refused.look(0, Some((&held, "a"))), Next::Wait { is_new: true });
+        assert_eq!(refused.look(10, Some((&held, "b"))), Next::Refused);
+    }
+
+    #[test]
+    fn trust_ends_on_whichever_clock_went_on() {
+        let begun = Moment { steady_ms: 1_000, wall_ms: 500_000 };
+        let trust = Trust::from(begun, WRITER_LEASE_MS);
+        let after = |steady_ms: u64, wall_ms: u64| trust.holds(Moment { steady_ms: 1_000 + steady_ms, wall_ms: 500_000 + wall_ms });
+        assert!(after(23_999, 23_999) && !after(24_000, 0) && !after(0, 24_000));
+    }
+
+    #[test]
+    fn a_lease_is_still_ours_after_a_lost_answer_and_not_after_another_process_took_it() {
+        let held = lease();
+        assert!(is_still(&held, &renewed(&held)));
+        assert!(!is_still(&held, &WriterLease { epoch: 5, ..held.clone() }));
+        assert!(!is_still(&held, &WriterLease { instance: [1; 16], ..held.clone() }));
+    }
+}
