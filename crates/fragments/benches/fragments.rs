@@ -40,9 +40,9 @@ const TREE_SHARDS: usize = 4;
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failure> {
-    keep_memory();
     let only: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
     let bench = Bench { only, triad: triad(), measured: RefCell::default() };
+    keep_memory();
     println!("{} threads, triad {:.1} GB/s", rayon::current_num_threads(), bench.triad);
     println!("| what | s (clock) | s (processor) | GB/s | of the triad | peak RSS |");
     println!("|---|---|---|---|---|---|");
@@ -264,6 +264,7 @@ impl Bench {
                 for entry in std::fs::read_dir(input)? {
                     std::io::copy(&mut std::fs::File::open(entry?.path())?, &mut std::io::sink())?;
                 }
+                give_back_memory();
                 reset_peak();
                 let (start, before) = (Instant::now(), process_seconds());
                 work()?;

@@ -154,8 +154,12 @@ fn compare_gradients(what: &str, folder: &Path, batch: &Batch, change: impl Fn(&
         eprintln!("{mine:.2e} (libtorch {theirs:.2e}) {name}");
     }
     assert!((own_loss - exact_loss).abs() < 1e-3 * exact_loss);
+    // The error of a scalar is a single draw, which libtorch may win by chance: it is compared with the worst of its draws.
+    let scalar = |name: &str| exact[name].len() == 1;
+    let worst = table.iter().filter(|(_, _, name)| scalar(name)).fold(0.0, |worst: f64, (_, theirs, _)| worst.max(*theirs));
     for (mine, theirs, name) in &table {
-        assert!(*mine <= 1.5 * theirs + 0.02, "{name}: {mine} against {theirs}");
+        let limit = if scalar(name) { 3.0 * worst } else { 1.5 * theirs } + 0.02;
+        assert!(*mine <= limit, "{name}: {mine} against {theirs}, limit {limit}");
     }
 }
 

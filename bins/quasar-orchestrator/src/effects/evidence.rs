@@ -1,5 +1,6 @@
 //! Evidence that must outlive its writer: write-once copies of commitments, receipts of leases, revealed verdicts.
 
+use bytes::Bytes;
 use protocol::documents::{Lease, Progress, Receipt, VerdictResult, VerdictReveal};
 use protocol::envelope::{Document, Expect, Purpose, open_stored};
 use protocol::{AccountId, Digest, Reason};
@@ -12,22 +13,26 @@ impl Service {
     /// Copies the signed progress envelope that holds a commitment, and gives the id of the copy; a reason if there is a copy
     /// already, of a commitment to another payload. `None` if the learner has overwritten the record meanwhile without that
     /// commitment.
-    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest) -> Option<Result<Digest, Reason>> {
+    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest, payload: Digest) -> Option<Result<Digest, Reason>> {
         let key = self.run.commitment(&slot.0, slot.1, t);
+        let limit = Purpose::Progress.file_limit();
         let known = self.records.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get(&slot).cloned();
         let bytes = match known {
             Some((newest, bytes)) if newest == id => bytes,
-            _ => {
-                let progress = self.run.progress(&slot.0, slot.1);
-                self.get_present(&progress, Purpose::Progress.file_limit()).await?
-            }
+            _ => self.get_present(&self.run.progress(&slot.0, slot.1), limit).await?,
         };
-        let record = open_stored::<Progress>(&bytes, &self.context, Expect::Account(&slot.0)).ok()?;
-        let payload = record.document.commitments.iter().find(|commitment| commitment.t == t)?.blake3;
-        let stored = persist(&key, || self.put_bytes_once(&key, bytes.clone())).await;
-        let evidence = open_stored::<Progress>(&stored, &self.context, Expect::Account(&slot.0)).ok();
+        let open = |bytes: &Bytes| open_stored::<Progress>(bytes, &self.context, Expect::Account(&slot.0)).ok();
+        let record = open(&bytes)?;
+        let committed = record.document.commitments.iter().find(|commitment| commitment.t == t)?.blake3;
+        // A record that was read again after a restart may commit to something else by now. It is evidence of nothing that was taken in; only
+        // what was kept before can be.
+        let stored = if committed == payload {
+            Some(persist(&key, || self.put_bytes_once(&key, bytes.clone())).await)
+        } else {
+            self.get_present(&key, limit).await
+        };
         let holds = |record: &Progress| record.commitments.iter().any(|commitment| commitment.t == t && commitment.blake3 == payload);
-        Some(match evidence {
+        Some(match stored.as_ref().and_then(open) {
             Some(evidence) if holds(&evidence.document) => Ok(evidence.id),
             _ => Err(Reason::RepeatedCommitment),
         })

@@ -238,7 +238,7 @@ impl Executor for Hands {
             Effect::PublishPullGrants { revision, slot, session_epoch, wants } => {
                 service.publish_pull_grants(revision, slot, session_epoch, &wants).await;
             }
-            Effect::StoreCommitment { slot, t, id } => match service.store_commitment(slot, t, id).await {
+            Effect::StoreCommitment { slot, t, id, payload } => match service.store_commitment(slot, t, id, payload).await {
                 Some(Ok(id)) => inputs.send(Input::CommitmentStored { slot, t, id }).await,
                 Some(Err(reason)) => {
                     tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, t, "commitment refused: {reason}");

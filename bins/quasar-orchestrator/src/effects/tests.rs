@@ -14,8 +14,8 @@ use fragments::codec::{self, PayloadHeader};
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
-    AuditParameters, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, InnerOptimizer, Job, Lease, LrSchedule,
-    MergeManifest, ReleaseRef, RowRange, RunManifest, RunParameters, RunState, Tape, TapeInput,
+    AuditParameters, CatalogRef, Codec, Commitment, CurrentRun, FragmentHead, FragmentManifest, Head, InnerOptimizer, Job, LearnerState,
+    Lease, LrSchedule, MergeManifest, Progress, ReleaseRef, RowRange, RunManifest, RunParameters, RunState, Tape, TapeInput,
 };
 use protocol::envelope::{Context, Document, RunId, sign};
 use protocol::log::{Frontier, LogEntry, LogHead, LogKind, LogRef};
@@ -416,6 +416,67 @@ async fn a_lease_is_confirmed_by_the_store_and_not_by_its_silence() {
     assert_eq!(first.renew().await, Ok(()), "nobody has said anything");
     assert_eq!(first.confirm().await, Err(Lost));
     assert_eq!(second.confirm().await, Ok(()));
+}
+
+#[tokio::test]
+async fn a_commitment_that_was_exchanged_after_it_was_taken_in_is_evidence_of_nothing() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    let learner = Ed25519Signer::from_seed([7; 32]);
+    let slot = (learner.key().account(), 0);
+    let record = |payload: Digest, loss: i64| {
+        let commitment = Commitment {
+            t: 4,
+            fragment: 0,
+            base_version: 0,
+            length: 64,
+            sha256: payload,
+            blake3: payload,
+            steps: 1,
+            tokens: 128,
+            lease: 1,
+            lease_step: 1,
+            local_step: 1,
+            start_step: 0,
+            start_digest: Digest::ZERO,
+            step_chain: Digest::ZERO,
+        };
+        let record = Progress {
+            worker: "learner".into(),
+            session_epoch: 1,
+            slot: 0,
+            protocol: 1,
+            state: LearnerState::Training,
+            reason: Reason::None,
+            lease: 1,
+            lease_step: 1,
+            local_step: 1,
+            step_ms: 1,
+            loss,
+            step_chain: Digest::ZERO,
+            fragments: Vec::new(),
+            commitments: vec![commitment],
+            uploaded: Vec::new(),
+            openings: Vec::new(),
+            receipt: None,
+            padding: Vec::new(),
+        };
+        sign(&record, &bucket.context, &learner, 1, 1_000)
+    };
+    let [taken, other] = [1, 2].map(|number| Digest::blake3(&[number]));
+    let newest = service.run.progress(&slot.0, slot.1);
+    let evidence = service.run.commitment(&slot.0, slot.1, 4);
+    // A process that has just begun knows no record yet, and the learner has put another payload into its own.
+    bucket.put(&newest, record(other, 0)).await;
+    assert_eq!(service.store_commitment(slot, 4, Digest::ZERO, taken).await, Some(Err(Reason::RepeatedCommitment)));
+    assert!(matches!(bucket.store.head(&evidence).await, Err(StoreError::NotFound { .. })), "nothing was kept");
+    // A later record with the same commitment is as good as the one that was read.
+    bucket.put(&newest, record(taken, 1)).await;
+    let kept = service.store_commitment(slot, 4, Digest::ZERO, taken).await.unwrap().unwrap();
+    // What was kept stays, whatever the learner says afterwards.
+    bucket.put(&newest, record(other, 2)).await;
+    assert_eq!(service.store_commitment(slot, 4, Digest::ZERO, taken).await, Some(Ok(kept)));
+    assert_eq!(service.store_commitment(slot, 4, Digest::ZERO, other).await, Some(Err(Reason::RepeatedCommitment)));
 }
 
 #[tokio::test]

@@ -225,7 +225,7 @@ impl Orchestrator {
         pull.add(slot, Offer { commitment: commitment.clone(), id, stage });
         self.pace.pulls_changed = true;
         if stage == OfferStage::Committed {
-            self.emit(Effect::StoreCommitment { slot, t, id });
+            self.emit(Effect::StoreCommitment { slot, t, id, payload: commitment.blake3 });
         }
     }
 
@@ -517,7 +517,10 @@ impl Orchestrator {
                 PullStage::Open => {
                     for (slot, offer) in &pull.offers {
                         match offer.stage {
-                            OfferStage::Committed => effects.push(Effect::StoreCommitment { slot: *slot, t: *t, id: offer.id }),
+                            OfferStage::Committed => {
+                                let payload = offer.commitment.blake3;
+                                effects.push(Effect::StoreCommitment { slot: *slot, t: *t, id: offer.id, payload });
+                            }
                             OfferStage::Checking => {
                                 effects.push(Effect::CheckPayload { slot: *slot, t: *t, commitment: offer.commitment.clone() })
                             }

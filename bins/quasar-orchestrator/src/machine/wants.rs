@@ -54,10 +54,12 @@ pub enum Effect {
         session_epoch: u64,
         wants: Vec<Want>,
     },
+    /// Keeps the record that commits to this payload.
     StoreCommitment {
         slot: Slot,
         t: u64,
         id: Digest,
+        payload: Digest,
     },
     CheckPayload {
         slot: Slot,

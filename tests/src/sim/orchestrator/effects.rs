@@ -51,7 +51,7 @@ impl Hands {
                 self.put_latest(&key, revision, make).await;
                 return None;
             }
-            Effect::StoreCommitment { slot, t, id } => match self.store_commitment(slot, t, id).await? {
+            Effect::StoreCommitment { slot, t, id, payload } => match self.store_commitment(slot, t, id, payload).await? {
                 Ok(id) => Input::CommitmentStored { slot, t, id },
                 Err(_) => Input::CommitmentRefused { slot, t },
             },
@@ -170,20 +170,24 @@ impl Hands {
         }
     }
 
-    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest) -> Option<Result<Digest, Reason>> {
+    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest, payload: Digest) -> Option<Result<Digest, Reason>> {
         let keys = self.world.slot_keys(slot);
         let known = self.records.borrow().get(&slot).cloned();
         let bytes = match known {
             Some((newest, bytes)) if newest == id => bytes,
             _ => self.get_present(&keys.progress).await?,
         };
-        let record = self.world.plan.scheme.open::<Progress>(&bytes, &self.world.context, Expect::Account(&slot.0), None).ok()?;
-        let payload = record.document.commitments.iter().find(|commitment| commitment.t == t)?.blake3;
+        let open = |bytes: &Bytes| self.world.plan.scheme.open::<Progress>(bytes, &self.world.context, Expect::Account(&slot.0), None).ok();
+        let record = open(&bytes)?;
+        let committed = record.document.commitments.iter().find(|one| one.t == t)?.blake3;
         let key = keys.own.commitment(t);
-        let stored = self.persist(|| self.put_bytes_once(&key, bytes.clone())).await;
-        let evidence = self.world.plan.scheme.open::<Progress>(&stored, &self.world.context, Expect::Account(&slot.0), None).ok();
+        let stored = if committed == payload {
+            Some(self.persist(|| self.put_bytes_once(&key, bytes.clone())).await)
+        } else {
+            self.get_present(&key).await
+        };
         let holds = |record: &Progress| record.commitments.iter().any(|one| one.t == t && one.blake3 == payload);
-        Some(match evidence {
+        Some(match stored.as_ref().and_then(open) {
             Some(evidence) if holds(&evidence.document) => Ok(evidence.id),
             _ => Err(Reason::RepeatedCommitment),
         })

@@ -99,9 +99,7 @@ impl Hands {
             return Some(false);
         }
         let begun = self.moment();
-        let Some((next, tag)) = self.holding.borrow().as_ref().map(|holding| (renewed(&holding.held), holding.tag.clone())) else {
-            return None;
-        };
+        let (next, tag) = self.holding.borrow().as_ref().map(|holding| (renewed(&holding.held), holding.tag.clone()))?;
         let bytes: Bytes = self.sign_ours(&next, &self.world.context);
         match self.world.put(self.id, &self.world.run.writer_lease(), bytes, PutCondition::IfMatch(tag)).await {
             Ok(tag) => {

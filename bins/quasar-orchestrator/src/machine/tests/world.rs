@@ -348,7 +348,7 @@ impl World {
                 None
             }
             Effect::StoreCommitment { slot, t, .. } if self.answered_before.contains(&slot) => Some(Input::CommitmentRefused { slot, t }),
-            Effect::StoreCommitment { slot, t, id } => Some(Input::CommitmentStored { slot, t, id }),
+            Effect::StoreCommitment { slot, t, id, .. } => Some(Input::CommitmentStored { slot, t, id }),
             Effect::CheckPayload { slot, t, .. } => {
                 let outcome = self.rejects.get(&slot).copied().unwrap_or(Reason::None);
                 Some(Input::PayloadChecked { slot, t, outcome })
