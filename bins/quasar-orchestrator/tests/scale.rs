@@ -136,7 +136,7 @@ impl Load {
                             record.lease = lease.id;
                         }
                     }
-                    Effect::StoreCommitment { slot, t, id } => queue.push(Input::CommitmentStored { slot, t, id }),
+                    Effect::StoreCommitment { slot, t, id, .. } => queue.push(Input::CommitmentStored { slot, t, id }),
                     Effect::PublishPullGrants { slot, wants, .. } => {
                         let record = self.records.get_mut(&slot).unwrap();
                         record.uploaded = wants

@@ -20,7 +20,7 @@ use protocol::documents::{
 use protocol::envelope::{Context, Document, RunId, sign};
 use protocol::log::{Frontier, LogEntry, LogHead, LogKind, LogRef};
 use protocol::paths::Keys;
-use protocol::{AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, ShardManifest, Signer, Slice};
+use protocol::{AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, Reason, ShardManifest, Signer, Slice};
 use storage::{MemoryStore, ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
