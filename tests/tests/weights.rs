@@ -87,21 +87,8 @@ async fn publish(server: &S3Server, owner: &Ed25519Signer, genesis: [u8; 32]) {
     let current = CurrentRun { root_version: 1, root_digest, run: run_id, manifest_digest };
     put(keys.current(), signed(&current, &outside, &orchestrator)).await;
     let fragment = FragmentHead { version: 0, length: 0, digest: Digest::ZERO };
-    let head = Head {
-        epoch: 1,
-        state: RunState::Open,
-        outer_step: 0,
-        closed_below: 0,
-        block: 0,
-        run_step: 0,
-        pulls: Vec::new(),
-        fragments: vec![fragment; usize::from(FRAGMENTS)],
-        release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
-        catalog,
-        ledger: Digest::ZERO,
-        log: (&protocol::log::Frontier::default()).into(),
-        notices: Vec::new(),
-    };
+    let release = ReleaseRef { release: "base".into(), manifest: Digest::ZERO };
+    let head = Head { epoch: 1, ..Head::first(vec![fragment; usize::from(FRAGMENTS)], release, catalog) };
     put(run.head(), signed(&head, &context, &orchestrator)).await;
 }
 

@@ -10,9 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use chain::memory::{MemoryChain, MemorySettings};
 use chain::{Chain, Hotkey, Hyperparameters, Neuron};
-use protocol::documents::{Action, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, Order, ReleaseRef, RunState};
+use protocol::documents::{Action, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, Order, ReleaseRef};
 use protocol::envelope::{self, Context, Document, Expect, RunId, SKEW_MS, Verified};
-use protocol::log::{Frontier, LogRef};
 use protocol::paths::{self, Keys, RunKeys};
 use protocol::{AccountId, Digest, FileRecord, KeyKind};
 use quasar_orchestrator::machine::{FragmentSetup, RunSetup, ShardRows, Slot};
@@ -312,22 +311,9 @@ impl World {
             self.plant(&key, bytes);
             self.plant_signed(&self.run.fragment_manifest(fragment, 0), &manifest);
         }
-        let fragments = self.setup.fragments.iter();
-        let head = Head {
-            epoch: 0,
-            state: RunState::Open,
-            outer_step: 0,
-            closed_below: 0,
-            block: 0,
-            run_step: 0,
-            pulls: Vec::new(),
-            fragments: fragments.map(|one| FragmentHead { version: 0, length: one.keyframe_length, digest: one.keyframe }).collect(),
-            release: self.setup.release.clone(),
-            catalog: self.setup.catalog,
-            ledger: Digest::ZERO,
-            log: LogRef::from(&Frontier::default()),
-            notices: Vec::new(),
-        };
+        let of = |one: &FragmentSetup| FragmentHead { version: 0, length: one.keyframe_length, digest: one.keyframe };
+        let fragments = self.setup.fragments.iter().map(of).collect();
+        let head = Head::first(fragments, self.setup.release.clone(), self.setup.catalog);
         self.plant_signed(&self.head_key, &head);
     }
 

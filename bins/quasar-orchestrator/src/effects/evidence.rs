@@ -10,9 +10,9 @@ use super::{Service, persist};
 use crate::machine::Slot;
 
 impl Service {
-    /// Copies the signed progress envelope that holds a commitment, and gives the id of the copy; a reason if there is a copy
-    /// already, of a commitment to another payload. `None` if the learner has overwritten the record meanwhile without that
-    /// commitment.
+    /// Copies the signed progress envelope that commits to `payload`, and gives the id of the copy; a reason if there is a copy already, of a
+    /// commitment to another payload, or none and the learner has exchanged its commitment. `None` if it has overwritten the record
+    /// meanwhile without any.
     pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest, payload: Digest) -> Option<Result<Digest, Reason>> {
         let key = self.run.commitment(&slot.0, slot.1, t);
         let limit = Purpose::Progress.file_limit();

@@ -15,10 +15,10 @@ use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
     AuditParameters, CatalogRef, Codec, Commitment, CurrentRun, FragmentHead, FragmentManifest, Head, InnerOptimizer, Job, LearnerState,
-    Lease, LrSchedule, MergeManifest, Progress, ReleaseRef, RowRange, RunManifest, RunParameters, RunState, Tape, TapeInput,
+    Lease, LrSchedule, MergeManifest, Progress, ReleaseRef, RowRange, RunManifest, RunParameters, Tape, TapeInput,
 };
 use protocol::envelope::{Context, Document, RunId, sign};
-use protocol::log::{Frontier, LogEntry, LogHead, LogKind, LogRef};
+use protocol::log::{Frontier, LogEntry, LogHead, LogKind};
 use protocol::paths::Keys;
 use protocol::{AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, Reason, ShardManifest, Signer, Slice};
 use storage::{MemoryStore, ObjectStore, PutCondition, StoreError};
@@ -156,21 +156,7 @@ impl Bucket {
             bucket.put(&keys.keyframe(fragment, 0), frame).await;
             bucket.publish(&keys.fragment_manifest(fragment, 0), &manifest).await;
         }
-        let head = Head {
-            epoch: 0,
-            state: RunState::Open,
-            outer_step: 0,
-            closed_below: 0,
-            block: 0,
-            run_step: 0,
-            pulls: Vec::new(),
-            fragments: heads,
-            release: bucket.setup.release.clone(),
-            catalog: bucket.setup.catalog,
-            ledger: Digest::ZERO,
-            log: LogRef::from(&Frontier::default()),
-            notices: Vec::new(),
-        };
+        let head = Head::first(heads, bucket.setup.release.clone(), bucket.setup.catalog);
         bucket.publish(&keys.head(), &head).await;
         bucket
     }

@@ -10,10 +10,9 @@ use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
     CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest,
-    RunParameters, RunRoot, RunState,
+    RunParameters, RunRoot,
 };
 use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
-use protocol::log::{Frontier, LogRef};
 use protocol::{Digest, FileRecord, KeyRef};
 use serde::Deserialize;
 use storage::{PutCondition, StoreError};
@@ -153,21 +152,8 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
         parameters,
     };
     let manifest_bytes = office.put_once(&run_keys.manifest(), &manifest, &context).await?;
-    let head = Head {
-        epoch: 0,
-        state: RunState::Open,
-        outer_step: 0,
-        closed_below: 0,
-        block: 0,
-        run_step: 0,
-        pulls: Vec::new(),
-        fragments: heads,
-        release: ReleaseRef { release: release.release, manifest: release_digest },
-        catalog: newest,
-        ledger: Digest::ZERO,
-        log: LogRef::from(&Frontier::default()),
-        notices: Vec::new(),
-    };
+    let release = ReleaseRef { release: release.release, manifest: release_digest };
+    let head = Head::first(heads, release, newest);
     let head = office.sign(&head, &context);
     office.store.put(&run_keys.head(), Bytes::from(head), PutCondition::IfAbsent).await.map_err(Failure::unavailable)?;
     let current = CurrentRun {

@@ -4,7 +4,7 @@ use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use super::CatalogRef;
-use crate::log::LogRef;
+use crate::log::{Frontier, LogRef};
 use crate::{AccountId, Digest};
 
 /// The run as of now.
@@ -32,6 +32,27 @@ pub struct Head {
     /// The newest published head of the append-only log.
     pub log: LogRef,
     pub notices: Vec<Notice>,
+}
+
+impl Head {
+    /// The head that a run is created with: no writer has been there, nothing was pulled.
+    pub fn first(fragments: Vec<FragmentHead>, release: ReleaseRef, catalog: CatalogRef) -> Self {
+        Self {
+            epoch: 0,
+            state: RunState::Open,
+            outer_step: 0,
+            closed_below: 0,
+            block: 0,
+            run_step: 0,
+            pulls: Vec::new(),
+            fragments,
+            release,
+            catalog,
+            ledger: Digest::ZERO,
+            log: LogRef::from(&Frontier::default()),
+            notices: Vec::new(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
