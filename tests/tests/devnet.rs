@@ -17,24 +17,10 @@ const FRAGMENTS: u64 = 24;
 fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let dir = folder.path().join("devnet");
-    let cycles = CYCLES.to_string();
-    let output = Command::new(binary("quasar-orchestrator"))
-        .args(["devnet", "--miners", "2", "--validators", "1", "--cycles", &cycles, "--chaos", "--json", "--timeout-sec", "1500"])
-        .args(["--codec-up", "int4", "--codec-down", "int4", "--dir"])
-        .arg(&dir)
-        .arg("--bin-dir")
-        .arg(bin_dir())
-        .output()
-        .expect("the devnet starts");
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{errors}");
+    let (summary, errors) = devnet(&dir, CYCLES, &["--chaos", "--codec-up", "int4", "--codec-down", "int4"]);
     for victim in ["miner-1", "validator-0", "orchestrator"] {
         assert!(errors.contains(&format!("killing {victim}")) && errors.contains(&format!("starting {victim} again")), "{errors}");
     }
-    let text = String::from_utf8_lossy(&output.stdout);
-    let summary: serde_json::Value =
-        serde_json::from_str(text.lines().last().expect("a last line")).expect("the last line is one JSON object");
-    assert_eq!(summary["ok"], true, "{summary}");
     let number = |key: &str| summary[key].as_f64().unwrap_or(f64::NAN);
     assert!(number("held_out_loss_before") - number("held_out_loss_after") > 1.5, "{summary}");
     assert_eq!(summary["verdicts"]["fail"], 0, "{summary}");
@@ -68,6 +54,51 @@ fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
     let reveals: Vec<(_, VerdictReveal)> = documents(&bucket);
     assert!(reveals.iter().all(|(signer, reveal)| *signer == reveal.verdict.validator));
     assert!(reveals.iter().filter(|(_, reveal)| reveal.verdict.result == VerdictResult::Pass).count() >= 3, "{reveals:?}");
+}
+
+#[test]
+fn payloads_with_error_feedback_are_merged_and_pass_their_audits() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let dir = folder.path().join("devnet");
+    let (summary, _) = devnet(&dir, 2, &["--codec-up", "topk"]);
+    assert_eq!(summary["verdicts"]["fail"], 0, "{summary}");
+    let bucket = dir.join("bucket");
+    let reveals: Vec<(_, VerdictReveal)> = documents(&bucket);
+    let passed = |reveal: &VerdictReveal| reveal.verdict.result == VerdictResult::Pass;
+    // From the second cycle on a payload holds what the first one of its fragment left out.
+    let later = reveals.iter().filter(|(_, reveal)| passed(reveal) && reveal.verdict.t >= FRAGMENTS).count();
+    assert!(later > 0, "{reveals:?}");
+    let merges: Vec<(_, MergeManifest)> = documents(&bucket);
+    assert!(merges.iter().filter(|(_, merge)| merge.version > merge.base_version).count() as u64 >= 2 * FRAGMENTS);
+    let plan: FragmentPlan = documents(&bucket).remove(0).1;
+    let elements = plan.total_elements() as f64;
+    let payloads: Vec<_> = files(&bucket).into_iter().filter(|path| path.ends_with("payload.qfd")).collect();
+    let bytes: u64 = payloads.iter().map(|path| std::fs::metadata(path).expect("it is there").len()).sum();
+    let bits = 8.0 * bytes as f64 / (payloads.len() as f64 * elements / FRAGMENTS as f64);
+    assert!(bits < 0.5, "{bits} bits an element, headers included");
+    // What was left out is on the miners' disks; all but the last payloads are settled.
+    let withheld = |ending: &str| files(&dir.join("state")).into_iter().filter(|path| path.to_string_lossy().ends_with(ending)).count();
+    assert!(withheld(".sent") < payloads.len() / 4, "{} of {} payloads are not settled", withheld(".sent"), payloads.len());
+}
+
+/// Runs a devnet of two miners and a validator in `dir`; gives its summary and what it told.
+fn devnet(dir: &Path, cycles: u64, more: &[&str]) -> (serde_json::Value, String) {
+    let output = Command::new(binary("quasar-orchestrator"))
+        .args(["devnet", "--miners", "2", "--validators", "1", "--json", "--timeout-sec", "1500", "--cycles", &cycles.to_string()])
+        .args(more)
+        .arg("--dir")
+        .arg(dir)
+        .arg("--bin-dir")
+        .arg(bin_dir())
+        .output()
+        .expect("the devnet starts");
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{errors}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let summary: serde_json::Value =
+        serde_json::from_str(text.lines().last().expect("a last line")).expect("the last line is one JSON object");
+    assert_eq!(summary["ok"], true, "{summary}");
+    (summary, errors)
 }
 
 /// From the first keyframes along the published frames: every version that a merge manifest names, bit for bit.

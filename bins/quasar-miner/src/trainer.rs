@@ -16,7 +16,7 @@ use protocol::Digest;
 use protocol::documents::{InnerOptimizer, OpenedStep, PPM, micro_nats};
 use tokio::sync::mpsc;
 
-use crate::edge::{Plane, SpoolError, files};
+use crate::edge::{FeedbackError, Plane, SpoolError, files};
 use crate::machine::{Boundary, Export, Exported, Fault, Input, Step, StepDone};
 
 /// Opens the trainer on a base tree; runs on the trainer's own thread, because libtorch keeps settings per thread.
@@ -235,14 +235,19 @@ fn export(plane: &Plane, order: &Export, weights: &HostValues) -> Result<Exporte
         *base -= weight;
     }
     let header = plane.keyframes.payload_header(order.fragment, order.base_version);
-    let payload = codec::encode(&header, &change).map_err(|error| match error {
-        CodecError::NotFinite { .. } => Fault::NotFinite,
-        error => Fault::Broken(error.to_string()),
-    })?;
+    let (payload, residual) = match &plane.feedback {
+        None => (codec::encode(&header, &change).map_err(|error| codec_fault(&error))?, None),
+        Some(feedback) => {
+            let encoded = feedback.encode(order.t, &header, &change).map_err(|error| feedback_fault(&error))?;
+            (encoded.payload, Some(encoded.residual))
+        }
+    };
     let Committed { length, sha256, blake3 } = Committed::of(&payload);
     plane.payloads.insert(order.t, payload.into());
-    plane.spool.put_export(order.t, order.start_step, order.local_step).map_err(|error| spool_fault(&error))?;
-    Ok(Exported { t: order.t, length, sha256, blake3 })
+    let (digest, file) = residual.unzip();
+    let steps = (order.start_step, order.local_step);
+    plane.spool.put_export(order.t, steps, file.as_deref()).map_err(|error| spool_fault(&error))?;
+    Ok(Exported { t: order.t, length, sha256, blake3, residual: digest })
 }
 
 /// Optimizer settings of a step with learning rate `lr`: the same arithmetic as a validator's replay, to the last bit.
@@ -263,6 +268,21 @@ fn train_fault(error: &TrainError) -> Fault {
         TrainError::NotFinite { .. } => Fault::NotFinite,
         TrainError::State(StateError::Io(error)) if files::is_disk_full(error) => Fault::DiskFull,
         TrainError::OutOfMemory { .. } => Fault::OutOfMemory(error.to_string()),
+        error => Fault::Broken(error.to_string()),
+    }
+}
+
+fn codec_fault(error: &CodecError) -> Fault {
+    match error {
+        CodecError::NotFinite { .. } => Fault::NotFinite,
+        error => Fault::Broken(error.to_string()),
+    }
+}
+
+fn feedback_fault(error: &FeedbackError) -> Fault {
+    match error {
+        FeedbackError::Codec(error) => codec_fault(error),
+        FeedbackError::Io { source, .. } if files::is_disk_full(source) => Fault::DiskFull,
         error => Fault::Broken(error.to_string()),
     }
 }

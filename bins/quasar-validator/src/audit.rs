@@ -71,7 +71,8 @@ pub struct Evidence {
 pub struct Opening {
     /// Signed [`protocol::documents::OpeningManifest`].
     pub manifest: Bytes,
-    /// [`model::TrainerState`] at the start of the segment.
+    /// [`model::TrainerState`] at the start of the segment; behind it, where the run's codec withholds something, what it had withheld
+    /// of the audited fragment, as little-endian f32 and their BLAKE3.
     pub state: Bytes,
     /// Expert choices of each step: a little-endian u32 count, then so many little-endian u16.
     pub routes: Bytes,

@@ -1,7 +1,7 @@
-//! Every decoder against damaged input: payloads of each codec, int4 frames, keyframes, states, checkpoint headers, contracts. Good
-//! files are made, then damaged in ways that a seeded generator chooses: bits, bytes, runs, numbers at their limits, cuts,
-//! additions, pieces of another file. No damage may cause a panic, more memory than the plan bounds, or a value that is not
-//! finite; what is accepted must be what the encoder writes.
+//! Every decoder against damaged input: payloads of each codec, int4 frames, keyframes, states, checkpoint headers and indices,
+//! fragment files, contracts, plans. Good files are made, then damaged in ways that a seeded generator chooses: bits, bytes, runs,
+//! numbers at their limits, cuts, additions, pieces of another file. No damage may cause a panic, more memory than the plan bounds,
+//! or a value that is not finite; what is accepted must be what the encoder writes.
 //!
 //! The same checks run under libFuzzer, guided by coverage: `crates/fragments/fuzz`.
 

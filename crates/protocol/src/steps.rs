@@ -85,6 +85,12 @@ pub fn segment_digest(local_step: u64, trainer_state: &Digest, versions: &[u64])
     Digest::derive("quasar/v1/segment", &[&local_step.to_le_bytes(), &trainer_state.0, &codec::encode(&versions.to_vec())])
 }
 
+/// The committed digest of a start from which a payload also takes what its codec had withheld: BLAKE3 of that residual, little-endian
+/// f32 in slice order.
+pub fn with_residual(segment: &Digest, residual: &Digest) -> Digest {
+    Digest::derive("quasar/v1/residual", &[&segment.0, &residual.0])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -35,9 +35,9 @@ pub enum DiscoveryError {
     )]
     ProtocolVersion { min: u16, max: u16 },
     #[error(
-        "the run's codecs are {up:?} up and {down:?} down, the programs of this build speak bf16 and int4\nhint: install a release of this software that speaks the run's codecs"
+        "the run's versions go out in {down:?}, the programs of this build read bf16 and int4\nhint: install a release of this software that reads the run's versions"
     )]
-    Codecs { up: Codec, down: Codec },
+    CodecDown { down: Codec },
     #[error(
         "the newest run root in the bucket is version {found}, and version {seen} was seen before\nhint: the bucket was set back, or somebody hides what the owner signed; ask the owner of the run"
     )]
@@ -65,7 +65,7 @@ impl DiscoveryError {
     /// Whether a person has to change something before discovery can succeed.
     pub fn is_final(&self) -> bool {
         match self {
-            Self::Pinned { .. } | Self::ProtocolVersion { .. } | Self::Codecs { .. } => true,
+            Self::Pinned { .. } | Self::ProtocolVersion { .. } | Self::CodecDown { .. } => true,
             Self::Envelope { error, .. } => matches!(
                 error,
                 EnvelopeError::Genesis { .. } | EnvelopeError::Netuid { .. } | EnvelopeError::Signer { .. } | EnvelopeError::Version(_)
@@ -216,9 +216,9 @@ impl RunReader {
         if !(manifest.protocol_min..=manifest.protocol_max).contains(&PROTOCOL_VERSION) {
             return Err(DiscoveryError::ProtocolVersion { min: manifest.protocol_min, max: manifest.protocol_max });
         }
-        let (up, down) = (manifest.parameters.codec_up, manifest.parameters.codec_down);
-        if up == Codec::TopK || down == Codec::TopK {
-            return Err(DiscoveryError::Codecs { up, down });
+        let down = manifest.parameters.codec_down;
+        if down.withholds() {
+            return Err(DiscoveryError::CodecDown { down });
         }
         let out_of_bounds = |what| DiscoveryError::OutOfBounds { key: run.manifest(), what };
         if manifest.parameters.fragments > root.bounds.fragments_max || manifest.parameters.fragments == 0 {

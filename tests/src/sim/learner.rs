@@ -624,7 +624,7 @@ impl World {
             node.memory.payloads.insert(order.t, payload);
             let export = Export { start_step: order.start_step, local_step: order.local_step, is_uploaded: false };
             node.disk.exports.insert((order.t, session), export);
-            exported.push(Exported { t: order.t, length, sha256, blake3 });
+            exported.push(Exported { t: order.t, length, sha256, blake3, residual: None });
         }
         node.memory.weights = Some(weights);
         let mut random = self.random.borrow_mut();

@@ -4,6 +4,7 @@
 
 mod base;
 mod book;
+mod feedback;
 pub(crate) mod files;
 mod keyframes;
 mod looks;
@@ -22,9 +23,8 @@ use bytes::Bytes;
 use chain::Hotkey;
 use daemon::sequence::Sequence;
 use daemon::{JournalError, clock};
-use protocol::documents::Receipt;
-use protocol::documents::{Lease, Progress, encode_progress};
-use protocol::envelope;
+use protocol::documents::{Lease, MergeManifest, Progress, Receipt, encode_progress};
+use protocol::envelope::{self, Expect};
 use protocol::{Digest, GrantRequest, Method};
 use storage::client::{GrantAccess, GrantError, PutOutcome};
 use storage::discovery::{RunFacts, RunReader};
@@ -33,6 +33,7 @@ use zeroize::Zeroizing;
 
 pub use base::BaseTrees;
 use book::GrantBook;
+pub use feedback::{Feedback, FeedbackError};
 pub use keyframes::{KeyframeStoreError, Keyframes, Promise, Route};
 use looks::Looks;
 pub use openings::OpeningFiles;
@@ -77,6 +78,8 @@ pub struct Plane {
     pub tokens: TokenStore,
     pub payloads: Announced,
     pub spool: Spool,
+    /// In runs whose codec withholds something.
+    pub feedback: Option<Feedback>,
 }
 
 impl Plane {
@@ -92,6 +95,10 @@ impl Plane {
             tokens: TokenStore::default(),
             payloads: Announced::default(),
             spool: Spool::open(folder.join("spool"), session, steps_kept.max(1))?,
+            feedback: match parameters.codec_up.withholds() {
+                true => Some(Feedback::open(folder.join("feedback")).map_err(fail)?),
+                false => None,
+            },
         })
     }
 }
@@ -189,6 +196,7 @@ impl Edge {
             }
             Effect::OpenTrainer => {
                 self.trainer.open(self.shared.bases.tree(&self.facts));
+                self.settle_feedback().await;
                 return None;
             }
             Effect::Boundary(boundary) => {
@@ -223,6 +231,7 @@ impl Edge {
             }
             Effect::DropPayload { t } => {
                 self.plane.payloads.remove(t);
+                self.settle_feedback().await;
                 return None;
             }
             Effect::PrepareReceipt(receipt) => {
@@ -256,6 +265,30 @@ impl Edge {
                 return None;
             }
         })
+    }
+
+    /// Looks which payloads were merged whose pulls are closed: what these left out stays withheld, what was not merged is
+    /// given back whole.
+    async fn settle_feedback(self: &Arc<Self>) {
+        let pending = self.plane.feedback.as_ref().map(Feedback::pending).unwrap_or_default();
+        for sent in pending.into_iter().filter(|sent| self.plane.payloads.get(sent.t).is_none()) {
+            let key = self.facts.run.merge(sent.t);
+            let manifest = self.looks.lock().await.once::<MergeManifest>(&key, Expect::Any(&self.facts.orchestrators)).await;
+            // Where the pull of an earlier session is still open, there is none yet.
+            let Some(manifest) = manifest.filter(|manifest| (manifest.t, manifest.fragment) == (sent.t, sent.fragment)) else { continue };
+            let us = (self.hotkey.account(), self.slot);
+            let is_merged = manifest.accepted().any(|contribution| (contribution.hotkey, contribution.slot) == us);
+            let plane = self.plane.clone();
+            let settle = move || {
+                let header = plane.keyframes.payload_header(sent.fragment, sent.base_version);
+                plane.feedback.as_ref().map_or(Ok(()), |feedback| feedback.settle(&sent, (!is_merged).then_some(&header)))
+            };
+            match tokio::task::spawn_blocking(settle).await {
+                Ok(Ok(())) => tracing::debug!(slot = self.slot, t = sent.t, is_merged, "a payload is settled"),
+                Ok(Err(error)) => tracing::warn!(slot = self.slot, t = sent.t, %error, "a payload is not settled"),
+                Err(_) => {}
+            }
+        }
     }
 
     fn grant(&self, method: Method, key: &str) -> Option<GrantRequest> {

@@ -77,7 +77,11 @@ impl OpeningFiles {
         sign: impl FnOnce(&OpeningManifest) -> Vec<u8>,
     ) -> io::Result<()> {
         fs::create_dir_all(self.folder_of(audit))?;
-        seal(STATE, &mut File::open(&segment.state)?)?;
+        let state = File::open(&segment.state)?;
+        match &segment.residual {
+            Some(residual) => seal(STATE, &mut state.chain(File::open(residual)?))?,
+            None => seal(STATE, &mut { state })?,
+        }
         let (mut steps, mut routes) = (Vec::with_capacity(segment.steps.len()), Vec::new());
         for (step, chosen) in segment.steps {
             steps.push(step);

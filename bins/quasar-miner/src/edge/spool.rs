@@ -3,7 +3,8 @@
 //!
 //! Files are named by session and local step (or outer step), zero-padded, so that their order is the order of events:
 //! `S-N.state` is the trainer's state before step N, `S-N.segment` describes it and is written after it, `S-N.step` is one
-//! step, `S-T.export` is one payload, `S-T.uploaded` marks that it reached the store.
+//! step, `S-T.export` is one payload, `S-T.uploaded` marks that it reached the store, and `S-T.residual` is what its codec had withheld
+//! before it ([`super::feedback`]).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -81,6 +82,8 @@ pub struct OpenedSegment {
     pub versions: Vec<u64>,
     /// File with the bytes of the trainer's state.
     pub state: PathBuf,
+    /// File with the residual that went into the payload, where its codec withholds something.
+    pub residual: Option<PathBuf>,
     pub steps: Vec<(OpenedStep, Vec<u16>)>,
 }
 
@@ -130,7 +133,15 @@ impl Spool {
         self.write(Write::Step { at: (self.session, step.local_step), step: Box::new(step), routes })
     }
 
-    pub fn put_export(&self, t: u64, start_step: u64, local_step: u64) -> Result<(), SpoolError> {
+    /// Binds a payload to its segment, and keeps the residual that went into it as it is now.
+    pub fn put_export(&self, t: u64, (start_step, local_step): (u64, u64), residual: Option<&Path>) -> Result<(), SpoolError> {
+        if let Some(residual) = residual {
+            let kept = self.folder.join(name((self.session, t), ".residual"));
+            // The residual is replaced whole when it changes, so that a link keeps it; not every file system has links.
+            remove(&kept)
+                .and_then(|()| fs::hard_link(residual, &kept).or_else(|_| fs::copy(residual, &kept).map(drop)))
+                .map_err(|source| SpoolError::Io { path: kept, source })?;
+        }
         self.write(Write::Export { session: self.session, t, start_step, local_step })
     }
 
@@ -195,10 +206,12 @@ impl Spool {
         let start = (export_at.0, export.start_step);
         let segment: Segment = self.meta(&name(start, ".segment")).map_err(|_| missing())?;
         let steps = (export.start_step..export.local_step).map(|step| self.step((export_at.0, step)).map_err(|_| missing()));
+        let residual = Some(self.folder.join(name(export_at, ".residual"))).filter(|path| path.exists());
         Ok(OpenedSegment {
             start_step: export.start_step,
             versions: segment.versions,
             state: self.folder.join(name(start, ".state")),
+            residual,
             steps: steps.collect::<Result<_, _>>()?,
         })
     }
@@ -310,6 +323,7 @@ impl Writer {
             if record.is_none_or(|record| (at.0, record.start_step) < first_kept) {
                 remove(&path)?;
                 remove(&self.folder.join(name(at, ".uploaded")))?;
+                remove(&self.folder.join(name(at, ".residual")))?;
             }
         }
         Ok(())
@@ -360,7 +374,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let spool = Spool::open(folder.path().join("spool"), 50, 72).unwrap();
         fill(&spool, 0..7);
-        spool.put_export(100, 4, 7).unwrap();
+        spool.put_export(100, (4, 7), None).unwrap();
         spool.flush().unwrap();
         drop(spool);
         let spool = Spool::open(folder.path().join("spool"), 60, 72).unwrap();
@@ -376,11 +390,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let first = Spool::open(folder.path().to_owned(), 50, 72).unwrap();
         fill(&first, 0..5);
-        first.put_export(100, 0, 4).unwrap();
+        first.put_export(100, (0, 4), None).unwrap();
         first.flush().unwrap();
         let second = Spool::open(folder.path().to_owned(), 60, 72).unwrap();
         fill(&second, 0..9);
-        second.put_export(100, 4, 8).unwrap();
+        second.put_export(100, (4, 8), None).unwrap();
         assert_eq!(second.open_segment(100).unwrap().start_step, 0);
         second.mark_uploaded(100);
         assert_eq!(second.open_segment(100).unwrap().start_step, 4);
@@ -403,12 +417,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let spool = Spool::open(folder.path().to_owned(), 50, 6).unwrap();
         fill(&spool, 0..8);
-        spool.put_export(100, 0, 2).unwrap();
-        spool.put_export(101, 12, 14).unwrap();
+        let residual = folder.path().join("5.residual");
+        fs::write(&residual, b"withheld").unwrap();
+        spool.put_export(100, (0, 2), Some(&residual)).unwrap();
+        spool.put_export(101, (12, 14), Some(&residual)).unwrap();
+        files::write_whole(&residual, &[b"something else"]).unwrap();
         fill(&spool, 8..16);
         let numbers = |ending| moments(folder.path(), ending).unwrap().into_iter().map(|(_, number)| number).collect::<Vec<_>>();
         assert_eq!(numbers(".step"), [10, 11, 12, 13, 14, 15]);
         assert_eq!(numbers(".state"), [8, 12]);
-        assert_eq!(numbers(".export"), [101]);
+        assert_eq!((numbers(".export"), numbers(".residual")), (vec![101], vec![101]));
+        assert_eq!(fs::read(spool.open_segment(101).unwrap().residual.unwrap()).unwrap(), b"withheld");
     }
 }

@@ -1,7 +1,7 @@
 //! The boundary between two steps: what the trainer is to do there, and what came of it.
 
 use protocol::documents::{Commitment, Receipt, RunState};
-use protocol::steps::Exchange;
+use protocol::steps::{Exchange, with_residual};
 use protocol::{Digest, Reason};
 
 use super::io::{Boundary, Effect, Export, Exported, Fault, Snapshot, Step, StepDone};
@@ -112,7 +112,7 @@ impl Learner {
             lease_step,
             local_step: order.local_step,
             start_step,
-            start_digest,
+            start_digest: done.residual.map_or(start_digest, |residual| with_residual(&start_digest, &residual)),
             step_chain: self.segments.chain(),
         };
         let steps = commitment.steps;

@@ -89,6 +89,8 @@ pub struct Exported {
     pub length: u64,
     pub sha256: Digest,
     pub blake3: Digest,
+    /// BLAKE3 of the residual that went into it, where its codec withholds something.
+    pub residual: Option<Digest>,
 }
 
 /// A prepared part of an opening.

@@ -1,9 +1,9 @@
 //! Openings: what a miner uploads must replay to what it committed, bit for bit on the same machine.
 
 use model::{Batch, Trainer, TrainerState};
-use protocol::documents::OpeningManifest;
+use protocol::documents::{Codec, OpeningManifest};
 use protocol::lease::LeaseRows;
-use protocol::steps::{Exchange, segment_digest};
+use protocol::steps::{Exchange, segment_digest, with_residual};
 use protocol::{Digest, codec};
 
 use fragments::codec::{PayloadHeader, encode};
@@ -86,6 +86,37 @@ fn an_opening_is_complete_and_replays_to_the_committed_payload() {
     world.head.notices.clear();
     world.run_for(500);
     assert!(world.record().openings.is_empty());
+}
+
+#[test]
+fn an_opening_of_a_payload_with_error_feedback_shows_what_had_been_withheld() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::with_codec(folder.path(), START_MS, Codec::TopK);
+    let (first, _) = committed(&mut world);
+    world.head.pulls.clear();
+    let feedback = world.plane.feedback.as_ref().unwrap();
+    let [sent] = feedback.pending()[..] else { panic!("one payload is not settled") };
+    assert_eq!((sent.t, sent.fragment, sent.base_version), (1, 1, first.base_version));
+    feedback.settle(&sent, None).unwrap();
+    world.open_pull(4);
+    train(&mut world, 15);
+    let commitment = world.record().commitments[0].clone();
+    assert_eq!((commitment.t, commitment.fragment), (4, 1));
+    // What is settled later does not change what the payload is bound to.
+    let sent = world.plane.feedback.as_ref().unwrap().pending()[0];
+    world.plane.feedback.as_ref().unwrap().settle(&sent, None).unwrap();
+    let audit = Digest::blake3(b"audit");
+    world.notice(audit, 4);
+    world.run_for(500);
+    let manifest: OpeningManifest = codec::decode(&world.opening_part(&audit, 0), 1 << 20).unwrap();
+    let part = world.opening_part(&audit, 1);
+    let values = 4 * model::toy_plan(FRAGMENTS).elements(1) as usize;
+    let (state, residual) = part.split_at(part.len() - values - 32);
+    let state = TrainerState::from_bytes(state, toy().plan().total_elements() as usize).unwrap();
+    assert!(residual[..values].iter().any(|byte| *byte != 0), "the first payload left something out");
+    assert_eq!(Digest::blake3(&residual[..values]).0, residual[values..]);
+    let start = segment_digest(manifest.start_step, &state.digest(), &manifest.versions);
+    assert_eq!(with_residual(&start, &Digest::blake3(&residual[..values])), commitment.start_digest);
 }
 
 #[test]

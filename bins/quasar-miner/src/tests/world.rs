@@ -17,7 +17,7 @@ use protocol::{AccountId, Digest, FragmentPlan, Method};
 use storage::seal_stream;
 use zeroize::Zeroizing;
 
-use crate::edge::{Announced, Keyframes, LeaseTokens, Plane, Spool, Staged, TokenStore};
+use crate::edge::{Announced, Feedback, Keyframes, LeaseTokens, Plane, Spool, Staged, TokenStore};
 use crate::machine::{Boundary, Effect, End, Found, GrantInfo, Input, Learner, LearnerSettings, Look, PreparedPart, Put, Trouble};
 use crate::trainer::Worker;
 
@@ -206,14 +206,20 @@ pub struct World {
 impl World {
     /// A learner that starts now in `folder`, which an earlier one may have left.
     pub fn new(folder: &Path, now_ms: u64) -> Self {
+        Self::with_codec(folder, now_ms, Codec::Bf16)
+    }
+
+    /// The same, in a run whose payloads have this codec.
+    pub fn with_codec(folder: &Path, now_ms: u64, codec: Codec) -> Self {
         let (keys, failures) = (Keys::new(24), Arc::new(AtomicU32::new(0)));
         let run = keys.run(RunId([7; 16]));
         let plane = Arc::new(Plane {
-            keyframes: Keyframes::open(folder.join("fragments"), toy_plan(FRAGMENTS), (Codec::Bf16, Codec::Bf16)).unwrap(),
+            keyframes: Keyframes::open(folder.join("fragments"), toy_plan(FRAGMENTS), (codec, Codec::Bf16)).unwrap(),
             staged: Staged::default(),
             tokens: TokenStore::default(),
             payloads: Announced::default(),
             spool: Spool::open(folder.join("spool"), now_ms, 24).unwrap(),
+            feedback: codec.withholds().then(|| Feedback::open(folder.join("feedback")).unwrap()),
         });
         let mut trainer = Moody { toy: toy(), failures: failures.clone() };
         if let Some(path) = plane.spool.newest_state(trainer.plan().total_elements() as usize) {

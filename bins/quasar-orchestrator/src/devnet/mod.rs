@@ -44,7 +44,7 @@ pub struct DevnetArgs {
     /// Merges of every fragment
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub cycles: u64,
-    /// Codec in which learners send their changes: bf16 or int4; default: that of configs/run-devnet.toml
+    /// Codec in which learners send their changes: bf16, int4 or topk; default: that of configs/run-devnet.toml
     #[arg(long, value_name = "CODEC")]
     pub codec_up: Option<String>,
     /// Codec in which new versions go out: bf16 or int4

@@ -7,10 +7,11 @@ use daemon::{Failure, clock};
 use fragments::CheckpointTree;
 use fragments::codec::PayloadHeader;
 use fragments::keyframe::{self, KeyframeId};
+use fragments::outer::momentum_fits;
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
-    CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest,
-    RunParameters, RunRoot,
+    CatalogPage, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest, RunParameters,
+    RunRoot,
 };
 use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
 use protocol::{Digest, FileRecord, KeyRef};
@@ -184,8 +185,11 @@ fn check(parameters: &RunParameters, root: &RunRoot) -> Result<(), Failure> {
     if parameters.audit.replay_steps == 0 {
         return wrong("audit.replay_steps must not be zero");
     }
-    if parameters.codec_up == Codec::TopK || parameters.codec_down == Codec::TopK {
-        return wrong("codec_up and codec_down must be \"bf16\" or \"int4\": the programs of this release speak no other codec");
+    if parameters.codec_down.withholds() {
+        return wrong("codec_down must be \"bf16\" or \"int4\"; only learners can keep what a payload leaves out");
+    }
+    if !momentum_fits(parameters.codec_up, parameters.outer_momentum_ppm as f32) {
+        return wrong("with codec_up \"topk\" outer_momentum_ppm must be 0: error feedback is a momentum of its own");
     }
     Ok(())
 }

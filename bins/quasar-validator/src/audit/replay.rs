@@ -3,6 +3,7 @@
 
 use bytes::Bytes;
 use fragments::codec;
+use fragments::feedback::{BETA, ErrorFeedback};
 use model::{Batch, Hyper, Routes, StateError, TrainError, Trainer, TrainerState};
 use protocol::documents::{InnerOptimizer, Lease, Measurements, OpenedStep, OpeningManifest, PPM, VerdictResult, micro_nats};
 use protocol::envelope::{Expect, open_stored};
@@ -58,7 +59,7 @@ pub fn test(
         measured.replayed_steps += 1;
     }
     let replayed = trainer.export(fragment)?;
-    let error = error_ppm(inquiry, artifact, base, &start, &replayed)?;
+    let error = error_ppm(inquiry, artifact, segment.residual, base, &start, &replayed)?;
     measured.replay_error_ppm = error;
     let tolerance = i64::from(rules.parameters.audit.replay_tolerance_ppm);
     let text = format!("replay error {error} ppm, tolerance {tolerance} ppm");
@@ -75,6 +76,8 @@ pub fn test(
 struct Segment {
     manifest: OpeningManifest,
     state: TrainerState,
+    /// What the codec had withheld of the audited fragment; `None` if it withholds nothing.
+    residual: Option<Vec<f32>>,
     /// One for each step.
     routes: Vec<Routes>,
 }
@@ -90,10 +93,18 @@ impl Segment {
             return Err(bad("the opening belongs to another audit".into()));
         }
         let elements = rules.plan.total_elements() as usize;
-        let state = TrainerState::from_bytes(&opening.state, elements).map_err(|error| bad(format!("the opened state: {error}")))?;
+        let mut state_bytes: &[u8] = &opening.state;
+        let mut residual = None;
+        if rules.parameters.codec_up.withholds() {
+            let elements = rules.plan.elements(usize::from(inquiry.subject.fragment)) as usize;
+            let (before, opened) = split_residual(state_bytes, elements).ok_or_else(|| bad("the opened residual is not whole".into()))?;
+            (state_bytes, residual) = (before, Some(opened));
+        }
+        let state = TrainerState::from_bytes(state_bytes, elements).map_err(|error| bad(format!("the opened state: {error}")))?;
         // The same state may be written in several ways; what was committed is the digest that ends these bytes.
-        let state_digest = opening.state.last_chunk::<32>().map_or(Digest::ZERO, |digest| Digest(*digest));
+        let state_digest = state_bytes.last_chunk::<32>().map_or(Digest::ZERO, |digest| Digest(*digest));
         let digest = steps::segment_digest(manifest.start_step, &state_digest, &manifest.versions);
+        let digest = residual.as_ref().map_or(digest, |(_, residual)| steps::with_residual(&digest, residual));
         if manifest.start_step != commitment.start_step || digest != commitment.start_digest {
             let note = format!("the opened state is not the one that was committed for step {}", commitment.start_step);
             return Err(Finding::mismatch(Reason::StartMismatch, note));
@@ -113,8 +124,21 @@ impl Segment {
             return Err(bad("a step exchanges more than there is".into()));
         }
         let routes = decode_routes(&opening.routes, manifest.steps.len()).ok_or_else(|| bad("the routes do not decode".into()))?;
-        Ok(Self { manifest, state, routes })
+        Ok(Self { manifest, state, residual: residual.map(|(values, _)| values), routes })
     }
+}
+
+/// Cuts the residual of a fragment off the end of an opened state: finite values, with the digest that follows them.
+fn split_residual(bytes: &[u8], elements: usize) -> Option<(&[u8], (Vec<f32>, Digest))> {
+    let length = elements.checked_mul(4)?.checked_add(32)?;
+    let (state, residual) = bytes.split_at_checked(bytes.len().checked_sub(length)?)?;
+    let (values, digest) = residual.split_last_chunk::<32>()?;
+    let digest = Digest(*digest);
+    if Digest::blake3(values) != digest {
+        return None;
+    }
+    let values: Vec<f32> = values.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect();
+    values.iter().all(|value| value.is_finite()).then_some((state, (values, digest)))
 }
 
 /// Routes of exactly `count` steps.
@@ -207,10 +231,21 @@ fn of_miner(error: TrainError) -> Finding {
 }
 
 /// ‖claimed − replayed‖ / ‖replayed − start‖ in parts per million; both payloads in the codec's precision.
-fn error_ppm(inquiry: &Inquiry<'_>, artifact: &Artifact, base: &[f32], start: &[f32], replayed: &[f32]) -> Result<i64, Finding> {
+fn error_ppm(
+    inquiry: &Inquiry<'_>,
+    artifact: &Artifact,
+    residual: Option<Vec<f32>>,
+    base: &[f32],
+    start: &[f32],
+    replayed: &[f32],
+) -> Result<i64, Finding> {
     let header = artifact::header(inquiry, artifact.commitment.base_version);
     let change: Vec<f32> = base.iter().zip(replayed).map(|(base, value)| base - value).collect();
-    let expected = codec::encode(&header, &change)
+    let encoded = match residual {
+        Some(residual) => ErrorFeedback::from_residual(residual, BETA).encode(&header, &change),
+        None => codec::encode(&header, &change),
+    };
+    let expected = encoded
         .and_then(|bytes| codec::decode(&bytes, &header))
         .map_err(|error| Finding::new(VerdictResult::Inconclusive, Reason::ReplayMismatch, format!("the replayed payload: {error}")))?;
     let distance = norm(artifact.values.iter().zip(&expected).map(|(claimed, expected)| f64::from(*claimed) - f64::from(*expected)));

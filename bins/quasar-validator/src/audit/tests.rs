@@ -4,10 +4,11 @@
 use std::cell::RefCell;
 
 use fragments::codec::{self, PayloadHeader};
+use fragments::feedback::{BETA, ErrorFeedback};
 use fragments::keyframe::{self, KeyframeId};
 use model::{Batch, Hyper, ToyTrainer, Trainer, TrainerState, toy_plan};
 use protocol::documents::{
-    Commitment, LearnerState, OpenedStep, OpeningManifest, Progress, RowRange, RunParameters, encode_progress, micro_nats,
+    Codec, Commitment, LearnerState, OpenedStep, OpeningManifest, Progress, RowRange, RunParameters, encode_progress, micro_nats,
 };
 use protocol::envelope::{RunId, sign};
 use protocol::lease::LeaseRows;
@@ -148,6 +149,7 @@ pub struct Cheat {
     pub idle: bool,
     pub payload: Option<fn(&mut Vec<f32>)>,
     pub state: Option<fn(&mut TrainerState)>,
+    pub residual: Option<fn(&mut Vec<f32>)>,
     pub opening: Option<fn(&mut OpeningManifest)>,
     pub raw_payload: Option<fn(&mut Vec<u8>)>,
     pub routes: Option<fn(&mut Vec<u8>)>,
@@ -157,6 +159,20 @@ pub struct Cheat {
 
 pub fn signer() -> Ed25519Signer {
     Ed25519Signer::from_seed([1; 32])
+}
+
+/// What the learner had withheld of the audited fragment, if its codec withholds something.
+fn withheld(world: &World) -> Option<Vec<f32>> {
+    let values = (0..world.plan.elements(usize::from(FRAGMENT))).map(|at| (at as f32).cos() * 0.01).collect();
+    world.parameters.codec_up.withholds().then_some(values)
+}
+
+/// The bytes that an opening has for it.
+fn residual_bytes(values: &[f32]) -> Vec<u8> {
+    let mut bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let digest = Digest::blake3(&bytes);
+    bytes.extend(digest.0);
+    bytes
 }
 
 /// Seven steps of a learner that exported fragment 2 before step 3 and fragment 0 before step 4, got their versions 1 before steps 5
@@ -206,10 +222,19 @@ pub fn case(world: &World, cheat: &Cheat) -> Case {
     let mut change: Vec<f32> =
         world.keyframes[fragment][0].iter().zip(toy.export(fragment).unwrap()).map(|(base, value)| base - value).collect();
     cheat.payload.inspect(|alter| alter(&mut change));
-    let header = PayloadHeader::bf16(plan, plan.digest(), fragment, 0);
-    let mut payload = codec::encode(&header, &change).unwrap();
+    let header = PayloadHeader::new(world.parameters.codec_up, plan, plan.digest(), fragment, 0);
+    let mut residual = withheld(world);
+    let mut payload = match residual.clone() {
+        Some(residual) => ErrorFeedback::from_residual(residual, BETA).encode(&header, &change).unwrap(),
+        None => codec::encode(&header, &change).unwrap(),
+    };
     let (mut state, versions) = start.unwrap();
-    let start_digest = steps::segment_digest(4, &state.digest(), &versions);
+    let mut start_digest = steps::segment_digest(4, &state.digest(), &versions);
+    if let Some(residual) = &residual {
+        let values = residual_bytes(residual);
+        start_digest = steps::with_residual(&start_digest, &Digest::blake3(&values[..values.len() - 32]));
+    }
+    residual.iter_mut().for_each(|residual| cheat.residual.iter().for_each(|alter| alter(residual)));
     cheat.state.inspect(|alter| alter(&mut state));
     let mut commitment = Commitment {
         t: T,
@@ -250,7 +275,7 @@ pub fn case(world: &World, cheat: &Cheat) -> Case {
     cheat.routes.inspect(|alter| alter(&mut routes));
     let opening = Opening {
         manifest: sign(&manifest, &world.context, &signer(), 2, 1_000).into(),
-        state: state.to_bytes().into(),
+        state: [state.to_bytes(), residual.map(|values| residual_bytes(&values)).unwrap_or_default()].concat().into(),
         routes: routes.into(),
     };
     let evidence = Evidence {
@@ -305,6 +330,30 @@ fn an_honest_segment_passes_with_error_zero_and_all_measurements() {
     assert!(measured.assigned_after < measured.assigned_before, "{measured:?}");
     assert!(measured.held_out_before < i64::MAX && measured.held_out_after < i64::MAX);
     assert!(world.asked.borrow().contains(&(2, 1)), "the fragment that arrived inside the segment is applied");
+}
+
+#[test]
+fn a_payload_with_error_feedback_is_replayed_from_the_residual_that_was_committed() {
+    let mut world = World::new();
+    world.parameters.codec_up = Codec::TopK;
+    let judgement = world.judge(&case(&world, &Cheat::default()));
+    assert_eq!(judgement.result, VerdictResult::Pass, "{judgement:?}");
+    assert_eq!((judgement.measured.replay_error_ppm, judgement.measured.replayed_steps), (0, 3));
+    let outcome = |cheat| {
+        let judgement = world.judge(&case(&world, &cheat));
+        (judgement.result, judgement.reason)
+    };
+    let other: fn(&mut Vec<f32>) = |values| values[0] += 1.0;
+    assert_eq!(outcome(Cheat { residual: Some(other), ..Cheat::default() }), (VerdictResult::Mismatch, Reason::StartMismatch));
+    let broken: fn(&mut Vec<f32>) = |values| values[0] = f32::NAN;
+    assert_eq!(outcome(Cheat { residual: Some(broken), ..Cheat::default() }), BAD_OPENING);
+    let short: fn(&mut Vec<f32>) = |values| {
+        values.pop();
+    };
+    assert_eq!(outcome(Cheat { residual: Some(short), ..Cheat::default() }), BAD_OPENING);
+    let scaled: fn(&mut Vec<f32>) = |values| values.iter_mut().for_each(|value| *value *= 3.0);
+    assert_eq!(outcome(Cheat { payload: Some(scaled), ..Cheat::default() }), REPLAY);
+    assert_eq!(outcome(Cheat { other_rows: true, ..Cheat::default() }), REPLAY);
 }
 
 #[test]

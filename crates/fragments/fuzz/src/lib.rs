@@ -31,6 +31,9 @@ pub fn all() -> Vec<Target> {
         ("state", state, || vec![good_state()]),
         ("checkpoint", checkpoint, || vec![good_checkpoint()]),
         ("contract", contract, || vec![small_contract().to_json()]),
+        ("index", index, || vec![GOOD_INDEX.to_vec()]),
+        ("plan", fragment_plan, || vec![protocol::codec::encode(&plan())]),
+        ("fragment", fragment_file, || vec![good_fragment_file()]),
     ]
 }
 
@@ -49,6 +52,9 @@ pub fn accepting() -> Vec<Acceptance> {
         ("keyframe", || keyframe::read(&plan(), &next(), &good_frame().keyframe).is_ok()),
         ("state", || FragmentState::from_bytes(&good_state(), &state_header()).is_ok()),
         ("contract", || Contract::from_json(&small_contract().to_json()).is_ok()),
+        ("index", || open_sharded(GOOD_INDEX).is_some_and(|(_, tree)| tree.tensors().count() == 4)),
+        ("plan", || fragments::plan::check(&plan(), &small_contract()).is_ok()),
+        ("fragment", || assemble_with(&good_fragment_file()).is_some()),
     ]
 }
 
@@ -154,6 +160,91 @@ pub fn checkpoint(bytes: &[u8]) {
     }
 }
 
+/// The index of a tree of two shards.
+pub fn index(bytes: &[u8]) {
+    let Some((folder, tree)) = open_sharded(bytes) else { return };
+    for file in tree.weight_files() {
+        assert!(folder.path().join(file).parent() == Some(folder.path()), "a shard lies beside its index");
+    }
+    for tensor in tree.tensors() {
+        assert!(tree.read_tensor(&tensor.name).is_ok_and(|values| values.len() as u64 == tensor.elements()));
+    }
+}
+
+const GOOD_INDEX: &[u8] = br#"{"metadata":{"total_size":192},"weight_map":{"lm_head.weight":"b.safetensors","norm.weight":"b.safetensors","x.lm_head.weight":"a.safetensors","x.norm.weight":"a.safetensors"}}"#;
+
+fn open_sharded(index: &[u8]) -> Option<(tempfile::TempDir, CheckpointTree)> {
+    let folder = tempfile::tempdir().ok()?;
+    for (name, prefix) in [("a", "x."), ("b", "")] {
+        std::fs::write(folder.path().join(name).with_extension("safetensors"), checkpoint_file(prefix)).ok()?;
+    }
+    std::fs::write(folder.path().join("model.safetensors.index.json"), index).ok()?;
+    let tree = CheckpointTree::open(folder.path()).ok()?;
+    Some((folder, tree))
+}
+
+/// A plan, as it stands in the bucket.
+pub fn fragment_plan(bytes: &[u8]) {
+    let Ok(plan) = protocol::codec::decode::<FragmentPlan>(bytes, 1 << 16) else { return };
+    let contract = small_contract();
+    if fragments::plan::check(&plan, &contract).is_err() {
+        return;
+    }
+    let elements = (0..plan.fragments.len()).map(|fragment| plan.elements(fragment));
+    assert_eq!(elements.sum::<u64>(), contract.elements(), "every element is in one fragment");
+    for (fragment, slices) in plan.fragments.iter().enumerate() {
+        let header = PayloadHeader::new(Codec::Int4, &plan, plan.digest(), fragment, 0);
+        let values = vec![0.5; header.elements() as usize];
+        let payload = codec::encode(&header, &values).expect("the plan is good");
+        let payload: &[u8] = &payload;
+        // Units that are not whole are refused.
+        let _ = merge_payloads(slices, &[Offer { header: &header, payload: &payload, weight: 1, unit_weights: None }]);
+    }
+}
+
+/// One of the two fragment files that a tree is assembled from.
+pub fn fragment_file(bytes: &[u8]) {
+    let Some(out) = assemble_with(bytes) else { return };
+    let (tree, base) = (CheckpointTree::open(out.path()).expect("assembled"), base_tree());
+    assert!(tree.check_contract(base.contract()).is_ok());
+    for tensor in tree.tensors() {
+        assert!(tree.read_tensor(&tensor.name).is_ok_and(|values| values.iter().all(|value| value.is_finite())));
+    }
+}
+
+/// A tree and its fragments, made once.
+fn base_folder() -> &'static std::path::Path {
+    static FOLDER: std::sync::OnceLock<tempfile::TempDir> = std::sync::OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let folder = tempfile::tempdir().expect("a folder");
+        let tree = folder.path().join("tree");
+        std::fs::create_dir(&tree).expect("a folder");
+        std::fs::write(tree.join("model.safetensors"), good_checkpoint()).expect("a file");
+        fragments::checkpoint::split(&tree, 2, &folder.path().join("fragments")).expect("a good tree");
+        folder
+    });
+    folder.path()
+}
+
+fn base_tree() -> CheckpointTree {
+    CheckpointTree::open(&base_folder().join("tree")).expect("a good tree")
+}
+
+fn good_fragment_file() -> Vec<u8> {
+    std::fs::read(base_folder().join("fragments/fragment-000.safetensors")).expect("split")
+}
+
+/// The tree that these bytes and the other fragment's file give.
+fn assemble_with(bytes: &[u8]) -> Option<tempfile::TempDir> {
+    let (given, out) = (tempfile::tempdir().ok()?, tempfile::tempdir().ok()?);
+    for file in ["fragment-001.safetensors", fragments::contract::CONTRACT_FILE] {
+        std::fs::copy(base_folder().join("fragments").join(file), given.path().join(file)).ok()?;
+    }
+    std::fs::write(given.path().join("fragment-000.safetensors"), bytes).ok()?;
+    fragments::checkpoint::assemble(&base_folder().join("tree"), given.path(), out.path()).ok()?;
+    Some(out)
+}
+
 pub fn contract(bytes: &[u8]) {
     if let Ok(contract) = Contract::from_json(bytes) {
         assert!(Contract::from_json(&contract.to_json()).is_ok_and(|again| again == contract));
@@ -232,9 +323,16 @@ fn good_state() -> Vec<u8> {
 }
 
 fn good_checkpoint() -> Vec<u8> {
-    let header = br#"{"lm_head.weight":{"dtype":"BF16","shape":[4,8],"data_offsets":[0,64]},"norm.weight":{"dtype":"F32","shape":[8],"data_offsets":[64,96]}}"#;
+    checkpoint_file("")
+}
+
+/// A safetensors file whose tensors have names that begin so.
+fn checkpoint_file(prefix: &str) -> Vec<u8> {
+    let header = format!(
+        r#"{{"{prefix}lm_head.weight":{{"dtype":"BF16","shape":[4,8],"data_offsets":[0,64]}},"{prefix}norm.weight":{{"dtype":"F32","shape":[8],"data_offsets":[64,96]}}}}"#
+    );
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(header);
+    bytes.extend(header.as_bytes());
     bytes.extend([0x12; 96]);
     bytes
 }

@@ -52,6 +52,13 @@ pub enum Codec {
     TopK = 2,
 }
 
+impl Codec {
+    /// Whether a learner keeps what its payloads left out, and sends it later: error feedback.
+    pub fn withholds(self) -> bool {
+        self == Self::TopK
+    }
+}
+
 /// AdamW of the learners.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct InnerOptimizer {
