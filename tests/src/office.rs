@@ -171,6 +171,12 @@ impl Office {
         self.run = keys.run(current.run);
     }
 
+    /// `run create` once more, with these arguments besides.
+    pub fn create_again(&self, more: &[&str]) -> Output {
+        let parameters = format!("{CONFIGS}/run-devnet.toml");
+        self.run("orchestrator", &[&["run", "create", "--config", &parameters, "--release", "base"][..], more].concat())
+    }
+
     /// Prepares and publishes a shard of this name.
     pub fn publish_shard(&self, name: &str) {
         let at = |kind: &str| self.root.join(format!("{name}{kind}")).to_string_lossy().into_owned();

@@ -1,13 +1,14 @@
 //! The main job as separate processes: train, merge, audit, release and set weights while processes are killed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
-use fragments::delta;
 use fragments::keyframe::{self, KeyframeId};
-use protocol::FragmentPlan;
+use fragments::{CheckpointTree, TensorSpec, delta};
 use protocol::documents::{MergeManifest, Tape, VerdictResult, VerdictReveal};
+use protocol::{DType, Digest, FragmentPlan};
 use quasar_tests::{bin_dir, binary, documents, files};
 
 const CYCLES: u64 = 4;
@@ -123,6 +124,31 @@ fn the_frames_lead_to_the_versions_of_the_merge_manifests(bucket: &Path, merges:
     }
 }
 
+/// Every tensor of a tree that we wrote is in the hands of the specification what it is in ours, bit for bit.
+fn the_specification_reads_every_bit(python: &OsStr, tree: &Path) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("reference/saved_bits.py");
+    let read = Command::new(python).arg(script).arg(tree).output().expect("Python runs");
+    assert!(read.status.success(), "{}", String::from_utf8_lossy(&read.stderr));
+    let tree = CheckpointTree::open(tree).expect("our own reader reads it");
+    let mut lines: Vec<String> = tree.tensors().map(|tensor| line(&tree, &tensor)).collect();
+    lines.sort();
+    assert_eq!(String::from_utf8_lossy(&read.stdout).lines().collect::<Vec<_>>(), lines);
+}
+
+/// Name, element type, shape and the SHA-256 of the elements' bytes.
+fn line(tree: &CheckpointTree, tensor: &TensorSpec) -> String {
+    let (dtype, width) = match tensor.dtype {
+        DType::F32 => ("float32", 4),
+        DType::Bf16 => ("bfloat16", 2),
+        DType::F16 => panic!("no tree of ours is in f16"),
+    };
+    // Widened to f32 a bf16 is the upper half of the bits.
+    let values = tree.read_tensor(&tensor.name).expect("a tensor of the tree");
+    let elements: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()[4 - width..].to_vec()).collect();
+    let shape: Vec<String> = tensor.shape.iter().map(u64::to_string).collect();
+    format!("{} {dtype} {} {}", tensor.name, shape.join("x"), Digest::sha256(&elements))
+}
+
 /// The executable specification in Python reads the released tree and finds the same loss; says so where it cannot run.
 fn the_specification_agrees_on_the_release(summary: &serde_json::Value, dir: &Path) {
     const ROWS: &str = "16";
@@ -133,6 +159,9 @@ fn the_specification_agrees_on_the_release(summary: &serde_json::Value, dir: &Pa
         return;
     }
     let release = summary["release_dir"].as_str().expect("the summary names the release");
+    for tree in [Path::new(release), &dir.join("base")] {
+        the_specification_reads_every_bit(&python, tree);
+    }
     let shards = std::fs::read_dir(dir.join("shards/shards")).expect("the shards are there").flatten();
     let held_out = shards.map(|entry| entry.path()).find(|path| path.to_string_lossy().contains("heldout")).expect("a held-out shard");
     let tokens = held_out.join("tokens.bin");

@@ -57,6 +57,11 @@ fn an_operator_checks_bans_rolls_back_rotates_and_drains() {
     let silent = office.run("orchestrator", &["ban", &miner, "--reason", " "]);
     assert_eq!(silent.status.code(), Some(64), "a reason is for everybody to read");
 
+    // Another run while this one is under way: not by accident.
+    let other = office.create_again(&[]);
+    let errors = String::from_utf8_lossy(&other.stderr);
+    assert!(other.status.code() == Some(78) && errors.contains("is under way") && errors.contains("--replace"), "{errors}");
+
     // More text for the running run.
     let nothing = office.run("orchestrator", &["run", "add-shards", "--reason", "more"]);
     let errors = String::from_utf8_lossy(&nothing.stderr);

@@ -11,6 +11,7 @@ mod commands;
 #[cfg(feature = "libtorch")]
 pub mod device;
 pub mod edge;
+mod host;
 pub mod machine;
 #[cfg(feature = "libtorch")]
 pub mod run;

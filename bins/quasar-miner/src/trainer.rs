@@ -1,7 +1,7 @@
 //! The trainer's thread: everything that touches weights happens here, in the order that the machine decided.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -17,6 +17,7 @@ use protocol::documents::{InnerOptimizer, OpenedStep, PPM, micro_nats};
 use tokio::sync::mpsc;
 
 use crate::edge::{FeedbackError, Plane, SpoolError, files};
+use crate::host;
 use crate::machine::{Boundary, Export, Exported, Fault, Input, Step, StepDone};
 
 /// Opens the trainer on a base tree; runs on the trainer's own thread, because libtorch keeps settings per thread.
@@ -24,6 +25,10 @@ pub type OpenTrainer = Box<dyn FnOnce(&Path) -> Result<Box<dyn Trainer>, TrainEr
 
 /// Read from a snapshot at a time.
 const READ_BYTES: usize = 1 << 20;
+/// A snapshot is taken into memory if it needs no more than this part of what is free.
+const SNAPSHOT_SHARE: u64 = 8;
+/// Bytes of a snapshot for each parameter, at most: weight, both moments, and an exported fragment's.
+const SNAPSHOT_BYTES: u64 = 16;
 
 enum Order {
     Open(PathBuf),
@@ -124,6 +129,8 @@ pub struct Worker {
     trainer: Box<dyn Trainer>,
     plane: Arc<Plane>,
     inner: InnerOptimizer,
+    /// Snapshots go through memory, and to the disk beside the steps.
+    takes_snapshots: bool,
 }
 
 impl Worker {
@@ -139,12 +146,13 @@ impl Worker {
             None => false,
         };
         plane.staged.reach(trainer.host_memory());
-        Ok((Self { trainer, plane, inner }, restored))
+        let takes_snapshots = elements as u64 * SNAPSHOT_BYTES <= host::free_memory() / SNAPSHOT_SHARE;
+        Ok((Self { trainer, plane, inner, takes_snapshots }, restored))
     }
 
     #[cfg(test)]
     pub fn new(trainer: Box<dyn Trainer>, plane: Arc<Plane>, inner: InnerOptimizer) -> Self {
-        Self { trainer, plane, inner }
+        Self { trainer, plane, inner, takes_snapshots: true }
     }
 
     /// Passes one boundary, in the order of its fields. What is exported is encoded while the step is taken, and [`Input::Prepared`] is
@@ -186,6 +194,12 @@ impl Worker {
                     }
                 }
             }
+            // What is announced can be opened: the start of its segment is on disk.
+            if !exported.is_empty()
+                && let Err(error) = plane.spool.flush()
+            {
+                result = result.and(Err(spool_fault(&error)));
+            }
             tell(Input::Prepared { number, snapshot, exported });
             result
         };
@@ -203,7 +217,10 @@ impl Worker {
     }
 
     fn snapshot(&mut self, local_step: u64, versions: Vec<u64>) -> Result<Digest, Fault> {
-        let digest = self.plane.spool.save_state(local_step, |to| self.trainer.save(to)).map_err(|error| train_fault(&error))?;
+        let (spool, trainer) = (&self.plane.spool, &self.trainer);
+        let save = |to: &mut dyn Write| trainer.save(to);
+        let saved = if self.takes_snapshots { spool.take_state(local_step, save) } else { spool.save_state(local_step, save) };
+        let digest = saved.map_err(|error| train_fault(&error))?;
         self.plane.spool.put_segment(local_step, versions).map_err(|error| spool_fault(&error))?;
         Ok(digest)
     }

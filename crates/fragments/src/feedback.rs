@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use crate::codec::{self, CodecError, PayloadHeader, Source, Span, check_tile, cut_mut, decode_tile};
+use crate::codec::{self, CodecError, PayloadHeader, Source, Span, check_tile, cut_mut};
 use crate::simd::vectorised;
 
 /// Decay of what was not sent, from one payload of a fragment to its next.
@@ -72,13 +72,13 @@ fn add(header: &PayloadHeader, payload: &[u8], values: &mut [f32], sign: f32) ->
     let results: Vec<Result<(), CodecError>> = tasks
         .into_par_iter()
         .map_init(Vec::new, |decoded: &mut Vec<f32>, (span, values)| {
-            for (tile, values) in layout.tiles(*span).zip(values.chunks_mut(layout.encoding.tile_elements())) {
+            for (tile, values) in layout.tiles(*span).zip(values.chunks_mut(layout.encoding.codec().tile_elements())) {
                 let place = layout.body_range(tile);
                 let mut unused = Vec::new();
                 let bytes = payload.read((codec::HEADER_BYTES + place.start) as u64, place.len(), &mut unused)?;
                 check_tile(layout, tile, bytes)?;
                 decoded.resize(tile.elements(), 0.0);
-                decode_tile(layout.encoding, bytes, decoded);
+                layout.encoding.codec().decode(bytes, decoded);
                 add_signed(values, decoded, sign);
             }
             Ok(())

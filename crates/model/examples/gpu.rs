@@ -39,6 +39,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             Ok(())
         }
         ("tree", [checkpoint, tokens, steps, out]) => tree(Path::new(checkpoint), Path::new(tokens), steps.parse()?, Path::new(out)),
+        ("state", [checkpoint]) => state(Path::new(checkpoint)),
         ("moments", [text, steps, seeds]) => moments(Path::new(text), steps.parse()?, seeds.parse()?),
         _ => Err(USAGE.into()),
     }
@@ -67,6 +68,59 @@ fn tree(checkpoint: &Path, tokens: &Path, steps: usize, out: &Path) -> Result<()
     let start = Instant::now();
     fragments::checkpoint::assemble_from(&base, &plan, |fragment| trainer.export(fragment), out)?;
     println!("written after {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Counts what passes through it.
+#[derive(Default)]
+struct Counter {
+    writes: usize,
+    bytes: u64,
+}
+
+impl std::io::Write for Counter {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.writes += 1;
+        self.bytes += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// How long it takes to take a trainer's state, and to take it into memory.
+fn state(checkpoint: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    const ROWS: usize = 8;
+    const ROW_TOKENS: usize = 256;
+    let base = fragments::CheckpointTree::open(checkpoint)?;
+    let plan = fragments::plan(base.contract(), 24)?;
+    let options = TrainerOptions { device: "cuda:0".into(), batch: (ROWS, ROW_TOKENS), ..TrainerOptions::default() };
+    let mut trainer = QuasarTrainer::open_with(checkpoint, plan.clone(), &options)?;
+    let tokens: Vec<u32> = (0..ROWS * ROW_TOKENS).map(|at| (at * 7919 % 255) as u32).collect();
+    let batch = Batch { tokens: &tokens, rows: ROWS, row_tokens: ROW_TOKENS };
+    let mut memory = Vec::new();
+    for round in 1..=4 {
+        let start = Instant::now();
+        trainer.step(&batch, &Hyper::default(), None, false)?;
+        let step = start.elapsed();
+        let start = Instant::now();
+        let mut counter = Counter::default();
+        trainer.save(&mut counter)?;
+        let through = start.elapsed();
+        let start = Instant::now();
+        memory.clear();
+        trainer.save(&mut memory)?;
+        println!(
+            "{round}: a step {:.3} s; its state, {} bytes in {} writes: {:.3} s, into memory {:.3} s",
+            step.as_secs_f64(),
+            counter.bytes,
+            counter.writes,
+            through.as_secs_f64(),
+            start.elapsed().as_secs_f64()
+        );
+    }
     Ok(())
 }
 

@@ -22,6 +22,8 @@ const HEADER: usize = 24;
 const TRAILER: usize = 32;
 /// Most elements in a run, and values that are converted at a time.
 pub(crate) const RUN_MAX: usize = 1 << 24;
+/// Bytes that are gathered before they are hashed and written.
+const GATHERED: usize = 1 << 20;
 /// Elements that share the scales of their 8-bit moments.
 pub(crate) const MOMENT_BLOCK: usize = 256;
 /// Bits of mantissa of the codes of both moments.
@@ -138,6 +140,8 @@ impl Run {
 pub(crate) struct StateWriter<'a> {
     to: &'a mut dyn Write,
     hasher: blake3::Hasher,
+    /// What is written next, gathered: a state may consist of thousands of small runs.
+    waiting: Vec<u8>,
 }
 
 impl<'a> StateWriter<'a> {
@@ -147,12 +151,24 @@ impl<'a> StateWriter<'a> {
         header[4..8].copy_from_slice(&VERSION.to_le_bytes());
         header[8..16].copy_from_slice(&step.to_le_bytes());
         header[16..].copy_from_slice(&(elements as u64).to_le_bytes());
-        let mut writer = Self { to, hasher: blake3::Hasher::new() };
+        let mut writer = Self { to, hasher: blake3::Hasher::new(), waiting: Vec::new() };
         writer.bytes(&header)?;
         Ok(writer)
     }
 
     fn bytes(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        if self.waiting.len() + bytes.len() < GATHERED {
+            self.waiting.extend_from_slice(bytes);
+            return Ok(());
+        }
+        let mut waiting = std::mem::take(&mut self.waiting);
+        self.pass_on(&waiting)?;
+        waiting.clear();
+        self.waiting = waiting;
+        if bytes.len() < GATHERED { self.bytes(bytes) } else { self.pass_on(bytes) }
+    }
+
+    fn pass_on(&mut self, bytes: &[u8]) -> Result<(), StateError> {
         self.hasher.update_rayon(bytes);
         Ok(self.to.write_all(bytes)?)
     }
@@ -190,6 +206,8 @@ impl<'a> StateWriter<'a> {
             self.bytes(&(values.len() as u64).to_le_bytes())?;
             self.weights(values)?;
         }
+        let waiting = std::mem::take(&mut self.waiting);
+        self.pass_on(&waiting)?;
         let digest = *self.hasher.finalize().as_bytes();
         self.to.write_all(&digest)?;
         Ok(Digest(digest))

@@ -175,7 +175,7 @@ impl World {
                 leases_max: None,
             };
             node.machine = Some(Learner::new(settings));
-            let shards = self.setup.shards.iter().map(|shard| tensors::shard(&shard.id)).collect();
+            let shards = self.setup.shards.iter().map(|shard| tensors::shard(&shard.id, self.plan.shard_rows)).collect();
             node.memory = Memory { shards: Shards::known(self.setup.catalog, shards), ..Memory::default() };
             node.life = life;
             node.ended = None;

@@ -4,6 +4,7 @@ use protocol::documents::{Action, AuditParameters, Codec, InnerOptimizer, LrSche
 
 use super::paper::Scheme;
 use super::random::Random;
+use super::tensors::SHARD_ROWS;
 
 /// How a miner behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +84,8 @@ pub struct Plan {
     /// A second host of the orchestrator stands by.
     pub has_standby: bool,
     pub parameters: RunParameters,
+    /// Of each of the four shards that the run begins with.
+    pub shard_rows: u64,
     /// Mean duration of an inner step.
     pub step_ms: u64,
     /// One-way share of a request, typically.
@@ -155,6 +158,7 @@ impl Plan {
             validators: 2,
             has_standby: false,
             parameters: parameters(24, cycles, poll_ms, step_ms),
+            shard_rows: SHARD_ROWS,
             step_ms,
             latency_ms: 40,
             upload_ms: 300,
@@ -247,6 +251,11 @@ impl Plan {
                 let banned_ms = random.between(0, until_ms);
                 plan.bans.push(Ban { miner, banned_ms, unbanned_ms: random.chance(600_000).then(|| random.between(banned_ms, until_ms)) });
             }
+        }
+        if random.chance(300_000) {
+            // Little text, read more than once: epochs end, and not at the end of a step.
+            let held = miners as u64 * u64::from(plan.parameters.lease_steps * plan.parameters.batch_rows);
+            plan.shard_rows = random.between(held / 2, held * 3 / 2) + 1;
         }
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         plan

@@ -15,14 +15,16 @@ use protocol::{Digest, FileRecord, ShardManifest, codec};
 pub const PAYLOAD_BYTES: usize = 64;
 const STATE_BYTES_MAX: usize = 1 << 16;
 
-/// A shard of training rows.
-pub fn shard(id: &str) -> ShardManifest {
-    const ROWS: u64 = 20_000;
+/// Rows of a shard that is large, as nearly all are.
+pub const SHARD_ROWS: u64 = 20_000;
+
+/// A shard of so many training rows.
+pub fn shard(id: &str, rows: u64) -> ShardManifest {
     ShardManifest {
         id: id.to_owned(),
-        rows: ROWS,
+        rows,
         row_tokens: 128,
-        tokens: ROWS * 128,
+        tokens: rows * 128,
         file: FileRecord::of_bytes("tokens.bin", b"tokens"),
         tokenizer: Digest::ZERO,
         vocab_size: 4_096,

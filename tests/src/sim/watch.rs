@@ -485,9 +485,10 @@ impl Watch {
 
     /// A learner works on a shard of the catalog.
     pub fn takes_rows(&mut self, world: &World, shard: &ShardManifest) {
-        let known =
-            world.setup.shards.iter().any(|own| own.id == shard.id) || self.pages.values().any(|(_, _, ids)| ids.contains(&shard.id));
-        self.hold(world, "page_before_rows", known && *shard == tensors::shard(&shard.id), || shard.id.clone());
+        let is_first = world.setup.shards.iter().any(|own| own.id == shard.id);
+        let known = is_first || self.pages.values().any(|(_, _, ids)| ids.contains(&shard.id));
+        let rows = if is_first { world.plan.shard_rows } else { tensors::SHARD_ROWS };
+        self.hold(world, "page_before_rows", known && *shard == tensors::shard(&shard.id, rows), || shard.id.clone());
     }
 
     /// Somebody else's newest commitment.

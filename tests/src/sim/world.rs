@@ -224,7 +224,7 @@ impl World {
             release: ReleaseRef { release: BASE_RELEASE.into(), manifest: Digest::ZERO },
             fragments: fragments.collect(),
             catalog: CatalogRef { page: 0, digest: Digest::ZERO },
-            shards: ShardRows::of(&[0, 1, 2, 3].map(|shard| tensors::shard(&format!("s{shard}")))),
+            shards: ShardRows::of(&[0, 1, 2, 3].map(|shard| tensors::shard(&format!("s{shard}"), plan.shard_rows))),
         };
         let store = MemoryStore::new();
         let store_ms = Arc::new(AtomicU64::new(EPOCH_MS));

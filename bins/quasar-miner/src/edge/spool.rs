@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bincode::{Decode, Encode};
@@ -56,6 +56,14 @@ struct ExportRecord {
 }
 
 enum Write {
+    State {
+        at: Moment,
+        bytes: Vec<u8>,
+    },
+    /// The buffer comes back unused.
+    Nothing {
+        bytes: Vec<u8>,
+    },
     Segment {
         at: Moment,
         versions: Vec<u64>,
@@ -92,6 +100,8 @@ pub struct Spool {
     folder: PathBuf,
     session: u64,
     writes: SyncSender<Write>,
+    /// The buffer in which states wait for the disk, while none does.
+    buffer: Mutex<Receiver<Vec<u8>>>,
     failure: Arc<Mutex<Option<SpoolError>>>,
 }
 
@@ -103,9 +113,11 @@ impl Spool {
         let steps = moments(&folder, ".step").map_err(fail)?;
         let (writes, queue) = sync_channel(QUEUE);
         let failure = Arc::new(Mutex::new(None));
-        let writer = Writer { folder: folder.clone(), steps, steps_kept, failure: failure.clone() };
+        let (spare, buffer) = channel();
+        let _ = spare.send(Vec::new());
+        let writer = Writer { folder: folder.clone(), steps, steps_kept, spare, failure: failure.clone() };
         std::thread::Builder::new().name("spool".into()).spawn(move || writer.run(&queue)).map_err(fail)?;
-        Ok(Self { folder, session, writes, failure })
+        Ok(Self { folder, session, writes, buffer: Mutex::new(buffer), failure })
     }
 
     fn write(&self, write: Write) -> Result<(), SpoolError> {
@@ -114,7 +126,27 @@ impl Spool {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
     }
 
-    /// Keeps the state before step `local_step`, which `save` writes: at once, because it may be larger than the memory that is left.
+    /// Keeps the state before step `local_step`, which `save` writes into memory: the disk gets it beside the steps that follow. Waits until
+    /// the state before is there.
+    pub fn take_state(
+        &self,
+        local_step: u64,
+        save: impl FnOnce(&mut dyn io::Write) -> Result<Digest, TrainError>,
+    ) -> Result<Digest, TrainError> {
+        let buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        // The thread gives it back whatever came of the write; it ends with this only.
+        let mut bytes = buffer.recv().unwrap_or_default();
+        bytes.clear();
+        let saved = save(&mut bytes);
+        let write = match &saved {
+            Ok(_) => Write::State { at: (self.session, local_step), bytes },
+            Err(_) => Write::Nothing { bytes },
+        };
+        let _ = self.writes.send(write);
+        saved
+    }
+
+    /// The same for a state that may be larger than the memory that is left: it is written at once.
     pub fn save_state(
         &self,
         local_step: u64,
@@ -263,6 +295,7 @@ struct Writer {
     folder: PathBuf,
     steps: BTreeSet<Moment>,
     steps_kept: usize,
+    spare: Sender<Vec<u8>>,
     failure: Arc<Mutex<Option<SpoolError>>>,
 }
 
@@ -278,6 +311,15 @@ impl Writer {
 
     fn write(&mut self, write: Write) -> io::Result<()> {
         match write {
+            Write::State { at, bytes } => {
+                let written = files::write_whole(&self.folder.join(name(at, ".state")), &[&bytes]);
+                let _ = self.spare.send(bytes);
+                written
+            }
+            Write::Nothing { bytes } => {
+                let _ = self.spare.send(bytes);
+                Ok(())
+            }
             Write::Segment { at, versions } => {
                 files::write_whole(&self.folder.join(name(at, ".segment")), &[&codec::encode(&Segment { versions })])
             }
@@ -410,6 +452,22 @@ mod tests {
         fs::write(folder.path().join(name((50, 8), ".state")), b"torn").unwrap();
         assert_eq!(newest(&spool).step, 4);
         assert!(spool.newest_state(3).is_none(), "a state of another model is no state");
+    }
+
+    #[test]
+    fn a_state_that_was_taken_into_memory_is_on_disk_once_the_spool_is_flushed() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::open(folder.path().to_owned(), 50, 72).unwrap();
+        for n in [0, 4, 8] {
+            let digest = spool.take_state(n, |to| Ok(state(n).write(to)?)).unwrap();
+            assert_eq!(digest, state(n).digest());
+            spool.put_segment(n, vec![n]).unwrap();
+        }
+        let failed = spool.take_state(12, |_| Err(TrainError::State(StateError::NotFinite)));
+        assert!(matches!(failed, Err(TrainError::State(StateError::NotFinite))));
+        spool.flush().unwrap();
+        assert_eq!(newest(&spool), state(8), "the failed one left nothing behind");
+        assert_eq!(fs::read(spool.state(4, 2).unwrap()).unwrap(), state(4).to_bytes());
     }
 
     #[test]

@@ -50,6 +50,18 @@ pub struct DevnetArgs {
     /// Codec in which new versions go out: bf16 or int4
     #[arg(long, value_name = "CODEC")]
     pub codec_down: Option<String>,
+    /// Configuration of another model, whose vocabulary has 4,096 entries; default: configs/devnet-model.json
+    #[arg(long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// Other run parameters; default: configs/run-devnet.toml
+    #[arg(long, value_name = "FILE")]
+    pub run_file: Option<PathBuf>,
+    /// Where miners train and validators audit: cpu or cuda:N, all of them on the same device
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
+    pub device: String,
+    /// Folder of a full torch installation, for CUDA
+    #[arg(long, value_name = "DIR", env = "QUASAR_TORCH_CUDA_DIR")]
+    pub torch_cuda_dir: Option<PathBuf>,
     /// Folder for everything; must be new or empty
     #[arg(long, value_name = "DIR", default_value = "devnet")]
     pub dir: PathBuf,
@@ -73,6 +85,14 @@ pub struct DevnetArgs {
     pub timeout_sec: u64,
     #[command(flatten)]
     pub s3: ForeignStore,
+}
+
+fn device(text: &str) -> Result<String, String> {
+    match text.strip_prefix("cuda:").map(str::parse::<u32>) {
+        Some(Ok(_)) => Ok(text.to_owned()),
+        _ if text == "cpu" => Ok(text.to_owned()),
+        _ => Err("say cpu, or cuda:0 and so on".to_owned()),
+    }
 }
 
 /// A bucket elsewhere, in place of the embedded server. Its part below `quasar/` is made for this devnet and must be empty.

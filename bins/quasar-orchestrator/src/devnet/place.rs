@@ -70,6 +70,8 @@ pub struct Place {
     fragments: u16,
     /// Tokens in a row.
     sequence_length: u32,
+    device: String,
+    torch_cuda_dir: Option<PathBuf>,
 }
 
 impl Place {
@@ -128,7 +130,8 @@ impl Place {
         }
         let local = serde_json::json!({ "genesis": format!("0x{}", hex::encode(chain.genesis())), "endpoint": chain.endpoint() });
         write(&root.join("chain.json"), local.to_string().as_bytes())?;
-        write(&root.join("model.json"), MODEL_FILE.as_bytes())?;
+        let model = arguments.model.as_deref().map(read_text).transpose()?;
+        write(&root.join("model.json"), model.as_deref().unwrap_or(MODEL_FILE).as_bytes())?;
         write(&root.join("corpus/sotu.jsonl.xz"), CORPUS)?;
         write(&root.join("corpus/held_out.txt"), HELD_OUT.as_bytes())?;
         write(&root.join("corpus/tokenizer.json"), TOKENIZER)?;
@@ -151,6 +154,8 @@ impl Place {
             run: RunId::NONE,
             fragments,
             sequence_length,
+            device: arguments.device.clone(),
+            torch_cuda_dir: arguments.torch_cuda_dir.clone(),
         };
         place.open_run(arguments, shutdown).await?;
         Ok(place)
@@ -249,6 +254,14 @@ impl Place {
         .collect()
     }
 
+    fn trainer_environment(&self, wallet: &str) -> Vec<(String, String)> {
+        let mut environment = self.environment(wallet);
+        if let Some(folder) = self.torch_cuda_dir.as_ref().filter(|_| self.device != "cpu") {
+            environment.push(("QUASAR_TORCH_CUDA_DIR".to_owned(), folder.to_string_lossy().into_owned()));
+        }
+        environment
+    }
+
     fn operator_environment(&self, wallet: &str) -> Vec<(String, String)> {
         let mut environment = self.environment(wallet);
         environment.push(("QUASAR_S3_ACCESS_KEY".to_owned(), self.bucket.access_key.clone()));
@@ -272,15 +285,16 @@ impl Place {
 
     pub fn miner(&self, index: u16) -> Result<Recipe, Failure> {
         let name = format!("miner-{index}");
-        let mut environment = self.environment(&name);
-        environment.push(("QUASAR_MINER_DEVICES".to_owned(), "cpu".to_owned()));
+        let mut environment = self.trainer_environment(&name);
+        let device = self.device.strip_prefix("cuda:").unwrap_or(&self.device);
+        environment.push(("QUASAR_MINER_DEVICES".to_owned(), device.to_owned()));
         Ok(self.recipe(Child::Miner(index), "quasar-miner", &["run", "--worker-id", &name], environment))
     }
 
     pub fn validator(&self, index: u16) -> Result<Recipe, Failure> {
         let name = format!("validator-{index}");
-        let mut environment = self.environment(&name);
-        environment.push(("QUASAR_VALIDATOR_DEVICE".to_owned(), "cpu".to_owned()));
+        let mut environment = self.trainer_environment(&name);
+        environment.push(("QUASAR_VALIDATOR_DEVICE".to_owned(), self.device.clone()));
         environment.push(("QUASAR_WEIGHT_RETRY_BASE_SEC".to_owned(), "2".to_owned()));
         Ok(self.recipe(Child::Validator(index), "quasar-validator", &["run", "--worker-id", &name], environment))
     }
@@ -439,8 +453,9 @@ async fn bucket(
 
 /// The run file with the wanted number of cycles and codecs; fragments and sequence length of it.
 fn run_file(arguments: &DevnetArgs) -> Result<(String, u16, u32), Failure> {
-    let broken = |what: &str| Failure::configuration(anyhow::anyhow!("the built-in run file is broken: {what}"));
-    let mut table: toml::Table = RUN_FILE.parse().map_err(|_| broken("it does not parse"))?;
+    let broken = |what: &str| Failure::configuration(anyhow::anyhow!("the run file is wrong: {what}"));
+    let text = arguments.run_file.as_deref().map(read_text).transpose()?;
+    let mut table: toml::Table = text.as_deref().unwrap_or(RUN_FILE).parse().map_err(|_| broken("it does not parse"))?;
     let parameters = table.get_mut("parameters").and_then(toml::Value::as_table_mut).ok_or_else(|| broken("no [parameters]"))?;
     let cycles = arguments.cycles as i64;
     parameters.insert("cycles".to_owned(), toml::Value::Integer(cycles));
@@ -456,6 +471,10 @@ fn run_file(arguments: &DevnetArgs) -> Result<(String, u16, u32), Failure> {
     let schedule = schedule.ok_or_else(|| broken("no [parameters.inner.schedule]"))?;
     schedule.insert("total_steps".to_owned(), toml::Value::Integer(cycles * inner_steps));
     Ok((table.to_string(), fragments as u16, length as u32))
+}
+
+fn read_text(path: &Path) -> Result<String, Failure> {
+    std::fs::read_to_string(path).map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", path.display())))
 }
 
 fn new_folder(dir: &Path) -> Result<PathBuf, Failure> {

@@ -193,6 +193,20 @@ impl Orchestrator {
         }
     }
 
+    /// A lease whose deadline has passed is over on both sides: the learner has dropped what it had not trained. Receipts have a little
+    /// longer, also after a time in which nobody was here to take them.
+    pub(super) fn expire_leases(&mut self) {
+        let grace_ms = self.parameters().learner_ttl_ms;
+        let (now_ms, resumed_ms) = (self.volatile.now_ms, self.pace.resumed_ms);
+        let is_over = |record: &LeaseRecord| !record.ended && now_ms > record.lease.deadline_ms.max(resumed_ms).saturating_add(grace_ms);
+        let over: Vec<(u64, Slot)> =
+            self.leases.iter().filter(|(_, record)| is_over(record)).map(|(id, record)| (*id, record.slot)).collect();
+        for (lease, slot) in over {
+            tracing::info!(hotkey = %slot.0.short(), slot = slot.1, lease, "a lease was not finished in time, its rows return");
+            self.end_lease(lease);
+        }
+    }
+
     /// Ends leases that are used up, and gives out the next one when the last runs low.
     fn extend_leases(&mut self, slot: Slot) {
         // Asked at every record: nothing is cloned.
@@ -224,10 +238,10 @@ impl Orchestrator {
         let id = self.next_lease;
         let rows = self.ledger.lease(id, u64::from(steps) * u64::from(batch_rows));
         let count: u64 = rows.iter().map(protocol::documents::RowRange::rows).sum();
-        let steps = (count / u64::from(batch_rows)) as u32;
+        // The last rows of an epoch may not fill a step: it is a shorter one then, or they would wait for ever.
+        let steps = count.div_ceil(u64::from(batch_rows)) as u32;
         let Some(learner) = self.learners.get_mut(&slot) else { return };
         if steps == 0 {
-            self.ledger.end_lease_whole(id, &rows, false);
             learner.last_reason = Reason::NoWork;
             return;
         }
@@ -374,13 +388,15 @@ impl Orchestrator {
 /// Enters the rows of a lease that ended.
 fn book(ledger: &mut TokenLedger, record: &LeaseRecord) {
     let lease = &record.lease;
-    let batch = u64::from(lease.batch_rows);
+    let total: u64 = lease.rows.iter().map(protocol::documents::RowRange::rows).sum();
+    let rows_until = |step: u32| total.min(u64::from(step) * u64::from(lease.batch_rows));
+    let rows_in = |step: &u32| rows_until(step.saturating_add(1)) - rows_until(*step);
     let done: BTreeSet<u32> = match &record.receipt {
         ReceiptStage::Settled { trained } => trained.iter().copied().collect(),
         _ => (0..record.evidence).collect(),
     };
-    let total: u64 = lease.rows.iter().map(protocol::documents::RowRange::rows).sum();
-    let (is_all, is_none) = (done.len() as u64 * batch == total, done.is_empty() && record.reported == 0);
+    let done_rows: u64 = done.iter().map(rows_in).sum();
+    let (is_all, is_none) = (done_rows == total, done.is_empty() && record.reported == 0);
     if is_all || is_none {
         return ledger.end_lease_whole(lease.id, &lease.rows, is_all);
     }
@@ -392,7 +408,7 @@ fn book(ledger: &mut TokenLedger, record: &LeaseRecord) {
     let taken: Vec<(String, u64)> = steps.flat_map(|step| rows.step(step)).map(|row| (row.shard.to_owned(), row.row)).collect();
     let leftover = leftover_rows(lease, &taken);
     let order = taken.iter().chain(&leftover).map(|(shard, row)| (shard.as_str(), *row));
-    ledger.end_lease(lease.id, order, done.len() as u64 * batch, lost.len() as u64 * batch);
+    ledger.end_lease(lease.id, order, done_rows, lost.iter().map(rows_in).sum());
 }
 
 /// The leases of each slot, oldest first, as far as they are known: what its commitments can have trained on.

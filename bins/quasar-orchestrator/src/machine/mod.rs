@@ -295,6 +295,7 @@ impl Orchestrator {
     fn advance(&mut self) {
         if self.is_scan_due() {
             self.expire_learners();
+            self.expire_leases();
             self.survey();
             self.open_pulls();
             self.close_pulls();

@@ -453,8 +453,13 @@ impl Orchestrator {
     pub(super) fn on_merged(&mut self, manifest: MergeManifest, id: Digest, keyframe_length: u64) {
         let now_ms = self.volatile.now_ms;
         let Some(pull) = self.pulls.remove(&manifest.t) else { return };
-        // Of a step that a predecessor decided, what it had logged may be lost with its disk; commitments come before their merge.
-        for one in manifest.accepted().filter(|one| !pull.offers.contains_key(&(one.hotkey, one.slot))) {
+        // A step that a predecessor decided may hold commitments that this process never took up, or took up under another record; they
+        // come before their merge.
+        let is_logged = |one: &Contribution| {
+            let offer = pull.offers.get(&(one.hotkey, one.slot));
+            offer.is_some_and(|offer| offer.id == one.commitment && offer.stage != OfferStage::Committed)
+        };
+        for one in manifest.accepted().filter(|one| !is_logged(one)) {
             self.log.add(LogKind::Commitment, one.commitment);
         }
         self.log.add(LogKind::Merge, id);

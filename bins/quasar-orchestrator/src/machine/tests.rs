@@ -8,6 +8,7 @@ use protocol::{Reason, codec};
 use super::*;
 
 mod catalog;
+mod leases;
 mod operator;
 mod recovery;
 mod world;

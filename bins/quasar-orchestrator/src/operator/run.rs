@@ -11,15 +11,16 @@ use fragments::outer::momentum_fits;
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
     CatalogPage, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest, RunParameters,
-    RunRoot,
+    RunRoot, RunState,
 };
-use protocol::envelope::{Context, Expect, PROTOCOL_VERSION, RunId, open_stored};
+use protocol::envelope::{Context, Document, Expect, PROTOCOL_VERSION, RunId, open, open_stored};
 use protocol::{Digest, FileRecord, KeyRef};
 use serde::Deserialize;
 use storage::{PutCondition, StoreError};
 
 use super::checkpoint;
 use super::shards::published;
+use crate::effects::fence::read_lease;
 use crate::office::Office;
 
 /// Largest object that S3 stores take in a single PUT.
@@ -37,6 +38,9 @@ pub struct CreateArgs {
     /// Only these shards; default: all that are published
     #[arg(long, value_name = "ID", value_delimiter = ',')]
     shards: Vec<String>,
+    /// Take the place of a run that is under way
+    #[arg(long)]
+    replace: bool,
 }
 
 /// A run's parameters as an operator writes them down.
@@ -61,6 +65,9 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     let Roots { newest: root, bytes: root_bytes, orchestrators, .. } = roots_that_name_us(office).await?;
     let parameters = file.parameters;
     check(&parameters, &root)?;
+    if !arguments.replace {
+        refuse_to_replace(office, &orchestrators).await?;
+    }
 
     let tree_dir = office.state_dir()?.join("releases").join(&arguments.release);
     let (release, release_digest) = checkpoint::fetch_to(office, &arguments.release, &tree_dir).await?;
@@ -166,6 +173,32 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     office.publish_current(&current).await.map_err(Failure::unavailable)?;
     println!("run {run} is current: {} fragments, {} shards, plan {}", plan.fragments.len(), shards.len(), digest.short());
     Ok(())
+}
+
+/// A run that is under way is not replaced by accident: its miners and validators would leave it at once.
+async fn refuse_to_replace(office: &Office, signers: &[KeyRef]) -> Result<(), Failure> {
+    let read = async |key: &str, limit: u64| match office.store.get(key, limit).await {
+        Ok(object) => Ok(Some(object.bytes)),
+        Err(StoreError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(Failure::unavailable(error)),
+    };
+    let refuse = |why: String| Err(Failure::configuration(anyhow::anyhow!(why)).hint("`drain` it and wait, or say --replace"));
+    let key = office.keys.current();
+    let Some(bytes) = read(&key, CurrentRun::PURPOSE.file_limit()).await? else { return Ok(()) };
+    let Ok(current) = open_stored::<CurrentRun>(&bytes, &office.context, Expect::Any(signers)) else {
+        return refuse(format!("{key} names a run, signed by a key that no root of this owner names"));
+    };
+    let run = current.document.run;
+    let (keys, context) = (office.keys.run(run), Context { run, ..office.context });
+    let lease = read_lease(&*office.store, &keys.writer_lease(), &context, signers).await?;
+    let Some(bytes) = read(&keys.head(), Head::PURPOSE.file_limit()).await? else { return Ok(()) };
+    // Only a head that has not expired opens.
+    match open::<Head>(&bytes, &context, Expect::Any(signers), clock::now_ms()) {
+        Ok(head) if head.document.state != RunState::Complete && lease.is_some_and(|(lease, _)| !lease.document.released) => {
+            refuse(format!("run {run} is under way, at outer step {}", head.document.outer_step))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check(parameters: &RunParameters, root: &RunRoot) -> Result<(), Failure> {

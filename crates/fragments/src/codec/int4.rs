@@ -9,7 +9,7 @@
 //! one set of decoded values has one encoding. A block of zeros has scale 0 and codes 8. Blocks whose largest magnitude is
 //! under [`FLUSH`] are written as zeros: their scale would be denormal.
 
-use super::Flaw;
+use super::{Flaw, TileCodec};
 use crate::simd::vectorised;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Level, level};
@@ -30,6 +30,31 @@ pub const FLUSH: f32 = 1e-37;
 /// Adding this to a number of small magnitude rounds it to the nearest integer, ties to even, and leaves that integer in the
 /// low bits: the same on every processor, in vector registers or not.
 const ROUND: f32 = 12_582_912.0;
+
+pub(crate) struct Int4;
+
+impl TileCodec for Int4 {
+    fn bytes(&self, elements: usize) -> usize {
+        encoded_bytes(elements)
+    }
+
+    fn encode(&self, values: &[f32], bytes: &mut [u8]) -> Result<(), usize> {
+        encode(values, bytes).map_err(|block| {
+            let start = block * BLOCK_ELEMENTS;
+            let block = &values[start..(start + BLOCK_ELEMENTS).min(values.len())];
+            let largest = || block.iter().position(|value| block.iter().all(|other| other.abs() <= value.abs()));
+            start + block.iter().position(|value| !value.is_finite()).or_else(largest).unwrap_or_default()
+        })
+    }
+
+    fn check(&self, bytes: &[u8], elements: usize) -> Result<(), (usize, Flaw)> {
+        check(bytes, elements).map_err(|(block, flaw)| (block * BLOCK_ELEMENTS, flaw))
+    }
+
+    fn decode(&self, bytes: &[u8], out: &mut [f32]) {
+        decode(bytes, out);
+    }
+}
 
 /// Bytes of `elements` elements that begin at a block.
 pub(crate) const fn encoded_bytes(elements: usize) -> usize {

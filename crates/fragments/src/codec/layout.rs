@@ -16,7 +16,7 @@ use std::ops::Range;
 use protocol::documents::Codec;
 use protocol::{MergeRule, Slice};
 
-use super::{int4, top_k};
+use super::{TileCodec, dense, int4, top_k};
 
 /// Elements of a task.
 pub(crate) const SPAN_ELEMENTS: usize = 1 << 20;
@@ -41,27 +41,12 @@ impl From<Codec> for Encoding {
 }
 
 impl Encoding {
-    pub(crate) const fn tile_elements(self) -> usize {
+    pub(crate) fn codec(self) -> &'static dyn TileCodec {
         match self {
-            Self::F32 | Self::Bf16 | Self::Int4 => 1 << 14,
-            Self::TopK => top_k::GROUP_ELEMENTS,
-        }
-    }
-
-    pub(crate) const fn block_elements(self) -> usize {
-        match self {
-            Self::F32 | Self::Bf16 | Self::Int4 => 1024,
-            Self::TopK => top_k::CHUNK_ELEMENTS,
-        }
-    }
-
-    /// Bytes of the first `elements` elements of a unit, if they are a whole unit or end at a tile.
-    pub(crate) const fn bytes(self, elements: usize) -> usize {
-        match self {
-            Self::F32 => 4 * elements,
-            Self::Bf16 => 2 * elements,
-            Self::Int4 => int4::encoded_bytes(elements),
-            Self::TopK => top_k::encoded_bytes(elements),
+            Self::F32 => &dense::F32,
+            Self::Bf16 => &dense::Bf16,
+            Self::Int4 => &int4::Int4,
+            Self::TopK => &top_k::TopK,
         }
     }
 }
@@ -128,7 +113,7 @@ impl Layout {
             for _ in 0..rows.checked_div(unit_rows).unwrap_or(0) {
                 let (start, offset) = (layout.elements, layout.bytes);
                 layout.elements += elements;
-                layout.bytes += encoding.bytes(elements);
+                layout.bytes += encoding.codec().bytes(elements);
                 layout.units.push(Unit { start, end: layout.elements, rule: slice.rule, offset });
             }
         }
@@ -146,7 +131,7 @@ impl Layout {
 
     /// The tiles of a span, in order.
     pub(crate) fn tiles(&self, span: Span) -> impl Iterator<Item = Span> + use<> {
-        let step = self.encoding.tile_elements();
+        let step = self.encoding.codec().tile_elements();
         (span.start..span.end).step_by(step).map(move |start| Span { start, end: (start + step).min(span.end), ..span })
     }
 
@@ -154,11 +139,11 @@ impl Layout {
     pub(crate) fn body_range(&self, span: Span) -> Range<usize> {
         let unit = &self.units[span.unit];
         let end = if span.end == unit.elements() {
-            self.encoding.bytes(span.end)
+            self.encoding.codec().bytes(span.end)
         } else {
-            self.encoding.bytes(span.start) + self.encoding.bytes(span.elements())
+            self.encoding.codec().bytes(span.start) + self.encoding.codec().bytes(span.elements())
         };
-        unit.offset + self.encoding.bytes(span.start)..unit.offset + end
+        unit.offset + self.encoding.codec().bytes(span.start)..unit.offset + end
     }
 
     /// The elements of a span or tile in the flat fragment buffer.

@@ -22,6 +22,7 @@
 //! Bodies are decoded into memory that the plan bounds, whatever the bytes say. [`check`] and the merge read a payload piece by
 //! piece from a [`Source`] and never hold it whole.
 
+mod dense;
 pub mod int4;
 pub(crate) mod layout;
 mod source;
@@ -39,7 +40,6 @@ pub use source::{FileSource, Source};
 pub(crate) use layout::{Encoding, Layout, Span, cut_mut};
 
 use crate::memory::zeros;
-use crate::number::{first_non_finite_here, round_to_bf16, widen_bf16};
 
 /// Bytes of the header.
 pub const HEADER_BYTES: usize = 64;
@@ -56,6 +56,31 @@ pub struct PayloadHeader {
     pub base_version: u64,
     codec: Codec,
     layout: Arc<Layout>,
+}
+
+/// How the elements of a merge unit are written: one implementation for each codec of the run manifest.
+pub(crate) trait TileCodec: Sync {
+    /// Elements of a tile: what is read from a payload, encoded, checked and decoded at a time.
+    fn tile_elements(&self) -> usize {
+        1 << 14
+    }
+
+    /// Elements that are summed at a time; tiles are whole numbers of them.
+    fn block_elements(&self) -> usize {
+        1024
+    }
+
+    /// Bytes of the first `elements` elements of a unit, if they are a whole unit or end at a tile.
+    fn bytes(&self, elements: usize) -> usize;
+
+    /// Encodes a tile. `Err` is the first element that cannot be encoded.
+    fn encode(&self, values: &[f32], bytes: &mut [u8]) -> Result<(), usize>;
+
+    /// Whether the bytes of a tile of `elements` elements are what [`Self::encode`] writes; `Err` is where they are not, and how.
+    fn check(&self, bytes: &[u8], elements: usize) -> Result<(), (usize, Flaw)>;
+
+    /// Decodes a tile that [`Self::check`] accepted, or a whole number of its blocks where they stand on their own.
+    fn decode(&self, bytes: &[u8], out: &mut [f32]);
 }
 
 /// What is wrong with an encoded piece.
@@ -200,10 +225,10 @@ pub(crate) fn encode_body(layout: &Layout, values: &[f32], body: &mut [u8]) -> R
         .map(|(span, bytes)| {
             let values = &values[layout.element_range(*span)];
             let tiles = cut_mut(bytes, layout.tiles(*span).map(|tile| layout.body_range(tile).len()));
-            let pieces = values.chunks(layout.encoding.tile_elements()).zip(tiles);
+            let pieces = values.chunks(layout.encoding.codec().tile_elements()).zip(tiles);
             for (tile, (values, bytes)) in pieces.enumerate() {
-                if let Err(element) = encode_tile(layout.encoding, values, bytes) {
-                    return Some(layout.element_range(*span).start + tile * layout.encoding.tile_elements() + element);
+                if let Err(element) = layout.encoding.codec().encode(values, bytes) {
+                    return Some(layout.element_range(*span).start + tile * layout.encoding.codec().tile_elements() + element);
                 }
             }
             None
@@ -212,28 +237,6 @@ pub(crate) fn encode_body(layout: &Layout, values: &[f32], body: &mut [u8]) -> R
     match flaws.into_iter().flatten().next() {
         Some(element) => Err(CodecError::NotFinite { element: element as u64 }),
         None => Ok(()),
-    }
-}
-
-/// `Err` is the first element that cannot be encoded.
-fn encode_tile(encoding: Encoding, values: &[f32], bytes: &mut [u8]) -> Result<(), usize> {
-    match encoding {
-        Encoding::F32 => {
-            bytes.copy_from_slice(bytemuck::cast_slice(values));
-            Ok(())
-        }
-        Encoding::Bf16 => {
-            round_to_bf16(values, bytes);
-            // Rounding can only lose finiteness, so looking at the result is enough.
-            first_non_finite_here(DType::Bf16, bytes).map_or(Ok(()), Err)
-        }
-        Encoding::Int4 => int4::encode(values, bytes).map_err(|block| {
-            let start = block * int4::BLOCK_ELEMENTS;
-            let block = &values[start..(start + int4::BLOCK_ELEMENTS).min(values.len())];
-            let largest = || block.iter().position(|value| block.iter().all(|other| other.abs() <= value.abs()));
-            start + block.iter().position(|value| !value.is_finite()).or_else(largest).unwrap_or_default()
-        }),
-        Encoding::TopK => top_k::encode(values, bytes),
     }
 }
 
@@ -265,10 +268,10 @@ pub(crate) fn decode_body(layout: &Layout, body: &[u8], out: &mut [f32]) -> Resu
     let results: Vec<Result<(), CodecError>> = tasks
         .into_par_iter()
         .map(|(span, out)| {
-            for (tile, out) in layout.tiles(*span).zip(out.chunks_mut(layout.encoding.tile_elements())) {
+            for (tile, out) in layout.tiles(*span).zip(out.chunks_mut(layout.encoding.codec().tile_elements())) {
                 let tile_bytes = &body[layout.body_range(tile)];
                 check_tile(layout, tile, tile_bytes)?;
-                decode_tile(layout.encoding, tile_bytes, out);
+                layout.encoding.codec().decode(tile_bytes, out);
             }
             Ok(())
         })
@@ -325,28 +328,8 @@ pub(crate) fn check_header_bytes(header: &[u8], expected: &[u8]) -> Result<(), C
 
 /// Whether the bytes of a tile are what the encoder writes.
 pub(crate) fn check_tile(layout: &Layout, tile: Span, bytes: &[u8]) -> Result<(), CodecError> {
-    let not_finite = |element: Option<usize>| element.map_or(Ok(()), |element| Err((element, Flaw::NotFinite)));
-    let result = match layout.encoding {
-        Encoding::F32 => not_finite(first_non_finite_here(DType::F32, bytes)),
-        Encoding::Bf16 => not_finite(first_non_finite_here(DType::Bf16, bytes)),
-        Encoding::Int4 => int4::check(bytes, tile.elements()).map_err(|(block, flaw)| (block * int4::BLOCK_ELEMENTS, flaw)),
-        Encoding::TopK => top_k::check(bytes, tile.elements()),
-    };
+    let result = layout.encoding.codec().check(bytes, tile.elements());
     result.map_err(|(element, flaw)| CodecError::of_flaw(flaw, layout.element_range(tile).start + element))
-}
-
-/// Decodes a tile, or the bytes of a whole number of its blocks, in an encoding that is not sparse; a whole group of a sparse one.
-pub(crate) fn decode_tile(encoding: Encoding, bytes: &[u8], out: &mut [f32]) {
-    match encoding {
-        Encoding::F32 => {
-            for (value, element) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *value = f32::from_le_bytes([element[0], element[1], element[2], element[3]]);
-            }
-        }
-        Encoding::Bf16 => widen_bf16(bytes, out),
-        Encoding::Int4 => int4::decode(bytes, out),
-        Encoding::TopK => top_k::decode(bytes, out),
-    }
 }
 
 #[cfg(test)]

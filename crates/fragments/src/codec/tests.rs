@@ -279,7 +279,7 @@ fn units_do_not_share_scales_and_every_instruction_set_and_thread_count_gives_th
             let mut body = vec![0; layout.bytes];
             for span in layout.spans() {
                 for tile in layout.tiles(span) {
-                    encode_tile(layout.encoding, &values[layout.element_range(tile)], &mut body[layout.body_range(tile)]).unwrap();
+                    layout.encoding.codec().encode(&values[layout.element_range(tile)], &mut body[layout.body_range(tile)]).unwrap();
                 }
             }
             body

@@ -13,7 +13,7 @@
 
 use half::bf16;
 
-use super::Flaw;
+use super::{Flaw, TileCodec};
 
 /// Elements of a chunk.
 pub const CHUNK_ELEMENTS: usize = 4096;
@@ -43,6 +43,34 @@ const fn chunk_bytes(elements: usize) -> usize {
 
 const FULL_CHUNK_BYTES: usize = chunk_bytes(CHUNK_ELEMENTS);
 const FULL_GROUP_BYTES: usize = LEVEL_BYTES + GROUP_ELEMENTS / CHUNK_ELEMENTS * FULL_CHUNK_BYTES;
+
+pub(crate) struct TopK;
+
+impl TileCodec for TopK {
+    fn tile_elements(&self) -> usize {
+        GROUP_ELEMENTS
+    }
+
+    fn block_elements(&self) -> usize {
+        CHUNK_ELEMENTS
+    }
+
+    fn bytes(&self, elements: usize) -> usize {
+        encoded_bytes(elements)
+    }
+
+    fn encode(&self, values: &[f32], bytes: &mut [u8]) -> Result<(), usize> {
+        encode(values, bytes)
+    }
+
+    fn check(&self, bytes: &[u8], elements: usize) -> Result<(), (usize, Flaw)> {
+        check(bytes, elements)
+    }
+
+    fn decode(&self, bytes: &[u8], out: &mut [f32]) {
+        decode(bytes, out);
+    }
+}
 
 /// Bytes of `elements` elements that begin at a group.
 pub(crate) const fn encoded_bytes(elements: usize) -> usize {

@@ -55,11 +55,12 @@ impl Voice<'_> {
 
 /// The bytes of block `block` of a tile of `elements` elements in a dense encoding, and its elements.
 pub(super) fn dense_block(encoding: Encoding, tile: &[u8], elements: usize, block: usize) -> (&[u8], usize) {
-    let size = encoding.block_elements();
+    let codec = encoding.codec();
+    let size = codec.block_elements();
     let start = block * size;
     let count = (elements - start).min(size);
-    let from = encoding.bytes(start);
-    (&tile[from..from + encoding.bytes(count)], count)
+    let from = codec.bytes(start);
+    (&tile[from..from + codec.bytes(count)], count)
 }
 
 /// ‖voice‖₂ of each unit, 0 where it is vanishing; checks the body.
@@ -91,7 +92,7 @@ pub(super) fn norms(layout: &Layout, voice: &Voice) -> Result<Vec<f64>, CodecErr
 
 /// Σ v² of a tile. What a sum cannot tell (of int4 and top-k) is checked before.
 fn tile_squares(layout: &Layout, tile: Span, bytes: &[u8]) -> Result<f64, CodecError> {
-    let block_elements = layout.encoding.block_elements();
+    let block_elements = layout.encoding.codec().block_elements();
     match layout.encoding {
         Encoding::F32 => Ok(Element::squares(bytes.as_chunks::<4>().0, block_elements)),
         Encoding::Bf16 => Ok(Element::squares(bytes.as_chunks::<2>().0, block_elements)),
@@ -200,7 +201,7 @@ impl Engine<'_> {
     }
 
     fn scratch<const N: usize>(&self, members: usize) -> Scratch<N> {
-        let block = self.layout.encoding.block_elements();
+        let block = self.layout.encoding.codec().block_elements();
         let values = if self.layout.encoding == Encoding::Int4 { members * block } else { 0 };
         let block = BlockSums { sums: [(); N].map(|()| vec![0.0; block]), scaled: [(); N].map(|()| vec![0.0; block]) };
         Scratch { tiles: vec![Vec::new(); members], values: vec![0.0; values], block }
@@ -215,7 +216,7 @@ impl Engine<'_> {
         scratch: &mut Scratch<N>,
     ) -> Result<[UnitSums; N], MergeError> {
         let layout = &self.layout;
-        let block_elements = layout.encoding.block_elements();
+        let block_elements = layout.encoding.codec().block_elements();
         let mut result = [(); N].map(|()| UnitSums::of(members.len()));
         let Scratch { tiles, values, block: BlockSums { sums, scaled } } = scratch;
         for tile in layout.tiles(span) {

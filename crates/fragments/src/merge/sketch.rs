@@ -13,7 +13,7 @@ use protocol::Digest;
 use rayon::prelude::*;
 
 use super::engine::{Voice, dense_block};
-use crate::codec::{CodecError, Encoding, Layout, decode_tile, top_k};
+use crate::codec::{CodecError, Encoding, Layout, top_k};
 use crate::kernels::{Element, PLACES, Places, rotated};
 use crate::simd::vectorised;
 
@@ -84,11 +84,12 @@ pub(super) fn sketch(layout: &Layout, voice: &Voice, factors: &[f64], seed: Seed
                         Encoding::F32 => add_chunk(sums, &bytes.as_chunks::<4>().0[start..start + count], chunk),
                         Encoding::Bf16 => add_chunk(sums, &bytes.as_chunks::<2>().0[start..start + count], chunk),
                         Encoding::Int4 => {
-                            let blocks = BUCKETS / layout.encoding.block_elements();
-                            for (number, values) in values[..count].chunks_mut(layout.encoding.block_elements()).enumerate() {
+                            let codec = layout.encoding.codec();
+                            let blocks = BUCKETS / codec.block_elements();
+                            for (number, values) in values[..count].chunks_mut(codec.block_elements()).enumerate() {
                                 let block = start / BUCKETS * blocks + number;
                                 let (bytes, _) = dense_block(layout.encoding, bytes, tile.elements(), block);
-                                decode_tile(layout.encoding, bytes, values);
+                                codec.decode(bytes, values);
                             }
                             add_chunk(sums, &values[..count], chunk);
                         }

@@ -135,7 +135,7 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
     let (mut sends, mut exchanges) = (Vec::new(), Vec::new());
     let part = learner.layout().elements / FRAGMENTS;
     let (mut one, mut other) = (0..part, part..2 * part);
-    let version = learner.host_memory().hold(learner.read(&one)?)?;
+    let version = learner.host_memory().hold(learner.read(std::slice::from_ref(&one))?)?;
     for step in 0..2 * EXCHANGES {
         let tokens: Vec<u32> = (0..tokens_per_step).map(|n| (n % vocabulary) as u32).collect();
         let batch = Batch { tokens: &tokens, rows: options.batch, row_tokens: options.sequence_length };

@@ -76,7 +76,7 @@ fn run(config: &QuasarConfig, options: &TrainerOptions, batches: &[Vec<u32>], fo
     let mut hasher = blake3::Hasher::new();
     let elements = learner.layout().elements;
     let (first, second) = learner.moments()?;
-    for values in [learner.read(&(0..elements))?, first, second] {
+    for values in [learner.read(std::slice::from_ref(&(0..elements)))?, first, second] {
         for value in values {
             hasher.update(&value.to_bits().to_le_bytes());
         }

@@ -119,6 +119,14 @@ impl FlatLearner {
     }
 }
 
+fn parts(buffer: &Tensor, ranges: &[Range<usize>]) -> ops::Result<Vec<f32>> {
+    let mut values = Vec::with_capacity(ranges.iter().map(Range::len).sum());
+    for range in ranges {
+        values.extend(ops::to_host(&buffer.f_narrow(0, range.start as i64, range.len() as i64)?)?);
+    }
+    Ok(values)
+}
+
 fn overwrite(buffer: &Tensor, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError> {
     let source = Tensor::f_from_slice(values)?;
     Ok(tch::no_grad(|| buffer.f_narrow(0, range.start as i64, range.len() as i64)?.f_copy_(&source))?)
@@ -193,8 +201,8 @@ impl Learner for FlatLearner {
         })?)
     }
 
-    fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, TrainError> {
-        Ok(ops::to_host(&self.weights.f_narrow(0, range.start as i64, range.len() as i64)?)?)
+    fn read(&self, ranges: &[Range<usize>]) -> Result<Vec<f32>, TrainError> {
+        Ok(parts(&self.weights, ranges)?)
     }
 
     fn write(&mut self, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError> {
@@ -205,9 +213,10 @@ impl Learner for FlatLearner {
         Ok((ops::to_host(&self.first)?, ops::to_host(&self.second)?))
     }
 
-    fn moments_of(&self, range: &Range<usize>) -> Result<Vec<Run>, TrainError> {
-        let part = |x: &Tensor| ops::to_host(&x.f_narrow(0, range.start as i64, range.len() as i64)?);
-        Ok(vec![Run::Floats { first: part(&self.first)?, second: part(&self.second)? }])
+    fn moments_of(&self, ranges: &[Range<usize>]) -> Result<Vec<Run>, TrainError> {
+        let part = |x: &Tensor, range: &Range<usize>| parts(x, std::slice::from_ref(range));
+        let run = |range| Ok(Run::Floats { first: part(&self.first, range)?, second: part(&self.second, range)? });
+        ranges.iter().map(run).collect()
     }
 
     fn put_moments(&mut self, range: &Range<usize>, run: &Run) -> Result<bool, TrainError> {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::layout::Layout;
 use crate::host::OrdinaryMemory;
 use crate::memory::Strategy;
-use crate::state::Run;
+use crate::state::{RUN_MAX, Run};
 use crate::{Batch, HostMemory, HostValues, Hyper, QuasarConfig, Routes, TrainError, exported};
 
 /// A step that was taken.
@@ -35,19 +35,20 @@ pub(crate) trait Learner: Send {
     /// The input of each layer and the output of the final norm, `[tokens * hidden_size]` each.
     fn hidden(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<Vec<Vec<f32>>, TrainError>;
 
-    /// Master weights of a range.
-    fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, TrainError>;
+    /// Master weights of ranges, one after the other.
+    fn read(&self, ranges: &[Range<usize>]) -> Result<Vec<f32>, TrainError>;
+
+    /// The same, where they can be had without a copy.
+    fn hold(&self, ranges: &[Range<usize>]) -> Result<HostValues, TrainError> {
+        Ok(self.read(ranges)?.into())
+    }
 
     /// Overwrites master weights.
     fn write(&mut self, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError>;
 
     /// Master weights of ranges, one after the other, as they are now. They may be on their way still when this returns.
     fn contribute(&mut self, ranges: &[Range<usize>]) -> Result<HostValues, TrainError> {
-        let mut values = Vec::with_capacity(ranges.iter().map(Range::len).sum());
-        for range in ranges {
-            values.extend(self.read(range)?);
-        }
-        Ok(values.into())
+        Ok(self.read(ranges)?.into())
     }
 
     /// Overwrites master weights of ranges with `version`, plus what they changed since they were exported, if they were.
@@ -59,7 +60,7 @@ pub(crate) trait Learner: Send {
             match exported {
                 None => self.write(range, &version[part.clone()])?,
                 Some(exported) => {
-                    let mut now = self.read(range)?;
+                    let mut now = self.read(std::slice::from_ref(range))?;
                     exported::carry(&mut now, &version[part.clone()], &exported[part.clone()]);
                     self.write(range, &now)?;
                 }
@@ -77,12 +78,35 @@ pub(crate) trait Learner: Send {
     /// First and second moments of the whole layout, zero for frozen parameters.
     fn moments(&self) -> Result<(Vec<f32>, Vec<f32>), TrainError>;
 
-    /// Moments of a range, as they are kept.
-    fn moments_of(&self, range: &Range<usize>) -> Result<Vec<Run>, TrainError>;
+    /// Moments of ranges, one after the other, as they are kept.
+    fn moments_of(&self, ranges: &[Range<usize>]) -> Result<Vec<Run>, TrainError>;
 
     /// Overwrites moments of a range if they are kept as `run` has them; says whether.
     fn put_moments(&mut self, range: &Range<usize>, run: &Run) -> Result<bool, TrainError>;
 
     /// Overwrites the moments.
     fn set_moments(&mut self, first: &[f32], second: &[f32]) -> Result<(), TrainError>;
+}
+
+/// Ranges in pieces of at most [`RUN_MAX`] elements.
+pub(crate) fn cut<'a>(ranges: impl IntoIterator<Item = &'a Range<usize>>) -> Vec<Range<usize>> {
+    let cut = |range: &Range<usize>| {
+        let end = range.end;
+        range.clone().step_by(RUN_MAX).map(move |start| start..end.min(start + RUN_MAX))
+    };
+    ranges.into_iter().flat_map(cut).collect()
+}
+
+/// Pieces that are read at a time: as many as together are no more than [`RUN_MAX`].
+pub(crate) fn groups(pieces: &[Range<usize>]) -> Vec<&[Range<usize>]> {
+    let (mut groups, mut first, mut elements) = (Vec::new(), 0, 0);
+    for (at, piece) in pieces.iter().enumerate() {
+        if elements + piece.len() > RUN_MAX && at > first {
+            groups.push(&pieces[first..at]);
+            (first, elements) = (at, 0);
+        }
+        elements += piece.len();
+    }
+    groups.push(&pieces[first..]);
+    groups
 }

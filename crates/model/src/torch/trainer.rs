@@ -13,10 +13,10 @@ use super::device::{ComputeType, parse_device, use_threads};
 use super::flat::FlatLearner;
 use super::gpu::{self, GpuLearner};
 use super::layout::Layout;
-use super::learner::Learner;
+use super::learner::{self, Learner};
 use crate::exported::Exported;
 use crate::memory::{self, Strategy};
-use crate::state::{RUN_MAX, Run, StateReader, StateWriter};
+use crate::state::{Run, StateReader, StateWriter};
 use crate::{
     Batch, HostMemory, HostValues, Hyper, Place, PlanRanges, QuasarConfig, Routes, StepReport, TensorEntry, TrainError, Trainer,
     TrainerState,
@@ -163,11 +163,8 @@ impl QuasarTrainer {
 
     /// All parameters in (fragment, slice) order, as ranges of the layout of at most [`RUN_MAX`] elements.
     fn pieces(&self) -> Vec<Range<usize>> {
-        let cut = |range: &Range<usize>| {
-            let range = range.clone();
-            range.clone().step_by(RUN_MAX).map(move |start| start..range.end.min(start + RUN_MAX))
-        };
-        (0..self.ranges.fragments()).filter_map(|fragment| self.ranges.of(fragment).ok()).flatten().flat_map(cut).collect()
+        let ranges = (0..self.ranges.fragments()).filter_map(|fragment| self.ranges.of(fragment).ok()).flatten();
+        learner::cut(ranges)
     }
 
     fn check(&self, batch: &Batch, forced: Option<&Routes>) -> Result<(), TrainError> {
@@ -265,11 +262,7 @@ impl Trainer for QuasarTrainer {
     }
 
     fn export(&self, fragment: usize) -> Result<Vec<f32>, TrainError> {
-        let mut values = Vec::new();
-        for range in self.ranges.of(fragment)? {
-            values.extend(self.learner.read(range)?);
-        }
-        Ok(values)
+        self.learner.read(self.ranges.of(fragment)?)
     }
 
     fn contribute(&mut self, fragment: usize) -> Result<HostValues, TrainError> {
@@ -298,7 +291,7 @@ impl Trainer for QuasarTrainer {
 
     fn state(&self) -> Result<TrainerState, TrainError> {
         let (first, second) = self.learner.moments()?;
-        let weights = self.learner.read(&(0..self.ranges.elements()))?;
+        let weights = self.learner.read(std::slice::from_ref(&(0..self.ranges.elements())))?;
         let ordered = |values: Vec<f32>| self.ranges.to_plan_order(&values);
         let (weights, first, second) = (ordered(weights), ordered(first), ordered(second));
         Ok(TrainerState { step: self.step, weights, first, second, exported: self.exported.to_state()? })
@@ -316,11 +309,11 @@ impl Trainer for QuasarTrainer {
     fn save(&self, to: &mut dyn Write) -> Result<Digest, TrainError> {
         let mut writer = StateWriter::new(to, self.step, self.ranges.elements())?;
         let pieces = self.pieces();
-        for piece in &pieces {
-            writer.weights(&self.learner.read(piece)?)?;
+        for group in learner::groups(&pieces) {
+            writer.weights(self.learner.hold(group)?.values()?)?;
         }
-        for piece in &pieces {
-            for run in self.learner.moments_of(piece)? {
+        for group in learner::groups(&pieces) {
+            for run in self.learner.moments_of(group)? {
                 writer.run(&run)?;
             }
         }

@@ -134,7 +134,7 @@ impl Hands {
 
     /// Every shard that an order names is published.
     async fn write_page(&self, page: u32, previous: Digest, shards: &[String]) -> StoredPage {
-        let document = CatalogPage { page, previous, shards: shards.iter().map(|id| tensors::shard(id)).collect() };
+        let document = CatalogPage { page, previous, shards: shards.iter().map(|id| tensors::shard(id, tensors::SHARD_ROWS)).collect() };
         let bytes = self.put_once(&self.world.run.catalog(page), &document).await;
         let opened =
             self.world.plan.scheme.open::<CatalogPage>(&bytes, &self.world.context, Expect::Account(&self.world.office.account), None);

@@ -238,3 +238,21 @@ fn a_successor_takes_the_orders_that_its_snapshot_lacks_before_it_asks_anybody()
     let merged = |hotkey| world.tapes.range(from..).any(|(_, tape)| tape.inputs.iter().any(|input| input.hotkey == hotkey));
     assert!(!merged(hotkey) && merged(world.learners[1].slot.0));
 }
+
+#[test]
+fn a_commitment_that_only_the_predecessors_tape_names_is_logged_before_the_merge() {
+    let mut first = World::new(1, 3);
+    first.until_complete(120_000);
+    let mut tape = first.tapes[&2].clone();
+    let foreign = Digest::blake3(b"the record that the predecessor saw");
+    assert_ne!(std::mem::replace(&mut tape.inputs[0].commitment, foreign), foreign);
+    // The successor has an offer of the same learner, under another record, when it meets the tape.
+    let mut world = World::new(1, 3);
+    world.tapes.insert(2, tape);
+    world.until_complete(120_000);
+    let entries = logged(&world);
+    let merge = Digest::blake3(&codec::encode(&world.merges[&2]));
+    let place = |document: Digest| entries.iter().position(|entry| entry.document == document);
+    assert!(world.merges[&2].accepted().any(|one| one.commitment == foreign));
+    assert!(place(foreign).unwrap() < place(merge).unwrap(), "{entries:?}");
+}

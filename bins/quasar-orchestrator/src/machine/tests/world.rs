@@ -177,6 +177,13 @@ impl Sim {
             self.record.lease_step = 0;
         }
         self.record.lease_step += 1;
+        if self.lease_steps.len() == 1
+            && self.lease_steps.get(&self.record.lease) == Some(&self.record.lease_step)
+            && self.hands_in_receipts
+        {
+            // Nothing comes after it so far.
+            self.record.receipt = Some(ReceiptOffer { lease: self.record.lease, length: 100, sha256: Digest::ZERO, uploaded: false });
+        }
         self.record.local_step += 1;
         self.record.state = LearnerState::Training;
         for progress in &mut self.record.fragments {
@@ -229,8 +236,12 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new(cycles: u64, miners: u8) -> Self {
+        Self::of(setup(cycles), miners)
+    }
+
+    pub(super) fn of(setup: RunSetup, miners: u8) -> Self {
         let mut world = Self {
-            machine: Orchestrator::new(setup(cycles)),
+            machine: Orchestrator::new(setup),
             now_ms: 1_000_000,
             head: None,
             learners: (1..=miners).map(|index| Sim::new(index, 500, STEP_MS + u64::from(index) * 20)).collect(),

@@ -96,6 +96,7 @@ const SOURCES: [Source; 7] = [
             ("split_values", 0),
             ("join_values", 0),
             ("copy_values", 0),
+            ("copy_bytes", 0),
             ("moments_out", 0),
             ("moments_in", 0),
         ],

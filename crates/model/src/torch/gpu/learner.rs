@@ -11,11 +11,12 @@ use super::kernels::Kernels;
 use super::mixture::{self, Routes};
 use super::pinned::PinnedMemory;
 use super::store::{Gradients, Store, to_slice};
+use crate::host::Held;
 use crate::memory::{self, MemoryPlan, Strategy, Work, plan_pass};
 use crate::state::Run;
 use crate::torch::context;
 use crate::torch::layout::Layout;
-use crate::torch::learner::{Learner, Taken};
+use crate::torch::learner::{self, Learner, Taken};
 use crate::torch::ops;
 use crate::torch::trainer::{MomentType, TrainerOptions};
 use crate::train::Piece;
@@ -355,8 +356,16 @@ impl Learner for GpuLearner {
         states.map_err(|error| self.advised(error.into(), (batch.rows, batch.row_tokens)))
     }
 
-    fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, TrainError> {
-        Ok(self.store.read(&self.kernels, range)?)
+    fn read(&self, ranges: &[Range<usize>]) -> Result<Vec<f32>, TrainError> {
+        let mut values = Vec::with_capacity(ranges.iter().map(Range::len).sum());
+        for group in learner::groups(&learner::cut(ranges)) {
+            values.extend_from_slice(self.store.read(&self.kernels, group)?.values()?);
+        }
+        Ok(values)
+    }
+
+    fn hold(&self, ranges: &[Range<usize>]) -> Result<HostValues, TrainError> {
+        Ok(HostValues::new(self.store.read(&self.kernels, ranges)?))
     }
 
     fn write(&mut self, range: &Range<usize>, values: &[f32]) -> Result<(), TrainError> {
@@ -386,8 +395,8 @@ impl Learner for GpuLearner {
         Ok(self.store.read_moments(&self.kernels, self.layout.elements)?)
     }
 
-    fn moments_of(&self, range: &Range<usize>) -> Result<Vec<Run>, TrainError> {
-        Ok(self.store.moments_of(&self.kernels, range)?)
+    fn moments_of(&self, ranges: &[Range<usize>]) -> Result<Vec<Run>, TrainError> {
+        Ok(self.store.moments_of(&self.kernels, ranges)?)
     }
 
     fn put_moments(&mut self, range: &Range<usize>, run: &Run) -> Result<bool, TrainError> {

@@ -18,9 +18,10 @@ use super::kernels::{Kernels, StepSettings, warps};
 use super::pinned::Pinned;
 use crate::Hyper;
 use crate::adamw::bias_corrections;
+use crate::host::Held;
 use crate::state::Run;
 use crate::torch::layout::{Block, Layout};
-use crate::torch::ops::{self, Result};
+use crate::torch::ops::Result;
 use crate::torch::trainer::MomentType;
 
 /// Elements that share the scales of their 8-bit moments.
@@ -70,22 +71,14 @@ impl Buffer {
         }
     }
 
-    /// The bytes of a range of elements.
-    fn read(&self, kernels: &Kernels, range: &Range<i64>) -> Result<Vec<u8>> {
-        let (start, count) = (range.start, range.end - range.start);
+    /// The bytes of pieces, one after the other.
+    fn read(&self, kernels: &Kernels, pieces: &[Range<i64>]) -> Result<Vec<u8>> {
         match self {
-            Self::Device(tensor) => {
-                let part = tensor.f_narrow(0, start, count)?.f_to_device(tch::Device::Cpu)?;
-                let mut bytes = vec![0u8; count as usize * tensor.kind().elt_size_in_bytes()];
-                match tensor.kind() {
-                    Kind::Uint8 => part.f_copy_data(&mut bytes, count as usize)?,
-                    _ => part.f_copy_data(bytemuck::cast_slice_mut::<u8, f32>(&mut bytes), count as usize)?,
-                }
-                Ok(bytes)
-            }
+            Self::Device(tensor) => gather(kernels, tensor, pieces),
             Self::Host { memory, element_bytes, .. } => {
                 kernels.gpu.synchronize().map_err(tch::TchError::Torch)?;
-                Ok(memory.slice((start * element_bytes) as usize..(range.end * element_bytes) as usize).to_vec())
+                let part = |piece: &Range<i64>| memory.slice((piece.start * element_bytes) as usize..(piece.end * element_bytes) as usize);
+                Ok(pieces.iter().flat_map(part).copied().collect())
             }
         }
     }
@@ -164,6 +157,44 @@ pub(crate) struct Store {
     views: HashMap<String, Tensor>,
     /// Copies of weights under way beside the computation: nothing may be overwritten before they are done.
     readers: Vec<Arc<Event>>,
+}
+
+/// Bytes that are taken from the front to the back.
+struct Bytes {
+    bytes: Vec<u8>,
+    taken: usize,
+}
+
+impl Bytes {
+    fn of(bytes: Vec<u8>) -> Self {
+        Self { bytes, taken: 0 }
+    }
+
+    fn take(&mut self, count: usize) -> &[u8] {
+        self.taken += count;
+        &self.bytes[self.taken - count..self.taken]
+    }
+
+    fn floats(&mut self, count: usize) -> Vec<f32> {
+        self.take(4 * count).as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect()
+    }
+}
+
+/// Bytes of pieces of a buffer, one after the other: one wait for all of them.
+fn gather(kernels: &Kernels, from: &Tensor, pieces: &[Range<i64>]) -> Result<Vec<u8>> {
+    let width = from.kind().elt_size_in_bytes() as i64;
+    let count = pieces.iter().map(|piece| (piece.end - piece.start) * width).sum::<i64>() as usize;
+    let pinned = kernels.pool.take(&kernels.gpu, count.div_ceil(4)).map_err(tch::TchError::Torch)?;
+    let mut to = pinned.address(0);
+    for piece in pieces {
+        let bytes = (piece.end - piece.start) * width;
+        let arguments = [Argument::at(from, piece.start), Argument::address(to), bytes.into()];
+        kernels.launch("copy_bytes", copy_blocks(bytes), 256u32, &arguments)?;
+        to += bytes;
+    }
+    pinned.used_by(&kernels.gpu, Stream::NULL).map_err(tch::TchError::Torch)?;
+    let values = pinned.values().map_err(|error| tch::TchError::Torch(error.to_string()))?;
+    Ok(bytemuck::cast_slice::<f32, u8>(values)[..count].to_vec())
 }
 
 /// Gradients of one step: a tensor for each trained matrix, one f32 buffer for all trained vectors.
@@ -410,17 +441,20 @@ impl Store {
         self.readers.drain(..).try_for_each(|event| event.hold(Stream::NULL)).map_err(tch::TchError::Torch)
     }
 
-    /// Master weights of a range of the layout.
-    pub fn read(&self, kernels: &Kernels, range: &Range<usize>) -> Result<Vec<f32>> {
-        let mut values = vec![0f32; range.len()];
-        for (at, piece) in self.pieces(range) {
-            let elements = piece.end - piece.start;
-            let part = kernels.empty(&[elements], Kind::Float)?;
-            let arguments = [Argument::at(&self.weights, piece.start), self.rests.at(piece.start), (&part).into(), elements.into()];
-            kernels.launch("join_values", copy_blocks(elements), 256u32, &arguments)?;
-            to_slice(&part, &mut values[at..at + elements as usize])?;
+    /// Master weights of ranges, one after the other, in memory that the device writes.
+    pub fn read(&self, kernels: &Kernels, ranges: &[Range<usize>]) -> Result<Pinned> {
+        let pinned = kernels.pool.take(&kernels.gpu, ranges.iter().map(Range::len).sum()).map_err(tch::TchError::Torch)?;
+        let mut begin = 0;
+        for range in ranges {
+            for (at, piece) in self.pieces(range) {
+                let (elements, to) = (piece.end - piece.start, Argument::address(pinned.address(begin + at)));
+                let arguments = [Argument::at(&self.weights, piece.start), self.rests.at(piece.start), to, elements.into()];
+                kernels.launch("join_values", copy_blocks(elements), 256u32, &arguments)?;
+            }
+            begin += range.len();
         }
-        Ok(values)
+        pinned.used_by(&kernels.gpu, Stream::NULL).map_err(tch::TchError::Torch)?;
+        Ok(pinned)
     }
 
     /// Begins to copy master weights of ranges to the host, beside whatever the device computes next; the optimizer waits for it.
@@ -505,29 +539,40 @@ impl Store {
         Ok((first, second))
     }
 
-    /// Moments of a range of the layout, as they are kept.
-    pub fn moments_of(&self, kernels: &Kernels, range: &Range<usize>) -> Result<Vec<Run>> {
-        let mut runs = Vec::new();
-        for (_, piece) in self.pieces(range) {
-            let count = (piece.end - piece.start) as usize;
-            runs.push(match self.moments.as_ref().filter(|moments| piece.start < moments.first.elements()) {
-                None => Run::Zero(count),
-                Some(Moments { first, second, scales: None }) => {
-                    let values = |buffer: &Buffer| Ok::<_, tch::TchError>(bytemuck::cast_slice(&buffer.read(kernels, &piece)?).to_vec());
-                    Run::Floats { first: values(first)?, second: values(second)? }
-                }
-                Some(Moments { first, second, scales: Some((first_scales, second_scales)) }) => {
-                    let blocks = piece.start / MOMENT_BLOCK..aligned(piece.end, MOMENT_BLOCK) / MOMENT_BLOCK;
-                    let scales = |x: &Tensor| ops::to_host(&x.f_narrow(0, blocks.start, blocks.end - blocks.start)?);
+    /// Moments of ranges of the layout, as they are kept, in runs of neighbours.
+    pub fn moments_of(&self, kernels: &Kernels, ranges: &[Range<usize>]) -> Result<Vec<Run>> {
+        let pieces: Vec<Range<i64>> = ranges.iter().flat_map(|range| self.pieces(range)).map(|(_, piece)| piece).collect();
+        let count = |piece: &Range<i64>| (piece.end - piece.start) as usize;
+        let Some(Moments { first, second, scales }) = &self.moments else {
+            return Ok(pieces.iter().map(|piece| Run::Zero(count(piece))).collect());
+        };
+        let is_trained = |piece: &&Range<i64>| piece.start < first.elements();
+        let trained: Vec<Range<i64>> = pieces.iter().filter(is_trained).cloned().collect();
+        let blocks = |piece: &Range<i64>| piece.start / MOMENT_BLOCK..aligned(piece.end, MOMENT_BLOCK) / MOMENT_BLOCK;
+        let blocks_of: Vec<Range<i64>> = trained.iter().map(blocks).collect();
+        let [mut first, mut second] = [Bytes::of(first.read(kernels, &trained)?), Bytes::of(second.read(kernels, &trained)?)];
+        let mut scales = match scales {
+            Some((first, second)) => {
+                Some([Bytes::of(gather(kernels, first, &blocks_of)?), Bytes::of(gather(kernels, second, &blocks_of)?)])
+            }
+            None => None,
+        };
+        let run = |piece: &Range<i64>| {
+            let count = count(piece);
+            match &mut scales {
+                _ if !is_trained(&piece) => Run::Zero(count),
+                None => Run::Floats { first: first.floats(count), second: second.floats(count) },
+                Some(scales) => {
+                    let blocks = blocks(piece).count();
                     Run::Bytes {
                         phase: (piece.start % MOMENT_BLOCK) as usize,
-                        scales: [scales(first_scales)?, scales(second_scales)?],
-                        codes: [first.read(kernels, &piece)?, second.read(kernels, &piece)?],
+                        scales: scales.each_mut().map(|scales| scales.floats(blocks)),
+                        codes: [first.take(count).to_vec(), second.take(count).to_vec()],
                     }
                 }
-            });
-        }
-        Ok(runs)
+            }
+        };
+        Ok(pieces.iter().map(run).collect())
     }
 
     /// Overwrites moments of a range of the layout, if they are kept in 8 bits here as there and blocks begin at the same elements; frozen

@@ -315,6 +315,16 @@ extern "C" __global__ void copy_values(const float* from, float* to, i64 element
   if (at < elements) to[at] = from[at];
 }
 
+// Bytes from the GPU's memory to the host's, by eights where they lie so.
+extern "C" __global__ void copy_bytes(const u8* from, u8* to, i64 bytes) {
+  i64 first = (i64)blockIdx.x * blockDim.x + threadIdx.x, stride = (i64)gridDim.x * blockDim.x, words = 0;
+  if (((i64)from | (i64)to) % 8 == 0) {
+    words = bytes / 8;
+    for (i64 at = first; at < words; at += stride) reinterpret_cast<uint2*>(to)[at] = reinterpret_cast<const uint2*>(from)[at];
+  }
+  for (i64 at = 8 * words + first; at < bytes; at += stride) to[at] = from[at];
+}
+
 // 8-bit moments to f32 [elements] and back, whole blocks of 256; a warp a block.
 extern "C" __global__ void moments_out(const u8* first, const u8* second, const float* first_scale, const float* second_scale,
                                        float* first_values, float* second_values, i64 blocks) {

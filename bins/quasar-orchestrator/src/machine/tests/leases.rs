@@ -1,0 +1,44 @@
+//! Rows at the end of an epoch, and leases that nobody finishes.
+
+use protocol::documents::RowRange;
+
+use super::*;
+
+const ROW_TOKENS: u64 = 128;
+
+fn rows_of(job: &Job) -> u64 {
+    job.leases.iter().flat_map(|lease| &lease.rows).map(RowRange::rows).sum()
+}
+
+#[test]
+fn rows_that_fill_no_step_are_trained_too_and_then_the_next_epoch_begins() {
+    let rows = 403;
+    let mut world = World::of(RunSetup { shards: vec![shard("a", rows)], ..setup(0) }, 3);
+    world.run(60_000);
+    let odd: Vec<&Job> = world.leases.values().filter(|job| rows_of(job) % 4 != 0).collect();
+    assert!(!odd.is_empty() && odd.iter().all(|job| u64::from(job.leases[0].steps) == rows_of(job).div_ceil(4)), "{odd:?}");
+    let totals = world.machine.ledger.totals();
+    assert!(totals.done_tokens >= 2 * rows * ROW_TOKENS, "two epochs are done: {totals:?}");
+    assert_eq!(totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows, rows);
+}
+
+#[test]
+fn a_learner_that_is_there_and_does_not_train_keeps_its_rows_until_the_deadline_only() {
+    let mut setup = setup(0);
+    setup.parameters.lease_steps = 2;
+    let mut world = World::of(setup, 3);
+    world.run(3_000);
+    let slot = world.learners[0].slot;
+    let first = world.machine.leases.iter().find(|(_, record)| record.slot == slot && !record.ended).map(|(id, _)| *id).unwrap();
+    let deadline_ms = world.machine.leases[&first].lease.deadline_ms;
+    // It goes on reporting, and takes no step.
+    world.learners[0].next_step_ms = u64::MAX;
+    let held = |world: &World| world.machine.leases.get(&first).is_some_and(|record| !record.ended);
+    world.run(deadline_ms - world.now_ms);
+    let is_used_up = !held(&world);
+    world.run(20_000);
+    assert!(!held(&world) && world.machine.learners[&slot].live, "used up before: {is_used_up}");
+    let newer = world.machine.leases.iter().any(|(id, record)| record.slot == slot && !record.ended && *id > first);
+    assert!(newer, "it gets others in their place");
+    assert!(world.machine.ledger.totals().leased_rows <= 3 * 3 * 2 * 4, "nothing piles up");
+}
