@@ -263,7 +263,7 @@ fn export(plane: &Plane, order: &Export, weights: &HostValues) -> Result<Exporte
     plane.payloads.insert(order.t, payload.into());
     let (digest, file) = residual.unzip();
     let steps = (order.start_step, order.local_step);
-    plane.spool.put_export(order.t, steps, file.as_deref()).map_err(|error| spool_fault(&error))?;
+    plane.spool.put_export(order.t, steps, blake3, file.as_deref()).map_err(|error| spool_fault(&error))?;
     Ok(Exported { t: order.t, length, sha256, blake3, residual: digest })
 }
 

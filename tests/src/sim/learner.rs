@@ -8,8 +8,8 @@ use bytes::Bytes;
 use daemon::Machine;
 use daemon::clock::Steady;
 use protocol::documents::{
-    CatalogPage, Commitment, Head, Job, Lease, OPENING_PARTS, OpenedStep, OpeningManifest, Progress, PullGrants, Receipt, StandingGrants,
-    encode_progress,
+    CatalogPage, Commitment, Head, Job, Lease, MergeManifest, OPENING_PARTS, OpenedStep, OpeningManifest, Progress, PullGrants, Receipt,
+    StandingGrants, encode_progress,
 };
 use protocol::envelope::{self, Document, Expect, Header, next_sequence};
 use protocol::{AccountId, Digest, GrantBundle, GrantRequest, KeyMap, Method, SealedBytes, codec};
@@ -42,8 +42,8 @@ struct Disk {
     /// States before steps, by session and local step, with the applied versions.
     states: BTreeMap<(u64, u64), (Weights, Vec<u64>)>,
     steps: BTreeMap<(u64, u64), OpenedStep>,
-    /// By outer step and session.
-    exports: BTreeMap<(u64, u64), Export>,
+    /// By outer step, session and local step.
+    exports: BTreeMap<(u64, u64, u64), Export>,
     keyframes: HashMap<(u16, u64), Bytes>,
     sequence: u64,
     session: u64,
@@ -54,6 +54,7 @@ struct Disk {
 struct Export {
     start_step: u64,
     local_step: u64,
+    payload: Digest,
     is_uploaded: bool,
 }
 
@@ -328,7 +329,9 @@ impl World {
                 if put.is_done() {
                     let mut node = self.learners[index].borrow_mut();
                     let session = node.disk.session;
-                    if let Some(export) = node.disk.exports.get_mut(&(t, session)) {
+                    if let Some(export) =
+                        node.disk.exports.range_mut((t, session, 0)..(t, session + 1, 0)).next_back().map(|(_, export)| export)
+                    {
                         export.is_uploaded = true;
                     }
                 }
@@ -351,7 +354,10 @@ impl World {
             }
             Effect::PrepareOpening { audit, t, .. } => {
                 self.executor.sleep(PREPARE_MS).await;
-                Input::OpeningPrepared { audit, parts: self.prepare_opening(index, audit, t) }
+                let manifest = self.published::<MergeManifest>(id, &self.run.merge(t)).await;
+                let account = self.learners[index].borrow().identity.account;
+                let ours = manifest.and_then(|manifest| manifest.contributions.into_iter().find(|one| one.hotkey == account));
+                Input::OpeningPrepared { audit, parts: self.prepare_opening(index, audit, t, ours.map(|one| one.payload)) }
             }
             Effect::PutOpening { audit, part } => {
                 let bytes = self.learners[index].borrow().memory.openings.get(&(audit, part)).cloned();
@@ -622,8 +628,8 @@ impl World {
             }
             let (length, sha256, blake3) = (payload.len() as u64, Digest::sha256(&payload), Digest::blake3(&payload));
             node.memory.payloads.insert(order.t, payload);
-            let export = Export { start_step: order.start_step, local_step: order.local_step, is_uploaded: false };
-            node.disk.exports.insert((order.t, session), export);
+            let export = Export { start_step: order.start_step, local_step: order.local_step, payload: blake3, is_uploaded: false };
+            node.disk.exports.insert((order.t, session, order.local_step), export);
             exported.push(Exported { t: order.t, length, sha256, blake3, residual: None });
         }
         node.memory.weights = Some(weights);
@@ -633,13 +639,15 @@ impl World {
         Some((Input::Prepared { number: boundary.number, snapshot, exported }, step_ms, fails))
     }
 
-    fn prepare_opening(&self, index: usize, audit: Digest, t: u64) -> Option<Vec<PreparedPart>> {
+    fn prepare_opening(&self, index: usize, audit: Digest, t: u64, payload: Option<Digest>) -> Option<Vec<PreparedPart>> {
         let (manifest, state) = {
             let node = self.learners[index].borrow();
-            let mut answers = node.disk.exports.range((t, 0)..(t + 1, 0));
-            // Two sessions may have answered the same pull; the one that reached the store counts, else the first.
-            let first = answers.clone().next();
-            let ((_, session), Export { start_step, local_step, .. }) = answers.find(|(_, export)| export.is_uploaded).or(first)?;
+            let answers = || node.disk.exports.range((t, 0, 0)..(t + 1, 0, 0));
+            // Two sessions may have answered the same pull. Where nobody knows which payload was merged, the one that reached the store
+            // counts, else the first.
+            let merged = answers().find(|(_, export)| Some(export.payload) == payload);
+            let uploaded = answers().find(|(_, export)| export.is_uploaded);
+            let ((_, session, _), Export { start_step, local_step, .. }) = merged.or(uploaded).or(answers().next())?;
             let (session, start_step, local_step) = (*session, *start_step, *local_step);
             let (weights, versions) = node.disk.states.get(&(session, start_step))?.clone();
             let steps: Vec<OpenedStep> =

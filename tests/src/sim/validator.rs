@@ -279,7 +279,7 @@ impl World {
         Some(Box::new(HeadFacts::from(head.document)))
     }
 
-    async fn published<D: Document>(&self, id: NodeId, key: &str) -> Option<Box<D>> {
+    pub(super) async fn published<D: Document>(&self, id: NodeId, key: &str) -> Option<Box<D>> {
         let object = self.get(id, key, None).await.ok().flatten()?;
         let opened = self.plan.scheme.open::<D>(&object.bytes, &self.context, Expect::Account(&self.office.account), None);
         opened.ok().map(|verified| Box::new(verified.document))

@@ -437,6 +437,18 @@ impl Watch {
         }
     }
 
+    /// A writer that was about to lose the lease may have taken a pardon which its successor knows from its snapshot or journal.
+    pub fn pardoned(&mut self, world: &World, machine: &Orchestrator) {
+        for number in 1..=machine.orders_taken() {
+            match world.peek(&world.run.order(number)).and_then(|bytes| decoded::<Order>(&bytes)).map(|(_, order)| order.action) {
+                Some(Action::Unban { hotkey }) if !machine.status().banned.iter().any(|banned| *banned == hotkey) => {
+                    self.banned.remove(&hotkey);
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// A process went on from the bucket, with orders that it found there: what others knew beyond it is gone. Open pulls are asked again, receipts after the last
     /// snapshot do not count.
     pub fn succeeded(&mut self, host: usize, machine: &Orchestrator, orders: &[Order]) {

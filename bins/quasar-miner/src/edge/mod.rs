@@ -24,7 +24,7 @@ use chain::Hotkey;
 use daemon::sequence::Sequence;
 use daemon::{JournalError, clock};
 use protocol::documents::{Lease, MergeManifest, Progress, Receipt, encode_progress};
-use protocol::envelope::{self, Expect};
+use protocol::envelope::{self, Document, Expect};
 use protocol::{Digest, GrantRequest, Method};
 use storage::client::{GrantAccess, GrantError, PutOutcome};
 use storage::discovery::{RunFacts, RunReader};
@@ -87,14 +87,14 @@ impl Plane {
     pub fn open(folder: &Path, session: u64, facts: &RunFacts) -> Result<Self, SpoolError> {
         let fail = |source: io::Error| SpoolError::Io { path: folder.to_owned(), source };
         let parameters = &facts.manifest.parameters;
-        let steps_kept = SPOOLED_CYCLES * usize::from(parameters.inner_steps);
+        let outer_steps_kept = SPOOLED_CYCLES * u64::from(parameters.fragments);
         let codecs = (parameters.codec_up, parameters.codec_down);
         Ok(Self {
             keyframes: Keyframes::open(folder.join("fragments"), facts.plan.clone(), codecs).map_err(fail)?,
             staged: Staged::default(),
             tokens: TokenStore::default(),
             payloads: Announced::default(),
-            spool: Spool::open(folder.join("spool"), session, steps_kept.max(1))?,
+            spool: Spool::open(folder.join("spool"), session, outer_steps_kept)?,
             feedback: match parameters.codec_up.withholds() {
                 true => Some(Feedback::open(folder.join("feedback")).map_err(fail)?),
                 false => None,
@@ -103,8 +103,8 @@ impl Plane {
     }
 }
 
-/// An audit asks for a segment of a finished cycle, some blocks later: three cycles' steps are kept for it.
-const SPOOLED_CYCLES: usize = 3;
+/// An audit asks for a segment of a finished cycle, some blocks later: what belongs to three cycles' pulls is kept for it.
+const SPOOLED_CYCLES: u64 = 3;
 
 /// What all learners of a process share.
 pub struct Shared {
@@ -272,8 +272,7 @@ impl Edge {
     async fn settle_feedback(self: &Arc<Self>) {
         let pending = self.plane.feedback.as_ref().map(Feedback::pending).unwrap_or_default();
         for sent in pending.into_iter().filter(|sent| self.plane.payloads.get(sent.t).is_none()) {
-            let key = self.facts.run.merge(sent.t);
-            let manifest = self.looks.lock().await.once::<MergeManifest>(&key, Expect::Any(&self.facts.orchestrators)).await;
+            let manifest = self.published::<MergeManifest>(&self.facts.run.merge(sent.t)).await;
             // Where the pull of an earlier session is still open, there is none yet.
             let Some(manifest) = manifest.filter(|manifest| (manifest.t, manifest.fragment) == (sent.t, sent.fragment)) else { continue };
             let us = (self.hotkey.account(), self.slot);
@@ -289,6 +288,11 @@ impl Edge {
                 Err(_) => {}
             }
         }
+    }
+
+    /// A public document of the orchestrator that is written once; `None` while it is absent or cannot be had.
+    async fn published<D: Document>(&self, key: &str) -> Option<D> {
+        self.looks.lock().await.once::<D>(key, Expect::Any(&self.facts.orchestrators)).await
     }
 
     fn grant(&self, method: Method, key: &str) -> Option<GrantRequest> {
@@ -366,13 +370,22 @@ impl Edge {
     }
 
     async fn prepare_opening(self: &Arc<Self>, audit: Digest, t: u64, key: [u8; 32]) -> Option<Vec<crate::machine::PreparedPart>> {
+        // Which of the payloads that several sessions may have offered was taken.
+        let manifest = self.published::<MergeManifest>(&self.facts.run.merge(t)).await;
+        let us = (self.hotkey.account(), self.slot);
+        let ours = manifest.and_then(|manifest| manifest.contributions.into_iter().find(|one| (one.hotkey, one.slot) == us));
+        let payload = ours.map(|contribution| contribution.payload);
         let this = self.clone();
         let prepare = move || -> anyhow::Result<_> {
             let now_ms = clock::now_ms();
             let sequence = this.shared.sequence.next(now_ms)?;
             let sign = |manifest: &_| envelope::sign(manifest, &this.facts.context, &*this.hotkey, sequence, now_ms);
             let info = |part| this.facts.context.opening_info(&audit, part);
-            Ok(this.openings.prepare((&audit, t), &key, info, &this.plane.spool, sign)?)
+            let parts = this.openings.prepare((&audit, t, payload.as_ref()), &key, info, &this.plane.spool, sign)?;
+            // One payload of a learner and cycle is audited: with this one, nobody asks for the others, nor for earlier ones.
+            let fragments = u64::from(this.facts.manifest.parameters.fragments);
+            this.plane.spool.release((t / fragments + 1) * fragments)?;
+            Ok(parts)
         };
         match tokio::task::spawn_blocking(prepare).await {
             Ok(Ok(parts)) => Some(parts),

@@ -41,7 +41,7 @@ impl OpeningFiles {
     /// gives the bytes of part 0.
     pub fn prepare(
         &self,
-        (audit, t): (&Digest, u64),
+        (audit, t, payload): (&Digest, u64, Option<&Digest>),
         key: &[u8; 32],
         info: impl Fn(u8) -> Vec<u8>,
         spool: &Spool,
@@ -50,7 +50,7 @@ impl OpeningFiles {
         let fail = |source| SpoolError::Io { path: self.folder.clone(), source };
         // The manifest is written last: where it is, the others are.
         if !self.path(audit, MANIFEST).exists() {
-            let segment = spool.open_segment(t)?;
+            let segment = spool.open_segment(t, payload)?;
             let seal = |part: u8, source: &mut dyn Read| self.seal(audit, part, key, &info(part), source);
             self.write((audit, t), segment, seal, sign).map_err(fail)?;
         }

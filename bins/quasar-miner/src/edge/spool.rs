@@ -3,8 +3,8 @@
 //!
 //! Files are named by session and local step (or outer step), zero-padded, so that their order is the order of events:
 //! `S-N.state` is the trainer's state before step N, `S-N.segment` describes it and is written after it, `S-N.step` is one
-//! step, `S-T.export` is one payload, `S-T.uploaded` marks that it reached the store, and `S-T.residual` is what its codec had withheld
-//! before it ([`super::feedback`]).
+//! step, `S-T-N.export` is one payload, `S-T.uploaded` marks that one of outer step T reached the store, and `S-T-N.residual` is what the
+//! codec had withheld before it ([`super::feedback`]). A session answers a pull twice if it is opened again after the first answer.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -44,6 +44,9 @@ impl SpoolError {
 /// A moment of a session: session epoch and local step.
 type Moment = (u64, u64);
 
+/// An export: session, outer step, local step.
+type ExportAt = (u64, u64, u64);
+
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 struct Segment {
     versions: Vec<u64>,
@@ -52,7 +55,8 @@ struct Segment {
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 struct ExportRecord {
     start_step: u64,
-    local_step: u64,
+    /// BLAKE3 of the payload.
+    payload: Digest,
 }
 
 enum Write {
@@ -74,10 +78,12 @@ enum Write {
         routes: Routes,
     },
     Export {
-        session: u64,
-        t: u64,
-        start_step: u64,
-        local_step: u64,
+        at: ExportAt,
+        record: ExportRecord,
+    },
+    /// No audit asks for payloads of earlier outer steps any more.
+    Release {
+        below: u64,
     },
     /// Answered once everything before it is on disk.
     Flush(SyncSender<()>),
@@ -106,16 +112,16 @@ pub struct Spool {
 }
 
 impl Spool {
-    /// Opens the spool for a new session. At least the last `steps_kept` steps stay, those of earlier sessions included.
-    pub fn open(folder: PathBuf, session: u64, steps_kept: usize) -> Result<Self, SpoolError> {
+    /// Opens the spool for a new session. The segments of payloads of the last `outer_steps_kept` outer steps stay, those of earlier
+    /// sessions included, however many steps the learner takes meanwhile; and the two newest.
+    pub fn open(folder: PathBuf, session: u64, outer_steps_kept: u64) -> Result<Self, SpoolError> {
         let fail = |source| SpoolError::Io { path: folder.clone(), source };
         fs::create_dir_all(&folder).map_err(fail)?;
-        let steps = moments(&folder, ".step").map_err(fail)?;
         let (writes, queue) = sync_channel(QUEUE);
         let failure = Arc::new(Mutex::new(None));
         let (spare, buffer) = channel();
         let _ = spare.send(Vec::new());
-        let writer = Writer { folder: folder.clone(), steps, steps_kept, spare, failure: failure.clone() };
+        let writer = Writer { folder: folder.clone(), outer_steps_kept, released: 0, spare, failure: failure.clone() };
         std::thread::Builder::new().name("spool".into()).spawn(move || writer.run(&queue)).map_err(fail)?;
         Ok(Self { folder, session, writes, buffer: Mutex::new(buffer), failure })
     }
@@ -166,15 +172,22 @@ impl Spool {
     }
 
     /// Binds a payload to its segment, and keeps the residual that went into it as it is now.
-    pub fn put_export(&self, t: u64, (start_step, local_step): (u64, u64), residual: Option<&Path>) -> Result<(), SpoolError> {
+    pub fn put_export(
+        &self,
+        t: u64,
+        (start_step, local_step): (u64, u64),
+        payload: Digest,
+        residual: Option<&Path>,
+    ) -> Result<(), SpoolError> {
+        let at = (self.session, t, local_step);
         if let Some(residual) = residual {
-            let kept = self.folder.join(name((self.session, t), ".residual"));
+            let kept = self.folder.join(export_name(at, ".residual"));
             // The residual is replaced whole when it changes, so that a link keeps it; not every file system has links.
             remove(&kept)
                 .and_then(|()| fs::hard_link(residual, &kept).or_else(|_| fs::copy(residual, &kept).map(drop)))
                 .map_err(|source| SpoolError::Io { path: kept, source })?;
         }
-        self.write(Write::Export { session: self.session, t, start_step, local_step })
+        self.write(Write::Export { at, record: ExportRecord { start_step, payload } })
     }
 
     /// The payload of outer step `t` reached the store.
@@ -182,6 +195,11 @@ impl Spool {
         if let Err(error) = fs::write(self.folder.join(name((self.session, t), ".uploaded")), []) {
             tracing::warn!(t, %error, "an upload could not be noted");
         }
+    }
+
+    /// Nobody asks for segments of payloads before outer step `below` any more.
+    pub fn release(&self, below: u64) -> Result<(), SpoolError> {
+        self.write(Write::Release { below })
     }
 
     /// Waits until everything that was written so far is on disk.
@@ -225,20 +243,23 @@ impl Spool {
         segments.iter().rev().find_map(find)
     }
 
-    /// The segment that the payload of outer step `t` is bound to.
-    pub fn open_segment(&self, t: u64) -> Result<OpenedSegment, SpoolError> {
+    /// The segment that a payload of outer step `t` is bound to: the one with digest `payload`, if that is known.
+    pub fn open_segment(&self, t: u64, payload: Option<&Digest>) -> Result<OpenedSegment, SpoolError> {
         self.flush()?;
         let missing = || SpoolError::Missing { path: self.folder.clone(), t };
         let io = |source| SpoolError::Io { path: self.folder.clone(), source };
-        let exports: Vec<Moment> = moments(&self.folder, ".export").map_err(io)?.into_iter().filter(|(_, of)| *of == t).collect();
-        // Two sessions may have answered the same pull; the one that reached the store counts, else the first.
-        let uploaded = exports.iter().find(|at| self.folder.join(name(**at, ".uploaded")).exists());
-        let export_at = *uploaded.or(exports.first()).ok_or_else(missing)?;
-        let export: ExportRecord = self.meta(&name(export_at, ".export"))?;
+        let exports: Vec<ExportAt> = exports(&self.folder).map_err(io)?.into_iter().filter(|(_, of, _)| *of == t).collect();
+        // Two sessions may have answered the same pull. Where nobody knows which payload was merged, the one that reached the store counts,
+        // else the first.
+        let record = |at: &ExportAt| self.meta::<ExportRecord>(&export_name(*at, ".export"));
+        let merged = exports.iter().find(|at| record(at).is_ok_and(|record| Some(&record.payload) == payload));
+        let uploaded = exports.iter().find(|at| self.folder.join(name((at.0, at.1), ".uploaded")).exists());
+        let export_at = *merged.or(uploaded).or(exports.first()).ok_or_else(missing)?;
+        let export = record(&export_at)?;
         let start = (export_at.0, export.start_step);
         let segment: Segment = self.meta(&name(start, ".segment")).map_err(|_| missing())?;
-        let steps = (export.start_step..export.local_step).map(|step| self.step((export_at.0, step)).map_err(|_| missing()));
-        let residual = Some(self.folder.join(name(export_at, ".residual"))).filter(|path| path.exists());
+        let steps = (export.start_step..export_at.2).map(|step| self.step((export_at.0, step)).map_err(|_| missing()));
+        let residual = Some(self.folder.join(export_name(export_at, ".residual"))).filter(|path| path.exists());
         Ok(OpenedSegment {
             start_step: export.start_step,
             versions: segment.versions,
@@ -272,6 +293,20 @@ fn name((session, number): Moment, ending: &str) -> String {
     format!("{session:016}-{number:012}{ending}")
 }
 
+fn export_name((session, t, local_step): ExportAt, ending: &str) -> String {
+    format!("{session:016}-{t:012}-{local_step:012}{ending}")
+}
+
+/// All exports, in order.
+fn exports(folder: &Path) -> io::Result<BTreeSet<ExportAt>> {
+    let parse = |stem: String| {
+        let mut numbers = stem.split('-').map(str::parse::<u64>);
+        let at = (numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?);
+        numbers.next().is_none().then_some(at)
+    };
+    Ok(files::stems(folder, ".export")?.into_iter().filter_map(parse).collect())
+}
+
 /// Moments of all files with this ending, in order.
 fn moments(folder: &Path, ending: &str) -> io::Result<BTreeSet<Moment>> {
     let parse = |stem: String| {
@@ -293,8 +328,9 @@ impl From<io::Error> for Saving {
 /// The thread that writes.
 struct Writer {
     folder: PathBuf,
-    steps: BTreeSet<Moment>,
-    steps_kept: usize,
+    outer_steps_kept: u64,
+    /// Payloads of outer steps before this one are not asked for any more.
+    released: u64,
     spare: Sender<Vec<u8>>,
     failure: Arc<Mutex<Option<SpoolError>>>,
 }
@@ -321,18 +357,18 @@ impl Writer {
                 Ok(())
             }
             Write::Segment { at, versions } => {
-                files::write_whole(&self.folder.join(name(at, ".segment")), &[&codec::encode(&Segment { versions })])
+                files::write_whole(&self.folder.join(name(at, ".segment")), &[&codec::encode(&Segment { versions })])?;
+                self.trim()
             }
             Write::Step { at, step, routes } => {
                 let meta = codec::encode(&*step);
                 let routes: Vec<u8> = routes.0.iter().flat_map(|route| route.to_le_bytes()).collect();
-                files::write_whole(&self.folder.join(name(at, ".step")), &[&(meta.len() as u32).to_le_bytes(), &meta, &routes])?;
-                self.steps.insert(at);
-                self.trim()
+                files::write_whole(&self.folder.join(name(at, ".step")), &[&(meta.len() as u32).to_le_bytes(), &meta, &routes])
             }
-            Write::Export { session, t, start_step, local_step } => {
-                let record = ExportRecord { start_step, local_step };
-                files::write_whole(&self.folder.join(name((session, t), ".export")), &[&codec::encode(&record)])
+            Write::Export { at, record } => files::write_whole(&self.folder.join(export_name(at, ".export")), &[&codec::encode(&record)]),
+            Write::Release { below } => {
+                self.released = self.released.max(below);
+                self.trim()
             }
             Write::Flush(done) => {
                 let _ = done.send(());
@@ -341,32 +377,36 @@ impl Writer {
         }
     }
 
-    /// Removes what is older than the steps that stay. The newest state always stays: a restart begins with it.
+    /// Removes what no audit can ask for any more.
     fn trim(&mut self) -> io::Result<()> {
-        if self.steps.len() <= self.steps_kept {
-            return Ok(());
-        }
-        while self.steps.len() > self.steps_kept {
-            if let Some(at) = self.steps.pop_first() {
-                remove(&self.folder.join(name(at, ".step")))?;
+        let exports = exports(&self.folder)?;
+        let newest = exports.iter().map(|(_, t, _)| *t).max().unwrap_or(0);
+        let mut kept = BTreeSet::new();
+        for at in exports {
+            let path = self.folder.join(export_name(at, ".export"));
+            let record = fs::read(&path).ok().and_then(|bytes| codec::decode::<ExportRecord>(&bytes, META_BYTES_MAX).ok());
+            match record {
+                Some(record) if at.1 >= self.released && at.1 + self.outer_steps_kept > newest => {
+                    kept.insert((at.0, record.start_step));
+                }
+                _ => {
+                    remove(&path)?;
+                    remove(&self.folder.join(name((at.0, at.1), ".uploaded")))?;
+                    remove(&self.folder.join(export_name(at, ".residual")))?;
+                }
             }
         }
-        let Some(oldest) = self.steps.first().copied() else { return Ok(()) };
         let segments = moments(&self.folder, ".segment")?;
-        // The segment that the oldest step belongs to began before it.
-        let first_kept = segments.range(..=oldest).next_back().copied().unwrap_or(oldest);
-        for at in segments.range(..first_kept) {
+        // A restart begins with the newest, and the next export may belong to the one before it.
+        kept.extend(segments.iter().rev().take(2));
+        for at in segments.difference(&kept) {
             remove(&self.folder.join(name(*at, ".segment")))?;
             remove(&self.folder.join(name(*at, ".state")))?;
         }
-        for at in moments(&self.folder, ".export")? {
-            let path = self.folder.join(name(at, ".export"));
-            let record = fs::read(&path).ok().and_then(|bytes| codec::decode::<ExportRecord>(&bytes, META_BYTES_MAX).ok());
-            if record.is_none_or(|record| (at.0, record.start_step) < first_kept) {
-                remove(&path)?;
-                remove(&self.folder.join(name(at, ".uploaded")))?;
-                remove(&self.folder.join(name(at, ".residual")))?;
-            }
+        // A step belongs to the segment that began last before it.
+        let is_kept = |step: &Moment| segments.range(..=*step).next_back().is_none_or(|segment| kept.contains(segment));
+        for at in moments(&self.folder, ".step")?.iter().filter(|step| !is_kept(step)) {
+            remove(&self.folder.join(name(*at, ".step")))?;
         }
         Ok(())
     }
@@ -416,15 +456,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let spool = Spool::open(folder.path().join("spool"), 50, 72).unwrap();
         fill(&spool, 0..7);
-        spool.put_export(100, (4, 7), None).unwrap();
+        spool.put_export(100, (4, 7), Digest::ZERO, None).unwrap();
         spool.flush().unwrap();
         drop(spool);
         let spool = Spool::open(folder.path().join("spool"), 60, 72).unwrap();
-        let opened = spool.open_segment(100).unwrap();
+        let opened = spool.open_segment(100, None).unwrap();
         assert_eq!((opened.start_step, opened.versions), (4, vec![9, 4]));
         assert_eq!(opened.steps.iter().map(|(step, routes)| (step.local_step, routes[0])).collect::<Vec<_>>(), [(4, 4), (5, 5), (6, 6)]);
         assert_eq!(fs::read(opened.state).unwrap(), state(4).to_bytes());
-        assert!(matches!(spool.open_segment(101), Err(SpoolError::Missing { t: 101, .. })));
+        assert!(matches!(spool.open_segment(101, None), Err(SpoolError::Missing { t: 101, .. })));
     }
 
     #[test]
@@ -432,14 +472,19 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let first = Spool::open(folder.path().to_owned(), 50, 72).unwrap();
         fill(&first, 0..5);
-        first.put_export(100, (0, 4), None).unwrap();
+        first.put_export(100, (0, 4), Digest::blake3(b"first"), None).unwrap();
         first.flush().unwrap();
         let second = Spool::open(folder.path().to_owned(), 60, 72).unwrap();
         fill(&second, 0..9);
-        second.put_export(100, (4, 8), None).unwrap();
-        assert_eq!(second.open_segment(100).unwrap().start_step, 0);
+        second.put_export(100, (4, 8), Digest::blake3(b"second"), None).unwrap();
+        assert_eq!(second.open_segment(100, None).unwrap().start_step, 0);
         second.mark_uploaded(100);
-        assert_eq!(second.open_segment(100).unwrap().start_step, 4);
+        assert_eq!(second.open_segment(100, None).unwrap().start_step, 4);
+        let of = |payload: &[u8]| second.open_segment(100, Some(&Digest::blake3(payload))).unwrap().start_step;
+        assert_eq!((of(b"first"), of(b"second")), (0, 4), "whatever was marked");
+        // The pull is opened once more, and this session answers it once more.
+        second.put_export(100, (8, 9), Digest::blake3(b"third"), None).unwrap();
+        assert_eq!((of(b"second"), of(b"third")), (4, 8));
     }
 
     #[test]
@@ -471,20 +516,35 @@ mod tests {
     }
 
     #[test]
-    fn the_spool_is_bounded_and_keeps_whole_segments() {
+    fn the_segments_of_payloads_that_may_be_audited_stay_and_others_go() {
         let folder = tempfile::tempdir().unwrap();
-        let spool = Spool::open(folder.path().to_owned(), 50, 6).unwrap();
-        fill(&spool, 0..8);
+        let spool = Spool::open(folder.path().to_owned(), 50, 10).unwrap();
         let residual = folder.path().join("5.residual");
         fs::write(&residual, b"withheld").unwrap();
-        spool.put_export(100, (0, 2), Some(&residual)).unwrap();
-        spool.put_export(101, (12, 14), Some(&residual)).unwrap();
+        fill(&spool, 0..8);
+        spool.put_export(100, (0, 2), Digest::ZERO, Some(&residual)).unwrap();
         files::write_whole(&residual, &[b"something else"]).unwrap();
-        fill(&spool, 8..16);
+        // A learner that is faster than the run takes many steps between two pulls.
+        fill(&spool, 8..40);
         let numbers = |ending| moments(folder.path(), ending).unwrap().into_iter().map(|(_, number)| number).collect::<Vec<_>>();
-        assert_eq!(numbers(".step"), [10, 11, 12, 13, 14, 15]);
-        assert_eq!(numbers(".state"), [8, 12]);
-        assert_eq!((numbers(".export"), numbers(".residual")), (vec![101], vec![101]));
-        assert_eq!(fs::read(spool.open_segment(101).unwrap().residual.unwrap()).unwrap(), b"withheld");
+        assert_eq!(numbers(".state"), [0, 32, 36]);
+        assert_eq!(numbers(".step"), [vec![0, 1, 2, 3], (32..40).collect()].concat());
+        let opened = spool.open_segment(100, None).unwrap();
+        assert_eq!((opened.start_step, opened.steps.len()), (0, 2));
+        assert_eq!(fs::read(opened.residual.unwrap()).unwrap(), b"withheld");
+        spool.put_export(109, (36, 40), Digest::ZERO, None).unwrap();
+        fill(&spool, 40..44);
+        let exports = || super::exports(folder.path()).unwrap().into_iter().map(|(_, t, _)| t).collect::<Vec<_>>();
+        let residuals = || files::stems(folder.path(), ".residual").unwrap().len() - 1;
+        assert_eq!((exports(), residuals()), (vec![100, 109], 1));
+        spool.put_export(110, (40, 44), Digest::ZERO, None).unwrap();
+        fill(&spool, 44..48);
+        assert_eq!((exports(), residuals()), (vec![109, 110], 0));
+        assert_eq!(numbers(".state"), [36, 40, 44]);
+        assert!(matches!(spool.open_segment(100, None), Err(SpoolError::Missing { t: 100, .. })));
+        // The audit of their cycle is drawn, and opened.
+        spool.release(110).unwrap();
+        spool.flush().unwrap();
+        assert_eq!((exports(), numbers(".state")), (vec![110], vec![40, 44]));
     }
 }

@@ -506,7 +506,7 @@ impl World {
 
     fn prepare(&self, audit: Digest, t: u64, key: [u8; 32]) -> Option<Vec<PreparedPart>> {
         let sign = |manifest: &OpeningManifest| protocol::codec::encode(manifest);
-        self.openings.prepare((&audit, t), &key, |part| vec![part], &self.plane.spool, sign).ok()
+        self.openings.prepare((&audit, t, None), &key, |part| vec![part], &self.plane.spool, sign).ok()
     }
 
     /// A part of a prepared opening, as its validator sees it.

@@ -165,7 +165,7 @@ impl Orchestrator {
         case.ordering = true;
         let parts = if case.is_opened() { case.parts.values().map(|part| (part.length, part.sha256)).collect() } else { Vec::new() };
         let selection = Box::new(case.selection.clone());
-        let leases = self.leases_of((selection.hotkey, selection.slot));
+        let leases = self.leases_of((selection.hotkey, selection.slot), selection.cycle);
         self.head_dirty = true;
         self.emit(Effect::OrderAudit { selection, parts, leases });
     }

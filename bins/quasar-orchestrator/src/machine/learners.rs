@@ -13,8 +13,11 @@ use super::{Effect, Guest, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, ReceiptSta
 
 /// Steps before the end of a learner's last lease at which it gets the next one.
 const LEASE_AHEAD_STEPS: u32 = 16;
-/// Ended leases that are kept for audits, for each learner.
+/// So many of the newest ended leases of each learner are always kept, and a commitment counts the steps of no more leases before its own.
 const LEASES_KEPT: usize = 6;
+/// Further ended leases are kept for audits of so many cycles, up to so many of each learner: some learners use up several in a cycle.
+const LEASES_KEPT_CYCLES: u64 = 3;
+const LEASES_KEPT_MAX: usize = 128;
 /// Finished leases that wait for their receipts, for each learner.
 const RECEIPTS_AWAITED: usize = 2;
 /// A lease that nobody finishes ends after so many times the time it should take.
@@ -64,6 +67,8 @@ pub struct LeaseRecord {
     pub reported: u32,
     pub receipt: ReceiptStage,
     pub ended: bool,
+    /// Outer step that came next when it ended.
+    pub ended_t: u64,
 }
 
 impl Learner {
@@ -277,6 +282,7 @@ impl Orchestrator {
         let Some(record) = self.leases.get_mut(&id) else { return };
         let slot = record.slot;
         if !std::mem::replace(&mut record.ended, true) {
+            record.ended_t = self.next_t;
             book(&mut self.ledger, record);
         }
         if let Some(learner) = self.learners.get_mut(&slot) {
@@ -284,9 +290,14 @@ impl Orchestrator {
             learner.job_dirty = true;
             self.pace.dirty.insert(slot);
         }
-        let ended: Vec<u64> = self.leases.iter().filter(|(_, record)| record.slot == slot && record.ended).map(|(id, _)| *id).collect();
-        for id in ended.iter().take(ended.len().saturating_sub(LEASES_KEPT)) {
-            self.leases.remove(id);
+        let kept_from = self.next_t.saturating_sub(LEASES_KEPT_CYCLES * u64::from(self.parameters().fragments));
+        let is_ended = |(_, record): &(&u64, &LeaseRecord)| record.slot == slot && record.ended;
+        let ended: Vec<(u64, u64)> = self.leases.iter().filter(is_ended).map(|(id, record)| (*id, record.ended_t)).collect();
+        let (older, most) = (ended.len().saturating_sub(LEASES_KEPT), ended.len().saturating_sub(LEASES_KEPT_MAX));
+        for (number, (id, ended_t)) in ended.into_iter().take(older).enumerate() {
+            if ended_t < kept_from || number < most {
+                self.leases.remove(&id);
+            }
         }
     }
 
@@ -379,9 +390,11 @@ impl Orchestrator {
         self.emit(Effect::PublishPullGrants { revision, slot, session_epoch, wants });
     }
 
-    /// Leases of `slot` that an audit of its recent work may need.
-    pub(super) fn leases_of(&self, slot: Slot) -> Vec<Lease> {
-        self.leases.values().filter(|record| record.slot == slot).map(|record| record.lease.clone()).collect()
+    /// Leases of `slot` that an audit of its work in a cycle may need: its segment may have begun in the cycle before.
+    pub(super) fn leases_of(&self, slot: Slot, cycle: u64) -> Vec<Lease> {
+        let from = cycle.saturating_sub(1) * u64::from(self.parameters().fragments);
+        let may_be = |record: &&LeaseRecord| record.slot == slot && (!record.ended || record.ended_t >= from);
+        self.leases.values().filter(may_be).map(|record| record.lease.clone()).collect()
     }
 }
 
@@ -425,7 +438,8 @@ impl LeasedSteps {
 
     /// Most steps that a learner can have done when it committed to `lease_step` of `lease`: those of its earlier leases, and these.
     pub fn until(&self, slot: &Slot, lease: u64, lease_step: u32) -> u32 {
-        let earlier = self.0.get(slot).into_iter().flatten().take_while(|(id, _)| *id < lease);
+        let known = self.0.get(slot).map(Vec::as_slice).unwrap_or_default();
+        let earlier = known[..known.partition_point(|(id, _)| *id < lease)].iter().rev().take(LEASES_KEPT);
         earlier.fold(lease_step, |sum, (_, steps)| sum.saturating_add(*steps))
     }
 }

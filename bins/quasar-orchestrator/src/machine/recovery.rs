@@ -203,7 +203,7 @@ impl Orchestrator {
         for (id, record) in self.leases.range_mut(..newer).filter(|(_, record)| !record.ended) {
             if shares(record) {
                 self.ledger.end_lease_whole(*id, &record.lease.rows, false);
-                record.ended = true;
+                (record.ended, record.ended_t) = (true, self.next_t);
                 if let Some(learner) = self.learners.get_mut(&record.slot) {
                     learner.leases.retain(|lease| lease != id);
                 }
@@ -214,6 +214,6 @@ impl Orchestrator {
 
 impl LeaseRecord {
     pub(super) fn new(lease: Lease, slot: super::Slot) -> Self {
-        Self { lease, slot, evidence: 0, committed: Vec::new(), reported: 0, receipt: ReceiptStage::Awaited, ended: false }
+        Self { lease, slot, evidence: 0, committed: Vec::new(), reported: 0, receipt: ReceiptStage::Awaited, ended: false, ended_t: 0 }
     }
 }

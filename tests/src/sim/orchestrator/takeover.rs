@@ -67,6 +67,7 @@ impl World {
                 machine
             }
         };
+        self.watch.borrow_mut().pardoned(&self, &machine);
         self.begin_orchestrating(&hands, machine, epoch);
     }
 }
@@ -79,9 +80,15 @@ impl Hands {
             let object = self.persist(read).await;
             let found = self.open::<Head>(&object.bytes).expect("our own head");
             self.raise_sequence(found.header.sequence);
+            if found.document.epoch > epoch {
+                self.confirm().await;
+                continue;
+            }
             let claimed = Head { epoch, ..found.document };
             let bytes = self.sign_ours(&claimed, &self.world.context);
             let condition = PutCondition::IfMatch(object.etag.unwrap_or_default());
+            // What was read may be a successor's already, if the way here took longer than the lease.
+            self.hold().await;
             match self.world.put(self.id, self.world.head_key(), bytes, condition).await {
                 Ok(tag) => {
                     *self.head_etag.borrow_mut() = Some(tag);

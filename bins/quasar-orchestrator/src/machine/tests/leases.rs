@@ -42,3 +42,21 @@ fn a_learner_that_is_there_and_does_not_train_keeps_its_rows_until_the_deadline_
     assert!(newer, "it gets others in their place");
     assert!(world.machine.ledger.totals().leased_rows <= 3 * 3 * 2 * 4, "nothing piles up");
 }
+
+#[test]
+fn the_leases_of_a_learner_that_uses_up_many_in_a_cycle_are_kept_until_its_audits_are_over() {
+    let mut setup = setup(0);
+    setup.parameters.lease_steps = 2;
+    let mut world = World::of(setup, 3);
+    let quick = world.learners[0].slot;
+    world.learners[0].step_ms /= 8;
+    world.run(20_000);
+    let machine = &world.machine;
+    let ended: Vec<&LeaseRecord> = machine.leases.values().filter(|record| record.slot == quick && record.ended).collect();
+    let cycle = machine.next_t / u64::from(P);
+    assert!(cycle > 4 && ended.len() > 20, "{} leases, cycle {cycle}", ended.len());
+    assert!(ended[..ended.len() - 6].iter().all(|record| record.ended_t + 3 * u64::from(P) >= machine.next_t), "and no longer");
+    let of_last = machine.leases_of(quick, cycle - 1);
+    let needed = ended.iter().filter(|record| record.ended_t >= (cycle - 2) * u64::from(P)).count();
+    assert!(of_last.len() >= needed && needed > 6, "{} of {needed}", of_last.len());
+}
