@@ -441,7 +441,7 @@ impl Watch {
     pub fn pardoned(&mut self, world: &World, machine: &Orchestrator) {
         for number in 1..=machine.orders_taken() {
             match world.peek(&world.run.order(number)).and_then(|bytes| decoded::<Order>(&bytes)).map(|(_, order)| order.action) {
-                Some(Action::Unban { hotkey }) if !machine.status().banned.iter().any(|banned| *banned == hotkey) => {
+                Some(Action::Unban { hotkey }) if !machine.status().banned.contains(&hotkey) => {
                     self.banned.remove(&hotkey);
                 }
                 _ => {}

@@ -128,8 +128,11 @@ impl Segment {
     }
 }
 
+/// What a codec had withheld of a fragment, and its BLAKE3.
+type Residual = (Vec<f32>, Digest);
+
 /// Cuts the residual of a fragment off the end of an opened state: finite values, with the digest that follows them.
-fn split_residual(bytes: &[u8], elements: usize) -> Option<(&[u8], (Vec<f32>, Digest))> {
+fn split_residual(bytes: &[u8], elements: usize) -> Option<(&[u8], Residual)> {
     let length = elements.checked_mul(4)?.checked_add(32)?;
     let (state, residual) = bytes.split_at_checked(bytes.len().checked_sub(length)?)?;
     let (values, digest) = residual.split_last_chunk::<32>()?;

@@ -15,7 +15,7 @@ fn rows_that_fill_no_step_are_trained_too_and_then_the_next_epoch_begins() {
     let rows = 403;
     let mut world = World::of(RunSetup { shards: vec![shard("a", rows)], ..setup(0) }, 3);
     world.run(60_000);
-    let odd: Vec<&Job> = world.leases.values().filter(|job| rows_of(job) % 4 != 0).collect();
+    let odd: Vec<&Job> = world.leases.values().filter(|job| !rows_of(job).is_multiple_of(4)).collect();
     assert!(!odd.is_empty() && odd.iter().all(|job| u64::from(job.leases[0].steps) == rows_of(job).div_ceil(4)), "{odd:?}");
     let totals = world.machine.ledger.totals();
     assert!(totals.done_tokens >= 2 * rows * ROW_TOKENS, "two epochs are done: {totals:?}");
