@@ -3,6 +3,7 @@
 //! ```text
 //! gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]
 //! gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS  loss on real text (bytes as tokens) with 8-bit and with f32 moments
+//! gpu TORCH_FOLDER state CHECKPOINT  how long it takes to take a trainer's state
 //! gpu TORCH_FOLDER tree CHECKPOINT TOKENS STEPS OUT  trains a checkpoint on a file of u32 tokens and writes the result as another
 //! ```
 
@@ -13,7 +14,7 @@ use protocol::DType;
 use quasar_model::torch::bench::{BenchOptions, bench};
 use quasar_model::{Batch, Hyper, MomentType, QuasarConfig, QuasarTrainer, Trainer, TrainerOptions};
 
-const USAGE: &str = "usage: gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]\n       gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS\n       gpu TORCH_FOLDER tree CHECKPOINT TOKENS STEPS OUT";
+const USAGE: &str = "usage: gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]\n       gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS\n       gpu TORCH_FOLDER state CHECKPOINT\n       gpu TORCH_FOLDER tree CHECKPOINT TOKENS STEPS OUT";
 /// Shape of a batch of text.
 const ROWS: usize = 8;
 const ROW_TOKENS: usize = 512;
