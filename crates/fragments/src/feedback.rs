@@ -4,6 +4,7 @@
 //! lost for ever. Error feedback is a momentum of its own; the outer optimizer must not add another
 //! ([`crate::outer::momentum_fits`]).
 
+use protocol::Digest;
 use rayon::prelude::*;
 
 use crate::codec::{self, CodecError, PayloadHeader, Source, Span, check_tile, cut_mut};
@@ -61,6 +62,14 @@ impl ErrorFeedback {
     }
 }
 
+/// A residual as it is kept and opened: little-endian f32 in slice order, then their BLAKE3. Gives values and digest; `None` if the bytes
+/// are not whole.
+pub fn read_residual(bytes: &[u8]) -> Option<(Vec<f32>, Digest)> {
+    let (values, digest) = bytes.split_last_chunk::<32>()?;
+    let (chunks, []) = values.as_chunks::<4>() else { return None };
+    (Digest::blake3(values).0 == *digest).then(|| (chunks.iter().map(|value| f32::from_le_bytes(*value)).collect(), Digest(*digest)))
+}
+
 const TASK_ELEMENTS: usize = 1 << 16;
 
 /// `values += sign · payload`, tile by tile.
@@ -107,7 +116,6 @@ vectorised! {
 mod tests {
     use super::*;
     use crate::fixture;
-    use protocol::Digest;
     use protocol::documents::Codec;
 
     const ELEMENTS: usize = 20_000;

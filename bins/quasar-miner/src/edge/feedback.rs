@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use fragments::codec::{CodecError, PayloadHeader};
-use fragments::feedback::{BETA, ErrorFeedback};
+use fragments::feedback::{BETA, ErrorFeedback, read_residual};
 use protocol::Digest;
 
 use super::files;
@@ -93,14 +93,13 @@ impl Feedback {
             }
         }
         let path = self.residual_path(fragment);
-        let mut before = self.residual(fragment, change.len())?;
-        if before.is_none() {
-            self.write(&path, &[], &vec![0.0; change.len()])?;
-            before = self.residual(fragment, change.len())?;
-        }
-        let Some((values, digest)) = before else {
-            let source = io::Error::other("the file was changed while it was written");
-            return Err(FeedbackError::Io { path, source });
+        let (values, digest) = match self.residual(fragment, change.len())? {
+            Some(before) => before,
+            None => {
+                let nothing = vec![0.0; change.len()];
+                let digest = self.write(&path, &[], &nothing)?;
+                (nothing, digest)
+            }
         };
         let mut feedback = ErrorFeedback::from_residual(values, BETA);
         let payload = feedback.encode(header, change)?;
@@ -124,7 +123,7 @@ impl Feedback {
             Err(_) => 0,
         };
         let cut = bytes.len().checked_sub(4 * elements + 32).map(|cut| bytes.split_at(cut));
-        match cut.and_then(|(payload, rest)| Some((payload, values_of(rest)?))) {
+        match cut.and_then(|(payload, rest)| Some((payload, read_residual(rest)?))) {
             Some((payload, (mut residual, _))) => {
                 if let Some(header) = given_back {
                     let mut feedback = ErrorFeedback::from_residual(residual, BETA);
@@ -147,7 +146,7 @@ impl Feedback {
         let path = self.residual_path(fragment);
         match fs::read(&path) {
             Ok(bytes) => {
-                let found = values_of(&bytes).filter(|(values, _)| values.len() == elements);
+                let found = read_residual(&bytes).filter(|(values, _)| values.len() == elements);
                 if found.is_none() {
                     tracing::warn!(fragment, "what was withheld of a fragment is damaged on this disk; it begins again with nothing");
                 }
@@ -158,8 +157,9 @@ impl Feedback {
         }
     }
 
-    fn write(&self, path: &Path, payload: &[u8], residual: &[f32]) -> Result<(), FeedbackError> {
-        let write = |file: &mut dyn io::Write| -> io::Result<()> {
+    /// Gives the digest that ends the file.
+    fn write(&self, path: &Path, payload: &[u8], residual: &[f32]) -> Result<Digest, FeedbackError> {
+        let write = |file: &mut dyn io::Write| -> io::Result<Digest> {
             file.write_all(payload)?;
             let mut hasher = blake3::Hasher::new();
             for values in residual.chunks(VALUES_AT_ONCE) {
@@ -167,7 +167,9 @@ impl Feedback {
                 hasher.update(&bytes);
                 file.write_all(&bytes)?;
             }
-            file.write_all(hasher.finalize().as_bytes())
+            let digest = *hasher.finalize().as_bytes();
+            file.write_all(&digest)?;
+            Ok(Digest(digest))
         };
         files::write_with(path, write).map_err(|source| FeedbackError::Io { path: path.to_owned(), source })
     }
@@ -176,13 +178,6 @@ impl Feedback {
         let path = self.folder.join(sent.name());
         fs::remove_file(&path).map_err(|source| FeedbackError::Io { path, source })
     }
-}
-
-/// Values and their digest, if the bytes are whole.
-fn values_of(bytes: &[u8]) -> Option<(Vec<f32>, Digest)> {
-    let (values, digest) = bytes.split_last_chunk::<32>()?;
-    let (chunks, []) = values.as_chunks::<4>() else { return None };
-    (Digest::blake3(values).0 == *digest).then(|| (chunks.iter().map(|value| f32::from_le_bytes(*value)).collect(), Digest(*digest)))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use fragments::codec;
-use fragments::feedback::{BETA, ErrorFeedback};
+use fragments::feedback::{BETA, ErrorFeedback, read_residual};
 use model::{Batch, Hyper, Routes, StateError, TrainError, Trainer, TrainerState};
 use protocol::documents::{InnerOptimizer, Lease, Measurements, OpenedStep, OpeningManifest, PPM, VerdictResult, micro_nats};
 use protocol::envelope::{Expect, open_stored};
@@ -135,13 +135,8 @@ type Residual = (Vec<f32>, Digest);
 fn split_residual(bytes: &[u8], elements: usize) -> Option<(&[u8], Residual)> {
     let length = elements.checked_mul(4)?.checked_add(32)?;
     let (state, residual) = bytes.split_at_checked(bytes.len().checked_sub(length)?)?;
-    let (values, digest) = residual.split_last_chunk::<32>()?;
-    let digest = Digest(*digest);
-    if Digest::blake3(values) != digest {
-        return None;
-    }
-    let values: Vec<f32> = values.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect();
-    values.iter().all(|value| value.is_finite()).then_some((state, (values, digest)))
+    let residual = read_residual(residual)?;
+    residual.0.iter().all(|value| value.is_finite()).then_some((state, residual))
 }
 
 /// Routes of exactly `count` steps.

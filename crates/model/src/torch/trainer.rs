@@ -309,10 +309,11 @@ impl Trainer for QuasarTrainer {
     fn save(&self, to: &mut dyn Write) -> Result<Digest, TrainError> {
         let mut writer = StateWriter::new(to, self.step, self.ranges.elements())?;
         let pieces = self.pieces();
-        for group in learner::groups(&pieces) {
+        let groups = learner::groups(&pieces);
+        for group in &groups {
             writer.weights(self.learner.hold(group)?.values()?)?;
         }
-        for group in learner::groups(&pieces) {
+        for group in &groups {
             for run in self.learner.moments_of(group)? {
                 writer.run(&run)?;
             }
