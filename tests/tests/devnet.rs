@@ -7,7 +7,7 @@ use std::process::Command;
 
 use fragments::keyframe::{self, KeyframeId};
 use fragments::{CheckpointTree, TensorSpec, delta};
-use protocol::documents::{MergeManifest, Tape, VerdictResult, VerdictReveal};
+use protocol::documents::{MergeManifest, Release, Tape, VerdictResult, VerdictReveal};
 use protocol::{DType, Digest, FragmentPlan};
 use quasar_tests::{bin_dir, binary, documents, files};
 
@@ -18,7 +18,11 @@ const FRAGMENTS: u64 = 24;
 fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let dir = folder.path().join("devnet");
-    let (summary, errors) = devnet(&dir, CYCLES, &["--chaos", "--codec-up", "int4", "--codec-down", "int4"]);
+    let run_file = folder.path().join("run.toml");
+    let parameters = include_str!("../../configs/run-devnet.toml").replace("release_every_cycles = 0", "release_every_cycles = 2");
+    std::fs::write(&run_file, parameters).expect("the folder is writable");
+    let run_file = run_file.display().to_string();
+    let (summary, errors) = devnet(&dir, CYCLES, &["--chaos", "--codec-up", "int4", "--codec-down", "int4", "--run-file", &run_file]);
     for victim in ["miner-1", "validator-0", "orchestrator"] {
         assert!(errors.contains(&format!("killing {victim}")) && errors.contains(&format!("starting {victim} again")), "{errors}");
     }
@@ -52,6 +56,8 @@ fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
         assert!(merged.is_subset(&taped), "step {} merged something that its tape does not hold", merge.t);
     }
     the_frames_lead_to_the_versions_of_the_merge_manifests(&bucket, &merges);
+    releases_came_while_everybody_trained(&bucket, &merges);
+    a_journal_is_replayed_to_where_the_run_ended(&dir, merges.len());
     let reveals: Vec<(_, VerdictReveal)> = documents(&bucket);
     assert!(reveals.iter().all(|(signer, reveal)| *signer == reveal.verdict.validator));
     assert!(reveals.iter().filter(|(_, reveal)| reveal.verdict.result == VerdictResult::Pass).count() >= 3, "{reveals:?}");
@@ -100,6 +106,40 @@ fn devnet(dir: &Path, cycles: u64, more: &[&str]) -> (serde_json::Value, String)
         serde_json::from_str(text.lines().last().expect("a last line")).expect("the last line is one JSON object");
     assert_eq!(summary["ok"], true, "{summary}");
     (summary, errors)
+}
+
+/// On schedule, each whole and signed; nothing was merged less for it, and no learner began anew.
+fn releases_came_while_everybody_trained(bucket: &Path, merges: &[MergeManifest]) {
+    let mut releases: Vec<Release> = documents(bucket).into_iter().map(|(_, release): (_, Release)| release).collect();
+    releases.retain(|release| release.release.starts_with("run-"));
+    releases.sort_by_key(|release| release.tokens);
+    assert!(releases.len() as u64 > CYCLES / 2, "{} releases", releases.len());
+    for release in &releases {
+        for (fragment, version) in release.versions.iter().enumerate() {
+            let merged = |merge: &MergeManifest| usize::from(merge.fragment) == fragment && merge.version == *version;
+            assert!(merges.iter().any(merged), "{}: fragment {fragment} version {version}", release.release);
+        }
+        for file in &release.files {
+            let ending = format!("{}/{}", release.release, file.path);
+            let path = files(bucket).into_iter().find(|path| path.to_string_lossy().ends_with(&ending));
+            let bytes = std::fs::read(path.unwrap_or_else(|| panic!("{ending} is missing"))).expect("the bucket is readable");
+            assert_eq!(Digest::blake3(&bytes), file.blake3, "{ending}");
+        }
+    }
+    let during = merges.iter().filter(|merge| !merge.closing && merge.t >= FRAGMENTS * CYCLES / 2);
+    let contributors: Vec<usize> = during.map(|merge| merge.accepted().count()).collect();
+    assert!(contributors.iter().sum::<usize>() as f64 / contributors.len() as f64 > 1.2, "{contributors:?}");
+}
+
+/// `replay` tells from the orchestrator's journal what the bucket says.
+fn a_journal_is_replayed_to_where_the_run_ended(dir: &Path, merges: usize) {
+    let journal = files(&dir.join("state")).into_iter().find(|path| path.ends_with("journal.redb") && path.to_string_lossy().contains("orchestrator"));
+    let output = Command::new(binary("quasar-orchestrator")).args(["replay", "--state", "--json"]).arg(journal.expect("a journal")).output();
+    let output = output.expect("it starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    let of = |key: &str| told["status"][key].as_u64().unwrap_or_default();
+    assert_eq!((of("merges") + of("empty_merges"), &told["status"]["state"]), (merges as u64, &"complete".into()), "{told}");
 }
 
 /// From the first keyframes along the published frames: every version that a merge manifest names, bit for bit.

@@ -20,6 +20,12 @@ fn an_operator_checks_bans_rolls_back_rotates_and_drains() {
         (&true.into(), Some(says(&["store", "check"]).lines().count()))
     );
 
+    // What a day of it costs, before anybody pays for it.
+    let run_file = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/run-mainnet.toml");
+    let cost = office.says_json("orchestrator", &["cost", "--config", run_file, "--miners", "100", "--json"]);
+    assert!(cost["per_day"]["puts"].as_f64().is_some_and(|puts| puts > 1e6) && cost["price_per_day"].as_f64() > Some(0.0), "{cost}");
+    assert!(says(&["cost", "--config", run_file, "--miners", "100"]).contains("a learner sends "));
+
     // Nobody runs yet: said as such, and nothing breaks.
     let early = office.run("orchestrator", &["status"]);
     let errors = String::from_utf8_lossy(&early.stderr);

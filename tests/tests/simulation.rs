@@ -1,7 +1,7 @@
 //! Simulated worlds: every role's real machine, and everything that can go wrong. `cargo xtask sim` runs more of them.
 
 use quasar_tests::sim::paper::Scheme;
-use quasar_tests::sim::{self, Faults, INVARIANTS, Outcome, Plan};
+use quasar_tests::sim::{self, Boundary, CrashPoint, Faults, INVARIANTS, Outcome, Plan};
 
 /// As `cargo xtask sim` would print it, with the command that replays the seed.
 fn must_hold(seed: u64, miners: usize, outcome: &Outcome) {
@@ -50,16 +50,19 @@ fn worlds_with_real_signatures_and_sealed_grants_hold_every_invariant() {
 }
 
 #[test]
-fn an_orchestrator_that_dies_at_any_effect_boundary_merges_everything_once() {
+fn an_orchestrator_that_dies_at_any_effect_or_write_with_or_without_its_disk_merges_everything_once() {
     const EVERY: usize = 7;
     let plan = sim::small(1, 3);
     let whole = sim::run(plan.clone());
     must_hold(1, 3, &whole);
     assert_eq!(whole.crashes, 0);
-    assert!(whole.effects > 200, "{}", whole.effects);
-    for point in (1..=whole.effects).step_by(EVERY) {
+    assert!(whole.effects > 200 && whole.writes > whole.effects, "{} effects, {} writes", whole.effects, whole.writes);
+    let effects = (1..=whole.effects).map(|count| (Boundary::Effect, count));
+    let writes = (1..=whole.writes).map(|count| (Boundary::Write, count));
+    for (number, (boundary, count)) in effects.chain(writes).step_by(EVERY).enumerate() {
+        let point = CrashPoint { boundary, count, loses_disk: number % 2 == 1 };
         let outcome = sim::run_crashing(plan.clone(), point);
-        assert_eq!(outcome.crashes, 1, "point {point}");
+        assert_eq!(outcome.crashes, 1, "{point:?}");
         must_hold(1, 3, &outcome);
     }
 }

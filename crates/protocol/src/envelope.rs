@@ -93,10 +93,11 @@ pub enum Purpose {
     WriterLease = 23,
     Order = 24,
     Equivocation = 25,
+    LeaseEnd = 26,
 }
 
 impl Purpose {
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::RunRoot,
         Self::CurrentRun,
         Self::RunManifest,
@@ -122,6 +123,7 @@ impl Purpose {
         Self::WriterLease,
         Self::Order,
         Self::Equivocation,
+        Self::LeaseEnd,
     ];
 
     pub fn from_number(number: u16) -> Option<Self> {
@@ -155,7 +157,8 @@ impl Purpose {
             | Self::Order
             | Self::VerdictCommit
             | Self::VerdictReveal
-            | Self::Scores => 64 << 10,
+            | Self::Scores
+            | Self::LeaseEnd => 64 << 10,
         }
     }
 

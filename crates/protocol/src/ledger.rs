@@ -135,10 +135,10 @@ impl TokenLedger {
         ranges
     }
 
+    /// The next epoch begins in every shard whose rows are all done or lost.
     fn begin_epoch(&mut self) {
         for index in 0..self.shards.len() as u32 {
-            let is_leased = |runs: &Vec<Run>| runs.iter().any(|run| matches!(run.state, RowState::Leased(_)));
-            if self.shards[index as usize].rows == 0 || self.detail.get(&index).is_some_and(is_leased) {
+            if !self.is_over(index) {
                 continue;
             }
             for state in [RowState::Done, RowState::Lost] {
@@ -147,10 +147,17 @@ impl TokenLedger {
             }
             self.detail.remove(&index);
             self.finished.clear(index);
-            let epoch = self.shards[index as usize].epoch;
-            self.mark_waiting(index, epoch, false);
             self.shards[index as usize].epoch += 1;
-            self.mark_waiting(index, epoch + 1, true);
+            let epoch = self.shards[index as usize].epoch;
+            self.mark_waiting(index, epoch, true);
+        }
+    }
+
+    /// Whether a shard has rows, and all of them are done or lost.
+    fn is_over(&self, index: u32) -> bool {
+        match self.detail.get(&index) {
+            Some(runs) => runs.iter().all(|run| matches!(run.state, RowState::Done | RowState::Lost)),
+            None => self.finished.has(index),
         }
     }
 
@@ -195,9 +202,12 @@ impl TokenLedger {
         }
     }
 
-    /// Takes rows for a lease that was given out before this ledger was written: those that still wait, and whether all of them
-    /// did.
+    /// Takes rows for a lease that was given out by another writer, and says whether they were there to be taken. Leases are taken up
+    /// in the order of their numbers, each with its end; rows that are done or lost then say that the other had begun an epoch.
     pub fn adopt_lease(&mut self, lease: u64, ranges: &[RowRange]) -> bool {
+        if ranges.iter().any(|range| self.find(&range.shard).is_ok_and(|index| self.is_over(index))) {
+            self.begin_epoch();
+        }
         let mut rows = 0;
         let before = self.totals.leased_rows;
         for range in ranges {

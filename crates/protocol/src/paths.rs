@@ -180,6 +180,11 @@ impl RunKeys {
         format!("{}/leases/{lease}.qsr", self.private)
     }
 
+    /// How the rows of a lease are booked.
+    pub fn lease_end(&self, lease: u64) -> String {
+        format!("{}/leases/{lease}.end.qsr", self.private)
+    }
+
     /// The orchestrator's machine, for a successor without its disk.
     pub fn snapshot(&self) -> String {
         format!("{}/snapshot.bin", self.private)

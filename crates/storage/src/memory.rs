@@ -3,11 +3,12 @@
 //! Grants work, too: their URLs carry a keyed hash over everything that a presigned request binds, and [`MemoryGrants`] redeems them as
 //! a real store would.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use protocol::{Digest, GrantRequest, Method};
+use protocol::{Digest, FileRecord, GrantRequest, Method};
 
 use crate::blobs::{BlobError, Blobs, MemoryBlobs, Stat};
 use crate::client::{GrantAccess, GrantError, PutOutcome};
@@ -75,6 +76,14 @@ impl ObjectStore for MemoryStore {
             Err(BlobError::ConditionFailed) => Err(StoreError::PreconditionFailed { key: key.to_owned() }),
             Err(error) => Err(StoreError::unavailable(key, error.to_string())),
         }
+    }
+
+    async fn put_file(&self, key: &str, path: &Path, file: &FileRecord) -> Result<(), StoreError> {
+        let bytes = std::fs::read(path).map_err(|error| StoreError::invalid(key, format!("{}: {error}", path.display())))?;
+        if (bytes.len() as u64, Digest::sha256(&bytes)) != (file.length, file.sha256) {
+            return Err(StoreError::invalid(key, "the bytes are not those that were announced"));
+        }
+        self.put(key, Bytes::from(bytes), PutCondition::IfAbsent).await.map(drop)
     }
 
     async fn list(&self, prefix: &str) -> Result<Vec<ObjectMeta>, StoreError> {

@@ -1,8 +1,10 @@
 //! The store as the holder of its credentials sees it.
 
+use std::path::Path;
+
 use async_trait::async_trait;
 use bytes::Bytes;
-use protocol::{Digest, GrantRequest};
+use protocol::{Digest, FileRecord, GrantRequest};
 
 use crate::StoreError;
 
@@ -84,6 +86,10 @@ pub trait ObjectStore: Send + Sync + 'static {
     /// Writes an object whole, protected by its SHA-256 on the way, and returns its tag. A retried conditional write that finds its own
     /// bytes in place counts as done.
     async fn put(&self, key: &str, bytes: Bytes, condition: PutCondition) -> Result<String, StoreError>;
+
+    /// Writes a file as an object that nobody has written yet, read from the disk as it is sent. `file` states its length and its SHA-256, by
+    /// which the store refuses other bytes.
+    async fn put_file(&self, key: &str, path: &Path, file: &FileRecord) -> Result<(), StoreError>;
 
     /// All objects whose key starts with `prefix`, sorted by key bytes (stores disagree on order).
     async fn list(&self, prefix: &str) -> Result<Vec<ObjectMeta>, StoreError>;

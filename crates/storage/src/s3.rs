@@ -3,6 +3,8 @@
 //! Traps of the SDK that shape this file: its default retries would hide whether a conditional write was tried before; its default checksums
 //! are CRCs in a trailer, where the protocol wants SHA-256; its `rustls` feature drags in a second TLS stack.
 
+use std::path::Path;
+
 use async_trait::async_trait;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::retry::RetryConfig;
@@ -16,13 +18,16 @@ use aws_smithy_http_client::Builder;
 use aws_smithy_http_client::tls::Provider;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use bytes::{Bytes, BytesMut};
-use protocol::{Digest, GrantRequest};
+use protocol::{Digest, FileRecord, GrantRequest};
 
 use crate::presign::{self, BucketUrl, base64_of};
 use crate::{Object, ObjectMeta, ObjectStore, Presign, PutCondition, StoreError, key, policy};
 
 /// Most objects that one listing returns; a prefix with more is a mistake.
 pub const MAX_LISTED: usize = 1_000_000;
+
+/// Most bytes of one PUT, by S3.
+const MAX_PUT_BYTES: u64 = 5 << 30;
 
 /// Where the bucket is and how to get in.
 #[derive(Clone)]
@@ -177,15 +182,22 @@ impl S3Store {
         Ok(Some(Object { bytes, etag }))
     }
 
-    async fn put_once(&self, key: &str, bytes: &Bytes, sha256: &Digest, condition: &PutCondition) -> Result<String, StoreError> {
+    async fn put_once(
+        &self,
+        key: &str,
+        body: ByteStream,
+        length: u64,
+        sha256: &Digest,
+        condition: &PutCondition,
+    ) -> Result<String, StoreError> {
         let mut request = self
             .client
             .put_object()
             .bucket(&self.settings.bucket)
             .key(key)
-            .content_length(bytes.len() as i64)
+            .content_length(length as i64)
             .checksum_sha256(base64_of(sha256))
-            .body(ByteStream::from(bytes.clone()));
+            .body(body);
         match condition {
             PutCondition::Always => {}
             PutCondition::IfAbsent => request = request.if_none_match("*"),
@@ -193,7 +205,7 @@ impl S3Store {
         }
         // The checksum header is signed, so hashing the payload again for the signature would add nothing.
         let sent = request.customize().disable_payload_signing().send();
-        match within(key, bytes.len() as u64, sent).await? {
+        match within(key, length, sent).await? {
             Ok(answer) => Ok(answer.e_tag().unwrap_or_default().to_owned()),
             Err(error) => Err(match (self.sort(key, Access::Write, error), condition) {
                 // If-Match on a key that is gone: some stores say 404.
@@ -248,7 +260,7 @@ impl ObjectStore for S3Store {
         let sha256 = Digest::sha256(&bytes);
         let (bytes, sha256, condition) = (&bytes, &sha256, &condition);
         policy::retry(StoreError::is_retryable, |attempt| async move {
-            let result = self.put_once(key, bytes, sha256, condition).await;
+            let result = self.put_once(key, ByteStream::from(bytes.clone()), bytes.len() as u64, sha256, condition).await;
             if attempt > 1 && matches!(result, Err(StoreError::PreconditionFailed { .. })) {
                 // An earlier attempt may have succeeded without its answer reaching us: our own bytes in place are a success.
                 if let Ok(Some(object)) = self.get_once(key, None, bytes.len() as u64).await
@@ -260,6 +272,23 @@ impl ObjectStore for S3Store {
             result
         })
         .await
+    }
+
+    async fn put_file(&self, key: &str, path: &Path, file: &FileRecord) -> Result<(), StoreError> {
+        key::check(key)?;
+        if file.length > MAX_PUT_BYTES {
+            return Err(StoreError::invalid(
+                key,
+                format!("{} bytes are more than the 5 GiB of one request\nhint: cut the checkpoint into smaller files", file.length),
+            ));
+        }
+        policy::retry(StoreError::is_retryable, |_| async {
+            let body = ByteStream::from_path(path).await;
+            let body = body.map_err(|error| StoreError::invalid(key, format!("{}: {error}", path.display())))?;
+            self.put_once(key, body, file.length, &file.sha256, &PutCondition::IfAbsent).await
+        })
+        .await
+        .map(drop)
     }
 
     async fn list(&self, prefix: &str) -> Result<Vec<ObjectMeta>, StoreError> {

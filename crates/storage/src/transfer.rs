@@ -1,4 +1,6 @@
-//! Downloads that go on where they stopped: chunks in parallel, each checked by its BLAKE3 before it counts.
+//! Files from and to a bucket, never held in memory.
+//!
+//! Downloads go on where they stopped: chunks in parallel, each checked by its BLAKE3 before it counts.
 //!
 //! Beside the destination `f` a download keeps `f.part` (the bytes) and `f.part.map` (which chunks are there). The map is only a hint: after a
 //! restart every chunk that it names is hashed again, so a crash between the two writes, a torn chunk or a stale map cost time, never
@@ -209,6 +211,33 @@ pub async fn download(source: &dyn RangeSource, file: &FileRecord, dest: &Path) 
         .await?;
     blocking(dest, move || partial.finish()).await?;
     Ok(Downloaded { fetched_bytes, kept_bytes: file.length - fetched_bytes })
+}
+
+/// Uploads the file at `path` under a key that is written once. What lies there already has to be the same, chunk by chunk.
+///
+/// # Errors
+/// The store does not take it, the file is not what `file` says, or another one lies there ([`StoreError::PreconditionFailed`]).
+pub async fn upload(store: &dyn ObjectStore, key: &str, file: &FileRecord, path: &Path) -> Result<(), StoreError> {
+    let refused = StoreError::PreconditionFailed { key: key.to_owned() };
+    let length = match store.head(key).await {
+        Ok(meta) => meta.length,
+        Err(StoreError::NotFound { .. }) => match store.put_file(key, path, file).await {
+            // Written meanwhile, or by an attempt whose answer was lost.
+            Err(StoreError::PreconditionFailed { .. }) => store.head(key).await?.length,
+            result => return result,
+        },
+        Err(error) => return Err(error),
+    };
+    if length != file.length {
+        return Err(refused);
+    }
+    let is_same = |(chunk, digest): (usize, Digest)| async move {
+        let (start, end) = file.chunk_range(chunk);
+        Ok::<_, StoreError>(Digest::blake3(&store.get_range(key, start, end).await?) == digest)
+    };
+    let same = stream::iter(file.chunks.iter().copied().enumerate()).map(is_same).buffered(PARALLEL_CHUNKS);
+    let all = same.try_fold(true, |all, one| async move { Ok(all && one) }).await?;
+    if all { Ok(()) } else { Err(refused) }
 }
 
 /// Whether the file at `path` has exactly the length and the BLAKE3 of `file`.

@@ -3,11 +3,11 @@
 use std::future::Future;
 
 use bytes::Bytes;
-use protocol::Digest;
+use protocol::{Digest, FileRecord};
 use quasar_storage::check::{ConformanceError, conformance, conformance_with};
 use quasar_storage::client::{GrantAccess, GrantClient, GrantError, PublicRead, PublicReader, PutOutcome};
 use quasar_storage::server::{Backend, Faults, S3Server, ServerSettings};
-use quasar_storage::transfer::{TransferError, download};
+use quasar_storage::transfer::{self, TransferError, download};
 use quasar_storage::{MemoryGrants, MemoryStore, ObjectStore, Presign, PutCondition, S3Settings, S3Store, StoreError};
 
 const LIMIT: u64 = 32 << 20;
@@ -68,6 +68,32 @@ async fn on_every_store<F: Future<Output = ()>>(suite: impl Fn(std::sync::Arc<dy
         suite(std::sync::Arc::new(store)).await;
         server.stop().await;
     }
+}
+
+#[tokio::test]
+async fn files_are_uploaded_from_the_disk_once_and_others_in_their_place_are_told_apart() {
+    on_every_store(|store| async move {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..9u32 << 20).map(|at| (at % 251) as u8).collect();
+        let path = folder.path().join("file");
+        std::fs::write(&path, &bytes).unwrap();
+        let record = FileRecord::of_file("file", &path).unwrap();
+        assert!(record.chunks.len() > 2);
+        transfer::upload(&*store, "up/file", &record, &path).await.unwrap();
+        assert_eq!(store.get("up/file", LIMIT).await.unwrap().bytes, bytes);
+        transfer::upload(&*store, "up/file", &record, &path).await.unwrap();
+        assert!(matches!(store.put_file("up/file", &path, &record).await, Err(StoreError::PreconditionFailed { .. })));
+        // Another file of the same length lies there; and one that changed after it was described.
+        let other = bytes.iter().map(|byte| byte ^ 1).collect::<Vec<u8>>();
+        std::fs::write(&path, &other).unwrap();
+        let changed = FileRecord::of_file("file", &path).unwrap();
+        assert!(matches!(transfer::upload(&*store, "up/file", &changed, &path).await, Err(StoreError::PreconditionFailed { .. })));
+        assert!(transfer::upload(&*store, "up/changed", &record, &path).await.is_err());
+        assert!(matches!(store.head("up/changed").await, Err(StoreError::NotFound { .. })));
+        let gone = folder.path().join("gone");
+        assert!(matches!(transfer::upload(&*store, "up/gone", &record, &gone).await, Err(StoreError::Invalid { .. })));
+    })
+    .await;
 }
 
 fn upload(key: &str, bytes: &[u8], if_absent: bool) -> Presign {

@@ -14,6 +14,7 @@
 //! edges, which do the same operations on the bucket in the same order, with the same retries; and tensors, for which digests
 //! stand ([`tensors`]). The same seed gives the same world, event by event.
 
+mod books;
 pub mod executor;
 mod learner;
 mod net;
@@ -30,6 +31,7 @@ mod world;
 use std::rc::Rc;
 
 pub use net::Traffic;
+pub use orchestrator::{Boundary, CrashPoint};
 pub use plan::{Behaviour, Faults, Plan};
 pub use watch::{INVARIANTS, Violation};
 pub use world::{Outcome, World, run};
@@ -42,9 +44,9 @@ pub fn small(seed: u64, miners: usize) -> Plan {
     plan
 }
 
-/// Runs a world whose orchestrator dies at the end of its `point`-th effect, before it hears of it, and is started again.
-pub fn run_crashing(plan: Plan, point: u64) -> Outcome {
+/// Runs a world whose orchestrator dies at `point`, before it hears of what it did there, and is started again.
+pub fn run_crashing(plan: Plan, point: CrashPoint) -> Outcome {
     let world: Rc<World> = World::new(plan);
-    world.orchestrators[0].borrow_mut().crash_after = Some(point);
+    world.orchestrators[0].borrow_mut().crash_point = Some(point);
     world.live()
 }

@@ -181,6 +181,9 @@ impl World {
             Fate::Lost | Fate::Partial => Err(unavailable(key)),
             Fate::Done | Fate::ReplyLost | Fate::Twice(_) => self.write(node, key, &bytes, condition.clone()),
         };
+        if written.is_ok() {
+            self.bucket_changed(node);
+        }
         if let Fate::Twice(later_ms) = fate {
             let (world, key) = (self.me(), key.to_owned());
             self.executor.after(later_ms, super::executor::WORLD, move || {
@@ -198,6 +201,7 @@ impl World {
             self.executor.sleep(delay_ms).await;
             if fate != Fate::Lost && fate != Fate::Partial {
                 let _ = now(self.store.delete(key));
+                self.bucket_changed(node);
                 return;
             }
             self.executor.sleep(1_000).await;

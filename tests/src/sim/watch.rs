@@ -6,16 +6,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use protocol::documents::{
-    Action, CatalogPage, Commitment, Head, MergeManifest, Order, Progress, RunState, Score, Tape, VerdictResult, VerdictReveal,
+    Action, CatalogPage, Commitment, Head, Job, LeaseEnd, MergeManifest, Order, Progress, RunState, Score, Tape, VerdictResult,
+    VerdictReveal,
 };
 use protocol::envelope::{Document, peek};
 use protocol::ledger::LedgerTotals;
 use protocol::log::{Frontier, LogHead, LogKind};
 use protocol::schedule::cycle_of;
 use protocol::{AccountId, Digest, ShardManifest, codec};
-use quasar_orchestrator::machine::{OfferStage, Orchestrator, PullStage, Slot, StoredPage};
+use quasar_orchestrator::machine::{OfferStage, Orchestrator, PullStage, Slot, StoredOrder, StoredPage};
 use storage::Presign;
 
+use super::books::Books;
 use super::net::Node;
 use super::plan::Behaviour;
 use super::tensors;
@@ -44,7 +46,11 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ("head_monotone", "the head's versions, steps, log and state never go back"),
     ("head_names_what_exists", "keyframes, catalog pages and log heads that the head names lie in the bucket, with these digests"),
     ("one_pull_per_fragment", "at most one open pull of a fragment, and at most τ + 1 in all"),
-    ("ledger_conserves", "rows waiting, leased, done and lost add up to the rows of the shards; done tokens never fall"),
+    ("ledger_conserves", "rows waiting, leased, done and lost add up to the rows of the shards; done tokens never fall, whoever writes"),
+    (
+        "rows_once",
+        "a row is leased to one learner at a time, and comes again only when its whole shard is used up; the ledger books what is recorded",
+    ),
     ("pages_stand", "a page of the catalog never changes, and its shards join the ledger with it"),
     ("evidence_before_grant", "an upload grant for a payload follows the write-once copy of its commitment"),
     ("evidence_holds_payload", "the commitment that a merged contribution names lies in the bucket and is one to that very payload"),
@@ -82,8 +88,9 @@ pub struct Watch {
     pub verdicts: BTreeMap<&'static str, u64>,
     /// By host.
     crashed: BTreeMap<usize, Vec<u8>>,
-    /// Epoch of the newest writer, and of the newest one that went on from the bucket.
+    /// Epoch of the newest writer with its node, and of the newest one that went on from the bucket.
     epoch: u64,
+    writer: Option<Node>,
     succeeded: u64,
     pub takeovers: u64,
     /// Which node moved the head in an epoch.
@@ -91,6 +98,7 @@ pub struct Watch {
     /// The outer steps from which on a banned hotkey is left out.
     banned: BTreeMap<AccountId, u64>,
     ledger: Option<LedgerTotals>,
+    books: Books,
     /// Digest, rows and shards of the catalog pages that were added.
     pages: BTreeMap<u32, (Digest, u64, Vec<String>)>,
     batches: u64,
@@ -157,6 +165,17 @@ impl Watch {
                     self.page(world, &StoredPage::new(Digest::blake3(bytes), &page));
                 }
             }
+            name if name.ends_with(".end.qsr") => {
+                if let Some((_, end)) = decoded::<LeaseEnd>(bytes) {
+                    self.books.ended(&end);
+                }
+            }
+            // One that was succeeded, and has not noticed, gives out what counts only if its successor finds it.
+            _ if key.contains("/leases/") && self.writer == Some(node) => {
+                if let Some((_, job)) = decoded::<Job>(bytes) {
+                    self.given(world, &job);
+                }
+            }
             _ if key.contains("/tape/") => {
                 if let Some((_, tape)) = decoded::<Tape>(bytes) {
                     self.taped(world, tape);
@@ -168,6 +187,14 @@ impl Watch {
                 }
             }
             _ => {}
+        }
+    }
+
+    fn given(&mut self, world: &World, job: &Job) {
+        for lease in &job.leases {
+            if let Err(what) = self.books.given(lease) {
+                self.violated(world, "rows_once", what);
+            }
         }
     }
 
@@ -408,22 +435,27 @@ impl Watch {
             self.hold(world, "ledger_conserves", !fell, || format!("{totals:?} after {before:?}"));
         }
         self.ledger = Some(totals);
+        let recorded = self.books.done_tokens;
+        self.hold(world, "rows_once", totals.done_tokens <= recorded, || format!("{recorded} tokens are recorded: {totals:?}"));
     }
 
     /// A process has taken the lease.
-    pub fn claimed(&mut self, epoch: u64) {
-        self.epoch = self.epoch.max(epoch);
+    pub fn claimed(&mut self, epoch: u64, node: Node) {
+        if epoch > self.epoch {
+            (self.epoch, self.writer) = (epoch, Some(node));
+        }
     }
 
     /// The writer takes an order. A rollback: what is open was trained on what is taken back, also where it is accepted already.
-    pub fn ordered(&mut self, machine: &Orchestrator, order: &Order) {
-        if machine.epoch() != self.epoch || order.number != machine.orders_taken() + 1 {
+    pub fn ordered(&mut self, machine: &Orchestrator, stored: &StoredOrder) {
+        if machine.epoch() != self.epoch || stored.number != machine.orders_taken() + 1 {
             return;
         }
-        self.take(machine, order);
+        self.take(machine, stored);
     }
 
-    fn take(&mut self, machine: &Orchestrator, order: &Order) {
+    fn take(&mut self, machine: &Orchestrator, stored: &StoredOrder) {
+        let Ok(order) = &stored.order else { return };
         match order.action {
             Action::Rollback { .. } => self.accepted.clear(),
             Action::Ban { hotkey } => {
@@ -449,15 +481,15 @@ impl Watch {
         }
     }
 
-    /// A process went on from the bucket, with orders that it found there: what others knew beyond it is gone. Open pulls are asked again, receipts after the last
-    /// snapshot do not count.
-    pub fn succeeded(&mut self, host: usize, machine: &Orchestrator, orders: &[Order]) {
+    /// A process went on from the bucket, with leases and orders that it found there: what others knew beyond it is gone. Open pulls are
+    /// asked again.
+    pub fn succeeded(&mut self, world: &World, host: usize, machine: &Orchestrator, (leases, orders): &(Vec<Job>, Vec<StoredOrder>)) {
+        leases.iter().for_each(|job| self.given(world, job));
         orders.iter().for_each(|order| self.take(machine, order));
         self.takeovers += u64::from(self.succeeded > 0 || self.epoch > 1);
         self.succeeded = self.epoch;
         self.accepted.clear();
         self.crashed.remove(&host);
-        self.ledger = None;
     }
 
     /// A page of the catalog, as it lies in the bucket.

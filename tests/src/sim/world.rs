@@ -152,6 +152,8 @@ pub struct Outcome {
     pub crashes: u64,
     /// Crashes that took the disk along.
     pub lost_disks: u64,
+    /// Objects that the orchestrator wrote or deleted.
+    pub writes: u64,
     /// Times that a process went on from the bucket after another host had written, and processes that found their lease gone.
     pub takeovers: u64,
     pub fenced: u64,
@@ -508,6 +510,7 @@ impl World {
             contributions: watch.manifests.values().map(|(_, merge)| merge.accepted().count() as u64).sum(),
             crashes: sum(|node| node.crashes),
             lost_disks: sum(|node| node.lost_disks),
+            writes: sum(|node| node.writes),
             takeovers: watch.takeovers,
             fenced: sum(|node| node.fenced),
             effects: sum(|node| node.effects),

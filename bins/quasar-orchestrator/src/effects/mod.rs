@@ -33,7 +33,7 @@ use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest, Signer};
 use storage::{ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
-use crate::machine::{Effect, Input, Slot};
+use crate::machine::{Effect, Input, SNAPSHOT_BYTES_MAX, Slot};
 
 use fence::Fence;
 
@@ -160,10 +160,35 @@ impl Service {
     pub(crate) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Result<Bytes, String>) {
         let Some(mut tag) = self.outbox.turn(key, revision).await else { return };
         *tag = persist(key, || {
-            let (known, bytes) = (tag.clone(), make());
-            async move { self.swap(key, known, bytes?).await }
+            let known = tag.clone();
+            let make = &make;
+            async move {
+                let known = match known {
+                    Some(known) => Some(known),
+                    None => self.rise_above(key).await?,
+                };
+                self.swap(key, known, make()?).await
+            }
         })
         .await;
+    }
+
+    /// The tag of what lies at `key` before this process writes there for the first time. A document with a higher sequence than any of
+    /// ours is a successor's; or a predecessor's whose clock was ahead, and ours have to follow it.
+    async fn rise_above(&self, key: &str) -> Result<Option<String>, String> {
+        let object = match self.store.get(key, SNAPSHOT_BYTES_MAX).await {
+            Ok(object) => object,
+            Err(StoreError::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(error.to_string()),
+        };
+        if let Ok((envelope, _)) = envelope::verify_as_stated(&object.bytes)
+            && self.signers.contains(&envelope.header.signer)
+            && envelope.header.sequence > self.sequence.last()
+        {
+            self.confirm().await;
+            self.sequence.raise(envelope.header.sequence).map_err(|error| error.to_string())?;
+        }
+        Ok(object.etag)
     }
 
     /// One attempt of a write by compare-and-swap; `known` is what was last seen there.
@@ -296,7 +321,14 @@ impl Executor for Hands {
                 let outcome = service.write_page(page, previous, &shards).await;
                 inputs.send(Input::PageWritten { page, outcome }).await;
             }
-            Effect::Retire { retired } => service.retire(&retired).await,
+            Effect::RecordLeaseEnd { end } => {
+                let end = Box::new(service.record_lease_end(&end).await);
+                inputs.send(Input::LeaseEnded { end }).await;
+            }
+            Effect::Retire { number, retired } => {
+                service.retire(&retired).await;
+                inputs.send(Input::RetiredAll { number }).await;
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use protocol::envelope::{Expect, Purpose, SequenceGuard, open};
 use storage::StoreError;
 
 use super::Service;
-use crate::machine::{Guest, Input, Slot};
+use crate::machine::{Guest, Input, Slot, StoredOrder};
 
 /// Reads of progress records that run at the same time.
 const READS_AT_ONCE: usize = 32;
@@ -141,14 +141,10 @@ async fn poll_orders(service: Arc<Service>, taken: u64, inputs: Inputs<Input>, s
     while shutdown.sleep(interval).await {
         let key = service.run.order(next);
         match service.store.get(&key, Purpose::Order.file_limit()).await {
-            Ok(object) => match service.open_own::<Order>(&object.bytes) {
-                Ok(order) if order.document.number == next => {
-                    inputs.send(Input::Order { order: order.document }).await;
-                    next += 1;
-                }
-                Ok(order) => tracing::error!(key, number = order.document.number, "an order lies at the key of another one"),
-                Err(error) => tracing::error!(key, "an order is refused: {error}"),
-            },
+            Ok(object) => {
+                inputs.send(Input::Order { order: StoredOrder::new(next, service.open_own::<Order>(&object.bytes)) }).await;
+                next += 1;
+            }
             Err(StoreError::NotFound { .. }) => {}
             Err(error) => tracing::debug!("{error}"),
         }

@@ -4,7 +4,7 @@ use std::sync::PoisonError;
 
 use bytes::Bytes;
 use daemon::{Failure, clock};
-use protocol::documents::{CurrentRun, Head, Job, Lease};
+use protocol::documents::{CurrentRun, Head, Job, Lease, LeaseEnd};
 use protocol::envelope::{self, Expect, Purpose, open_stored};
 use protocol::log::LogHead;
 use storage::{PutCondition, StoreError};
@@ -130,6 +130,18 @@ impl Service {
             _ => {
                 tracing::error!(lease = lease.id, "another writer gave out a lease of this number");
                 self.confirm().await;
+            }
+        }
+    }
+
+    /// Writes down how a lease is booked, and gives what lies there: ours, or what another writer has put there first.
+    pub(super) async fn record_lease_end(&self, end: &LeaseEnd) -> LeaseEnd {
+        let bytes = self.put_once(&self.run.lease_end(end.lease), end).await;
+        match self.open_own::<LeaseEnd>(&bytes) {
+            Ok(stored) if stored.document.lease == end.lease => stored.document,
+            _ => {
+                tracing::error!(lease = end.lease, "what lies at the end of this lease is none; it is booked as this writer decided");
+                end.clone()
             }
         }
     }

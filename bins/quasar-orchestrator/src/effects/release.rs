@@ -5,7 +5,7 @@ use fragments::CheckpointTree;
 use fragments::checkpoint::{CheckpointError, StateFile, assemble_states};
 use protocol::documents::{Release, ReleaseRef};
 use protocol::{Digest, codec, envelope};
-use storage::StoreError;
+use storage::{StoreError, transfer};
 
 use super::payloads::Download;
 use super::{Service, persist};
@@ -58,11 +58,8 @@ impl Service {
         .map_err(|error| error.to_string())??;
         for file in &files {
             let key = self.keys.release_file(name, &file.path);
-            let bytes = tokio::fs::read(out.join(&file.path)).await.map_err(|error| error.to_string())?;
-            let stored = self.put_bytes_once(&key, Bytes::from(bytes)).await.map_err(|error| error.to_string())?;
-            if Digest::blake3(&stored) != file.blake3 {
-                return Err(format!("{key} is there with other bytes"));
-            }
+            self.fence.hold().await;
+            transfer::upload(&*self.store, &key, file, &out.join(&file.path)).await.map_err(|error| error.to_string())?;
         }
         let release = Release { release: name.to_owned(), versions: versions.to_vec(), files, tokens };
         let key = self.keys.release_manifest(name);

@@ -338,6 +338,10 @@ impl ObjectStore for Slow {
         self.inner.put(key, bytes, condition).await
     }
 
+    async fn put_file(&self, key: &str, path: &Path, file: &FileRecord) -> Result<(), StoreError> {
+        self.inner.put_file(key, path, file).await
+    }
+
     async fn list(&self, prefix: &str) -> Result<Vec<storage::ObjectMeta>, StoreError> {
         self.inner.list(prefix).await
     }
@@ -377,6 +381,21 @@ async fn a_writer_that_slept_while_it_looked_at_a_key_overwrites_nothing_of_its_
     slow.go_on.notify_one();
     assert!(tokio::time::timeout(Duration::from_secs(1), writing).await.is_err(), "it waits for a lease that never comes back");
     assert_eq!(bucket.store.get(KEY, 16).await.unwrap().bytes, "new");
+}
+
+#[tokio::test]
+async fn what_a_writer_signs_follows_what_its_predecessor_signed_with_a_clock_that_was_ahead() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (writer, _journal) = bucket.orchestrator(folder.path()).await;
+    let job = |leases| Job { hotkey: miner(5), slot: 0, session_epoch: 1, leases };
+    let key = writer.run.job(&miner(5), 0);
+    let ahead_ms = daemon::clock::now_ms() + 600_000;
+    let theirs = sign(&job(Vec::new()), &bucket.context, &*bucket.signer, ahead_ms, ahead_ms);
+    bucket.store.put(&key, Bytes::from(theirs), PutCondition::Always).await.unwrap();
+    writer.publish_job(1, &job(Vec::new())).await;
+    let ours = writer.open_own::<Job>(&bucket.store.get(&key, 1 << 20).await.unwrap().bytes).unwrap();
+    assert!(ours.header.sequence > ahead_ms, "{} after {ahead_ms}", ours.header.sequence);
+    assert!(writer.sequence.last() >= ours.header.sequence);
 }
 
 #[tokio::test]
@@ -512,6 +531,68 @@ async fn whoever_completes_a_step_from_its_tape_writes_the_same_bytes() {
     assert_eq!(changed, [&second.run.writer_lease()], "nothing but the lease moved");
     let state = bucket.store.get(&second.run.state(0, 1), 1 << 20).await.unwrap().bytes;
     assert_eq!(Digest::blake3(&state), manifest.state);
+}
+
+/// A checkpoint with the tensors of [`plan`] and one that training leaves alone.
+fn write_base_tree(folder: &Path) {
+    let bytes = 2 * ELEMENTS;
+    let entry = |at: usize| serde_json::json!({"dtype": "BF16", "shape": [4, ELEMENTS / 4], "data_offsets": [at * bytes, (at + 1) * bytes]});
+    let header = serde_json::json!({"layer0": entry(0), "layer1": entry(1), "rotary.inv_freq": entry(2)}).to_string();
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend_from_slice(header.as_bytes());
+    file.extend((0..3 * bytes).map(|at| (at % 59) as u8));
+    std::fs::create_dir_all(folder).unwrap();
+    std::fs::write(folder.join("model.safetensors"), file).unwrap();
+    std::fs::write(folder.join("config.json"), "{}").unwrap();
+}
+
+#[tokio::test]
+async fn a_release_is_made_again_bit_for_bit_from_the_tapes_by_somebody_who_has_seen_nothing_else() {
+    let (first, one) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (second, two) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (maker, _journal) = first.orchestrator(one.path()).await;
+    let (other, _journal) = second.orchestrator(two.path()).await;
+    write_base_tree(&maker.base_tree);
+    write_base_tree(&other.base_tree);
+    let mut base = [(Digest::ZERO, 0); 2];
+    for t in 0..6 {
+        let (fragment, version) = ((t % 2) as usize, t / 2);
+        let tape = maker.write_tape(&first.tape(t, version, 1, &[11, 12, 13][..1 + (t % 3) as usize]).await).await;
+        let (manifest, _, length) = maker.merge(tape, Vec::new(), base[fragment]).await;
+        assert_eq!(manifest.version, version + 1);
+        base[fragment] = (manifest.keyframe, length);
+    }
+    let release = maker.release(vec![3, 3], 1_000).await;
+
+    for meta in first.store.list("quasar/").await.unwrap() {
+        if meta.key.contains("/tape/") || meta.key.ends_with("/payload.qfd") {
+            second.put(&meta.key, first.store.get(&meta.key, 1 << 20).await.unwrap().bytes.to_vec()).await;
+        }
+    }
+    let mut base = [(Digest::ZERO, 0); 2];
+    for t in 0..6 {
+        let bytes = second.store.get(&other.run.tape(t), 1 << 20).await.unwrap().bytes;
+        let tape = other.open_own::<Tape>(&bytes).unwrap().document;
+        let (manifest, _, length) = other.merge(tape, Vec::new(), base[(t % 2) as usize]).await;
+        base[(t % 2) as usize] = (manifest.keyframe, length);
+    }
+    let again = other.release(vec![3, 3], 1_000).await;
+    assert_eq!(again.release, release.release);
+    let prefix = maker.keys.release_file(&release.release, "");
+    let files = async |store: &MemoryStore| {
+        let mut files = Vec::new();
+        for meta in store.list(&prefix).await.unwrap().into_iter().filter(|meta| !meta.key.ends_with("manifest.qsr")) {
+            files.push((meta.key.clone(), store.get(&meta.key, 1 << 20).await.unwrap().bytes));
+        }
+        files
+    };
+    let made = files(&first.store).await;
+    assert!(made.iter().any(|(key, _)| key.ends_with("model.safetensors")) && made.len() >= 3, "{made:?}");
+    assert_eq!(made, files(&second.store).await);
+    let base_file = std::fs::read(maker.base_tree.join("model.safetensors")).unwrap();
+    let moved = &made.iter().find(|(key, _)| key.ends_with("model.safetensors")).unwrap().1;
+    assert_ne!(moved[..], base_file[..], "it was trained");
+    assert_eq!(moved[moved.len() - 2 * ELEMENTS..], base_file[base_file.len() - 2 * ELEMENTS..], "what is not trained stays");
 }
 
 #[tokio::test]

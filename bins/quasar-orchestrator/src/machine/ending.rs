@@ -25,7 +25,7 @@ pub(super) struct Releasing {
 }
 
 /// Objects that nobody needs any more.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Retired {
     /// Keyframe and state of these versions; their manifests stay.
     pub versions: Vec<(u16, u64)>,
@@ -104,9 +104,7 @@ impl Orchestrator {
         for name in self.releases.iter_mut().filter(|name| retired.contains(name)) {
             name.clear();
         }
-        if !retired.is_empty() {
-            self.emit(Effect::Retire { retired: Box::new(Retired { releases: retired, ..Retired::default() }) });
-        }
+        self.delete(Retired { releases: retired, ..Retired::default() });
     }
 
     /// The first cycle whose artifacts an audit may still read.
@@ -142,8 +140,20 @@ impl Orchestrator {
         let kept = self.payloads.split_off(&kept_from);
         let gone = std::mem::replace(&mut self.payloads, kept);
         retired.payloads = gone.into_iter().flat_map(|(t, slots)| slots.into_iter().map(move |slot| (slot, t))).collect();
+        self.delete(retired);
+    }
+
+    fn delete(&mut self, retired: Retired) {
         if retired != Retired::default() {
-            self.emit(Effect::Retire { retired: Box::new(retired) });
+            let number = self.next_revision();
+            self.retiring.insert(number, retired.clone());
+            self.emit(Effect::Retire { number, retired: Box::new(retired) });
+        }
+    }
+
+    pub(super) fn resume_retiring(&mut self) {
+        for (number, retired) in self.retiring.clone() {
+            self.emit(Effect::Retire { number, retired: Box::new(retired) });
         }
     }
 }

@@ -1,9 +1,9 @@
 //! What the machine is told: its run, and the inputs.
 
 use protocol::documents::{
-    CatalogPage, CatalogRef, Head, Job, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape, VerdictResult,
+    CatalogPage, CatalogRef, Head, Job, LeaseEnd, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape, VerdictResult,
 };
-use protocol::envelope::RunId;
+use protocol::envelope::{EnvelopeError, RunId, Verified};
 use protocol::log::LogHead;
 use protocol::{AccountId, Digest, Reason, ShardManifest};
 use serde::{Deserialize, Serialize};
@@ -66,6 +66,23 @@ impl StoredPage {
     /// `file`: the digest of the page's file.
     pub fn new(file: Digest, page: &CatalogPage) -> Self {
         Self { reference: CatalogRef { page: page.page, digest: file }, shards: ShardRows::of(&page.shards) }
+    }
+}
+
+/// What lies at the key of an order: the order, or why it is none.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StoredOrder {
+    pub number: u64,
+    pub order: Result<Order, String>,
+}
+
+impl StoredOrder {
+    pub fn new(number: u64, opened: Result<Verified<Order>, EnvelopeError>) -> Self {
+        let order = opened.map_err(|error| error.to_string()).and_then(|verified| match verified.document {
+            order if order.number == number => Ok(order),
+            order => Err(format!("it is order {}", order.number)),
+        });
+        Self { number, order }
     }
 }
 
@@ -158,6 +175,10 @@ pub enum Input {
         lease: u64,
         outcome: Result<(Digest, Vec<u32>), Reason>,
     },
+    /// How a lease is booked lies in the bucket, as this process or an earlier one decided.
+    LeaseEnded {
+        end: Box<LeaseEnd>,
+    },
     HeadPublished,
     Beacon {
         cycle: u64,
@@ -189,7 +210,11 @@ pub enum Input {
     Drain,
     /// The operator's next order.
     Order {
-        order: Order,
+        order: StoredOrder,
+    },
+    /// The objects that nobody needs any more are gone.
+    RetiredAll {
+        number: u64,
     },
     /// The page that was asked for, as it lies in the bucket; or why there is none.
     PageWritten {
@@ -210,8 +235,10 @@ pub struct BucketFacts {
     pub pages: Vec<StoredPage>,
     /// Leases given out since the snapshot, each as a job of one lease.
     pub leases: Vec<Job>,
+    /// How leases ended that the snapshot holds open, or that were given out since.
+    pub lease_ends: Vec<LeaseEnd>,
     /// Orders that the snapshot has not taken, in their order.
-    pub orders: Vec<Order>,
+    pub orders: Vec<StoredOrder>,
     /// Log heads published since the snapshot, oldest first.
     pub log: Vec<LogHead>,
 }

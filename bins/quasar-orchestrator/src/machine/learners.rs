@@ -1,27 +1,12 @@
-//! Learners: sessions, leases of rows, jobs and grants.
+//! Learners: sessions, jobs and grants.
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use protocol::documents::{Job, LearnerState, Lease, Progress, RunState};
-use protocol::lease::LeaseRows;
-use protocol::ledger::TokenLedger;
+use protocol::documents::{Job, LearnerState, Progress};
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
 use super::timing::Average;
-use super::{Effect, Guest, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, ReceiptStage, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want};
+use super::{Effect, Guest, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want};
 
-/// Steps before the end of a learner's last lease at which it gets the next one.
-const LEASE_AHEAD_STEPS: u32 = 16;
-/// So many of the newest ended leases of each learner are always kept, and a commitment counts the steps of no more leases before its own.
-const LEASES_KEPT: usize = 6;
-/// Further ended leases are kept for audits of so many cycles, up to so many of each learner: some learners use up several in a cycle.
-const LEASES_KEPT_CYCLES: u64 = 3;
-const LEASES_KEPT_MAX: usize = 128;
-/// Finished leases that wait for their receipts, for each learner.
-const RECEIPTS_AWAITED: usize = 2;
-/// A lease that nobody finishes ends after so many times the time it should take.
-const LEASE_DEADLINE_FACTOR: u64 = 20;
 /// A learner that left so many pulls in a row without an answer is not waited for; it is pulled and merged all the same.
 const MISSES_MAX: u8 = 3;
 
@@ -52,23 +37,6 @@ pub struct Learner {
     pub job_dirty: bool,
     pub grants_dirty: bool,
     pub pull_grants_ms: u64,
-}
-
-/// A lease and how far it got.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct LeaseRecord {
-    pub lease: Lease,
-    pub slot: Slot,
-    /// Steps covered by commitments that are stored write-once.
-    pub evidence: u32,
-    /// Local steps done and head of the step chain at each of these commitments.
-    pub committed: Vec<(u64, Digest)>,
-    /// Steps that the learner reported.
-    pub reported: u32,
-    pub receipt: ReceiptStage,
-    pub ended: bool,
-    /// Outer step that came next when it ended.
-    pub ended_t: u64,
 }
 
 impl Learner {
@@ -198,109 +166,6 @@ impl Orchestrator {
         }
     }
 
-    /// A lease whose deadline has passed is over on both sides: the learner has dropped what it had not trained. Receipts have a little
-    /// longer, also after a time in which nobody was here to take them.
-    pub(super) fn expire_leases(&mut self) {
-        let grace_ms = self.parameters().learner_ttl_ms;
-        let (now_ms, resumed_ms) = (self.volatile.now_ms, self.pace.resumed_ms);
-        let is_over = |record: &LeaseRecord| !record.ended && now_ms > record.lease.deadline_ms.max(resumed_ms).saturating_add(grace_ms);
-        let over: Vec<(u64, Slot)> =
-            self.leases.iter().filter(|(_, record)| is_over(record)).map(|(id, record)| (*id, record.slot)).collect();
-        for (lease, slot) in over {
-            tracing::info!(hotkey = %slot.0.short(), slot = slot.1, lease, "a lease was not finished in time, its rows return");
-            self.end_lease(lease);
-        }
-    }
-
-    /// Ends leases that are used up, and gives out the next one when the last runs low.
-    fn extend_leases(&mut self, slot: Slot) {
-        // Asked at every record: nothing is cloned.
-        let Some(learner) = self.learners.get(&slot) else { return };
-        let current = learner.lease;
-        let is_behind = |lease: &u64| *lease < current;
-        let behind = learner.leases.iter().copied().filter(is_behind).count();
-        let (unfinished, last) = (learner.leases.len() - behind, learner.leases.last().copied());
-        // What lies behind the learner waits for its receipt, but not for ever.
-        let over: Vec<u64> = learner.leases.iter().copied().filter(is_behind).take(behind.saturating_sub(RECEIPTS_AWAITED)).collect();
-        for lease in over {
-            self.end_lease(lease);
-        }
-        let last =
-            last.and_then(|id| self.leases.get(&id)).map(|record| (record.lease.schedule_start, record.lease.steps, record.reported));
-        let runs_low = last.is_none_or(|(_, steps, reported)| reported + LEASE_AHEAD_STEPS >= steps);
-        if !runs_low || unfinished >= 2 || self.state != RunState::Open {
-            return;
-        }
-        let schedule_start = match last {
-            Some((start, steps, _)) => start + u64::from(steps),
-            None => protocol::schedule::run_step(self.parameters(), self.next_t),
-        };
-        self.grant_lease(slot, schedule_start);
-    }
-
-    fn grant_lease(&mut self, slot: Slot, schedule_start: u64) {
-        let (steps, batch_rows) = (self.parameters().lease_steps, self.parameters().batch_rows);
-        let id = self.next_lease;
-        let rows = self.ledger.lease(id, u64::from(steps) * u64::from(batch_rows));
-        let count: u64 = rows.iter().map(protocol::documents::RowRange::rows).sum();
-        // The last rows of an epoch may not fill a step: it is a shorter one then, or they would wait for ever.
-        let steps = count.div_ceil(u64::from(batch_rows)) as u32;
-        let Some(learner) = self.learners.get_mut(&slot) else { return };
-        if steps == 0 {
-            learner.last_reason = Reason::NoWork;
-            return;
-        }
-        self.next_lease += 1;
-        let epoch = learner.session_epoch;
-        let step_ms = self.timing.step_ms().max(1_000);
-        let lease = Lease {
-            id,
-            rows,
-            seed: Digest::derive("quasar/v1/data", &[&self.setup.run.0, &slot.0.0, &[slot.1], &epoch.to_le_bytes(), &id.to_le_bytes()]),
-            batch_rows,
-            steps,
-            schedule_start,
-            deadline_ms: self.volatile.now_ms + u64::from(steps) * step_ms * LEASE_DEADLINE_FACTOR,
-        };
-        learner.leases.push(id);
-        learner.job_dirty = true;
-        learner.grants_dirty = true;
-        self.pace.dirty.insert(slot);
-        self.leases.insert(id, LeaseRecord::new(lease, slot));
-    }
-
-    pub(super) fn end_leases(&mut self, slot: Slot) {
-        let held = self.learners.get(&slot).map(|learner| learner.leases.clone()).unwrap_or_default();
-        for lease in held {
-            self.end_lease(lease);
-        }
-    }
-
-    /// Books the rows of a lease: what the receipt shows is done, or without one what stored commitments prove; what was reported
-    /// beyond is lost, the rest returns.
-    pub(super) fn end_lease(&mut self, id: u64) {
-        let Some(record) = self.leases.get_mut(&id) else { return };
-        let slot = record.slot;
-        if !std::mem::replace(&mut record.ended, true) {
-            record.ended_t = self.next_t;
-            book(&mut self.ledger, record);
-        }
-        if let Some(learner) = self.learners.get_mut(&slot) {
-            learner.leases.retain(|lease| *lease != id);
-            learner.job_dirty = true;
-            self.pace.dirty.insert(slot);
-        }
-        let kept_from = self.next_t.saturating_sub(LEASES_KEPT_CYCLES * u64::from(self.parameters().fragments));
-        let is_ended = |(_, record): &(&u64, &LeaseRecord)| record.slot == slot && record.ended;
-        let ended: Vec<(u64, u64)> = self.leases.iter().filter(is_ended).map(|(id, record)| (*id, record.ended_t)).collect();
-        let (older, most) = (ended.len().saturating_sub(LEASES_KEPT), ended.len().saturating_sub(LEASES_KEPT_MAX));
-        for (number, (id, ended_t)) in ended.into_iter().take(older).enumerate() {
-            if ended_t < kept_from || number < most {
-                self.leases.remove(&id);
-            }
-        }
-    }
-
     /// What a slot may read or upload has changed.
     pub(super) fn grants_changed(&mut self, slot: Slot) {
         if let Some(learner) = self.learners.get_mut(&slot) {
@@ -326,8 +191,12 @@ impl Orchestrator {
     pub(super) fn refresh_jobs_and_grants(&mut self) {
         let now_ms = self.volatile.now_ms;
         for slot in std::mem::take(&mut self.pace.dirty) {
-            if self.learners.get(&slot).is_some_and(|learner| learner.live) {
+            let live = self.learners.get(&slot).is_some_and(|learner| learner.live);
+            // A banned learner is told that it has nothing to do.
+            if live || self.banned.contains_key(&slot.0) {
                 self.refresh_job(slot);
+            }
+            if live {
                 self.refresh_pull_grants(slot, now_ms);
             }
         }
@@ -389,74 +258,6 @@ impl Orchestrator {
         let revision = self.next_revision();
         self.emit(Effect::PublishPullGrants { revision, slot, session_epoch, wants });
     }
-
-    /// Leases of `slot` that an audit of its work in a cycle may need: its segment may have begun in the cycle before.
-    pub(super) fn leases_of(&self, slot: Slot, cycle: u64) -> Vec<Lease> {
-        let from = cycle.saturating_sub(1) * u64::from(self.parameters().fragments);
-        let may_be = |record: &&LeaseRecord| record.slot == slot && (!record.ended || record.ended_t >= from);
-        self.leases.values().filter(may_be).map(|record| record.lease.clone()).collect()
-    }
-}
-
-/// Enters the rows of a lease that ended.
-fn book(ledger: &mut TokenLedger, record: &LeaseRecord) {
-    let lease = &record.lease;
-    let total: u64 = lease.rows.iter().map(protocol::documents::RowRange::rows).sum();
-    let rows_until = |step: u32| total.min(u64::from(step) * u64::from(lease.batch_rows));
-    let rows_in = |step: &u32| rows_until(step.saturating_add(1)) - rows_until(*step);
-    let done: BTreeSet<u32> = match &record.receipt {
-        ReceiptStage::Settled { trained } => trained.iter().copied().collect(),
-        _ => (0..record.evidence).collect(),
-    };
-    let done_rows: u64 = done.iter().map(rows_in).sum();
-    let (is_all, is_none) = (done_rows == total, done.is_empty() && record.reported == 0);
-    if is_all || is_none {
-        return ledger.end_lease_whole(lease.id, &lease.rows, is_all);
-    }
-    let is_left = |step: &u32| !done.contains(step);
-    let lost: Vec<u32> = (0..record.reported).filter(is_left).collect();
-    let rest = (record.reported..lease.steps).filter(is_left);
-    let rows = LeaseRows::of(lease);
-    let steps = done.iter().chain(&lost).copied().chain(rest);
-    let taken: Vec<(String, u64)> = steps.flat_map(|step| rows.step(step)).map(|row| (row.shard.to_owned(), row.row)).collect();
-    let leftover = leftover_rows(lease, &taken);
-    let order = taken.iter().chain(&leftover).map(|(shard, row)| (shard.as_str(), *row));
-    ledger.end_lease(lease.id, order, done_rows, lost.iter().map(rows_in).sum());
-}
-
-/// The leases of each slot, oldest first, as far as they are known: what its commitments can have trained on.
-pub(super) struct LeasedSteps(BTreeMap<Slot, Vec<(u64, u32)>>);
-
-impl LeasedSteps {
-    pub fn of(leases: &BTreeMap<u64, LeaseRecord>) -> Self {
-        let mut steps: BTreeMap<Slot, Vec<(u64, u32)>> = BTreeMap::new();
-        for (id, record) in leases {
-            steps.entry(record.slot).or_default().push((*id, record.lease.steps));
-        }
-        Self(steps)
-    }
-
-    /// Most steps that a learner can have done when it committed to `lease_step` of `lease`: those of its earlier leases, and these.
-    pub fn until(&self, slot: &Slot, lease: u64, lease_step: u32) -> u32 {
-        let known = self.0.get(slot).map(Vec::as_slice).unwrap_or_default();
-        let earlier = known[..known.partition_point(|(id, _)| *id < lease)].iter().rev().take(LEASES_KEPT);
-        earlier.fold(lease_step, |sum, (_, steps)| sum.saturating_add(*steps))
-    }
-}
-
-/// Rows of a lease beyond its last full batch.
-fn leftover_rows(lease: &Lease, taken: &[(String, u64)]) -> Vec<(String, u64)> {
-    let total: u64 = lease.rows.iter().map(protocol::documents::RowRange::rows).sum();
-    if taken.len() as u64 == total {
-        return Vec::new();
-    }
-    let taken: BTreeSet<&(String, u64)> = taken.iter().collect();
-    lease
-        .rows
-        .iter()
-        .flat_map(|range| (range.start..range.end).map(|row| (range.shard.clone(), row)))
-        .filter(|row| !taken.contains(row))
-        .collect()
 }
 
 /// The standing grants that a slot has.

@@ -12,6 +12,7 @@ mod catalog;
 mod ending;
 mod facts;
 mod learners;
+mod leases;
 mod log;
 mod orders;
 mod pace;
@@ -32,8 +33,9 @@ use serde::{Deserialize, Serialize};
 
 pub use audits::{AuditCase, VERDICT_MS};
 pub use ending::Retired;
-pub use facts::{BucketFacts, Fragment, FragmentSetup, Guest, Input, RunSetup, ShardRows, Slot, StepFact, StoredPage};
-pub use learners::{Learner, LeaseRecord, StandingMark};
+pub use facts::{BucketFacts, Fragment, FragmentSetup, Guest, Input, RunSetup, ShardRows, Slot, StepFact, StoredOrder, StoredPage};
+pub use learners::{Learner, StandingMark};
+pub use leases::LeaseRecord;
 pub use orders::OrderOutcome;
 pub use pulls::{Offer, OfferStage, OpenPull, PullStage};
 pub use receipts::ReceiptStage;
@@ -92,6 +94,8 @@ pub struct Orchestrator {
     manifests: BTreeMap<u64, MergeManifest>,
     /// Whose payloads of an audited outer step are kept yet.
     payloads: BTreeMap<u64, Vec<Slot>>,
+    /// Objects that are being deleted, by number.
+    retiring: BTreeMap<u64, Retired>,
     /// Cycle to audit next.
     audit_cycle: u64,
     audits: BTreeMap<Digest, AuditCase>,
@@ -181,6 +185,7 @@ impl Orchestrator {
             last_pull_ms: 0,
             manifests: BTreeMap::new(),
             payloads: BTreeMap::new(),
+            retiring: BTreeMap::new(),
             audit_cycle: 0,
             audits: BTreeMap::new(),
             audits_ordered: 0,
@@ -284,6 +289,8 @@ impl Orchestrator {
         self.resume_pulls();
         self.resume_audits();
         self.resume_receipts();
+        self.resume_leases();
+        self.resume_retiring();
         self.resume_log();
         self.resume_release();
         self.write_next_page();
@@ -362,7 +369,7 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 5;
+    const LAYOUT: u32 = 6;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         self.volatile.now_ms = now_ms;
@@ -387,6 +394,7 @@ impl Machine for Orchestrator {
             Input::TapeWritten { tape } => self.on_tape_written(*tape),
             Input::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),
             Input::ReceiptChecked { slot, lease, outcome } => self.on_receipt_checked(slot, lease, outcome),
+            Input::LeaseEnded { end } => self.on_lease_ended(&end),
             Input::HeadPublished => self.volatile.head_in_flight = false,
             Input::Beacon { cycle, block, hash } => self.on_beacon(cycle, block, &hash),
             Input::OpeningKeys { keys } => self.on_opening_keys(&keys),
@@ -397,6 +405,9 @@ impl Machine for Orchestrator {
             Input::Released { release } => self.on_released(release),
             Input::Drain => self.drain(),
             Input::Order { order } => self.on_order(order),
+            Input::RetiredAll { number } => {
+                self.retiring.remove(&number);
+            }
             Input::PageWritten { page, outcome } => self.on_page_written(page, outcome),
         }
         self.advance();

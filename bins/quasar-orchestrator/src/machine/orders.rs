@@ -2,10 +2,10 @@
 
 use protocol::AccountId;
 use protocol::Reason;
-use protocol::documents::{Action, Job, Order, RunState, Tape};
+use protocol::documents::{Action, RunState, Tape};
 use serde::{Deserialize, Serialize};
 
-use super::{Effect, OpenPull, Orchestrator, PullStage, Slot};
+use super::{Effect, OpenPull, Orchestrator, PullStage, Slot, StoredOrder};
 
 /// Outcomes that the status shows.
 const OUTCOMES_SHOWN: usize = 16;
@@ -33,13 +33,18 @@ pub(super) struct Restoring {
 }
 
 impl Orchestrator {
-    pub(super) fn on_order(&mut self, order: Order) {
-        if order.number != self.orders.taken + 1 {
+    pub(super) fn on_order(&mut self, stored: StoredOrder) {
+        if stored.number != self.orders.taken + 1 {
             return;
         }
-        self.orders.taken = order.number;
+        self.orders.taken = stored.number;
         self.head_dirty = true;
         self.pace.snapshot = true;
+        let order = match stored.order {
+            Ok(order) => order,
+            // Whoever wrote it has to write another one; those behind it are taken all the same.
+            Err(why) => return self.settle_order(stored.number, Err(format!("not an order of this run: {why}"))),
+        };
         tracing::info!(number = order.number, reason = order.reason, "order taken");
         let outcome = match order.action {
             Action::Drain => self.order_drain(),
@@ -152,10 +157,8 @@ impl Orchestrator {
             }
             let Some(learner) = self.learners.get_mut(slot) else { continue };
             (learner.live, learner.last_reason) = (false, Reason::Banned);
-            let session_epoch = learner.session_epoch;
-            let revision = self.next_revision();
-            let job = Job { hotkey: slot.0, slot: slot.1, session_epoch, leases: Vec::new() };
-            self.emit(Effect::PublishJob { revision, job: Box::new(job) });
+            learner.job_dirty = true;
+            self.pace.dirty.insert(*slot);
         }
         self.pace.survey = true;
         format!("{hotkey} is banned: {} slots lost their leases; grants that are out end by themselves within the hour", slots.len())

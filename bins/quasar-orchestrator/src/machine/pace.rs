@@ -38,7 +38,11 @@ impl Orchestrator {
     /// Notes how much an input may have changed.
     pub(super) fn note_input(&mut self, input: &Input) {
         match input {
-            Input::Progress { .. } | Input::Block { .. } | Input::Verdict { verdict: None, .. } => {}
+            Input::Progress { .. }
+            | Input::Block { .. }
+            | Input::LeaseEnded { .. }
+            | Input::RetiredAll { .. }
+            | Input::Verdict { verdict: None, .. } => {}
             Input::CommitmentStored { .. }
             | Input::CommitmentRefused { .. }
             | Input::PayloadChecked { .. }

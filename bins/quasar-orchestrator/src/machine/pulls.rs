@@ -8,7 +8,7 @@ use protocol::schedule::{self, Work};
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
-use super::learners::LeasedSteps;
+use super::leases::LeasedSteps;
 use super::{Effect, Fragment, Key, Learner, Orchestrator, Slot, Want};
 
 /// A learner's step is believed to take at least this share of the average, as one part in so many.

@@ -2,7 +2,6 @@
 
 use protocol::documents::Progress;
 use protocol::envelope::Purpose;
-use protocol::log::LogKind;
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
@@ -18,8 +17,9 @@ pub enum ReceiptStage {
         sha256: Digest,
     },
     Checking,
-    /// The steps that it shows.
+    /// Its envelope's id, and the steps that it shows, ascending.
     Settled {
+        id: Digest,
         trained: Vec<u32>,
     },
     Refused,
@@ -53,10 +53,7 @@ impl Orchestrator {
     pub(super) fn on_receipt_checked(&mut self, slot: Slot, lease: u64, outcome: Result<(Digest, Vec<u32>), Reason>) {
         let Some(record) = self.leases.get_mut(&lease).filter(|record| record.receipt == ReceiptStage::Checking) else { return };
         match outcome {
-            Ok((id, trained)) => {
-                record.receipt = ReceiptStage::Settled { trained };
-                self.log.add(LogKind::Receipt, id);
-            }
+            Ok((id, trained)) => record.receipt = ReceiptStage::Settled { id, trained },
             Err(reason) => {
                 record.receipt = ReceiptStage::Refused;
                 if let Some(learner) = self.learners.get_mut(&slot) {

@@ -1,14 +1,16 @@
 //! Going on without the journal of the process before: from a snapshot in the bucket, and from what lies write-once beside it.
 //!
-//! Tapes fix merges, lease records fix who got which rows, log heads fix the log. A snapshot that is older than these is brought
+//! Tapes fix merges, lease records fix who got which rows and how they were booked, log heads fix the log. A snapshot that is older than these is brought
 //! up to them; what had not come so far (an open pull, an upload on its way) is asked for again, and the learners answer again.
+
+use std::collections::BTreeMap;
 
 use bincode::config;
 use daemon::Machine;
 use protocol::Digest;
-use protocol::documents::{Head, Job, LearnerState, Lease, RowRange, RunState};
+use protocol::documents::{Head, Job, LearnerState, Lease, LeaseEnd, RunState};
 
-use super::{BucketFacts, Effect, Learner, LeaseRecord, OpenPull, Orchestrator, PullStage, ReceiptStage, StepFact};
+use super::{BucketFacts, Effect, Learner, LeaseRecord, OpenPull, Orchestrator, PullStage, StepFact};
 
 /// A snapshot follows the last one by at least so many polls.
 const SNAPSHOT_POLLS: u64 = 30;
@@ -106,9 +108,7 @@ impl Orchestrator {
         for page in facts.pages {
             self.adopt_page(page);
         }
-        for job in facts.leases {
-            self.adopt_lease(job);
-        }
+        self.adopt_leases(facts.leases, facts.lease_ends);
         self.next_lease = self.next_lease.max(facts.epoch << LEASE_EPOCH_SHIFT);
         self.epoch = facts.epoch;
         for step in facts.steps {
@@ -162,58 +162,61 @@ impl Orchestrator {
         self.block = self.block.max(head.block);
     }
 
-    /// A lease that the machine does not know: its learner trains on these rows.
-    fn adopt_lease(&mut self, job: Job) {
-        let now_ms = self.volatile.now_ms;
-        let slot = (job.hotkey, job.slot);
-        for lease in job.leases {
-            let id = lease.id;
-            self.next_lease = self.next_lease.max(id + 1);
-            if self.leases.contains_key(&id) {
-                continue;
+    /// Lease by lease as they were given out, each with its end: a row that came back was not given to the next one before.
+    fn adopt_leases(&mut self, leases: Vec<Job>, ends: Vec<LeaseEnd>) {
+        let mut ends: BTreeMap<u64, LeaseEnd> = ends.into_iter().map(|end| (end.lease, end)).collect();
+        for lease in self.leases_to_book().collect::<Vec<_>>() {
+            if let Some(end) = ends.remove(&lease) {
+                self.adopt_end(&end);
             }
-            self.end_older_leases(id, &lease);
-            if !self.ledger.adopt_lease(id, &lease.rows) {
-                tracing::error!(lease = id, "rows of this lease are booked otherwise; the books stand");
-            }
-            let is_older = |learner: &Learner| learner.session_epoch > job.session_epoch;
-            if self.learners.get(&slot).is_some_and(is_older) {
-                self.ledger.end_lease_whole(id, &lease.rows, false);
-                continue;
-            }
-            if self.learners.get(&slot).is_none_or(|learner| learner.session_epoch < job.session_epoch) {
-                self.end_leases(slot);
-                self.learners.insert(slot, Learner::of_session(job.session_epoch, now_ms));
-            }
-            if let Some(learner) = self.learners.get_mut(&slot) {
-                learner.leases.push(id);
-                learner.state = LearnerState::Training;
-                learner.live = true;
-            }
-            self.leases.insert(id, LeaseRecord::new(lease, slot));
         }
-    }
-
-    /// Rows of a lease that were another's before had come back from it, after the snapshot: that one is over.
-    fn end_older_leases(&mut self, newer: u64, lease: &Lease) {
-        let shares = |record: &LeaseRecord| {
-            let overlaps = |one: &RowRange, other: &RowRange| one.shard == other.shard && one.start < other.end && other.start < one.end;
-            record.lease.rows.iter().any(|one| lease.rows.iter().any(|other| overlaps(one, other)))
-        };
-        for (id, record) in self.leases.range_mut(..newer).filter(|(_, record)| !record.ended) {
-            if shares(record) {
-                self.ledger.end_lease_whole(*id, &record.lease.rows, false);
-                (record.ended, record.ended_t) = (true, self.next_t);
-                if let Some(learner) = self.learners.get_mut(&record.slot) {
-                    learner.leases.retain(|lease| lease != id);
+        for mut job in leases {
+            for lease in std::mem::take(&mut job.leases) {
+                let id = lease.id;
+                self.adopt_lease(&job, lease);
+                if let Some(end) = ends.remove(&id) {
+                    self.adopt_end(&end);
                 }
             }
         }
     }
-}
 
-impl LeaseRecord {
-    pub(super) fn new(lease: Lease, slot: super::Slot) -> Self {
-        Self { lease, slot, evidence: 0, committed: Vec::new(), reported: 0, receipt: ReceiptStage::Awaited, ended: false, ended_t: 0 }
+    /// A lease that the machine does not know: its learner trains on these rows.
+    fn adopt_lease(&mut self, job: &Job, lease: Lease) {
+        let now_ms = self.volatile.now_ms;
+        let (slot, id) = ((job.hotkey, job.slot), lease.id);
+        self.next_lease = self.next_lease.max(id + 1);
+        if self.leases.contains_key(&id) {
+            return;
+        }
+        if !self.ledger.adopt_lease(id, &lease.rows) {
+            tracing::error!(lease = id, "rows of this lease are booked otherwise; the books stand");
+        }
+        self.leases.insert(id, LeaseRecord::new(lease, slot));
+        match self.learners.get(&slot).map(|learner| learner.session_epoch) {
+            Some(session) if session > job.session_epoch => return self.end_lease(id),
+            Some(session) if session == job.session_epoch => {}
+            _ => {
+                self.end_leases(slot);
+                self.learners.insert(slot, Learner::of_session(job.session_epoch, now_ms));
+            }
+        }
+        if let Some(learner) = self.learners.get_mut(&slot) {
+            learner.leases.push(id);
+            learner.state = LearnerState::Training;
+            learner.live = true;
+        }
+    }
+
+    /// How a writer before this one booked a lease.
+    fn adopt_end(&mut self, end: &LeaseEnd) {
+        let Some(record) = self.leases.get_mut(&end.lease) else { return };
+        if !std::mem::replace(&mut record.ended, true) {
+            record.ended_t = self.next_t;
+        }
+        record.booking = Some(end.clone());
+        let slot = record.slot;
+        self.take_lease(slot, end.lease);
+        self.on_lease_ended(end);
     }
 }

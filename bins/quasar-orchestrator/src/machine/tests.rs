@@ -244,7 +244,7 @@ fn a_finished_lease_counts_by_its_receipt_and_without_one_by_its_commitments() {
         let shard = |step: u32| protocol::lease::LeaseRows::of(&record.lease).step(step)[0].row;
         let state = |step: u32| world.machine.ledger.row("a", shard(step)).unwrap();
         if record.slot == partial {
-            assert_eq!(record.receipt, ReceiptStage::Settled { trained: vec![0, 1, 5] });
+            assert!(matches!(&record.receipt, ReceiptStage::Settled { trained, .. } if *trained == [0, 1, 5]));
             assert_eq!([0, 1, 5, 2, 23].map(state), [RowState::Done, RowState::Done, RowState::Done, RowState::Lost, RowState::Lost]);
         } else {
             let expected = |step: u32| if step < record.evidence { RowState::Done } else { RowState::Lost };

@@ -3,7 +3,7 @@
 use protocol::AccountId;
 use protocol::Digest;
 use protocol::audits::Selection;
-use protocol::documents::{Commitment, Contribution, Head, Job, Lease, Tape};
+use protocol::documents::{Commitment, Contribution, Head, Job, Lease, LeaseEnd, Tape};
 use protocol::log::LogHead;
 
 use super::{Retired, Slot, StandingMark, Status};
@@ -114,8 +114,13 @@ pub enum Effect {
         previous: Digest,
         shards: Vec<String>,
     },
+    /// Writes down how a lease is booked.
+    RecordLeaseEnd {
+        end: Box<LeaseEnd>,
+    },
     /// Nobody needs these objects any more.
     Retire {
+        number: u64,
         retired: Box<Retired>,
     },
     PublishStatus {

@@ -61,15 +61,11 @@ pub fn files_digest(files: &[FileRecord]) -> Digest {
 pub async fn upload(office: &Office, tree: &Path, release: &Release) -> Result<Digest, Failure> {
     for file in &release.files {
         let key = office.keys.release_file(&release.release, &file.path);
-        if office.store.head(&key).await.is_ok_and(|meta| meta.length == file.length) {
-            continue;
-        }
-        let bytes = tokio::fs::read(tree.join(&file.path))
-            .await
-            .map_err(|error| Failure::unavailable(anyhow::anyhow!("{}: {error}", file.path)))?;
-        match office.store.put(&key, Bytes::from(bytes), PutCondition::IfAbsent).await {
-            Ok(_) | Err(StoreError::PreconditionFailed { .. }) => {}
-            Err(error) => return Err(Failure::unavailable(error)),
+        match transfer::upload(&*office.store, &key, file, &tree.join(&file.path)).await {
+            Err(error @ StoreError::PreconditionFailed { .. }) => {
+                return Err(Failure::configuration(error).hint("another checkpoint lies under this name; choose another one"));
+            }
+            result => result.map_err(Failure::unavailable)?,
         }
     }
     let key = office.keys.release_manifest(&release.release);

@@ -7,8 +7,7 @@ use daemon::Failure;
 use data::catalog::Catalog;
 use data::documents::Documents;
 use data::prepare::{HeldOut, PrepareSettings, prepare as prepare_shards};
-use protocol::Digest;
-use storage::{PutCondition, StoreError};
+use storage::{PutCondition, StoreError, transfer};
 
 use crate::office::Office;
 
@@ -124,20 +123,18 @@ pub async fn publish(office: &Office, arguments: PublishArgs) -> Result<(), Fail
     let catalog = Catalog::load(&arguments.dir).map_err(Failure::configuration)?;
     for shard in &catalog.shards {
         let path = Catalog::tokens_path(&arguments.dir, shard);
-        let bytes = tokio::fs::read(&path).await.map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", path.display())))?;
-        if Digest::blake3(&bytes) != shard.file.blake3 {
+        if !transfer::is_complete(&shard.file, &path)
+            .map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", path.display())))?
+        {
             return Err(Failure::configuration(anyhow::anyhow!("{} is not the file that the catalog describes", path.display()))
                 .hint("run `data prepare` again"));
         }
-        // The id holds a digest of the tokens: what is there already is the same.
-        for (key, bytes) in [
-            (office.keys.shard_tokens(&shard.id), Bytes::from(bytes)),
-            (office.keys.shard_manifest(&shard.id), Bytes::from(office.sign(shard, &office.context))),
-        ] {
-            match office.store.put(&key, bytes, PutCondition::IfAbsent).await {
-                Ok(_) | Err(StoreError::PreconditionFailed { .. }) => {}
-                Err(error) => return Err(Failure::unavailable(error)),
-            }
+        transfer::upload(&*office.store, &office.keys.shard_tokens(&shard.id), &shard.file, &path).await.map_err(Failure::unavailable)?;
+        // The id holds a digest of the tokens: what is there already says the same.
+        let manifest = Bytes::from(office.sign(shard, &office.context));
+        match office.store.put(&office.keys.shard_manifest(&shard.id), manifest, PutCondition::IfAbsent).await {
+            Ok(_) | Err(StoreError::PreconditionFailed { .. }) => {}
+            Err(error) => return Err(Failure::unavailable(error)),
         }
         println!("published shard {} ({} rows{})", shard.id, shard.rows, if shard.held_out { ", held out" } else { "" });
     }

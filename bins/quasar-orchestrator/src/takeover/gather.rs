@@ -3,13 +3,17 @@
 use bytes::Bytes;
 use daemon::Failure;
 use daemon::driver::DriverOptions;
+use futures::{StreamExt, TryStreamExt};
 use protocol::Digest;
-use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, MergeManifest, Order, Tape};
+use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, LeaseEnd, MergeManifest, Order, Tape};
 use protocol::envelope::{Document, EnvelopeError, Verified};
 use protocol::log::LogHead;
 use protocol::paths::RunKeys;
 
-use crate::machine::{BucketFacts, Orchestrator, StepFact, StoredPage};
+use crate::machine::{BucketFacts, Orchestrator, StepFact, StoredOrder, StoredPage};
+
+/// Records that are read at the same time.
+const READS_AT_ONCE: usize = 32;
 
 /// The bucket as a successor reads it.
 pub trait Bucket {
@@ -61,25 +65,25 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
         return Err(missing(&keys.catalog(newest.page + 1)));
     }
     let mut leases = Vec::new();
+    // Records are written beside each other, so many at a time: where one is missing, those behind it may be there.
+    let beside = DriverOptions::default().in_flight_max as u64;
     for first in machine.unknown_leases_from(head.epoch) {
-        let (mut id, mut absent) = (first, 0);
-        // Records are written beside each other: where one is missing, the next may be there.
-        while absent < DriverOptions::default().in_flight_max {
-            match document::<Job>(bucket, &keys.lease(id)).await? {
-                Some((job, _)) => {
-                    leases.push(job);
-                    absent = 0;
-                }
-                None => absent += 1,
+        for from in (first..).step_by(beside as usize) {
+            let found = documents::<Job>(bucket, (from..from + beside).map(|id| keys.lease(id))).await?;
+            if found.is_empty() {
+                break;
             }
-            id += 1;
+            leases.extend(found);
         }
     }
+    let given_out = leases.iter().flat_map(|job| &job.leases).map(|lease| lease.id);
+    let may_have_ended = machine.leases_to_book().chain(given_out);
+    let lease_ends = documents::<LeaseEnd>(bucket, may_have_ended.map(|id| keys.lease_end(id))).await?;
     // A ban or a rollback that the writer before took stands from the first pull on, and not from the next look.
     let mut orders = Vec::new();
     let mut number = machine.orders_taken() + 1;
-    while let Some((order, _)) = document::<Order>(bucket, &keys.order(number)).await? {
-        orders.push(order);
+    while let Some(bytes) = bucket.read(&keys.order(number), Order::PURPOSE.file_limit()).await? {
+        orders.push(StoredOrder::new(number, bucket.open(&bytes)));
         number += 1;
     }
     let mut log = Vec::new();
@@ -102,7 +106,7 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
         log.push(entry);
         size = next;
     }
-    Ok(BucketFacts { epoch: head.epoch, head, steps, pages, leases, orders, log })
+    Ok(BucketFacts { epoch: head.epoch, head, steps, pages, leases, lease_ends, orders, log })
 }
 
 async fn step(bucket: &impl Bucket, keys: &RunKeys, tape: Tape) -> Result<StepFact, Failure> {
@@ -130,6 +134,13 @@ fn missing(key: &str) -> Failure {
 /// A document with the id of its envelope.
 async fn document<D: Document>(bucket: &impl Bucket, key: &str) -> Result<Option<(D, Digest)>, Failure> {
     Ok(stored::<D>(bucket, key).await?.map(|(verified, _)| (verified.document, verified.id)))
+}
+
+/// Those of the documents that are there, in the order of their keys.
+async fn documents<D: Document>(bucket: &impl Bucket, keys: impl Iterator<Item = String>) -> Result<Vec<D>, Failure> {
+    let reads = keys.map(|key| async move { document::<D>(bucket, &key).await });
+    let found: Vec<Option<(D, Digest)>> = futures::stream::iter(reads).buffered(READS_AT_ONCE).try_collect().await?;
+    Ok(found.into_iter().flatten().map(|(document, _)| document).collect())
 }
 
 /// A document with the digest of its file.

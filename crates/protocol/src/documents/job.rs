@@ -32,6 +32,37 @@ pub struct Lease {
     pub deadline_ms: u64,
 }
 
+/// How the rows of a lease are booked. Written once when it ends and before the books change, so that every writer books alike.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct LeaseEnd {
+    pub lease: u64,
+    /// Steps of the lease with evidence, as ascending ranges `[start, end)`.
+    pub done: Vec<(u32, u32)>,
+    /// Steps that the learner reported. Those of them that are not done are lost; the rows of all others return.
+    pub reported: u32,
+    /// Id of the envelope of the receipt that shows the done steps, if there is one.
+    pub receipt: Option<Digest>,
+}
+
+impl LeaseEnd {
+    /// `done` ascending.
+    pub fn new(lease: u64, done: impl IntoIterator<Item = u32>, reported: u32, receipt: Option<Digest>) -> Self {
+        let mut ranges: Vec<(u32, u32)> = Vec::new();
+        for step in done {
+            match ranges.last_mut() {
+                Some((_, end)) if *end == step => *end += 1,
+                _ => ranges.push((step, step.saturating_add(1))),
+            }
+        }
+        Self { lease, done: ranges, reported, receipt }
+    }
+
+    /// The done steps below `steps`, ascending.
+    pub fn done_steps(&self, steps: u32) -> impl Iterator<Item = u32> {
+        self.done.iter().flat_map(move |(start, end)| *start..(*end).min(steps))
+    }
+}
+
 /// What one learner is to do: its current lease and, once that runs low, the next one.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct Job {

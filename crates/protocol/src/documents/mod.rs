@@ -22,7 +22,7 @@ pub use audit::{
 };
 pub use equivocation::{Equivocation, NoEquivocation};
 pub use head::{FragmentHead, Head, Notice, Pull, ReleaseRef, RunState};
-pub use job::{Job, Lease, PullGrants, RowRange, StandingGrants};
+pub use job::{Job, Lease, LeaseEnd, PullGrants, RowRange, StandingGrants};
 pub use merge::{Contribution, FragmentManifest, MergeManifest, Release, Tape, TapeInput};
 pub use progress::{Commitment, FragmentProgress, LearnerState, OpeningPart, PROGRESS_BYTES, Progress, ReceiptOffer, encode_progress};
 pub use receipt::{LEASE_STEPS_MAX, Receipt, ReceiptFault, ReceiptStep};
@@ -64,6 +64,7 @@ document! {
     WriterLease => WriterLease,
     Order => Order,
     Equivocation => Equivocation,
+    LeaseEnd => LeaseEnd,
 }
 
 /// JSON of a payload of any purpose, for `inspect`.
@@ -98,6 +99,7 @@ pub fn payload_json(purpose: Purpose, payload: &[u8]) -> Result<serde_json::Valu
         Purpose::WriterLease => json::<WriterLease>(payload),
         Purpose::Order => json::<Order>(payload),
         Purpose::Equivocation => json::<Equivocation>(payload),
+        Purpose::LeaseEnd => json::<LeaseEnd>(payload),
     }
 }
 

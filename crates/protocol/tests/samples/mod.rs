@@ -299,6 +299,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             }],
         }),
         file_of(&WriterLease { epoch: 3, instance: [5; 16], host: "control-1".into(), renewal: 9, released: false }),
+        file_of(&LeaseEnd::new(77, [0, 1, 2, 5], 7, Some(digest("receipt")))),
         file_of(&Order { number: 2, action: Action::Rollback { version: 3 }, reason: "diverged after a bad shard".into() }),
         file_of(&Equivocation {
             key: "quasar/netuid=24/public/head.qsr".into(),

@@ -53,6 +53,7 @@ pub fn run(arguments: &Goodput) -> ExitCode {
     }
     let (before_ms, after_ms, quorum_ms) = quarter_killed();
     let stall_ms = after_ms.saturating_sub(before_ms);
+    holds &= stall_ms == 0 && quorum_ms == 0;
     println!(
         "25 of 100 miners killed at once: longest time between two merges {:.1} s before, {:.1} s after; stall {:.1} s; longest pause without a training learner {:.1} s",
         before_ms as f64 / 1e3,

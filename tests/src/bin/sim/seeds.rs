@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use quasar_tests::sim::{self, Outcome, Plan, Violation};
+use quasar_tests::sim::{self, Boundary, CrashPoint, Outcome, Plan, Violation};
 
 use crate::SchemeName;
 
@@ -39,6 +39,14 @@ impl Seeds {
     fn plan(&self, seed: u64) -> Plan {
         Plan { scheme: self.scheme.into(), is_verbose: self.verbose, ..Plan::of_seed(seed, self.miners, self.cycles) }
     }
+
+    fn replay(&self, seed: u64) -> String {
+        let scheme = match self.scheme {
+            SchemeName::Cheap => "",
+            SchemeName::Ed25519 => " --scheme ed25519",
+        };
+        format!("cargo xtask sim --seeds 1 --first-seed {seed} --miners {} --cycles {}{scheme}", self.miners, self.cycles)
+    }
 }
 
 fn tell(seed: u64, violations: &[Violation], replay: &str) {
@@ -65,9 +73,7 @@ pub fn run(seeds: &Seeds) -> ExitCode {
                     let seed = seeds.first_seed + index;
                     let outcome = sim::run(seeds.plan(seed));
                     if !outcome.violations.is_empty() {
-                        let replay =
-                            format!("cargo xtask sim --seeds 1 --first-seed {seed} --miners {} --cycles {}", seeds.miners, seeds.cycles);
-                        tell(seed, &outcome.violations, &replay);
+                        tell(seed, &outcome.violations, &seeds.replay(seed));
                     }
                     if let Ok(mut outcomes) = outcomes.lock() {
                         outcomes.push((seed, outcome));
@@ -126,6 +132,15 @@ pub struct CrashPoints {
     /// Crash at each so many-th boundary only
     #[arg(long, default_value_t = 1)]
     every: u64,
+    /// Crash at this boundary only
+    #[arg(long)]
+    point: Option<u64>,
+    /// Crash after each object that is written or deleted, not only after each effect
+    #[arg(long)]
+    writes: bool,
+    /// Each crash takes the disk along: the next process has the bucket alone
+    #[arg(long)]
+    lose_disk: bool,
     /// Print one JSON object as the last line
     #[arg(long)]
     json: bool,
@@ -136,26 +151,38 @@ pub fn crash_points(arguments: &CrashPoints) -> ExitCode {
     let plan = sim::small(arguments.seed, arguments.miners);
     let whole = sim::run(plan.clone());
     let (mut points, mut violations) = (0, whole.violations.len());
-    tell_if_any(arguments.seed, 0, &whole);
-    for point in (1..=whole.effects).step_by(arguments.every.max(1) as usize) {
+    arguments.tell_if_any(0, &whole);
+    let (boundary, last) = if arguments.writes { (Boundary::Write, whole.writes) } else { (Boundary::Effect, whole.effects) };
+    let (first, last) = arguments.point.map_or((1, last), |point| (point, point));
+    for count in (first..=last).step_by(arguments.every.max(1) as usize) {
+        let point = CrashPoint { boundary, count, loses_disk: arguments.lose_disk };
         let outcome = sim::run_crashing(plan.clone(), point);
         points += 1;
         violations += outcome.violations.len();
-        tell_if_any(arguments.seed, point, &outcome);
+        arguments.tell_if_any(count, &outcome);
     }
     let seconds = begun.elapsed().as_secs_f64();
     println!(
-        "{points} crash points of a run of {} effects and {} merges: {violations} violations, {seconds:.1} s",
-        whole.effects, whole.merges
+        "{points} crash points of a run of {} effects, {} writes and {} merges: {violations} violations, {seconds:.1} s",
+        whole.effects, whole.writes, whole.merges
     );
     if arguments.json {
-        println!("{}", serde_json::json!({ "points": points, "effects": whole.effects, "violations": violations, "seconds": seconds }));
+        println!(
+            "{}",
+            serde_json::json!({ "points": points, "effects": whole.effects, "writes": whole.writes, "violations": violations, "seconds": seconds })
+        );
     }
     if violations == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn tell_if_any(seed: u64, point: u64, outcome: &Outcome) {
-    if !outcome.violations.is_empty() {
-        tell(seed, &outcome.violations, &format!("cargo xtask sim crash-points --seed {seed}, point {point}"));
+impl CrashPoints {
+    /// Point 0 is the run without a crash.
+    fn tell_if_any(&self, point: u64, outcome: &Outcome) {
+        if !outcome.violations.is_empty() {
+            let (writes, disk) = (if self.writes { " --writes" } else { "" }, if self.lose_disk { " --lose-disk" } else { "" });
+            let (seed, miners) = (self.seed, self.miners);
+            let replay = format!("cargo xtask sim crash-points --seed {seed} --miners {miners} --point {point}{writes}{disk}");
+            tell(seed, &outcome.violations, &replay);
+        }
     }
 }

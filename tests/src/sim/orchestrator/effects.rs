@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use chain::Chain;
 use futures::FutureExt;
-use protocol::documents::{CatalogPage, Commitment, Job, Lease, Progress, PullGrants, Receipt, Tape, VerdictReveal};
+use protocol::documents::{CatalogPage, Commitment, Job, Lease, LeaseEnd, Progress, PullGrants, Receipt, Tape, VerdictReveal};
 use protocol::envelope::Expect;
 use protocol::log::LogHead;
 use protocol::{Digest, Reason};
@@ -112,9 +112,15 @@ impl Hands {
                 self.put_latest(&self.world.run.snapshot(), revision, || bytes.clone()).await;
                 return None;
             }
-            Effect::Retire { retired } => {
+            Effect::RecordLeaseEnd { end } => {
+                let bytes = self.put_once(&self.world.run.lease_end(end.lease), &*end).await;
+                let office = Expect::Account(&self.world.office.account);
+                let stored = self.world.plan.scheme.open::<LeaseEnd>(&bytes, &self.world.context, office, None);
+                Input::LeaseEnded { end: stored.map_or(end, |verified| Box::new(verified.document)) }
+            }
+            Effect::Retire { number, retired } => {
                 self.retire(&retired).await;
-                return None;
+                Input::RetiredAll { number }
             }
             Effect::WritePage { page, previous, shards } => {
                 Input::PageWritten { page, outcome: Ok(self.write_page(page, previous, &shards).await) }

@@ -66,10 +66,29 @@ pub struct Node {
     pub crashes: u64,
     pub lost_disks: u64,
     pub effects: u64,
+    /// Objects that were written or deleted.
+    pub writes: u64,
     /// Processes that found their lease in other hands.
     pub fenced: u64,
-    /// The boundary at which to crash: after so many effects have ended, counted over all lives.
-    pub crash_after: Option<u64>,
+    pub crash_point: Option<CrashPoint>,
+}
+
+/// Where the orchestrator dies: what is done there is done, and its process never hears of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CrashPoint {
+    pub boundary: Boundary,
+    /// After so many of these, counted over all lives.
+    pub count: u64,
+    /// With the disk: the next process has the bucket alone.
+    pub loses_disk: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Boundary {
+    /// An effect ended.
+    Effect,
+    /// An object was written or deleted; an effect may do so several times.
+    Write,
 }
 
 /// What lives and dies with the process.
@@ -125,8 +144,9 @@ impl Node {
             crashes: 0,
             lost_disks: 0,
             effects: 0,
+            writes: 0,
             fenced: 0,
-            crash_after: None,
+            crash_point: None,
         }
     }
 
@@ -345,19 +365,15 @@ impl World {
     }
 
     fn effect_ended(&self, host: usize, life: Life, answer: Option<Input>) {
-        let crash = {
+        {
             let mut node = self.orchestrators[host].borrow_mut();
             if node.life != life || node.machine.is_none() {
                 return;
             }
             node.in_flight -= 1;
             node.effects += 1;
-            node.crash_after == Some(node.effects)
-        };
-        if crash {
-            // The effect is done, and its process never hears of it.
-            let world = self.me();
-            self.executor.after(0, WORLD, move || world.crash_and_restart(host, 0, 500));
+        }
+        if self.crashes_at(host, Boundary::Effect) {
             return;
         }
         if let Some(input) = answer {
@@ -365,6 +381,34 @@ impl World {
         }
         let mut node = self.orchestrators[host].borrow_mut();
         self.begin_effects(&mut node, life);
+    }
+
+    /// An object of the bucket was written or deleted by a node.
+    pub(super) fn bucket_changed(&self, node: NodeId) {
+        let is_host = |host: &std::cell::RefCell<Node>| host.try_borrow().is_ok_and(|host| host.id == node);
+        if let Some(host) = self.orchestrators.iter().position(is_host) {
+            self.orchestrators[host].borrow_mut().writes += 1;
+            self.crashes_at(host, Boundary::Write);
+        }
+    }
+
+    /// Whether this was the boundary to die at.
+    fn crashes_at(&self, host: usize, boundary: Boundary) -> bool {
+        let node = self.orchestrators[host].borrow();
+        let count = match boundary {
+            Boundary::Effect => node.effects,
+            Boundary::Write => node.writes,
+        };
+        let Some(point) = node.crash_point.filter(|point| (point.boundary, point.count) == (boundary, count)) else { return false };
+        let world = self.me();
+        self.executor.after(0, WORLD, move || {
+            if point.loses_disk {
+                world.crash_and_lose_disk(host, 500);
+            } else {
+                world.crash_and_restart(host, 0, 500);
+            }
+        });
+        true
     }
 
     /// Kills a process and takes its disk away.
@@ -414,5 +458,7 @@ fn kind_of(input: &Input) -> u64 {
         Input::LogTaken { .. } => 21,
         Input::Order { .. } => 22,
         Input::PageWritten { page, .. } => 23 + (u64::from(*page) << 8),
+        Input::LeaseEnded { end } => 24 + (end.lease << 8),
+        Input::RetiredAll { number } => 25 + (number << 8),
     }
 }

@@ -7,7 +7,7 @@ use chain::Chain;
 use futures::FutureExt;
 use protocol::documents::{Order, Progress};
 use protocol::envelope::Expect;
-use quasar_orchestrator::machine::{Guest, Input, Slot};
+use quasar_orchestrator::machine::{Guest, Input, Slot, StoredOrder};
 
 use super::Hands;
 
@@ -63,8 +63,8 @@ impl Hands {
             self.world.executor.sleep(interval_ms).await;
             let Ok(Some(object)) = self.world.get(self.id, &self.world.run.order(next), None).await else { continue };
             let office = Expect::Account(&self.world.office.account);
-            let Ok(opened) = self.world.plan.scheme.open::<Order>(&object.bytes, &self.world.context, office, None) else { continue };
-            self.tell(Input::Order { order: opened.document });
+            let opened = self.world.plan.scheme.open::<Order>(&object.bytes, &self.world.context, office, None);
+            self.tell(Input::Order { order: StoredOrder::new(next, opened) });
             next += 1;
         }
     }

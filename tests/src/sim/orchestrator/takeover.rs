@@ -42,7 +42,7 @@ impl World {
             let keeper = hands.clone();
             self.executor.spawn(life, async move { keeper.keep().await });
         }
-        self.watch.borrow_mut().claimed(epoch);
+        self.watch.borrow_mut().claimed(epoch, hands.id);
         let head = hands.claim_head(epoch).await;
         let journal = if is_own { self.orchestrators[host].borrow().disk.replayed() } else { None };
         let machine = match journal.filter(|machine| !machine.is_behind(&head)) {
@@ -58,12 +58,12 @@ impl World {
                 let facts =
                     gather(&*hands, &self.run, self.plan.parameters.overlap, &machine, head).await.expect("the bucket holds together");
                 let now_ms = self.clock_ms(hands.id).max(taken_ms);
-                let orders = facts.orders.clone();
+                let found = (facts.leases.clone(), facts.orders.clone());
                 machine.handle(now_ms, Input::Recovered { facts: Box::new(facts) });
                 while machine.poll_effect().is_some() {}
                 let mut node = self.orchestrators[host].borrow_mut();
                 node.disk = Disk { snapshot: Some((now_ms, encode(&machine))), entries: Vec::new(), ..std::mem::take(&mut node.disk) };
-                self.watch.borrow_mut().succeeded(host, &machine, &orders);
+                self.watch.borrow_mut().succeeded(&self, host, &machine, &found);
                 machine
             }
         };

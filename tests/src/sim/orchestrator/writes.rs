@@ -30,6 +30,10 @@ impl Hands {
         node.disk.sequence
     }
 
+    fn last_sequence(&self) -> u64 {
+        self.world.orchestrators[self.host].borrow().disk.sequence
+    }
+
     /// Numbers of this process are above this one.
     pub(super) fn raise_sequence(&self, floor: u64) {
         let mut node = self.world.orchestrators[self.host].borrow_mut();
@@ -73,7 +77,30 @@ impl Hands {
             return;
         }
         let known = tag.take();
-        *tag = Some(self.persist(|| self.swap(key, known.clone(), make())).await);
+        let write = || async {
+            let known = match known.clone() {
+                Some(known) => Some(known),
+                None => self.rise_above(key).await?,
+            };
+            self.swap(key, known, make()).await
+        };
+        *tag = Some(self.persist(write).await);
+    }
+
+    /// The tag of what lies at `key`, above whose sequence ours rise.
+    async fn rise_above(&self, key: &str) -> Option<Option<String>> {
+        let object = match self.world.get(self.id, key, None).await {
+            Ok(object) => object?,
+            Err(StoreError::NotFound { .. }) => return Some(None),
+            Err(_) => return None,
+        };
+        if let Ok((envelope, _, _)) = envelope::peek(&object.bytes)
+            && envelope.header.sequence > self.last_sequence()
+        {
+            self.confirm().await;
+            self.raise_sequence(envelope.header.sequence);
+        }
+        Some(object.etag)
     }
 
     pub(super) async fn get_present(&self, key: &str) -> Option<Bytes> {

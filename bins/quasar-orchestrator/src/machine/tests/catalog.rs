@@ -6,7 +6,8 @@ use super::*;
 
 fn add(number: u64, shards: &[&str]) -> Input {
     let shards = shards.iter().map(|id| (*id).to_owned()).collect();
-    Input::Order { order: Order { number, action: Action::AddShards { shards }, reason: "more text".into() } }
+    let order = Ok(Order { number, action: Action::AddShards { shards }, reason: "more text".into() });
+    Input::Order { order: StoredOrder { number, order } }
 }
 
 #[test]

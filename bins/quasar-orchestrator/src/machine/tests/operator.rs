@@ -5,7 +5,8 @@ use protocol::documents::{Action, Order};
 use super::*;
 
 fn order(number: u64, action: Action) -> Input {
-    Input::Order { order: Order { number, action, reason: "for the test".into() } }
+    let order = Ok(Order { number, action, reason: "for the test".into() });
+    Input::Order { order: StoredOrder { number, order } }
 }
 
 #[test]
@@ -53,6 +54,49 @@ fn a_rollback_to_what_is_deleted_or_not_there_yet_is_refused_and_changes_nothing
     let outcomes = world.machine.status().outcomes;
     assert!(!outcomes[0].done && outcomes[0].text.contains("no fragment is beyond"), "{outcomes:?}");
     assert!(!outcomes[1].done && outcomes[1].text.contains("is deleted"), "{outcomes:?}");
+}
+
+#[test]
+fn what_lies_at_the_key_of_an_order_and_is_none_is_said_and_passed_over() {
+    let mut world = World::new(0, 2);
+    world.run(2_000);
+    world.input(Input::Order { order: StoredOrder { number: 1, order: Err("its signature is not valid".into()) } });
+    let hotkey = world.learners[0].slot.0;
+    world.input(order(2, Action::Ban { hotkey }));
+    let outcomes = world.machine.status().outcomes;
+    assert!(!outcomes[0].done && outcomes[0].text.contains("signature"), "{outcomes:?}");
+    assert!(outcomes[1].done && world.machine.orders_taken() == 2, "{outcomes:?}");
+}
+
+#[test]
+fn a_process_that_died_before_it_told_a_banned_learner_tells_it_when_it_begins_again() {
+    let mut world = World::new(0, 2);
+    world.run(2_000);
+    let hotkey = world.learners[0].slot.0;
+    world.machine.handle(world.now_ms, order(1, Action::Ban { hotkey }));
+    while world.machine.poll_effect().is_some() {}
+    world.machine.handle(world.now_ms, Input::Claimed { epoch: 2 });
+    let effects: Vec<Effect> = std::iter::from_fn(|| world.machine.poll_effect()).collect();
+    let is_told = |effect: &Effect| matches!(effect, Effect::PublishJob { job, .. } if job.hotkey == hotkey && job.leases.is_empty());
+    assert!(effects.iter().any(is_told), "{effects:?}");
+}
+
+#[test]
+fn what_was_being_deleted_when_a_process_died_is_deleted_by_the_next() {
+    let mut world = World::new(0, 3);
+    world.run(5_000);
+    // Deletions go out and are not heard of again.
+    let from = world.retired.len();
+    world.holds_deletions = true;
+    world.run(60_000);
+    let asked = world.retired[from..].to_vec();
+    assert!(asked.len() > 3, "{asked:?}");
+    world.holds_deletions = false;
+    world.input(Input::Claimed { epoch: 2 });
+    assert_eq!(world.retired[from + asked.len()..][..asked.len()], asked[..]);
+    let after = world.retired.len();
+    world.input(Input::Claimed { epoch: 3 });
+    assert_eq!(world.retired.len(), after, "each once");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A successor without the journal: what the bucket holds is enough.
 
-use protocol::documents::{Action, Order};
+use protocol::documents::{Action, LeaseEnd, Order};
 
 use super::*;
 use crate::machine::{BucketFacts, LEASE_EPOCH_SHIFT, StepFact};
@@ -29,6 +29,9 @@ impl World {
         for first in machine.unknown_leases_from(self.epoch) {
             leases.extend((first..).map_while(|id| self.leases.get(&id)).cloned());
         }
+        let given_out = leases.iter().flat_map(|job: &Job| &job.leases).map(|lease| lease.id);
+        let may_have_ended = machine.leases_to_book().chain(given_out);
+        let lease_ends = may_have_ended.filter_map(|id| self.lease_ends.get(&id)).cloned().collect();
         let mut log = Vec::new();
         let mut size = head.log.size;
         while size > machine.log_size() {
@@ -37,7 +40,8 @@ impl World {
         }
         log.reverse();
         self.machine = machine;
-        Input::Recovered { facts: Box::new(BucketFacts { epoch: self.epoch, head, steps, pages, leases, orders: Vec::new(), log }) }
+        let orders = Vec::new();
+        Input::Recovered { facts: Box::new(BucketFacts { epoch: self.epoch, head, steps, pages, leases, lease_ends, orders, log }) }
     }
 
     fn check_books(&self) {
@@ -134,6 +138,61 @@ fn rows_that_came_back_and_were_given_out_again_after_the_snapshot_belong_to_who
 }
 
 #[test]
+fn a_successor_books_every_row_as_its_predecessor_did_also_where_an_epoch_ended_meanwhile() {
+    for rows in [403, 10_000] {
+        let mut world = World::of(RunSetup { shards: vec![shard("a", rows / 2), shard("b", rows - rows / 2)], ..setup(0) }, 3);
+        world.run(4_000);
+        let old = world.snapshot.clone();
+        world.run(50_000);
+        let before = world.machine.ledger.clone();
+        let receipts = world.lease_ends.values().filter(|end| end.receipt.is_some()).count();
+        assert!(receipts > 3, "{receipts}");
+        let epochs = before.totals().done_tokens / 128 / rows;
+        assert!((rows == 403) == (epochs >= 1), "{epochs} epochs of {rows} rows");
+        world.snapshot = old;
+        let input = world.recover_from_bucket();
+        world.input(input);
+        let after = world.machine.ledger.totals();
+        assert_eq!(after.done_tokens, before.totals().done_tokens, "{rows} rows");
+        assert_eq!((after.lost_rows, after.done_rows), (before.totals().lost_rows, before.totals().done_rows), "{rows} rows");
+        let lives = world.machine.open_leases().map(|(id, _)| id).collect::<Vec<_>>();
+        assert!(lives.iter().all(|id| !world.lease_ends.contains_key(id)), "{lives:?}");
+    }
+}
+
+#[test]
+fn what_another_writer_wrote_at_the_end_of_a_lease_stands() {
+    let mut world = World::new(0, 2);
+    world.run(2_000);
+    let (id, slot) = world.machine.open_leases().next().unwrap();
+    let theirs = LeaseEnd::new(id, 0..2, 3, None);
+    world.lease_ends.insert(id, theirs.clone());
+    let hotkey = slot.0;
+    let ban = Order { number: 1, action: Action::Ban { hotkey }, reason: "for the test".into() };
+    world.input(Input::Order { order: StoredOrder { number: 1, order: Ok(ban) } });
+    assert_eq!(world.lease_ends[&id], theirs);
+    let totals = world.machine.ledger.totals();
+    assert_eq!((totals.done_rows, totals.lost_rows), (2 * 4, 4));
+    world.check_books();
+}
+
+#[test]
+fn rows_stay_leased_until_their_end_is_written_down_and_a_new_process_writes_it() {
+    let mut world = World::new(0, 2);
+    world.run(2_000);
+    let leased = world.machine.ledger.totals().leased_rows;
+    let (id, slot) = world.machine.open_leases().next().unwrap();
+    // The process dies with the write under way.
+    world.machine.end_leases(slot);
+    while world.machine.poll_effect().is_some() {}
+    assert_eq!(world.machine.ledger.totals().leased_rows, leased);
+    assert!(world.machine.open_leases().all(|(open, _)| open != id));
+    world.input(Input::Claimed { epoch: 2 });
+    assert!(world.lease_ends.contains_key(&id));
+    world.check_books();
+}
+
+#[test]
 fn a_successor_logs_nothing_twice_and_goes_on_with_the_log() {
     let mut world = World::new(0, 2);
     world.run(3_000);
@@ -224,6 +283,7 @@ fn a_successor_takes_the_orders_that_its_snapshot_lacks_before_it_asks_anybody()
     let before = world.snapshot.clone();
     let hotkey = world.learners[0].slot.0;
     let ban = Order { number: 1, action: Action::Ban { hotkey }, reason: "for the test".into() };
+    let ban = StoredOrder { number: 1, order: Ok(ban) };
     world.input(Input::Order { order: ban.clone() });
     let from = world.machine.next_t;
     // The snapshot with the ban did not come through.

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditParameters, CatalogRef, Codec, Commitment, Contribution, FragmentProgress, Head, InnerOptimizer, Job, LearnerState, LrSchedule,
-    Notice, OpeningPart, Progress, ReceiptOffer, RunState, Tape, VerdictResult,
+    AuditParameters, CatalogRef, Codec, Commitment, Contribution, FragmentProgress, Head, InnerOptimizer, Job, LearnerState, LeaseEnd,
+    LrSchedule, Notice, OpeningPart, Progress, ReceiptOffer, RunState, Tape, VerdictResult,
 };
 use protocol::envelope::RunId;
 use protocol::log::{LogHead, LogRef};
@@ -221,6 +221,7 @@ pub(super) struct World {
     pub(super) snapshot: Option<Vec<u8>>,
     /// Lease records, written once.
     pub(super) leases: BTreeMap<u64, Job>,
+    pub(super) lease_ends: BTreeMap<u64, LeaseEnd>,
     pub(super) retired: Vec<Retired>,
     /// Catalog pages that were added, written once.
     pub(super) pages: Vec<StoredPage>,
@@ -228,6 +229,8 @@ pub(super) struct World {
     pub(super) bundles: u64,
     /// Releases do not come to an end.
     pub(super) holds_releases: bool,
+    /// Nor do deletions.
+    pub(super) holds_deletions: bool,
     /// This learner counts ten steps for each.
     pub(super) liar: Option<usize>,
     /// Inputs from here on, for a twin.
@@ -262,10 +265,12 @@ impl World {
             epoch: 1,
             snapshot: None,
             leases: BTreeMap::new(),
+            lease_ends: BTreeMap::new(),
             retired: Vec::new(),
             pages: Vec::new(),
             bundles: 0,
             holds_releases: false,
+            holds_deletions: false,
             liar: None,
             record: None,
         };
@@ -424,9 +429,13 @@ impl World {
                 let stored = self.pages.iter().find(|stored| stored.reference.page == page)?;
                 Some(Input::PageWritten { page, outcome: Ok(stored.clone()) })
             }
-            Effect::Retire { retired } => {
+            Effect::RecordLeaseEnd { end } => {
+                let end = self.lease_ends.entry(end.lease).or_insert(*end).clone();
+                Some(Input::LeaseEnded { end: Box::new(end) })
+            }
+            Effect::Retire { number, retired } => {
                 self.retired.push(*retired);
-                None
+                (!self.holds_deletions).then_some(Input::RetiredAll { number })
             }
             Effect::Watch { .. } | Effect::PublishCurrent | Effect::PublishStanding { .. } | Effect::PublishStatus { .. } => None,
         }
