@@ -18,10 +18,7 @@ const FRAGMENTS: u64 = 24;
 fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let dir = folder.path().join("devnet");
-    let run_file = folder.path().join("run.toml");
-    let parameters = include_str!("../../configs/run-devnet.toml").replace("release_every_cycles = 0", "release_every_cycles = 2");
-    std::fs::write(&run_file, parameters).expect("the folder is writable");
-    let run_file = run_file.display().to_string();
+    let run_file = run_file(folder.path(), "release_every_cycles = 0", "release_every_cycles = 2");
     let (summary, errors) = devnet(&dir, CYCLES, &["--chaos", "--codec-up", "int4", "--codec-down", "int4", "--run-file", &run_file]);
     for victim in ["miner-1", "validator-0", "orchestrator"] {
         assert!(errors.contains(&format!("killing {victim}")) && errors.contains(&format!("starting {victim} again")), "{errors}");
@@ -67,7 +64,9 @@ fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
 fn payloads_with_error_feedback_are_merged_and_pass_their_audits() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let dir = folder.path().join("devnet");
-    let (summary, _) = devnet(&dir, 2, &["--codec-up", "topk"]);
+    // Options of training that a replay has to share: documents that begin anew inside a row, and step sizes that are trained.
+    let run_file = run_file(folder.path(), "train_step_sizes = false", "document_end = 1\ntrain_step_sizes = true");
+    let (summary, _) = devnet(&dir, 2, &["--codec-up", "topk", "--run-file", &run_file]);
     assert_eq!(summary["verdicts"]["fail"], 0, "{summary}");
     let bucket = dir.join("bucket");
     let reveals: Vec<(_, VerdictReveal)> = documents(&bucket);
@@ -86,6 +85,15 @@ fn payloads_with_error_feedback_are_merged_and_pass_their_audits() {
     // What was left out is on the miners' disks; all but the last payloads are settled.
     let withheld = |ending: &str| files(&dir.join("state")).into_iter().filter(|path| path.to_string_lossy().ends_with(ending)).count();
     assert!(withheld(".sent") < payloads.len() / 4, "{} of {} payloads are not settled", withheld(".sent"), payloads.len());
+}
+
+/// The devnet's run parameters with one change, as a file.
+fn run_file(folder: &Path, from: &str, to: &str) -> String {
+    let parameters = include_str!("../../configs/run-devnet.toml");
+    assert_eq!(parameters.matches(from).count(), 1, "{from}");
+    let path = folder.join("run.toml");
+    std::fs::write(&path, parameters.replace(from, to)).expect("the folder is writable");
+    path.display().to_string()
 }
 
 /// Runs a devnet of two miners and a validator in `dir`; gives its summary and what it told.
@@ -133,8 +141,11 @@ fn releases_came_while_everybody_trained(bucket: &Path, merges: &[MergeManifest]
 
 /// `replay` tells from the orchestrator's journal what the bucket says.
 fn a_journal_is_replayed_to_where_the_run_ended(dir: &Path, merges: usize) {
-    let journal = files(&dir.join("state")).into_iter().find(|path| path.ends_with("journal.redb") && path.to_string_lossy().contains("orchestrator"));
-    let output = Command::new(binary("quasar-orchestrator")).args(["replay", "--state", "--json"]).arg(journal.expect("a journal")).output();
+    let journal = files(&dir.join("state"))
+        .into_iter()
+        .find(|path| path.ends_with("journal.redb") && path.to_string_lossy().contains("orchestrator"));
+    let output =
+        Command::new(binary("quasar-orchestrator")).args(["replay", "--state", "--json"]).arg(journal.expect("a journal")).output();
     let output = output.expect("it starts");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let told: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON object");

@@ -54,6 +54,8 @@ pub fn options(device: &str, learners: usize, settings: &MinerSettings, paramete
         host_bytes: settings.host_memory_gib.map_or_else(|| pinnable() / learners.max(1) as u64, |gib| gib << 30),
         device_bytes: settings.device_memory_gib.map(|gib| gib << 30),
         batch: (parameters.batch_rows as usize, parameters.sequence_length as usize),
+        document_end: parameters.training.document_end,
+        train_step_sizes: parameters.training.train_step_sizes,
         ..TrainerOptions::default()
     }
 }

@@ -51,6 +51,7 @@ fn setup() -> RunSetup {
             schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
         },
         audit: AuditParameters { loss_rows: 16, replay_steps: 4, replay_tolerance_ppm: 1, beacon_blocks: 3, opening_ms: 20_000 },
+        training: Default::default(),
     };
     let fragment =
         FragmentSetup { keyframe: Digest::ZERO, keyframe_length: 100, state: Digest::ZERO, elements: 468, payload_length: 1_000 };

@@ -10,7 +10,8 @@ use daemon::health::{self, Health};
 use daemon::seen::Memory;
 use daemon::settings::{CommonArgs, Role, ValidatorArgs, ValidatorSettings};
 use daemon::{Driver, Exit, Failure, Journal, JournalError, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
-use model::{QuasarEvaluator, QuasarTrainer, TrainError};
+use model::{QuasarEvaluator, QuasarTrainer, TrainError, TrainerOptions};
+use protocol::documents::TrainingOptions;
 use protocol::envelope::RunId;
 use protocol::{AccountId, FragmentPlan, Reason};
 use storage::client::{GrantClient, PublicReader};
@@ -90,10 +91,12 @@ fn device(settings: &ValidatorSettings) -> Result<String, TrainError> {
 }
 
 /// Opens evaluator and trainer on a base tree.
-fn opener(device: String, plan: FragmentPlan, threads: usize) -> OpenEngine {
+fn opener(device: String, plan: FragmentPlan, threads: usize, training: &TrainingOptions) -> OpenEngine {
+    let TrainingOptions { document_end, train_step_sizes } = *training;
     Arc::new(move |tree: &Path| {
         let evaluator = QuasarEvaluator::open(tree, &plan, &device, threads)?;
-        let trainer = QuasarTrainer::open(tree, plan.clone(), &device, threads)?;
+        let options = TrainerOptions { device: device.clone(), threads, document_end, train_step_sizes, ..TrainerOptions::default() };
+        let trainer = QuasarTrainer::open_with(tree, plan.clone(), &options)?;
         Ok(Engine::new(Box::new(evaluator), Box::new(trainer)))
     })
 }
@@ -224,7 +227,7 @@ impl Validator {
             secret: self.hotkey.sealing_secret(),
             journal: self.journal.clone(),
             state_dir: &self.state_dir,
-            open_engine: opener(self.device.clone(), facts.plan.clone(), self.own.threads),
+            open_engine: opener(self.device.clone(), facts.plan.clone(), self.own.threads, &facts.manifest.parameters.training),
             mechanism: self.own.weight_mechanism,
             store_health: self.health.component("store"),
             weights_health: self.health.component("weights"),

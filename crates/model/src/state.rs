@@ -86,6 +86,7 @@ impl Run {
     }
 
     /// The first `count` elements and the rest.
+    #[cfg(any(test, feature = "libtorch"))]
     pub fn split(self, count: usize) -> (Self, Self) {
         match self {
             Self::Zero(all) => (Self::Zero(count), Self::Zero(all - count)),

@@ -250,9 +250,9 @@ fn experts_with_a_cap_and_documents_in_a_row_train_as_through_libtorch() {
         return;
     }
     compare_branch("quasar", |options| options.cap_experts = true);
-    let start = rows(1)[150];
+    let last = rows(1)[150];
     for branch in ["quasar", "raven", "gla"] {
-        compare_branch(branch, |options| options.document_start = Some(start));
+        compare_branch(branch, |options| options.document_end = Some(last));
     }
 }
 

@@ -404,11 +404,11 @@ fn experts_drop_tokens_only_if_asked_to_and_only_beyond_their_capacity() {
 #[test]
 fn documents_in_a_row_are_trained_as_if_each_had_a_row_of_its_own() {
     let folder = small();
-    let packed = TrainerOptions { document_start: Some(2), ..TrainerOptions::default() };
-    // One row of three documents of 10, 13 and 17 tokens, each beginning with token 2.
+    let packed = TrainerOptions { document_end: Some(2), ..TrainerOptions::default() };
+    // One row of three documents of 10, 13 and 17 tokens, each ending with token 2.
     let mut row: Vec<u32> = tokens(40, 96, 3).iter().map(|token| if *token == 2 { 5 } else { *token }).collect();
     let bounds = [0, 10, 23, 40];
-    bounds[..3].iter().for_each(|at| row[*at] = 2);
+    bounds[1..].iter().for_each(|at| row[*at - 1] = 2);
     let alone = |from: usize, to: usize| {
         let batch = Batch { tokens: &row[from..to], rows: 1, row_tokens: to - from };
         trainer(folder.path()).loss_and_gradients(&batch, None).unwrap()

@@ -144,6 +144,7 @@ pub fn parameters(fragments: u16, cycles: u64, poll_ms: u64, step_ms: u64) -> Ru
             schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
         },
         audit: AuditParameters { loss_rows: 16, replay_steps: 4, replay_tolerance_ppm: 1_000, beacon_blocks: 3, opening_ms: 60_000 },
+        training: Default::default(),
     }
 }
 

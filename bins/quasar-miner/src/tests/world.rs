@@ -69,6 +69,7 @@ pub fn parameters() -> RunParameters {
             beacon_blocks: 3,
             opening_ms: 60_000,
         },
+        training: Default::default(),
     }
 }
 

@@ -77,6 +77,7 @@ fn parameters() -> RunParameters {
             schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
         },
         audit: AuditParameters { loss_rows: 16, replay_steps: 4, replay_tolerance_ppm: 1, beacon_blocks: 3, opening_ms: 20_000 },
+        training: Default::default(),
     }
 }
 
@@ -536,7 +537,8 @@ async fn whoever_completes_a_step_from_its_tape_writes_the_same_bytes() {
 /// A checkpoint with the tensors of [`plan`] and one that training leaves alone.
 fn write_base_tree(folder: &Path) {
     let bytes = 2 * ELEMENTS;
-    let entry = |at: usize| serde_json::json!({"dtype": "BF16", "shape": [4, ELEMENTS / 4], "data_offsets": [at * bytes, (at + 1) * bytes]});
+    let entry =
+        |at: usize| serde_json::json!({"dtype": "BF16", "shape": [4, ELEMENTS / 4], "data_offsets": [at * bytes, (at + 1) * bytes]});
     let header = serde_json::json!({"layer0": entry(0), "layer1": entry(1), "rotary.inv_freq": entry(2)}).to_string();
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend_from_slice(header.as_bytes());

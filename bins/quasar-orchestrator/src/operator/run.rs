@@ -87,6 +87,12 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
         ))
         .hint("prepare the data with the run's sequence length"));
     }
+    if let (Some(token), Some(shard)) = (parameters.training.document_end, shards.first())
+        && token >= shard.vocab_size
+    {
+        return Err(Failure::configuration(anyhow::anyhow!("training.document_end {token} is no token of shard {}", shard.id))
+            .hint("name the token that `data prepare` puts behind each document"));
+    }
 
     let now_ms = clock::now_ms();
     let run = new_run_id(office, now_ms, &file.name);

@@ -166,5 +166,6 @@ pub fn parameters() -> RunParameters {
             schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
         },
         audit: AuditParameters { loss_rows: 4, replay_steps: 4, replay_tolerance_ppm: 20_000, beacon_blocks: 3, opening_ms: 30_000 },
+        training: Default::default(),
     }
 }

@@ -26,7 +26,7 @@ pub(crate) struct FlatLearner {
     second: Tensor,
     threads: usize,
     cap_experts: bool,
-    document_start: Option<u32>,
+    document_end: Option<u32>,
 }
 
 /// Result of a forward and backward pass.
@@ -51,8 +51,8 @@ impl FlatLearner {
         let (weights, first, second) = (zeros()?, zeros()?, zeros()?);
         let leaf = weights.f_narrow(0, 0, layout.trained as i64)?.f_detach()?.f_requires_grad_(true)?;
         let network = Network::new(config, layout, buffers, device, kind)?;
-        let TrainerOptions { threads, cap_experts, document_start, .. } = *options;
-        Ok(Self { network, weights, leaf, first, second, threads, cap_experts, document_start })
+        let TrainerOptions { threads, cap_experts, document_end, .. } = *options;
+        Ok(Self { network, weights, leaf, first, second, threads, cap_experts, document_end })
     }
 
     fn pass(&mut self, batch: &Batch, forced: Option<&Routes>, record: bool, step: u64) -> Result<Pass, TrainError> {
@@ -62,7 +62,7 @@ impl FlatLearner {
         let (trained, all) = (network.layout.trained as i64, network.layout.elements as i64);
         let frozen = self.weights.f_narrow(0, trained, all - trained)?;
         let weights = network.weights(&self.leaf, &frozen)?;
-        let pieces = batch.pieces(batch.rows, self.document_start);
+        let pieces = batch.pieces(batch.rows, self.document_end);
         let (mut losses, mut routes) = (Vec::new(), Vec::new());
         for piece in &pieces {
             let part = piece.of(batch);

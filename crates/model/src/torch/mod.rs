@@ -20,6 +20,7 @@ mod loss;
 mod moe;
 mod network;
 mod ops;
+mod pieces;
 mod quasar;
 mod raven;
 mod shortage;

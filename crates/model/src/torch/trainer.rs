@@ -45,9 +45,9 @@ pub struct TrainerOptions {
     /// Whether experts drop tokens beyond [`QuasarConfig::expert_capacity`] in each pass, as the reference does in training mode; the shares
     /// of the others are not scaled up. Off: no token is ever dropped.
     pub cap_experts: bool,
-    /// The token that begins a document: rows are cut before it, and positions, recurrent states and attention begin anew. Off: a row is one
+    /// The token that ends a document: rows are cut behind it, and positions, recurrent states and attention begin anew. Off: a row is one
     /// sequence.
-    pub document_start: Option<u32>,
+    pub document_end: Option<u32>,
     /// Whether a GPU may use this crate's own kernels; otherwise it computes through libtorch's operations.
     pub own_kernels: bool,
     /// Folder in which compiled kernels are kept from start to start.
@@ -80,7 +80,7 @@ impl Default for TrainerOptions {
             compute: None,
             train_step_sizes: false,
             cap_experts: false,
-            document_start: None,
+            document_end: None,
             own_kernels: true,
             kernel_cache: None,
             compiler_options: Vec::new(),

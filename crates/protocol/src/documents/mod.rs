@@ -28,7 +28,7 @@ pub use progress::{Commitment, FragmentProgress, LearnerState, OpeningPart, PROG
 pub use receipt::{LEASE_STEPS_MAX, Receipt, ReceiptFault, ReceiptStep};
 pub use run::{
     AuditParameters, Bounds, CATALOG_PAGE_SHARDS, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RunManifest,
-    RunParameters, RunRoot,
+    RunParameters, RunRoot, TrainingOptions,
 };
 pub use writer::{Action, ORDER_REASON_MAX, Order, WRITER_LEASE_MS, WriterLease};
 

@@ -153,6 +153,21 @@ pub struct RunParameters {
     pub release_every_cycles: u32,
     pub inner: InnerOptimizer,
     pub audit: AuditParameters,
+    #[serde(default)]
+    pub training: TrainingOptions,
+}
+
+/// What learners do otherwise than the reference. A replay does the same.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainingOptions {
+    /// The token that ends a document: rows are cut behind it, and positions, recurrent states and attention begin anew. `None`: a row is
+    /// one sequence.
+    #[serde(default)]
+    pub document_end: Option<u32>,
+    /// Whether `A_log` and `dt_bias` of Quasar branches are trained.
+    #[serde(default)]
+    pub train_step_sizes: bool,
 }
 
 /// What a run is. Immutable: a change is a new run.

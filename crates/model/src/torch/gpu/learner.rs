@@ -18,8 +18,8 @@ use crate::torch::context;
 use crate::torch::layout::Layout;
 use crate::torch::learner::{self, Learner, Taken};
 use crate::torch::ops;
+use crate::torch::pieces::Piece;
 use crate::torch::trainer::{MomentType, TrainerOptions};
-use crate::train::Piece;
 use crate::{Batch, HostMemory, HostValues, Hyper, Place, QuasarConfig, TrainError};
 
 /// A model in training on one GPU.
@@ -62,6 +62,15 @@ struct Computed {
 
 fn work(batch: (usize, usize), fragments: usize) -> Work {
     Work { rows: batch.0 as u64, row_tokens: batch.1 as u64, fragments: fragments as u64 }
+}
+
+/// Bytes of a GPU to plan with. One that nobody else uses has the same at every start, whatever its driver holds just then: so a batch is
+/// passed through in the same groups of rows, which decide about the last bits.
+fn usable(free: u64, total: u64) -> u64 {
+    /// For driver and libraries.
+    const HELD_BYTES: u64 = 1 << 30;
+    let whole = total.saturating_sub(HELD_BYTES);
+    if free >= whole { whole } else { free }
 }
 
 /// The strategy by which a learner is opened: optimizer state goes to the host's memory if nothing else fits and it may.
@@ -107,8 +116,8 @@ impl GpuLearner {
         context::choose_reproducible_attention();
         let kernels =
             Kernels::new(&config, device, options.kernel_cache.as_deref(), &options.compiler_options).map_err(TrainError::Kernels)?;
-        let (free, _) = kernels.gpu.memory().map_err(|reason| device_error(device, reason))?;
-        let device_bytes = options.device_bytes.unwrap_or(u64::MAX).min(free as u64);
+        let (free, total) = kernels.gpu.memory().map_err(|reason| device_error(device, reason))?;
+        let device_bytes = options.device_bytes.unwrap_or(u64::MAX).min(usable(free as u64, total as u64));
         let work = work(options.batch, fragments);
         let plan = planned(&config, work, options, device_bytes);
         let offload = plan.strategy.offload;
@@ -239,7 +248,7 @@ impl GpuLearner {
     fn compute(&mut self, batch: &Batch, forced: Option<&crate::Routes>) -> ops::Result<Computed> {
         self.prepare(batch.row_tokens)?;
         let PassShape { recompute, rows: group } = self.pass_shape(batch);
-        let pieces = batch.pieces(group, self.options.document_start);
+        let pieces = batch.pieces(group, self.options.document_end);
         let scale = 1.0 / pieces.iter().map(Piece::predicted).sum::<usize>() as f64;
         let ids = self.ids(batch)?;
         // The token behind each, except behind the last of a sequence.
