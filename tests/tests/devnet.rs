@@ -18,7 +18,7 @@ const FRAGMENTS: u64 = 24;
 fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let dir = folder.path().join("devnet");
-    let run_file = run_file(folder.path(), "release_every_cycles = 0", "release_every_cycles = 2");
+    let run_file = run_file(folder.path(), "release_every_cycles = 0", "release_every_cycles = 1");
     let (summary, errors) = devnet(&dir, CYCLES, &["--chaos", "--codec-up", "int4", "--codec-down", "int4", "--run-file", &run_file]);
     for victim in ["miner-1", "validator-0", "orchestrator"] {
         assert!(errors.contains(&format!("killing {victim}")) && errors.contains(&format!("starting {victim} again")), "{errors}");
@@ -121,7 +121,7 @@ fn releases_came_while_everybody_trained(bucket: &Path, merges: &[MergeManifest]
     let mut releases: Vec<Release> = documents(bucket).into_iter().map(|(_, release): (_, Release)| release).collect();
     releases.retain(|release| release.release.starts_with("run-"));
     releases.sort_by_key(|release| release.tokens);
-    assert!(releases.len() as u64 > CYCLES / 2, "{} releases", releases.len());
+    assert!(releases.len() as u64 >= CYCLES - 1, "{} releases", releases.len());
     for release in &releases {
         for (fragment, version) in release.versions.iter().enumerate() {
             let merged = |merge: &MergeManifest| usize::from(merge.fragment) == fragment && merge.version == *version;
@@ -134,7 +134,7 @@ fn releases_came_while_everybody_trained(bucket: &Path, merges: &[MergeManifest]
             assert_eq!(Digest::blake3(&bytes), file.blake3, "{ending}");
         }
     }
-    let during = merges.iter().filter(|merge| !merge.closing && merge.t >= FRAGMENTS * CYCLES / 2);
+    let during = merges.iter().filter(|merge| !merge.closing && merge.t >= FRAGMENTS);
     let contributors: Vec<usize> = during.map(|merge| merge.accepted().count()).collect();
     assert!(contributors.iter().sum::<usize>() as f64 / contributors.len() as f64 > 1.2, "{contributors:?}");
 }

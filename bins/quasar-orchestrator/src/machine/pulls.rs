@@ -150,7 +150,8 @@ impl Orchestrator {
             return self.restore_next(fragment);
         }
         // Also those that are not waited for any more: if nobody is, their answers are all that can come.
-        let able = self.learners.values().filter(|learner| learner.can_answer()).count();
+        let can_answer = |learner: &&Learner| if is_closing { learner.can_close(fragment) } else { learner.can_answer() };
+        let able = self.learners.values().filter(can_answer).count();
         if is_closing && able == 0 {
             // A process that has just begun has not heard of anybody yet.
             if now_ms >= self.pace.resumed_ms + self.parameters().learner_ttl_ms {
@@ -313,14 +314,20 @@ impl Orchestrator {
     /// Closes pulls that have everything, whose grace is over, or whose deadline has passed.
     pub(super) fn close_pulls(&mut self) {
         let now_ms = self.volatile.now_ms;
-        let (training, eligible) = self.counts();
-        let quorum = schedule::quorum(self.parameters().quorum_min, eligible).max(1);
-        let step_ms = self.timing.step_ms();
+        let counts = self.counts();
+        let (step_ms, closing_from) = (self.timing.step_ms(), self.closing_from);
         let mut closing = Vec::new();
         for (t, pull) in &mut self.pulls {
             if pull.stage != PullStage::Open {
                 continue;
             }
+            let (training, eligible) = if closing_from.is_some_and(|from| *t >= from) {
+                let able = || self.learners.values().filter(|learner| learner.can_close(pull.fragment));
+                (able().count(), able().filter(|learner| learner.answers_mostly()).count())
+            } else {
+                counts
+            };
+            let quorum = schedule::quorum(self.setup.parameters.quorum_min, eligible).max(1);
             let accepted = pull.accepted;
             if accepted >= quorum && pull.quorum_ms.is_none() {
                 pull.quorum_ms = Some(now_ms);
@@ -356,7 +363,8 @@ impl Orchestrator {
         let Some(pull) = self.pulls.get_mut(&t) else { return };
         // Nobody missed a pull that a rollback ends.
         let is_judged = self.restoring.is_none();
-        for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| is_judged && learner.can_answer()) {
+        let asked = |learner: &Learner| if closing { learner.can_close(pull.fragment) } else { learner.can_answer() };
+        for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| is_judged && asked(learner)) {
             // A commitment alone is no answer: whoever only commits is not waited for either.
             let answers = |offer: &Offer| !matches!(offer.stage, OfferStage::Committed | OfferStage::Granted);
             learner.misses = if pull.offers.get(slot).is_some_and(answers) { 0 } else { learner.misses.saturating_add(1) };

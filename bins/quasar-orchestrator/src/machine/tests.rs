@@ -256,6 +256,22 @@ fn a_finished_lease_counts_by_its_receipt_and_without_one_by_its_commitments() {
 }
 
 #[test]
+fn what_learners_trained_is_in_the_last_release_also_where_their_rows_run_out_in_the_closing_round() {
+    let mut world = World::new(0, 3);
+    world.run(10_000);
+    world.input(Input::Drain);
+    world.learners.iter_mut().for_each(|learner| learner.is_used_up = true);
+    world.until_complete(60_000);
+    let closing: Vec<&MergeManifest> = world.merges.values().filter(|merge| merge.closing).collect();
+    let answers: Vec<usize> = closing.iter().map(|merge| merge.accepted().count()).collect();
+    assert!(answers.len() == usize::from(P) && answers.iter().filter(|count| **count == 3).count() >= 2, "{answers:?}");
+    // Nobody had trained since the version before on what nobody answered for.
+    let left = |merge: &&MergeManifest| world.learners.iter().any(|learner| learner.record.fragments[usize::from(merge.fragment)].steps > 0);
+    assert!(!closing.iter().filter(|merge| merge.accepted().count() == 0).any(left), "{answers:?}");
+    assert_eq!(world.released, 1);
+}
+
+#[test]
 fn draining_stops_leases_and_pulls_and_releases() {
     let mut world = World::new(0, 2);
     world.run(5_000);

@@ -92,6 +92,8 @@ pub(super) struct Sim {
     /// Trains, and answers no pull.
     pub(super) mute: bool,
     pub(super) hands_in_receipts: bool,
+    /// Has no rows left: answers pulls, and trains no more.
+    pub(super) is_used_up: bool,
     /// Its commitments claim so many steps for each that it did.
     pub(super) claims: u32,
 }
@@ -127,6 +129,7 @@ impl Sim {
             silent: false,
             mute: false,
             hands_in_receipts: true,
+            is_used_up: false,
             claims: 1,
         }
     }
@@ -164,6 +167,10 @@ impl Sim {
                 start_digest: Digest::ZERO,
                 step_chain: Digest::ZERO,
             });
+        }
+        if self.is_used_up {
+            self.record.state = LearnerState::Ready;
+            return;
         }
         let current = self
             .lease_steps
