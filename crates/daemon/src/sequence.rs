@@ -25,11 +25,6 @@ impl Sequence {
         Ok(Self { journal, key, last })
     }
 
-    /// The number that was given last, or the floor.
-    pub fn last(&self) -> u64 {
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// No number below `floor` is given any more: somebody else may have used those.
     ///
     /// # Errors

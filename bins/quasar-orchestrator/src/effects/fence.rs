@@ -6,7 +6,7 @@
 //! (`Fence::hold`); one that finds somebody else's lease there has lost it for good. A write that was on its way meanwhile meets compare-and-swap (head, jobs, grants,
 //! snapshot) or a write-once key whose content the tape fixes.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -54,6 +54,9 @@ pub struct Fence {
     held: tokio::sync::Mutex<(WriterLease, String)>,
     trust: Mutex<Trust>,
     lost: AtomicBool,
+    /// Renewals so far, and the newest of them that succeeded.
+    asked: AtomicU64,
+    answered: AtomicU64,
     /// Nobody else has written since the journal at hand did.
     is_own: bool,
 }
@@ -125,6 +128,8 @@ impl Fence {
                         held: tokio::sync::Mutex::new((lease, etag)),
                         trust,
                         lost: AtomicBool::new(false),
+                        asked: AtomicU64::new(0),
+                        answered: AtomicU64::new(0),
                         is_own,
                         settings,
                     }));
@@ -175,27 +180,40 @@ impl Fence {
     /// # Errors
     /// [`Lost`] if somebody else has it; a store that does not answer is no error, but the trust runs out.
     pub async fn renew(&self) -> Result<(), Lost> {
-        self.ask().await.map(drop)
+        self.ask(u64::MAX).await.map(drop)
     }
 
-    /// Asks the store until it has said whose the lease is: before somebody else's write is taken for an answer of ours that was
-    /// lost, which a store that does not answer never proves.
+    /// Asks the store until it has said whose the lease is: what was read before was then written by this process or by one before it. A
+    /// clock proves that never, because a machine may have stood still with its clocks. Whoever asks while others wait shares their answer.
     ///
     /// # Errors
     /// [`Lost`] if somebody else has it.
     pub async fn confirm(&self) -> Result<(), Lost> {
-        while !self.ask().await? {
+        let before = self.asked.load(Ordering::Acquire);
+        while !self.ask(before).await? {
             tokio::time::sleep(RETRY).await;
         }
         Ok(())
     }
 
-    /// Renews the lease; `false` where the store did not say whose it is.
-    async fn ask(&self) -> Result<bool, Lost> {
+    /// Renews the lease, unless a renewal later than number `before` has succeeded; `false` where the store did not say whose it is.
+    async fn ask(&self, before: u64) -> Result<bool, Lost> {
         let mut held = self.held.lock().await;
         if self.is_lost() {
             return Err(Lost);
         }
+        if self.answered.load(Ordering::Acquire) > before {
+            return Ok(true);
+        }
+        let number = self.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        let is_ours = self.ask_store(&mut held).await?;
+        if is_ours {
+            self.answered.store(number, Ordering::Release);
+        }
+        Ok(is_ours)
+    }
+
+    async fn ask_store(&self, held: &mut (WriterLease, String)) -> Result<bool, Lost> {
         let begun = moment();
         let next = renewed(&held.0);
         let Ok(bytes) = self.settings.sign(&next) else { return Ok(false) };
@@ -205,7 +223,7 @@ impl Fence {
                 self.trust_from(begun);
                 Ok(true)
             }
-            Err(StoreError::PreconditionFailed { .. }) => self.look_again(&mut held).await,
+            Err(StoreError::PreconditionFailed { .. }) => self.look_again(held).await,
             Err(error) => {
                 tracing::warn!("the writer lease cannot be renewed: {error}");
                 Ok(false)

@@ -157,66 +157,56 @@ impl Service {
     }
 
     /// Overwrites a mutable key by compare-and-swap with what this process last wrote there.
-    pub(crate) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Result<Bytes, String>) {
+    pub(crate) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Result<Bytes, String> + Sync) {
         let Some(mut tag) = self.outbox.turn(key, revision).await else { return };
+        let make = &make;
         *tag = persist(key, || {
             let known = tag.clone();
-            let make = &make;
-            async move {
-                let known = match known {
-                    Some(known) => Some(known),
-                    None => self.rise_above(key).await?,
-                };
-                self.swap(key, known, make()?).await
-            }
+            async move { self.swap(key, known, make).await }
         })
         .await;
     }
 
-    /// The tag of what lies at `key` before this process writes there for the first time. A document with a higher sequence than any of
-    /// ours is a successor's; or a predecessor's whose clock was ahead, and ours have to follow it.
-    async fn rise_above(&self, key: &str) -> Result<Option<String>, String> {
-        let object = match self.store.get(key, SNAPSHOT_BYTES_MAX).await {
-            Ok(object) => object,
-            Err(StoreError::NotFound { .. }) => return Ok(None),
-            Err(error) => return Err(error.to_string()),
-        };
-        if let Ok((envelope, _)) = envelope::verify_as_stated(&object.bytes)
-            && self.signers.contains(&envelope.header.signer)
-            && envelope.header.sequence > self.sequence.last()
-        {
-            self.confirm().await;
-            self.sequence.raise(envelope.header.sequence).map_err(|error| error.to_string())?;
-        }
-        Ok(object.etag)
-    }
-
-    /// One attempt of a write by compare-and-swap; `known` is what was last seen there.
-    async fn swap(&self, key: &str, known: Option<String>, bytes: Bytes) -> Result<Option<String>, String> {
+    /// One attempt of a write by compare-and-swap; `known` is the tag of what this process wrote there last.
+    async fn swap(
+        &self,
+        key: &str,
+        known: Option<String>,
+        make: &(dyn Fn() -> Result<Bytes, String> + Sync),
+    ) -> Result<Option<String>, String> {
         let mut known = known;
         loop {
             let condition = match known.take() {
                 Some(tag) => PutCondition::IfMatch(tag),
-                None => self.condition_of(key).await.map_err(|error| error.to_string())?,
+                None => self.look_before(key).await?,
             };
-            // Only now: a tag that was read before the lease was known to be ours may be that of a successor's object.
+            let bytes = make()?;
             self.fence.hold().await;
-            match self.store.put(key, bytes.clone(), condition).await {
+            match self.store.put(key, bytes, condition).await {
                 Ok(tag) => return Ok(Some(tag)),
-                // An answer of ours was lost, or somebody else wrote: the lease tells.
-                Err(StoreError::PreconditionFailed { .. }) => self.confirm().await,
+                // An answer of ours was lost, or somebody else wrote: what lies there now tells, and whose the lease is.
+                Err(StoreError::PreconditionFailed { .. }) => {}
                 Err(error) => return Err(error.to_string()),
             }
         }
     }
 
-    /// The condition under which the object stays as it is now.
-    pub(crate) async fn condition_of(&self, key: &str) -> Result<PutCondition, StoreError> {
-        match self.store.head(key).await {
-            Ok(meta) => Ok(PutCondition::IfMatch(meta.etag.unwrap_or_default())),
-            Err(StoreError::NotFound { .. }) => Ok(PutCondition::IfAbsent),
-            Err(error) => Err(error),
+    /// The condition under which stays what this process finds at `key` and did not write, or does not know to have written. The lease is
+    /// asked for after that: so it is no successor's. A predecessor's clock may have been ahead; our sequences follow those that it used.
+    async fn look_before(&self, key: &str) -> Result<PutCondition, String> {
+        let found = match self.store.get(key, SNAPSHOT_BYTES_MAX).await {
+            Ok(object) => Some(object),
+            Err(StoreError::NotFound { .. }) => None,
+            Err(error) => return Err(error.to_string()),
+        };
+        self.confirm().await;
+        let Some(object) = found else { return Ok(PutCondition::IfAbsent) };
+        if let Ok((envelope, _)) = envelope::verify_as_stated(&object.bytes)
+            && self.signers.contains(&envelope.header.signer)
+        {
+            self.sequence.raise(envelope.header.sequence).map_err(|error| error.to_string())?;
         }
+        Ok(PutCondition::IfMatch(object.etag.unwrap_or_default()))
     }
 
     /// Asks the store whether the lease is still ours; stops everything if it is not.

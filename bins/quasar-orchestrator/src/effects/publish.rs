@@ -18,9 +18,11 @@ impl Service {
         let key = self.run.head();
         let mut tag = self.head_etag.lock().await;
         let place = key.as_str();
+        let make = || self.sign(head).map_err(|error| error.to_string());
+        let make = &make;
         *tag = persist(place, || {
-            let (known, bytes) = (tag.clone(), self.sign(head).map_err(|error| error.to_string()));
-            async move { self.swap(place, known, bytes?).await }
+            let known = tag.clone();
+            async move { self.swap(place, known, make).await }
         })
         .await;
     }

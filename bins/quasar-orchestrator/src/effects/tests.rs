@@ -316,6 +316,10 @@ struct Slow {
 #[async_trait::async_trait]
 impl ObjectStore for Slow {
     async fn get_if_changed(&self, key: &str, etag: Option<&str>, limit: u64) -> Result<Option<storage::Object>, StoreError> {
+        if key == self.key {
+            self.asked.notify_one();
+            self.go_on.notified().await;
+        }
         self.inner.get_if_changed(key, etag, limit).await
     }
 
@@ -324,10 +328,6 @@ impl ObjectStore for Slow {
     }
 
     async fn head(&self, key: &str) -> Result<storage::ObjectMeta, StoreError> {
-        if key == self.key {
-            self.asked.notify_one();
-            self.go_on.notified().await;
-        }
         self.inner.head(key).await
     }
 
@@ -396,7 +396,6 @@ async fn what_a_writer_signs_follows_what_its_predecessor_signed_with_a_clock_th
     writer.publish_job(1, &job(Vec::new())).await;
     let ours = writer.open_own::<Job>(&bucket.store.get(&key, 1 << 20).await.unwrap().bytes).unwrap();
     assert!(ours.header.sequence > ahead_ms, "{} after {ahead_ms}", ours.header.sequence);
-    assert!(writer.sequence.last() >= ours.header.sequence);
 }
 
 #[tokio::test]

@@ -266,7 +266,8 @@ fn what_learners_trained_is_in_the_last_release_also_where_their_rows_run_out_in
     let answers: Vec<usize> = closing.iter().map(|merge| merge.accepted().count()).collect();
     assert!(answers.len() == usize::from(P) && answers.iter().filter(|count| **count == 3).count() >= 2, "{answers:?}");
     // Nobody had trained since the version before on what nobody answered for.
-    let left = |merge: &&MergeManifest| world.learners.iter().any(|learner| learner.record.fragments[usize::from(merge.fragment)].steps > 0);
+    let left =
+        |merge: &&MergeManifest| world.learners.iter().any(|learner| learner.record.fragments[usize::from(merge.fragment)].steps > 0);
     assert!(!closing.iter().filter(|merge| merge.accepted().count() == 0).any(left), "{answers:?}");
     assert_eq!(world.released, 1);
 }

@@ -92,12 +92,25 @@ impl Hands {
         }
     }
 
-    /// Whether the lease is ours, if the store says so.
-    async fn renew(&self) -> Option<bool> {
+    /// Whether the lease is ours, if the store says so; a renewal later than number `before` has said so already.
+    async fn renew(&self, before: u64) -> Option<bool> {
         let _turn = self.renewing.lock().await;
         if self.is_lost() {
             return Some(false);
         }
+        if self.answered.get() > before {
+            return Some(true);
+        }
+        let number = self.asked.get() + 1;
+        self.asked.set(number);
+        let said = self.ask_store().await;
+        if said == Some(true) {
+            self.answered.set(number);
+        }
+        said
+    }
+
+    async fn ask_store(&self) -> Option<bool> {
         let begun = self.moment();
         let (next, tag) = self.holding.borrow().as_ref().map(|holding| (renewed(&holding.held), holding.tag.clone()))?;
         let bytes: Bytes = self.sign_ours(&next, &self.world.context);
@@ -133,7 +146,7 @@ impl Hands {
     pub(super) async fn keep(&self) {
         loop {
             self.world.executor.sleep(RENEW_MS).await;
-            if self.renew().await == Some(false) {
+            if self.renew(u64::MAX).await == Some(false) {
                 return self.world.fenced(self.host, self.life);
             }
         }
@@ -141,8 +154,9 @@ impl Hands {
 
     /// Asks the store until it has said whose the lease is; the process ends if it is not ours.
     pub(super) async fn confirm(&self) {
+        let before = self.asked.get();
         loop {
-            match self.renew().await {
+            match self.renew(before).await {
                 Some(true) => return,
                 None => self.world.executor.sleep(RETRY_MS).await,
                 Some(false) => {

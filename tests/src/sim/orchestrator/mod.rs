@@ -10,7 +10,7 @@ mod polls;
 mod takeover;
 mod writes;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
@@ -100,6 +100,9 @@ struct Hands {
     holding: RefCell<Option<Holding>>,
     /// Renewals come one after the other.
     renewing: tokio::sync::Mutex<()>,
+    /// Renewals so far, and the newest of them that succeeded.
+    asked: Cell<u64>,
+    answered: Cell<u64>,
     watched: RefCell<(Vec<Slot>, Vec<Slot>)>,
     records: RefCell<HashMap<Slot, (Digest, Bytes)>>,
     head_etag: RefCell<Option<String>>,
@@ -208,6 +211,8 @@ impl World {
                 life,
                 holding: RefCell::default(),
                 renewing: tokio::sync::Mutex::default(),
+                asked: Cell::default(),
+                answered: Cell::default(),
                 watched: RefCell::default(),
                 records: RefCell::default(),
                 head_etag: RefCell::default(),

@@ -30,10 +30,6 @@ impl Hands {
         node.disk.sequence
     }
 
-    fn last_sequence(&self) -> u64 {
-        self.world.orchestrators[self.host].borrow().disk.sequence
-    }
-
     /// Numbers of this process are above this one.
     pub(super) fn raise_sequence(&self, floor: u64) {
         let mut node = self.world.orchestrators[self.host].borrow_mut();
@@ -77,30 +73,7 @@ impl Hands {
             return;
         }
         let known = tag.take();
-        let write = || async {
-            let known = match known.clone() {
-                Some(known) => Some(known),
-                None => self.rise_above(key).await?,
-            };
-            self.swap(key, known, make()).await
-        };
-        *tag = Some(self.persist(write).await);
-    }
-
-    /// The tag of what lies at `key`, above whose sequence ours rise.
-    async fn rise_above(&self, key: &str) -> Option<Option<String>> {
-        let object = match self.world.get(self.id, key, None).await {
-            Ok(object) => object?,
-            Err(StoreError::NotFound { .. }) => return Some(None),
-            Err(_) => return None,
-        };
-        if let Ok((envelope, _, _)) = envelope::peek(&object.bytes)
-            && envelope.header.sequence > self.last_sequence()
-        {
-            self.confirm().await;
-            self.raise_sequence(envelope.header.sequence);
-        }
-        Some(object.etag)
+        *tag = Some(self.persist(|| self.swap(key, known.clone(), &make)).await);
     }
 
     pub(super) async fn get_present(&self, key: &str) -> Option<Bytes> {
@@ -117,7 +90,8 @@ impl Hands {
     pub(super) async fn publish_head(&self, head: &Head) {
         let key = self.world.run.head();
         let known = self.head_etag.borrow().clone();
-        let tag = self.persist(|| self.swap(&key, known.clone(), self.sign_ours(head, &self.world.context))).await;
+        let make = || self.sign_ours(head, &self.world.context);
+        let tag = self.persist(|| self.swap(&key, known.clone(), &make)).await;
         *self.head_etag.borrow_mut() = Some(tag);
     }
 
@@ -132,23 +106,38 @@ impl Hands {
         .await;
     }
 
-    /// One attempt of a write by compare-and-swap; `known` is what was last seen there.
-    async fn swap(&self, key: &str, known: Option<String>, bytes: Bytes) -> Option<String> {
+    /// One attempt of a write by compare-and-swap; `known` is the tag of what this process wrote there last.
+    async fn swap(&self, key: &str, known: Option<String>, make: &dyn Fn() -> Bytes) -> Option<String> {
         let mut known = known;
         loop {
             let condition = match known.take() {
                 Some(tag) => PutCondition::IfMatch(tag),
-                None => self.condition_of(key).await?,
+                None => self.look_before(key).await?,
             };
-            // Only now: what was seen while the lease was ours is what nobody else has written since.
+            let bytes = make();
             self.hold().await;
-            match self.world.put(self.id, key, bytes.clone(), condition).await {
+            match self.world.put(self.id, key, bytes, condition).await {
                 Ok(tag) => return Some(tag),
-                // An answer of ours was lost, or somebody else wrote: the lease tells.
-                Err(StoreError::PreconditionFailed { .. }) => self.confirm().await,
+                // An answer of ours was lost, or somebody else wrote: what lies there now tells, and whose the lease is.
+                Err(StoreError::PreconditionFailed { .. }) => {}
                 Err(_) => return None,
             }
         }
+    }
+
+    /// The condition under which stays what lies at `key`, and what this process signs follows it.
+    async fn look_before(&self, key: &str) -> Option<PutCondition> {
+        let found = match self.world.get(self.id, key, None).await {
+            Ok(object) => Some(object?),
+            Err(StoreError::NotFound { .. }) => None,
+            Err(_) => return None,
+        };
+        self.confirm().await;
+        let Some(object) = found else { return Some(PutCondition::IfAbsent) };
+        if let Ok((envelope, _, _)) = envelope::peek(&object.bytes) {
+            self.raise_sequence(envelope.header.sequence);
+        }
+        Some(PutCondition::IfMatch(object.etag.unwrap_or_default()))
     }
 
     /// The condition under which the object stays as it is now.
