@@ -52,13 +52,9 @@ impl Service {
             let journal = |error: daemon::JournalError| Failure::new(error.exit(), error);
             self.sequence.raise(found.header.sequence).map_err(journal)?;
             let lost = |lost| Failure::configuration(lost).hint("start again with `run --standby`");
-            if found.document.epoch > epoch {
-                // Not even the clocks of a machine that stood still as a whole tell that its lease is over; the head does.
-                self.fence.confirm().await.map_err(lost)?;
-                continue;
-            }
+            // What was read may be a successor's already: no clock of this machine tells, the store does.
+            self.fence.confirm().await.map_err(lost)?;
             let claimed = Head { epoch, ..found.document };
-            // What was read may be a successor's already, if the way here took longer than the lease.
             self.fence.hold().await;
             let bytes = self.sign(&claimed).map_err(journal)?;
             match self.store.put(&key, bytes, PutCondition::IfMatch(object.etag.unwrap_or_default())).await {
@@ -66,9 +62,7 @@ impl Service {
                     *tag = Some(fresh);
                     return Ok(claimed);
                 }
-                Err(StoreError::PreconditionFailed { .. }) => {
-                    self.fence.confirm().await.map_err(lost)?;
-                }
+                Err(StoreError::PreconditionFailed { .. }) => {}
                 Err(error) => return Err(Failure::unavailable(error)),
             }
         }

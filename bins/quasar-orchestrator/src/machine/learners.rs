@@ -73,11 +73,12 @@ impl Learner {
         self.is_training() && self.local_step > 0
     }
 
-    /// As [`Learner::can_answer`] in the closing round: there one whose rows are used up has something, too, if it has trained since it
-    /// applied the fragment's version.
-    pub fn can_close(&self, fragment: u16) -> bool {
+    /// As [`Learner::can_answer`] for a pull of `fragment`: in the closing round one whose rows are used up has something, too, if it has
+    /// trained since it applied the fragment's version.
+    pub fn is_asked(&self, fragment: u16, is_closing: bool) -> bool {
         let has_trained = || self.fragments.get(usize::from(fragment)).is_some_and(|(_, steps)| *steps > 0);
-        self.can_answer() || (self.live && self.state == LearnerState::Ready && self.local_step > 0 && has_trained())
+        let is_used_up = || self.live && self.state == LearnerState::Ready && self.local_step > 0;
+        self.can_answer() || (is_closing && is_used_up() && has_trained())
     }
 
     /// Whether it has not left pull after pull without an answer.

@@ -150,8 +150,7 @@ impl Orchestrator {
             return self.restore_next(fragment);
         }
         // Also those that are not waited for any more: if nobody is, their answers are all that can come.
-        let can_answer = |learner: &&Learner| if is_closing { learner.can_close(fragment) } else { learner.can_answer() };
-        let able = self.learners.values().filter(can_answer).count();
+        let able = self.learners.values().filter(|learner| learner.is_asked(fragment, is_closing)).count();
         if is_closing && able == 0 {
             // A process that has just begun has not heard of anybody yet.
             if now_ms >= self.pace.resumed_ms + self.parameters().learner_ttl_ms {
@@ -322,7 +321,7 @@ impl Orchestrator {
                 continue;
             }
             let (training, eligible) = if closing_from.is_some_and(|from| *t >= from) {
-                let able = || self.learners.values().filter(|learner| learner.can_close(pull.fragment));
+                let able = || self.learners.values().filter(|learner| learner.is_asked(pull.fragment, true));
                 (able().count(), able().filter(|learner| learner.answers_mostly()).count())
             } else {
                 counts
@@ -363,8 +362,7 @@ impl Orchestrator {
         let Some(pull) = self.pulls.get_mut(&t) else { return };
         // Nobody missed a pull that a rollback ends.
         let is_judged = self.restoring.is_none();
-        let asked = |learner: &Learner| if closing { learner.can_close(pull.fragment) } else { learner.can_answer() };
-        for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| is_judged && asked(learner)) {
+        for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| is_judged && learner.is_asked(pull.fragment, closing)) {
             // A commitment alone is no answer: whoever only commits is not waited for either.
             let answers = |offer: &Offer| !matches!(offer.stage, OfferStage::Committed | OfferStage::Granted);
             learner.misses = if pull.offers.get(slot).is_some_and(answers) { 0 } else { learner.misses.saturating_add(1) };

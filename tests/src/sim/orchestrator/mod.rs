@@ -390,8 +390,7 @@ impl World {
 
     /// An object of the bucket was written or deleted by a node.
     pub(super) fn bucket_changed(&self, node: NodeId) {
-        let is_host = |host: &std::cell::RefCell<Node>| host.try_borrow().is_ok_and(|host| host.id == node);
-        if let Some(host) = self.orchestrators.iter().position(is_host) {
+        if let Some(host) = self.orchestrators.iter().position(|host| host.borrow().id == node) {
             self.orchestrators[host].borrow_mut().writes += 1;
             self.crashes_at(host, Boundary::Write);
         }

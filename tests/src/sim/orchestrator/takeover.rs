@@ -9,7 +9,7 @@ use protocol::documents::Head;
 use protocol::envelope::{Document, EnvelopeError, Expect, Verified};
 use quasar_orchestrator::machine::{Input, Orchestrator};
 use quasar_orchestrator::takeover::{Bucket, gather};
-use storage::{PutCondition, StoreError};
+use storage::PutCondition;
 
 use super::super::executor::Life;
 use super::super::world::World;
@@ -80,22 +80,15 @@ impl Hands {
             let object = self.persist(read).await;
             let found = self.open::<Head>(&object.bytes).expect("our own head");
             self.raise_sequence(found.header.sequence);
-            if found.document.epoch > epoch {
-                self.confirm().await;
-                continue;
-            }
+            // What was read may be a successor's already.
+            self.confirm().await;
             let claimed = Head { epoch, ..found.document };
             let bytes = self.sign_ours(&claimed, &self.world.context);
             let condition = PutCondition::IfMatch(object.etag.unwrap_or_default());
-            // What was read may be a successor's already, if the way here took longer than the lease.
             self.hold().await;
-            match self.world.put(self.id, self.world.head_key(), bytes, condition).await {
-                Ok(tag) => {
-                    *self.head_etag.borrow_mut() = Some(tag);
-                    return claimed;
-                }
-                Err(StoreError::PreconditionFailed { .. }) => self.confirm().await,
-                Err(_) => {}
+            if let Ok(tag) = self.world.put(self.id, self.world.head_key(), bytes, condition).await {
+                *self.head_etag.borrow_mut() = Some(tag);
+                return claimed;
             }
         }
     }
