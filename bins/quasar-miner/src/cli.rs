@@ -21,6 +21,7 @@ Examples:
   quasar-miner run --worker-id home --owner-identity 5F… --wallet-name miner --hotkey-name default
   QUASAR_MINER_DEVICES=0,1 quasar-miner run --worker-id rig --owner-identity 5F…
   quasar-miner checkpoint init --config config.json --seed 1 --out fresh/
+  quasar-miner checkpoint convert --from old/ --out new/ --dtype bf16
   quasar-miner bench --layers 6 --batch 8 --torch-cuda-dir /opt/torch/lib/python3.12/site-packages/torch
   quasar-miner plan-memory --config config.json --device cuda:0
   quasar-miner plan-memory --device-memory 78 --host-memory 100
@@ -114,6 +115,18 @@ enum CheckpointCommand {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
+    /// Write a checkpoint anew with the tensors of the released model, as runs need them: single experts stacked, constants that are missing computed
+    Convert {
+        /// The checkpoint: a folder with config.json and safetensors files, of any sharding and element types
+        #[arg(long, value_name = "DIR")]
+        from: PathBuf,
+        /// Element type of the parameters [default: those that they have]
+        #[arg(long, value_enum)]
+        dtype: Option<Precision>,
+        /// Folder to write to, new or empty
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -155,6 +168,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
         Command::Checkpoint(CheckpointCommand::Init { config, seed, dtype, out }) => {
             commands::checkpoint::init(&config, seed, dtype.into(), &out)
         }
+        Command::Checkpoint(CheckpointCommand::Convert { from, dtype, out }) => {
+            commands::checkpoint::convert(&from, dtype.map(DType::from), &out)
+        }
         Command::Identity { command, common } => identity::run(&common, Role::Miner, command, |text| println!("{text}")),
         Command::Inspect { file } => commands::inspect::main(&file),
         Command::Config { config, common } => commands::config::main(&common, &config),
@@ -181,6 +197,7 @@ mod tests {
         for line in [
             "quasar-miner run --worker-id w --owner-identity 5F --hotkey h --devices 0,1 --first-slot 2 --max-jobs 3",
             "quasar-miner checkpoint init --config config.json --seed 7 --out fresh --dtype bf16",
+            "quasar-miner checkpoint convert --from old --out new --dtype bf16",
             "quasar-miner identity show --wallet-path p --wallet-name w --hotkey-name h --json",
             "quasar-miner identity new --wallet-path p --wallet-name w --hotkey-name h --kind sr25519 --encrypt --password-file f",
             "quasar-miner identity certify --network local --netuid 24 --wallet-name w --hotkey-name h --replace --json",

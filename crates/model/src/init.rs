@@ -1,4 +1,4 @@
-//! Fresh weights, written as a Hugging Face tree.
+//! Fresh weights.
 //!
 //! Every tensor has its own random stream, keyed by seed and name, and elementary functions come from portable Rust: the
 //! same configuration and seed give the same bytes on every machine. Distributions follow the model specification's table
@@ -7,155 +7,29 @@
 //!
 //! Any part of a tensor can be drawn on its own, so threads share a tensor out, and memory holds one at a time.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
 use std::f64::consts::TAU;
 use std::ops::Range;
 use std::path::Path;
 
-use fragments::contract::CONTRACT_FILE;
-use fragments::{Contract, ContractError, TensorSpec};
-use half::{bf16, f16};
 use protocol::DType;
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use safetensors::tensor::{Dtype, View};
 
-use crate::{ConfigError, QuasarConfig, TensorEntry};
+use crate::tree::{self, Fill, TASK_ELEMENTS, TreeError};
+use crate::{QuasarConfig, TensorEntry};
 
-/// A tree with more bytes has several files of up to this many (or of one larger tensor), as model hubs want them.
-const FILE_BYTES_MAX: u64 = 5_000_000_000;
-
-/// Elements that one task draws: whole pairs of normal numbers.
-const TASK_ELEMENTS: usize = 1 << 16;
-
-/// Why no fresh model was written.
-#[derive(Debug, thiserror::Error)]
-pub enum InitError {
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    #[error("{path} is not empty\nhint: name a new folder; an existing checkpoint is never overwritten")]
-    NotEmpty { path: String },
-    #[error("cannot write {path}: {source}")]
-    Io { path: String, source: std::io::Error },
-    #[error(transparent)]
-    Contract(#[from] ContractError),
-    #[error("cannot write {file}: {source}")]
-    Safetensors { file: String, source: safetensors::SafeTensorError },
+/// Writes a fresh model to `out`, a new or empty folder. Parameters are stored as `dtype`.
+///
+/// # Errors
+/// The folder is not empty or cannot be written.
+pub fn fresh(config: &QuasarConfig, seed: u64, dtype: DType, out: &Path) -> Result<(), TreeError> {
+    tree::write(config, &|_| dtype, &|tensor| Ok(initial(config, seed, tensor)), out)
 }
 
-/// Writes `config.json`, the weights and the parameter contract of a fresh model to `out`, a new or empty folder. Parameters are
-/// stored as `dtype`, buffers as f32; weights stand in `model.safetensors`, or in several files and an index where that would be larger than
-/// 5 GB.
-pub fn fresh(config: &QuasarConfig, seed: u64, dtype: DType, out: &Path) -> Result<(), InitError> {
-    let io = |path: &Path| {
-        let path = path.display().to_string();
-        move |source| InitError::Io { path, source }
-    };
-    std::fs::create_dir_all(out).map_err(io(out))?;
-    if std::fs::read_dir(out).map_err(io(out))?.next().is_some() {
-        return Err(InitError::NotEmpty { path: out.display().to_string() });
-    }
-    let tensors = config.tensors();
-    let drawn: Vec<Drawn> = tensors.iter().map(|tensor| Drawn::new(config, seed, tensor, dtype)).collect();
-    write_files(&drawn, FILE_BYTES_MAX, out)?;
-
-    let specs = tensors.iter().filter(|tensor| !tensor.is_buffer);
-    let specs = specs.map(|tensor| TensorSpec { name: tensor.name.clone(), shape: tensor.shape.clone(), dtype });
-    let contract = Contract::new(specs.collect())?;
-    let path = out.join(CONTRACT_FILE);
-    std::fs::write(&path, contract.to_json()).map_err(io(&path))?;
-    // Last: a folder with config.json is a complete checkpoint.
-    let path = out.join("config.json");
-    std::fs::write(&path, config.to_json()).map_err(io(&path))
-}
-
-fn write_files(tensors: &[Drawn], bytes_max: u64, out: &Path) -> Result<(), InitError> {
-    let mut files: Vec<Vec<&Drawn>> = vec![Vec::new()];
-    let (mut in_file, mut total) = (0, 0);
-    for tensor in tensors {
-        let bytes = tensor.data_len() as u64;
-        if in_file > 0 && in_file + bytes > bytes_max {
-            files.push(Vec::new());
-            in_file = 0;
-        }
-        (in_file, total) = (in_file + bytes, total + bytes);
-        files.last_mut().expect("there is a file").push(tensor);
-    }
-    let name = |number: usize| match files.len() {
-        1 => "model.safetensors".to_owned(),
-        count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
-    };
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let mut places = BTreeMap::new();
-    for (number, tensors) in files.iter().enumerate() {
-        let file = name(number);
-        let named = tensors.iter().map(|tensor| (tensor.entry.name.as_str(), *tensor));
-        safetensors::serialize_to_file(named, Some(metadata.clone()), &out.join(&file))
-            .map_err(|source| InitError::Safetensors { file: file.clone(), source })?;
-        places.extend(tensors.iter().map(|tensor| (tensor.entry.name.as_str(), file.clone())));
-    }
-    if files.len() == 1 {
-        return Ok(());
-    }
-    let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": places });
-    let path = out.join("model.safetensors.index.json");
-    std::fs::write(&path, format!("{index:#}\n")).map_err(|source| InitError::Io { path: path.display().to_string(), source })
-}
-
-/// A tensor whose bytes are drawn when they are written.
-struct Drawn<'a> {
-    entry: &'a TensorEntry,
-    shape: Vec<usize>,
-    dtype: DType,
-    initial: Initial,
-}
-
-impl<'a> Drawn<'a> {
-    fn new(config: &QuasarConfig, seed: u64, entry: &'a TensorEntry, dtype: DType) -> Self {
-        let shape = entry.shape.iter().map(|n| *n as usize).collect();
-        let dtype = if entry.is_buffer { DType::F32 } else { dtype };
-        Self { entry, shape, dtype, initial: Initial::new(config, seed, entry) }
-    }
-}
-
-impl View for &Drawn<'_> {
-    fn dtype(&self) -> Dtype {
-        match self.dtype {
-            DType::F32 => Dtype::F32,
-            DType::Bf16 => Dtype::BF16,
-            DType::F16 => Dtype::F16,
-        }
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let width = self.dtype.bytes() as usize;
-        let mut bytes = vec![0; self.data_len()];
-        bytes.par_chunks_mut(width * TASK_ELEMENTS).enumerate().for_each_init(
-            || vec![0.0; TASK_ELEMENTS],
-            |values, (task, bytes)| {
-                let values = &mut values[..bytes.len() / width];
-                self.initial.fill(task * TASK_ELEMENTS, values);
-                for (element, value) in bytes.chunks_exact_mut(width).zip(values) {
-                    match self.dtype {
-                        DType::F32 => element.copy_from_slice(&value.to_le_bytes()),
-                        DType::Bf16 => element.copy_from_slice(&bf16::from_f32(*value).to_le_bytes()),
-                        DType::F16 => element.copy_from_slice(&f16::from_f32(*value).to_le_bytes()),
-                    }
-                }
-            },
-        );
-        bytes.into()
-    }
-
-    fn data_len(&self) -> usize {
-        (self.entry.elements() * self.dtype.bytes()) as usize
-    }
+fn initial(config: &QuasarConfig, seed: u64, tensor: &TensorEntry) -> Fill {
+    let initial = Initial::new(config, seed, tensor);
+    Box::new(move |first, values| initial.fill(first, values))
 }
 
 /// Initial values of one tensor, parameters and buffers alike.
@@ -271,6 +145,8 @@ pub(crate) fn uniform(seed: u64, name: &str, elements: usize, bound: f64) -> Vec
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::*;
 
     fn config() -> QuasarConfig {
@@ -288,7 +164,7 @@ mod tests {
         let one = write(1, "a");
         assert_eq!(one, write(1, "b"));
         assert_ne!(one, write(2, "c"));
-        assert!(matches!(fresh(&config(), 1, DType::F32, &folder.path().join("a")), Err(InitError::NotEmpty { .. })));
+        assert!(matches!(fresh(&config(), 1, DType::F32, &folder.path().join("a")), Err(TreeError::NotEmpty { .. })));
     }
 
     #[test]
@@ -327,33 +203,5 @@ mod tests {
                 assert_eq!(part, whole[first..first + count], "{name}, {count} from {first}");
             }
         }
-    }
-
-    #[test]
-    fn a_large_tree_has_several_files_with_the_same_tensors_and_an_index() {
-        let folder = tempfile::tempdir().unwrap();
-        let (config, tensors) = (config(), config().tensors());
-        let drawn: Vec<Drawn> = tensors.iter().map(|tensor| Drawn::new(&config, 3, tensor, DType::Bf16)).collect();
-        let (one, many) = (folder.path().join("one"), folder.path().join("many"));
-        for (out, bytes_max) in [(&one, u64::MAX), (&many, 20_000)] {
-            std::fs::create_dir(out).unwrap();
-            write_files(&drawn, bytes_max, out).unwrap();
-        }
-        let whole = std::fs::read(one.join("model.safetensors")).unwrap();
-        let whole = safetensors::SafeTensors::deserialize(&whole).unwrap();
-        let index: serde_json::Value = serde_json::from_slice(&std::fs::read(many.join("model.safetensors.index.json")).unwrap()).unwrap();
-        let files: std::collections::BTreeSet<&str> =
-            index["weight_map"].as_object().unwrap().values().map(|file| file.as_str().unwrap()).collect();
-        assert!(files.len() > 2 && files.contains(format!("model-00001-of-{:05}.safetensors", files.len()).as_str()));
-        let mut found = 0;
-        for file in files {
-            let bytes = std::fs::read(many.join(file)).unwrap();
-            for (name, tensor) in safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors() {
-                assert_eq!(index["weight_map"][&name], file);
-                assert!(tensor == whole.tensor(&name).unwrap(), "{name}");
-                found += 1;
-            }
-        }
-        assert_eq!(found, tensors.len());
     }
 }

@@ -4,6 +4,7 @@
 mod common;
 
 use common::{data, fresh, plan, small, tokens, trainer};
+use protocol::DType;
 use quasar_model::{
     Batch, Evaluator, EvaluatorOptions, Hyper, QuasarConfig, QuasarEvaluator, QuasarTrainer, Routes, TrainError, Trainer, TrainerOptions,
     TrainerState, checkpoint_loss,
@@ -367,10 +368,36 @@ fn older_checkpoints_with_single_experts_in_shards_are_the_same_model() {
     for (one, two) in new.iter().zip(&same) {
         assert!((one - two).abs() < 1e-6, "{one} {two}");
     }
+    // Runs want the released model's tensors: written anew, they are those of the tree that the experts came from, bit for bit.
+    let anew = folder.path().join("anew");
+    quasar_model::convert(old.path(), None, &anew).unwrap();
+    assert_eq!(common::read(&anew.join("model.safetensors")), values);
+    let of = |folder: &std::path::Path| fragments::CheckpointTree::open(folder).unwrap().contract().clone();
+    assert_eq!(of(&anew), of(folder.path()));
+    trainer(&anew).step(&batch(&tokens), &Hyper::default(), None, false).unwrap();
+    let refused = quasar_model::convert(old.path(), None, &anew).unwrap_err().to_string();
+    assert!(refused.contains("is not empty"), "{refused}");
+    let narrow = folder.path().join("narrow");
+    quasar_model::convert(old.path(), Some(DType::Bf16), &narrow).unwrap();
+    assert!(of(&narrow).tensors.iter().all(|tensor| tensor.dtype == DType::Bf16));
     // An expert that is missing is named.
     let index = index_without(&old.path().join("model.safetensors.index.json"), "model.layers.1.mlp.experts.3.down_proj.weight");
     std::fs::write(old.path().join("model.safetensors.index.json"), index).unwrap();
     assert!(losses(old.path()).unwrap_err().to_string().contains("experts.3.down_proj"));
+}
+
+#[test]
+fn a_checkpoint_with_a_value_that_is_not_finite_is_not_converted() {
+    let folder = small();
+    let path = folder.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last = bytes.len() - 4;
+    bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    let out = folder.path().join("out");
+    let refused = quasar_model::convert(folder.path(), None, &out).unwrap_err().to_string();
+    assert!(refused.contains("finite"), "{refused}");
+    assert!(!out.join("config.json").exists(), "what was written is no checkpoint");
 }
 
 fn index_without(path: &std::path::Path, name: &str) -> String {

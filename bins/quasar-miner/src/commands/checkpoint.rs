@@ -1,4 +1,4 @@
-//! `checkpoint init`: a fresh model on disk.
+//! `checkpoint init` and `checkpoint convert`: models on disk.
 
 use std::path::Path;
 
@@ -26,5 +26,11 @@ pub fn init(config: &Path, seed: u64, dtype: DType, out: &Path) -> Result<Exit, 
     let parsed = QuasarConfig::from_json(&text).map_err(Failure::configuration)?;
     init::fresh(&parsed, seed, dtype, out).map_err(Failure::configuration)?;
     println!("{}: {} parameters, {}, seed {seed}", out.display(), parsed.parameter_count(), dtype.name());
+    Ok(Exit::Done)
+}
+
+pub fn convert(from: &Path, dtype: Option<DType>, out: &Path) -> Result<Exit, Failure> {
+    let config = model::convert(from, dtype, out).map_err(Failure::configuration)?;
+    println!("{}: {} parameters", out.display(), config.parameter_count());
     Ok(Exit::Done)
 }

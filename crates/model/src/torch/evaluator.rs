@@ -10,7 +10,8 @@ use super::device::{ComputeType, parse_device, use_threads};
 use super::layout::Layout;
 use super::moe::Routing;
 use super::network::{Network, Trace};
-use super::{checkpoint, ops};
+use super::ops;
+use crate::checkpoint::Source;
 use crate::{Batch, Evaluator, PlanRanges, QuasarConfig, TrainError};
 
 /// Tokens in one forward pass; larger batches are cut into groups of rows, which changes no row's loss beyond rounding.
@@ -54,7 +55,7 @@ impl QuasarEvaluator {
         let config = QuasarConfig::from_dir(folder)?;
         let layout = Layout::new(&config, false);
         let ranges = plan.map(|plan| PlanRanges::new(plan, layout.elements, |name| layout.places.get(name).copied())).transpose()?;
-        let source = checkpoint::Source::open(&config, folder)?;
+        let source = Source::open(&config, folder)?;
         let kind = options.compute.kind();
         let weights = Tensor::f_zeros([layout.elements as i64], (kind, device))?;
         source.parameters(|name, values| match layout.range(name) {

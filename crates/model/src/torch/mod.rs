@@ -5,7 +5,6 @@
 
 mod attention;
 pub mod bench;
-mod checkpoint;
 pub mod chunked;
 mod context;
 pub mod determinism;

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use protocol::{Digest, FragmentPlan};
 use tch::Device;
 
-use super::checkpoint;
 use super::device::{ComputeType, parse_device, use_threads};
 use super::flat::FlatLearner;
 use super::gpu::{self, GpuLearner};
 use super::layout::Layout;
 use super::learner::{self, Learner};
+use crate::checkpoint::Source;
 use crate::exported::Exported;
 use crate::memory::{self, Strategy};
 use crate::state::{Run, StateReader, StateWriter};
@@ -119,7 +119,7 @@ impl QuasarTrainer {
         let config = QuasarConfig::from_dir(folder)?;
         let layout = Layout::new(&config, options.train_step_sizes);
         let ranges = PlanRanges::new(&plan, layout.elements, |name| layout.places.get(name).copied())?;
-        let source = checkpoint::Source::open(&config, folder)?;
+        let source = Source::open(&config, folder)?;
         let (mut learner, fallback) = learner(config, layout, source.buffers()?, device, ranges.fragments(), options)?;
         source.parameters(|name, values| match learner.layout().range(name) {
             Some(range) => learner.write(&range, &values),

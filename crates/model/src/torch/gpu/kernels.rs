@@ -25,18 +25,31 @@ const fn shared(halves: usize, singles: usize) -> usize {
     2 * halves + 4 * singles
 }
 
-/// One source file: its name, text, whether it uses the tile products, and its kernels with their dynamic shared memory in bytes.
+/// One source file, and its kernels with their dynamic shared memory in bytes.
 struct Source {
     name: &'static str,
     text: &'static str,
+    /// Whether it uses the tile products.
     has_tiles: bool,
+    /// Whether its kernels use shared memory as far as there is some, and need none.
+    is_frugal: bool,
     kernels: &'static [(&'static str, usize)],
 }
 
+impl Source {
+    /// Its kernels with the dynamic shared memory that they get of a GPU that has `shared_bytes` for a block.
+    fn sized(&self, shared_bytes: usize) -> Vec<(&'static str, usize)> {
+        let most = if self.is_frugal { shared_bytes.saturating_sub(FIXED_BYTES) } else { usize::MAX };
+        self.kernels.iter().map(|(name, bytes)| (*name, (*bytes).min(most))).collect()
+    }
+}
+
 const SLOT_CHUNK: usize = shared(4 * 32 * WIDE + 2 * 128 * HALF + 32 * HALF + 32 * QUARTER, 4 * 32 * SLOT_ROW + 2 * 32 * 33);
+/// Shared memory that a block has besides, bytes.
+const FIXED_BYTES: usize = 1024;
 /// Logits that a block keeps: 12 vectors of 16 bytes for each of 1,024 threads.
 const LOSS_ROW: usize = 12 * 1024 * 16;
-const STATES: usize = shared(128 * HALF + 64 * HALF + 2 * (2 * 64 * WIDE + 64 * HALF), 0);
+const STATES: usize = shared(128 * HALF + 2 * (2 * 64 * WIDE + 64 * HALF), 0);
 const OUTPUT: usize = shared(3 * 64 * WIDE + 128 * WIDE + 64 * HALF, 0);
 
 const SOURCES: [Source; 7] = [
@@ -44,6 +57,7 @@ const SOURCES: [Source; 7] = [
         name: "norm.cu",
         text: include_str!("kernels/norm.cu"),
         has_tiles: false,
+        is_frugal: false,
         kernels: &[
             ("rms_forward", 0),
             ("rms_backward", 0),
@@ -59,6 +73,7 @@ const SOURCES: [Source; 7] = [
         name: "attention.cu",
         text: include_str!("kernels/attention.cu"),
         has_tiles: false,
+        is_frugal: false,
         kernels: &[
             ("qk_forward", 0),
             ("qk_backward", 0),
@@ -72,6 +87,7 @@ const SOURCES: [Source; 7] = [
         name: "moe.cu",
         text: include_str!("kernels/moe.cu"),
         has_tiles: false,
+        is_frugal: false,
         kernels: &[
             ("route_forward", 0),
             ("route_backward", 0),
@@ -84,11 +100,18 @@ const SOURCES: [Source; 7] = [
             ("swiglu_backward", 0),
         ],
     },
-    Source { name: "loss.cu", text: include_str!("kernels/loss.cu"), has_tiles: false, kernels: &[("cross_entropy", LOSS_ROW)] },
+    Source {
+        name: "loss.cu",
+        text: include_str!("kernels/loss.cu"),
+        has_tiles: false,
+        is_frugal: true,
+        kernels: &[("cross_entropy", LOSS_ROW)],
+    },
     Source {
         name: "adamw.cu",
         text: include_str!("kernels/adamw.cu"),
         has_tiles: false,
+        is_frugal: false,
         kernels: &[
             ("square_sums", 0),
             ("judge", 0),
@@ -105,16 +128,17 @@ const SOURCES: [Source; 7] = [
         name: "linear.cu",
         text: include_str!("kernels/linear.cu"),
         has_tiles: true,
+        is_frugal: false,
         kernels: &[
             ("delta_prepare", shared(2 * 64 * WIDE + 64 * HALF, 64 * 68 + 64)),
             ("delta_states", STATES),
             ("delta_output", OUTPUT),
             ("delta_local", shared(3 * 64 * WIDE + 64 * HALF, 0)),
-            ("delta_states_backward", shared(128 * HALF + 64 * HALF + 2 * (3 * 64 * WIDE + 2 * 64 * HALF), 0)),
-            ("delta_gradients", shared(6 * 64 * WIDE + 2 * 128 * WIDE + 3 * 64 * HALF, 3 * 64)),
+            ("delta_states_backward", shared(128 * HALF + 2 * (3 * 64 * WIDE + 2 * 64 * HALF), 0)),
+            ("delta_gradients", shared(6 * 64 * WIDE + 128 * WIDE + 2 * 64 * HALF, 3 * 64)),
             ("decay_states", STATES),
             ("decay_output", OUTPUT),
-            ("decay_states_backward", shared(128 * HALF + 64 * HALF + 2 * (64 * WIDE + 64 * HALF), 0)),
+            ("decay_states_backward", shared(128 * HALF + 2 * (64 * WIDE + 64 * HALF), 0)),
             ("decay_gradients", shared(4 * 64 * WIDE + 2 * 128 * WIDE + 2 * 64 * HALF, 0)),
         ],
     },
@@ -122,6 +146,7 @@ const SOURCES: [Source; 7] = [
         name: "slots.cu",
         text: include_str!("kernels/slots.cu"),
         has_tiles: true,
+        is_frugal: false,
         kernels: &[
             ("slot_inputs", 0),
             ("slot_inputs_backward", 0),
@@ -131,7 +156,7 @@ const SOURCES: [Source; 7] = [
             ("slot_softmax_backward", SLOT_CHUNK),
             (
                 "slot_gradients",
-                shared(4 * 32 * WIDE + 4 * 128 * HALF + 2 * 32 * HALF + 2 * 32 * QUARTER, 5 * 32 * SLOT_ROW + 2 * 32 * 33 + 512),
+                shared(4 * 32 * WIDE + 3 * 128 * HALF + 2 * 32 * HALF + 2 * 32 * QUARTER, 5 * 32 * SLOT_ROW + 2 * 32 * 33 + 512),
             ),
         ],
     },
@@ -188,7 +213,8 @@ fn too_small(name: &str, capability: u32, shared_bytes: usize) -> Option<String>
         let [has, needed] = [capability, CAPABILITY_MIN].map(|capability| format!("{}.{}", capability / 10, capability % 10));
         return Some(format!("the GPU ({name}) has compute capability {has}, and {needed} is needed"));
     }
-    let (kernel, needed) = SOURCES.iter().flat_map(|source| source.kernels).max_by_key(|(_, bytes)| *bytes)?;
+    let kernels = SOURCES.iter().filter(|source| !source.is_frugal).flat_map(|source| source.kernels);
+    let (kernel, needed) = kernels.max_by_key(|(_, bytes)| *bytes)?;
     (*needed > shared_bytes).then(|| {
         format!("the GPU ({name}) has {shared_bytes} bytes of shared memory for a block of threads, and {needed} are needed ({kernel})")
     })
@@ -234,10 +260,11 @@ impl Kernels {
         });
         let mut functions = HashMap::new();
         for (source, code) in SOURCES.iter().zip(codes) {
-            let loaded = driver::load(&gpu, &code?, source.kernels).or_else(|reason| {
+            let kernels = source.sized(gpu.shared_bytes as usize);
+            let loaded = driver::load(&gpu, &code?, &kernels).or_else(|reason| {
                 // A damaged cache must not cost the kernels.
                 tracing::warn!(%reason, source = source.name, "kept kernels cannot be loaded; compiling them again");
-                driver::load(&gpu, &code_of(source, gpu.capability, &options, None)?, source.kernels)
+                driver::load(&gpu, &code_of(source, gpu.capability, &options, None)?, &kernels)
             })?;
             functions.extend(source.kernels.iter().map(|(name, _)| *name).zip(loaded));
         }
@@ -356,14 +383,15 @@ mod tests {
 
     #[test]
     fn gpus_with_too_little_shared_memory_are_told_so_before_anything_is_compiled() {
-        for (name, capability, shared_bytes) in [("NVIDIA H100 80GB HBM3", 90, 232_448), ("NVIDIA B200", 100, 232_448)] {
+        let enough = [("NVIDIA H100 80GB HBM3", 90, 232_448), ("NVIDIA B200", 100, 232_448), ("NVIDIA A100-SXM4-80GB", 80, 166_912)];
+        for (name, capability, shared_bytes) in enough {
             assert_eq!(too_small(name, capability, shared_bytes), None);
+            for (kernel, bytes) in SOURCES.iter().flat_map(|source| source.sized(shared_bytes)) {
+                assert!(bytes + FIXED_BYTES <= shared_bytes, "{kernel} on {name}");
+            }
         }
-        for (name, capability, shared_bytes) in [("NVIDIA A100-SXM4-80GB", 80, 166_912), ("NVIDIA L40S", 89, 101_376)] {
-            let reason = too_small(name, capability, shared_bytes).unwrap();
-            assert!(reason.contains(name) && reason.contains("202496") && reason.contains("delta_gradients"), "{reason}");
-            assert!(reason.contains(&shared_bytes.to_string()), "{reason}");
-        }
+        let reason = too_small("NVIDIA L40S", 89, 101_376).unwrap();
+        assert!(["NVIDIA L40S", "101376", "159744", "delta_states_backward"].iter().all(|part| reason.contains(part)), "{reason}");
         let old = too_small("Tesla V100", 70, 98_304).unwrap();
         assert!(old.contains("Tesla V100") && old.contains("7.0") && old.contains("8.0"), "{old}");
     }

@@ -136,6 +136,14 @@ static __device__ __forceinline__ void store_floats(float* p, const float* x) {
   *reinterpret_cast<float4*>(p + 4) = make_float4(x[4], x[5], x[6], x[7]);
 }
 
+// What has one gradient: where it begins in the buffers (a multiple of 256), its elements, and the gradient, bf16 or (`is_wide`) f32. Spans
+// lie one after the other without a gap of 256 elements, and cover everything that is trained.
+struct Span {
+  i64 start, elements;
+  const void* gradient;
+  i64 is_wide;
+};
+
 // Eight gradients from `at` on; zeros behind the end. Tensors begin at multiples of 16 bytes and their memory ends at one, so that whole
 // vectors can be read.
 static __device__ __forceinline__ void load_gradient(const void* gradient, int is_wide, i64 at, i64 elements, float* g) {
@@ -153,9 +161,13 @@ static __device__ __forceinline__ void load_gradient(const void* gradient, int i
 
 #define NORM_LOADS 4  // vectors that a thread has under way
 
-// Each block's part of the sum of squares of a gradient, in f64, to partial [gridDim.x].
-extern "C" __global__ void square_sums(const void* gradient, int is_wide, i64 elements, double* partial) {
+// Each block's part of the sum of squares of a gradient, in f64, to partial [gridDim.y spans, gridDim.x].
+extern "C" __global__ void square_sums(const Span* spans, double* partial) {
   __shared__ double parts[8];
+  Span span = spans[blockIdx.y];
+  const void* gradient = span.gradient;
+  int is_wide = (int)span.is_wide;
+  i64 elements = span.elements;
   double sum = 0.0;
   i64 step = (i64)gridDim.x * blockDim.x * 8;
   for (i64 at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 8; at < elements; at += step * NORM_LOADS) {
@@ -177,7 +189,7 @@ extern "C" __global__ void square_sums(const void* gradient, int is_wide, i64 el
   if (threadIdx.x == 0) {
     double total = 0.0;
     for (int i = 0; i < 8; i++) total += parts[i];
-    partial[blockIdx.x] = total;
+    partial[(i64)blockIdx.y * gridDim.x + blockIdx.x] = total;
   }
 }
 
@@ -220,29 +232,36 @@ static __device__ __forceinline__ void advance(float* w, Moments& m, float* root
   }
 }
 
-// One block of the layout: pointers at its first element, `elements` of them; weights and rests have room up to a multiple of 256. A warp
-// takes 256 elements. BYTES: 8-bit moments, first and second are codes and the scales are used; otherwise f32. Everything that is read is
-// asked for before the first use.
+// All that is trained; buffers have room up to a multiple of 256. A warp takes 256 elements, which one span has. BYTES: 8-bit moments,
+// first and second are codes and the scales are used; otherwise f32. Everything that is read is asked for before the first use.
 template <bool BYTES> static __device__ __forceinline__ void update(bf16* weights, u16* rests, void* first, void* second, float* first_scale,
-                                                                    float* second_scale, const void* gradient, int is_wide, i64 elements,
-                                                                    float scale, const Settings& settings) {
+                                                                    float* second_scale, const Span* span, i64 blocks, float scale,
+                                                                    Settings settings) {
   int lane = threadIdx.x & 31;
-  i64 warps = (i64)gridDim.x * (blockDim.x >> 5), blocks = (elements + MOMENT_BLOCK - 1) / MOMENT_BLOCK;
+  float keep = settings.keep;
+  i64 warps = (i64)gridDim.x * (blockDim.x >> 5);
   for (i64 block = (i64)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); block < blocks; block += warps) {
     i64 at = block * MOMENT_BLOCK + lane * 8;
     float g[8], w[8], root[8];
     Moments m;
     Eight hi = load8(weights + at), lo = load8(rests + at);
+    uint2 a, b;
+    float s, t;
     if (BYTES) {
-      uint2 a = *reinterpret_cast<const uint2*>((const u8*)first + at), b = *reinterpret_cast<const uint2*>((const u8*)second + at);
-      float s = first_scale[block], t = second_scale[block];
-      load_gradient(gradient, is_wide, at, elements, g);
-      decode(a, b, s, t, m);
+      a = *reinterpret_cast<const uint2*>((const u8*)first + at);
+      b = *reinterpret_cast<const uint2*>((const u8*)second + at);
+      s = first_scale[block];
+      t = second_scale[block];
     } else {
       load_floats((const float*)first + at, m.first);
       load_floats((const float*)second + at, m.second);
-      load_gradient(gradient, is_wide, at, elements, g);
     }
+    while (block * MOMENT_BLOCK >= span->start + span->elements) span++;
+    bool is_wide = span->is_wide;
+    load_gradient(span->gradient, is_wide, at - span->start, span->elements, g);
+    // Vectors do not decay.
+    settings.keep = is_wide ? 1.f : keep;
+    if (BYTES) decode(a, b, s, t, m);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       w[2 * i] = join((bf16)hi.w[i], (u16)lo.w[i]);
@@ -269,11 +288,11 @@ template <bool BYTES> static __device__ __forceinline__ void update(bf16* weight
   }
 }
 extern "C" __global__ void adamw(bf16* weights, u16* rests, void* first, void* second, float* first_scale, float* second_scale,
-                                 const void* gradient, int is_wide, i64 elements, const double* verdict, Settings settings) {
+                                 const Span* spans, i64 blocks, const double* verdict, Settings settings) {
   if (verdict[3] == 0.0) return;
   float scale = (float)verdict[2];
-  if (first_scale) update<true>(weights, rests, first, second, first_scale, second_scale, gradient, is_wide, elements, scale, settings);
-  else update<false>(weights, rests, first, second, 0, 0, gradient, is_wide, elements, scale, settings);
+  if (first_scale) update<true>(weights, rests, first, second, first_scale, second_scale, spans, blocks, scale, settings);
+  else update<false>(weights, rests, first, second, 0, 0, spans, blocks, scale, settings);
 }
 
 // f32 values [elements] into weights and rests, and back; values may lie in the host's memory. Blocks of 256 threads take 1,024 elements

@@ -100,12 +100,12 @@ static __device__ __forceinline__ float decay(float g, int distance) { return __
 
 // States at the start of each chunk, [groups, chunks, 128, 128] (key channel, value channel), and V' (delta rule). Each block walks over
 // the chunks of one head with 64 of the value channels (blockIdx.x). w, u are chunk arrays (delta); v is [rows, tokens, KV_HEADS, 128]
-// and slope [HEADS] f32 (decay). Shared memory: 128 * HALF + 64 * HALF + 2 * (2 * 64 * WIDE + 64 * HALF) bf16.
+// and slope [HEADS] f32 (decay). Shared memory: 128 * HALF + 2 * (2 * 64 * WIDE + 64 * HALF) bf16, two blocks a multiprocessor.
 template <bool DELTA> static __device__ __forceinline__ void states_forward(const bf16* k, const bf16* w, const bf16* u, const bf16* v,
                                                                             const float* slope, bf16* states, bf16* fresh, int tokens,
                                                                             int chunks) {
   Arena arena;
-  bf16 *ss = arena.half(128 * HALF), *fs = arena.half(64 * HALF), *stage[2];
+  bf16 *ss = arena.half(128 * HALF), *stage[2];
   stage[0] = arena.half(2 * 64 * WIDE + 64 * HALF);
   stage[1] = arena.half(2 * 64 * WIDE + 64 * HALF);
   int group = blockIdx.y, slice = blockIdx.x * 64;
@@ -133,7 +133,8 @@ template <bool DELTA> static __device__ __forceinline__ void states_forward(cons
     copies_wait<0>();
     __syncthreads();
     if (chunk + 1 < chunks) request(chunk + 1);
-    bf16 *ks = stage[chunk & 1], *ws = ks + 64 * WIDE, *us = ks + 2 * 64 * WIDE;
+    // What comes of U or of the values takes their place, each element by the thread that read it.
+    bf16 *ks = stage[chunk & 1], *ws = ks + 64 * WIDE, *us = ks + 2 * 64 * WIDE, *fs = us;
     bf16* out = states + at_chunk(p, 128, 128) + slice;
     deliver<128, 64>(out, 128, ss);
     if (DELTA) {
@@ -244,14 +245,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_local(const bf16* q,
 }
 
 // Gradients of the states at the end of each chunk, [groups, chunks, 128, 128], from the last chunk to the first; dV' becomes whole in
-// place (delta). Blocks as in the forward walk. Shared memory: 128 * HALF + 64 * HALF + 2 * (3 * 64 * WIDE + 2 * 64 * HALF) bf16 (delta),
-// 128 * HALF + 64 * HALF + 2 * (64 * WIDE + 64 * HALF) bf16 (decay).
+// place (delta). Blocks as in the forward walk. Shared memory: 128 * HALF + 2 * (3 * 64 * WIDE + 2 * 64 * HALF) bf16 (delta),
+// 128 * HALF + 2 * (64 * WIDE + 64 * HALF) bf16 (decay).
 template <bool DELTA> static __device__ __forceinline__ void states_backward(const bf16* q, const bf16* k, const bf16* w, const bf16* d_o,
                                                                              const float* slope, bf16* dstates, bf16* dfresh, int tokens,
                                                                              int chunks) {
   const int size = DELTA ? 3 * 64 * WIDE + 2 * 64 * HALF : 64 * WIDE + 64 * HALF;
   Arena arena;
-  bf16 *ss = arena.half(128 * HALF), *fs = arena.half(64 * HALF), *stage[2];
+  bf16 *ss = arena.half(128 * HALF), *stage[2];
   stage[0] = arena.half(size);
   stage[1] = arena.half(size);
   int group = blockIdx.y, slice = blockIdx.x * 64;
@@ -278,7 +279,8 @@ template <bool DELTA> static __device__ __forceinline__ void states_backward(con
     copies_wait<0>();
     __syncthreads();
     if (chunk > 0) request(chunk - 1);
-    bf16 *qs = stage[chunk & 1], *os = qs + 64 * WIDE, *ks = os + 64 * HALF, *ws = ks + 64 * WIDE, *ls = ws + 64 * WIDE;
+    bf16 *qs = stage[chunk & 1], *os = qs + 64 * WIDE, *ks = os + 64 * HALF, *ws = ks + 64 * WIDE, *ls = ws + 64 * WIDE,
+         *fs = DELTA ? ls : os;  // in place, as in the forward walk
     bf16* out = dstates + at_chunk(p, 128, 128) + slice;
     deliver<128, 64>(out, 128, ss);
     if (DELTA) {
@@ -332,29 +334,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) decay_states_backward(cons
 // Gradients of q, k, v [rows, tokens, HEADS, 128] and beta [rows, tokens, HEADS] of one chunk, delta rule. With R the lower part of
 // dO V'^T: dQ = scale (dO S^T + R K); dK = scale R^T Q + V' dS^T + what comes through W, U and T:
 // dW = -dV' S^T, dU = dV', dT = dW (beta K)^T + dU (beta V)^T, dA = strictly lower part of -T^T dT T^T.
-// Shared memory: 6 * 64 * WIDE + 2 * 128 * WIDE + 3 * 64 * HALF bf16, 64 * 3 f32.
+// Shared memory: 6 * 64 * WIDE + 128 * WIDE + 2 * 64 * HALF bf16, 64 * 3 f32.
 extern "C" __global__ void __launch_bounds__(THREADS) delta_gradients(const bf16* q, const bf16* k, const bf16* v, const float* beta,
                                                                       const bf16* inverse, const bf16* fresh, const bf16* dfresh,
                                                                       const bf16* states, const bf16* dstates, const bf16* d_o, bf16* dq,
                                                                       bf16* dk, bf16* dv, float* dbeta, int tokens) {
   Arena arena;
   bf16 *qs = arena.half(64 * WIDE), *ks = arena.half(64 * WIDE), *vs = arena.half(64 * WIDE), *os = arena.half(64 * WIDE),
-       *fs = arena.half(64 * WIDE), *dfs = arena.half(64 * WIDE), *ss = arena.half(128 * WIDE), *dss = arena.half(128 * WIDE),
-       *ts = arena.half(64 * HALF), *xs = arena.half(64 * HALF), *ys = arena.half(64 * HALF);
+       *fs = arena.half(64 * WIDE), *dfs = arena.half(64 * WIDE), *ss = arena.half(128 * WIDE), *ts = arena.half(64 * HALF),
+       *xs = arena.half(64 * HALF), *ys = qs, *dss = ss;  // later, when Q and S were used
   float *bs = arena.single(64), *sums = arena.single(128);
   Place p = place_of<CHUNK>(blockIdx.x, gridDim.x, blockIdx.y, tokens);
   i64 at = at_token(p, tokens, HEADS, p.head, 128);
-  fetch<64, 128>(qs, q + at, HEADS * 128, p.many);
-  fetch<64, 128>(ks, k + at, HEADS * 128, p.many);
-  fetch<64, 128>(vs, v + at, HEADS * 128, p.many);
   fetch<64, 128>(os, d_o + at, HEADS * 128, p.many);
   fetch<64, 128>(fs, fresh + at_chunk(p, 64, 128), 128, 64);
-  fetch<64, 128>(dfs, dfresh + at_chunk(p, 64, 128), 128, 64);
+  fetch<64, 128>(qs, q + at, HEADS * 128, p.many);
+  fetch<64, 128>(ks, k + at, HEADS * 128, p.many);
   fetch<128, 128>(ss, states + at_chunk(p, 128, 128), 128, 128);
-  fetch<128, 128>(dss, dstates + at_chunk(p, 128, 128), 128, 128);
+  copies_sent();
+  fetch<64, 128>(dfs, dfresh + at_chunk(p, 64, 128), 128, 64);
+  fetch<64, 128>(vs, v + at, HEADS * 128, p.many);
   fetch<64, 64>(ts, inverse + at_chunk(p, 64, 64), 64, 64);
+  copies_sent();
   if (threadIdx.x < 64) bs[threadIdx.x] = threadIdx.x < p.many ? beta[at / 128 + threadIdx.x * HEADS] : 0.f;
-  arrive();
+  copies_wait<1>();
+  __syncthreads();
   {
     Tile<64, 64> r;
     r.clear();
@@ -378,8 +382,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_gradients(const bf16
   key.clear();
   key.add<64, TURNED, AS_IS>(xs, HALF, qs, WIDE);
   key.each([&](int, int, float& x, float& y) { x *= SCALE; y *= SCALE; });
-  key.add<128, AS_IS, TURNED>(fs, WIDE, dss, WIDE);
-  __syncthreads();  // os and xs are free
+  copies_wait<0>();
+  __syncthreads();  // os, qs and xs are free
   {
     Tile<64, 128> dw;
     dw.clear();
@@ -388,6 +392,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_gradients(const bf16
     dw.store(os, WIDE);
   }
   __syncthreads();
+  fetch<128, 128>(dss, dstates + at_chunk(p, 128, 128), 128, 128);
+  copies_sent();
   {
     Tile<64, 64> dt;
     dt.clear();
@@ -417,7 +423,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_gradients(const bf16
       *reinterpret_cast<u32*>(ys + i * HALF + j) = pack(x * bs[i], y * bs[i]);
     });
   }
+  copies_wait<0>();
   __syncthreads();
+  key.add<128, AS_IS, TURNED>(fs, WIDE, dss, WIDE);
   key.add<64, TURNED, AS_IS>(ys, HALF, ks, WIDE);
   // Each row's part of dbeta that this warp sees.
   float part[2] = {0.f, 0.f};

@@ -2,10 +2,9 @@
 
 #define LOSS_THREADS 1024
 // Vectors of eight logits that a thread takes, and where it keeps them between the two passes, so that a row is read once: registers
-// first, then shared memory; what is left of a very large vocabulary is read again.
+// first, then as much shared memory as the launch gives; what is left of a very large vocabulary is read again.
 #define VECTORS ((VOCABULARY / 8 + LOSS_THREADS - 1) / LOSS_THREADS)
 #define IN_REGISTERS (VECTORS < 8 ? VECTORS : 8)
-#define IN_SHARED (VECTORS - IN_REGISTERS < 12 ? VECTORS - IN_REGISTERS : 12)
 
 // A maximum and the sum of exponentials relative to it.
 struct Partition {
@@ -36,7 +35,9 @@ static __device__ __forceinline__ Eight slope_of(const Eight& vector, int c, int
 extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(bf16* logits, const int* targets, float* losses, float scale) {
   extern __shared__ Eight kept[];
   __shared__ float maxima[32], sums[32];
-  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, shared_bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(shared_bytes));
+  const int held_until = IN_REGISTERS + shared_bytes / (LOSS_THREADS * (int)sizeof(Eight));
   bf16* row = logits + (i64)blockIdx.x * VOCABULARY;
   int target = targets[blockIdx.x];
   if (target < 0) {
@@ -56,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(bf16* l
   for (int n = IN_REGISTERS; n < VECTORS; n++) {
     if (column(n) >= VOCABULARY) break;
     Eight v = load8(row + column(n));
-    if (n < IN_REGISTERS + IN_SHARED) kept[(n - IN_REGISTERS) * LOSS_THREADS + threadIdx.x] = v;
+    if (n < held_until) kept[(n - IN_REGISTERS) * LOSS_THREADS + threadIdx.x] = v;
     mine.take(v);
   }
 #pragma unroll
@@ -77,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(bf16* l
 #pragma unroll 4
   for (int n = IN_REGISTERS; n < VECTORS; n++) {
     if (column(n) >= VOCABULARY) break;
-    Eight v = n < IN_REGISTERS + IN_SHARED ? kept[(n - IN_REGISTERS) * LOSS_THREADS + threadIdx.x] : load8(row + column(n));
+    Eight v = n < held_until ? kept[(n - IN_REGISTERS) * LOSS_THREADS + threadIdx.x] : load8(row + column(n));
     store8(row + column(n), slope_of(v, column(n), target, norm, scale));
   }
 }

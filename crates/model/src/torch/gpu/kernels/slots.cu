@@ -378,7 +378,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_softmax_backward(cons
 
 // Gradients of q, k, v [rows, tokens, HEADS, 128] and F [rows, tokens, HEADS, SLOTS] of one chunk. dkeys, dvalues: gradients of the
 // memories at its end; `dye`, `p`, `dy`, `change` from slot_softmax_backward; `weights`, `ends` from slot_gates.
-// Shared memory: 4 * 32 * WIDE + 4 * 128 * HALF + 2 * 32 * HALF + 2 * 32 * QUARTER bf16, 5 * 32 * ROW + 2 * 32 * 33 + 512 f32.
+// Shared memory: 4 * 32 * WIDE + 3 * 128 * HALF + 2 * 32 * HALF + 2 * 32 * QUARTER bf16, 5 * 32 * ROW + 2 * 32 * 33 + 512 f32.
 extern "C" __global__ void __launch_bounds__(THREADS) slot_gradients(const bf16* q, const bf16* k, const bf16* v, const bf16* log_decay,
                                                                      const bf16* keys, const bf16* values, const bf16* dkeys,
                                                                      const bf16* dvalues, const bf16* d_o, const bf16* p_in,
@@ -387,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_gradients(const bf16*
                                                                      bf16* dlog_decay, int tokens) {
   Arena arena;
   bf16 *kv = arena.half(64 * WIDE), *qs = arena.half(32 * WIDE), *os = arena.half(32 * WIDE), *km = arena.half(128 * HALF),
-       *vm = arena.half(128 * HALF), *dkm = arena.half(128 * HALF), *dvm = arena.half(128 * HALF), *ws = arena.half(32 * HALF),
+       *dkm = arena.half(128 * HALF), *dvm = arena.half(128 * HALF), *ws = arena.half(32 * HALF),
        *dye = arena.half(32 * HALF), *as = arena.half(32 * QUARTER), *cs = arena.half(32 * QUARTER);
   float *b = arena.single(32 * ROW), *s = arena.single(32 * ROW), *ps = arena.single(32 * ROW), *dy = arena.single(32 * ROW),
         *z = arena.single(32 * ROW), *qk = arena.single(32 * 33), *ov = arena.single(32 * 33), *sums = arena.single(512);
@@ -399,7 +399,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_gradients(const bf16*
   fetch<32, 128>(qs, q + at, HEADS * 128, p.many);
   fetch<32, 128>(os, d_o + at, HEADS * 128, p.many);
   fetch<128, 64>(km, keys + at_memory, SLOTS, 128);
-  fetch<128, 64>(vm, values + at_memory, SLOTS, 128);
   fetch<128, 64>(dkm, dkeys + at_memory, SLOTS, 128);
   fetch<128, 64>(dvm, dvalues + at_memory, SLOTS, 128);
   fetch<32, 64>(ws, weights + at_slots, SLOTS, CHUNK);
@@ -411,7 +410,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_gradients(const bf16*
     ps[t * ROW + m] = wide(p_in[at_slots + i]);
     dy[t * ROW + m] = wide(dy_in[at_slots + i]);
   }
-  arrive();
+  {
+    // What the memories' own decay contributes, a quarter of the channels a thread. The values' memory is used nowhere else.
+    int m = threadIdx.x & 63, c0 = (threadIdx.x >> 6) * 32;
+    bf16 vm[32];
+#pragma unroll
+    for (int c = 0; c < 32; c++) vm[c] = values[at_memory + (c0 + c) * SLOTS + m];
+    arrive();
+    float sum = 0.f;
+#pragma unroll
+    for (int c = 0; c < 32; c++)
+      sum += wide(km[(c0 + c) * HALF + m]) * wide(dkm[(c0 + c) * HALF + m]) + wide(vm[c]) * wide(dvm[(c0 + c) * HALF + m]);
+    sums[threadIdx.x] = sum;
+  }
   {
     Tile<32, 64> tile;
     tile.clear();
@@ -426,14 +437,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) slot_gradients(const bf16*
     tile.each([&](int i, int m, float& x, float& y) { z[i * ROW + m] = x; z[i * ROW + m + 1] = y; });
   }
   pair_sums<2>({{dy, ps}, {as, cs}}, b, s);
-  {
-    // What the memories' own decay contributes, a quarter of the channels a thread.
-    int m = threadIdx.x & 63, part = threadIdx.x >> 6;
-    float sum = 0.f;
-    for (int c = part * 32; c < part * 32 + 32; c++)
-      sum += wide(km[c * HALF + m]) * wide(dkm[c * HALF + m]) + wide(vm[c * HALF + m]) * wide(dvm[c * HALF + m]);
-    sums[threadIdx.x] = sum;
-  }
   __syncthreads();
   {
     Tile<32, 128> out;

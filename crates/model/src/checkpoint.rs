@@ -1,10 +1,14 @@
-//! Reading a checkpoint, tensor by tensor: the whole of a large model never lies in the host's memory.
+//! Reading a checkpoint, and writing it anew, tensor by tensor: the whole of a large model never lies in the host's memory.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
+#[cfg(feature = "libtorch")]
+use std::collections::HashMap;
 use std::path::Path;
 
 use fragments::CheckpointTree;
+use protocol::DType;
 
+use crate::tree::{self, Fill, TreeError};
 use crate::{QuasarConfig, TensorEntry, TrainError};
 
 /// A checkpoint that has every tensor of its configuration, in whatever element type and sharding.
@@ -80,25 +84,43 @@ impl Source {
         self.tree.read_tensor(name).map_err(fail)
     }
 
-    /// The constants by name, rotary frequencies left out.
-    pub fn buffers(&self) -> Result<HashMap<String, Vec<f32>>, TrainError> {
-        let mut buffers = HashMap::new();
-        for tensor in self.tensors.iter().filter(|tensor| tensor.is_buffer && !tensor.name.ends_with(".inv_freq")) {
-            let is_missing = self.tree.tensor(&tensor.name).is_none();
-            let layer = tensor.name.split('.').nth(2).and_then(|n| n.parse().ok()).unwrap_or(0);
-            let values = if is_missing { self.config.slopes(layer) } else { self.read(&tensor.name)? };
-            buffers.insert(tensor.name.clone(), values);
+    /// A constant: read, or computed where it is a formula.
+    fn buffer(&self, tensor: &TensorEntry) -> Result<Vec<f32>, TrainError> {
+        let layer = tensor.name.split('.').nth(2).and_then(|n| n.parse().ok()).unwrap_or(0);
+        match tensor.name.rsplit('.').next() {
+            Some("inv_freq") => Ok(self.config.inverse_frequencies()),
+            Some("slope") if self.tree.tensor(&tensor.name).is_none() => Ok(self.config.slopes(layer)),
+            _ => self.read(&tensor.name),
         }
-        Ok(buffers)
+    }
+
+    fn parameter(&self, name: &str) -> Result<Vec<f32>, TrainError> {
+        if self.tree.tensor(name).is_some() { self.read(name) } else { self.fused(name) }
+    }
+
+    /// The constants by name, rotary frequencies left out.
+    #[cfg(feature = "libtorch")]
+    pub fn buffers(&self) -> Result<HashMap<String, Vec<f32>>, TrainError> {
+        let buffers = self.tensors.iter().filter(|tensor| tensor.is_buffer && !tensor.name.ends_with(".inv_freq"));
+        buffers.map(|tensor| Ok((tensor.name.clone(), self.buffer(tensor)?))).collect()
     }
 
     /// Hands every parameter to `take`, one after the other.
+    #[cfg(feature = "libtorch")]
     pub fn parameters(&self, mut take: impl FnMut(&str, Vec<f32>) -> Result<(), TrainError>) -> Result<(), TrainError> {
-        for tensor in self.tensors.iter().filter(|tensor| !tensor.is_buffer) {
-            let values = if self.tree.tensor(&tensor.name).is_some() { self.read(&tensor.name)? } else { self.fused(&tensor.name)? };
-            take(&tensor.name, values)?;
-        }
-        Ok(())
+        self.tensors.iter().filter(|tensor| !tensor.is_buffer).try_for_each(|tensor| take(&tensor.name, self.parameter(&tensor.name)?))
+    }
+
+    /// The element type of a parameter; of stacked experts that of the first.
+    fn dtype(&self, name: &str) -> DType {
+        let first =
+            || single_experts(name, 0).and_then(|[gate, _, down]| self.tree.tensor(if name.ends_with("w12") { &gate } else { &down }));
+        self.tree.tensor(name).or_else(first).map_or(DType::F32, |tensor| tensor.dtype)
+    }
+
+    fn fill(&self, tensor: &TensorEntry) -> Result<Fill, TrainError> {
+        let all = if tensor.is_buffer { self.buffer(tensor)? } else { self.parameter(&tensor.name)? };
+        Ok(Box::new(move |first, values| values.copy_from_slice(&all[first..first + values.len()])))
     }
 
     /// `experts_w12 [E, D, 2 I]` or `experts_w3 [E, I, D]` from single experts: `cat(gateᵀ, upᵀ)` and `downᵀ`.
@@ -118,4 +140,18 @@ impl Source {
         }
         Ok(values)
     }
+}
+
+/// Writes the checkpoint in `folder` anew to `out`, a new or empty folder, with the tensors of the released model: experts that lie one by
+/// one become stacked tensors, constants that are formulas are computed. Parameters keep the element types that they have, or get
+/// `dtype`. The values are the same, or rounded to nearest.
+///
+/// # Errors
+/// The checkpoint is not one of its configuration, or a value is not finite; `out` is not empty or cannot be written. What was written before
+/// an error has no `config.json` and is no checkpoint.
+pub fn convert(folder: &Path, dtype: Option<DType>, out: &Path) -> Result<QuasarConfig, TreeError> {
+    let config = QuasarConfig::from_dir(folder).map_err(TrainError::from)?;
+    let source = Source::open(&config, folder)?;
+    tree::write(&config, &|tensor| dtype.unwrap_or_else(|| source.dtype(&tensor.name)), &|tensor| source.fill(tensor), out)?;
+    Ok(config)
 }
