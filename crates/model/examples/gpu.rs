@@ -1,7 +1,7 @@
 //! Measurements on a GPU:
 //!
 //! ```text
-//! gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]
+//! gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [keep|recompute] [resident|offload] [f32] [cache=FOLDER]
 //! gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS  loss on real text (bytes as tokens) with 8-bit and with f32 moments
 //! gpu TORCH_FOLDER state CHECKPOINT  how long it takes to take a trainer's state
 //! gpu TORCH_FOLDER tree CHECKPOINT TOKENS STEPS OUT  trains a checkpoint on a file of u32 tokens and writes the result as another
@@ -14,7 +14,9 @@ use protocol::DType;
 use quasar_model::torch::bench::{BenchOptions, bench};
 use quasar_model::{Batch, Hyper, MomentType, QuasarConfig, QuasarTrainer, Trainer, TrainerOptions};
 
-const USAGE: &str = "usage: gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [recompute] [offload] [f32] [cache=FOLDER]\n       gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS\n       gpu TORCH_FOLDER state CHECKPOINT\n       gpu TORCH_FOLDER tree CHECKPOINT TOKENS STEPS OUT";
+const USAGE: &str = "usage: gpu TORCH_FOLDER bench LAYERS BATCH SEQUENCE STEPS [keep|recompute] [resident|offload] [f32] [cache=FOLDER]\n       gpu TORCH_FOLDER moments TEXT_FILE STEPS SEEDS\n       gpu TORCH_FOLDER state CHECKPOINT\n       gpu TORCH_FOLDER tree CHECKPOINT TOKENS STEPS OUT";
+/// What may be pinned where the GPU is too small for the optimizer.
+const HOST_BYTES: u64 = 90 << 30;
 /// Shape of a batch of text.
 const ROWS: usize = 8;
 const ROW_TOKENS: usize = 512;
@@ -26,16 +28,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     match (command.as_str(), rest) {
         ("bench", [layers, batch, sequence, steps, rest @ ..]) => {
             let has = |word: &str| rest.iter().any(|other| other == word);
+            // Planned unless it is said.
+            let either = |no: &str, yes: &str| if has(yes) { Some(true) } else { has(no).then_some(false) };
+            let (layers, batch, sequence) = (layers.parse()?, batch.parse()?, sequence.parse()?);
             let trainer = TrainerOptions {
                 device: "cuda:0".into(),
-                recompute: Some(has("recompute")),
-                offload: Some(has("offload")),
+                recompute: either("keep", "recompute"),
+                offload: either("resident", "offload"),
+                host_bytes: HOST_BYTES,
+                batch: (batch, sequence),
                 moments: if has("f32") { MomentType::F32 } else { MomentType::Bytes },
                 kernel_cache: rest.iter().find_map(|word| word.strip_prefix("cache=")).map(PathBuf::from),
                 ..TrainerOptions::default()
             };
-            let (layers, batch) = (layers.parse()?, batch.parse()?);
-            let options = BenchOptions { layers, batch, sequence_length: sequence.parse()?, steps: steps.parse()?, trainer };
+            let options = BenchOptions { layers, batch, sequence_length: sequence, steps: steps.parse()?, trainer };
             println!("{}", serde_json::to_string(&bench(&options)?)?);
             Ok(())
         }
@@ -49,8 +55,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// Loads a checkpoint, takes steps on one batch of a file of tokens, and writes a checkpoint from what the trainer exports.
 fn tree(checkpoint: &Path, tokens: &Path, steps: usize, out: &Path) -> Result<(), Box<dyn std::error::Error>> {
     const TOKENS: usize = 2048;
-    // Where the GPU is too small for the optimizer.
-    const HOST_BYTES: u64 = 90 << 30;
     let start = Instant::now();
     let base = fragments::CheckpointTree::open(checkpoint)?;
     let plan = fragments::plan(base.contract(), 24)?;

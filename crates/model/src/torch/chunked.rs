@@ -105,13 +105,22 @@ pub fn constant_decay(q: &Tensor, k: &Tensor, v: &Tensor, slope: &Tensor, size: 
     joined(&inside.f_add(&q.f_matmul(&states.f_reshape([groups, count, width, value_width])?)?)?, tokens)
 }
 
+/// Sums of `x [G, N, C, M]` along the chunk up to each place. On a GPU as a product: libtorch's sum has no fixed order there.
+fn running_sum(x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cuda() {
+        return x.f_cumsum(2, None::<Kind>);
+    }
+    let size = x.size()[2];
+    Tensor::f_ones([size, size], (x.f_kind()?, x.device()))?.f_tril(0)?.f_matmul(x)
+}
+
 /// Gated slots: a key memory `[K, M]` and a value memory `[M, V]`, both decayed by `e^F` per slot, with a softmax over the
 /// slots in between: `o_t = softmax(q_tᵀ K_t) V_t`. `log_decay` is `F <= 0`, `write` the strength of the new entry.
 pub fn slots(q: &Tensor, k: &Tensor, v: &Tensor, log_decay: &Tensor, write: &Tensor, size: i64) -> Result<Tensor> {
     let (tokens, width, value_width) = (q.size()[1], q.size()[2], v.size()[2]);
     let (q, k, v, write) = (chunks(q, size)?, chunks(k, size)?, chunks(v, size)?, chunks(write, size)?);
     let (groups, count, slots) = (q.size()[0], q.size()[1], write.size()[3]);
-    let summed = chunks(log_decay, size)?.f_cumsum(2, None::<Kind>)?; // b: [G, N, C, M]
+    let summed = running_sum(&chunks(log_decay, size)?)?; // b: [G, N, C, M]
     let grown = summed.f_exp()?;
 
     // [G, N, t, i, M]: s_i e^{b_t - b_i} for i <= t. The difference is taken before exp: e^{-b_i} alone would overflow.

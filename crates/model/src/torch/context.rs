@@ -1,7 +1,6 @@
 //! Settings of libtorch that its C interface does not reach, through the C++ symbols of the one version that this crate links.
 
 use std::ffi::c_void;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 unsafe extern "C" {
     /// `at::globalContext()`
@@ -18,32 +17,16 @@ unsafe extern "C" {
     fn set_cudnn_attention(context: *mut c_void, enabled: bool);
 }
 
-/// Held for reading by passes that use operations without a reproducible algorithm, for writing while reproducible ones are demanded.
-static DEMAND: RwLock<()> = RwLock::new(());
-
-/// Chooses softmax attention that has a reproducible backward pass, for the whole process.
-pub(crate) fn choose_reproducible_attention() {
+/// Lets libtorch choose reproducible algorithms on a GPU, for the whole process: above all in the backward pass of attention, which
+/// otherwise adds with atomics. An operation that has none fails. Before anything is computed there.
+pub(crate) fn compute_reproducibly() {
     // SAFETY: the context is a static object of libtorch; the signatures are those of the pinned version.
-    unsafe { set_cudnn_attention(global_context(), false) }
-}
-
-/// Runs `work` while libtorch must choose reproducible algorithms: above all the backward pass of attention, which otherwise adds with
-/// atomics. An operation without such an algorithm fails.
-pub(crate) fn reproducibly<T>(work: impl FnOnce() -> T) -> T {
-    let _guard = DEMAND.write().unwrap_or_else(PoisonError::into_inner);
-    // SAFETY: as above; the flags are read when an operation is launched, and no other pass of this crate runs meanwhile.
-    let set = |enabled: bool| unsafe {
+    unsafe {
         let context = global_context();
+        // What nobody has written yet is read by nobody.
         set_fill_uninitialized(context, false);
-        set_deterministic_algorithms(context, enabled, false);
-    };
-    set(true);
-    let result = work();
-    set(false);
-    result
-}
-
-/// Holds off [`reproducibly`] while alive.
-pub(crate) fn free_choice() -> RwLockReadGuard<'static, ()> {
-    DEMAND.read().unwrap_or_else(PoisonError::into_inner)
+        set_deterministic_algorithms(context, true, false);
+        // Its attention has no such form.
+        set_cudnn_attention(context, false);
+    }
 }

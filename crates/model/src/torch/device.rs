@@ -11,6 +11,9 @@ use crate::TrainError;
 /// The version of libtorch that this crate links, and whose CUDA part it can load.
 pub const TORCH_VERSION: &str = "2.11.0";
 
+/// Workspaces of a fixed size for cuBLAS, without which libtorch refuses to compute reproducibly; their usual size on an H100.
+const CUBLAS_WORKSPACE: (&str, &str) = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
+
 /// Element type of the computation. Master weights and optimizer state are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ComputeType {
@@ -56,9 +59,10 @@ fn version_of(torch: &Path) -> Option<String> {
 }
 
 /// Loads `lib/libtorch_cuda.so` below `torch` (the `torch` folder of a full installation of the version that this program
-/// is linked with), after which `cuda:N` devices work. Call it before anything else of this crate that uses libtorch. The
-/// library stays loaded until the process ends.
+/// is linked with), after which `cuda:N` devices work. Call it before anything else of this crate that uses libtorch, and before other
+/// threads look at the environment, in which it sets what libtorch wants there. The library stays loaded until the process ends.
 pub fn load_cuda(torch: &Path) -> Result<(), TrainError> {
+    give_cublas_its_workspace();
     let file = torch.join("lib").join("libtorch_cuda.so");
     let fail = |reason: String| TrainError::Device { device: "cuda".into(), reason };
     let found = version_of(torch);
@@ -80,12 +84,22 @@ pub fn load_cuda(torch: &Path) -> Result<(), TrainError> {
         // Kernels registered from it must stay valid: never close it.
         std::mem::forget(library);
     }
+    super::context::compute_reproducibly();
     super::gpu::remember_torch(torch);
     if !tch::Cuda::is_available() {
         let driver = super::gpu::gpus().map_or_else(|error| error, |gpus| format!("the driver shows {} GPUs", gpus.len()));
         return Err(fail(format!("torch {found} is loaded, but no CUDA device is usable: {driver}")));
     }
     Ok(())
+}
+
+#[expect(clippy::disallowed_methods, reason = "libtorch looks for it nowhere else; load_cuda is called before there are other threads")]
+fn give_cublas_its_workspace() {
+    let (name, size) = CUBLAS_WORKSPACE;
+    if std::env::var_os(name).is_none() {
+        // SAFETY: no other thread looks at the environment, as the documentation of `load_cuda` asks.
+        unsafe { std::env::set_var(name, size) };
+    }
 }
 
 /// Whether `cuda:N` devices can be used.

@@ -5,7 +5,6 @@ use std::path::Path;
 use protocol::FragmentPlan;
 use tch::{Device, Tensor};
 
-use super::context;
 use super::device::{ComputeType, parse_device, use_threads};
 use super::layout::Layout;
 use super::moe::Routing;
@@ -80,7 +79,6 @@ impl QuasarEvaluator {
     pub fn trace(&mut self, batch: &Batch) -> Result<Trace, TrainError> {
         batch.check(self.network.config.vocab_size)?;
         use_threads(self.threads);
-        let _guard = context::free_choice();
         let trace = tch::no_grad(|| {
             let (trained, frozen) = self.parts()?;
             let weights = self.network.weights(&trained, &frozen)?;
@@ -127,7 +125,6 @@ impl Evaluator for QuasarEvaluator {
     fn losses(&mut self, batch: &Batch) -> Result<Vec<f64>, TrainError> {
         batch.check(self.network.config.vocab_size)?;
         use_threads(self.threads);
-        let _guard = context::free_choice();
         let rows = (TOKENS_PER_PASS / batch.row_tokens).max(1);
         let mut losses = Vec::with_capacity(batch.rows);
         for tokens in batch.tokens.chunks(rows * batch.row_tokens) {

@@ -5,7 +5,6 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::context;
 use super::device::use_threads;
 use super::layout::Layout;
 use super::learner::{Learner, Taken};
@@ -55,9 +54,8 @@ impl FlatLearner {
         Ok(Self { network, weights, leaf, first, second, threads, cap_experts, document_end })
     }
 
-    fn pass(&mut self, batch: &Batch, forced: Option<&Routes>, record: bool, step: u64) -> Result<Pass, TrainError> {
+    fn pass(&self, batch: &Batch, forced: Option<&Routes>, record: bool, step: u64) -> Result<Pass, TrainError> {
         use_threads(self.threads);
-        let _guard = context::free_choice();
         let network = &self.network;
         let (trained, all) = (network.layout.trained as i64, network.layout.elements as i64);
         let frozen = self.weights.f_narrow(0, trained, all - trained)?;
@@ -189,7 +187,6 @@ impl Learner for FlatLearner {
 
     fn hidden(&mut self, batch: &Batch, forced: Option<&Routes>) -> Result<Vec<Vec<f32>>, TrainError> {
         use_threads(self.threads);
-        let _guard = context::free_choice();
         let network = &self.network;
         let (trained, all) = (network.layout.trained as i64, network.layout.elements as i64);
         let mut routing = Routing::new(&network.config, batch.tokens.len(), forced, false, network.device)?;

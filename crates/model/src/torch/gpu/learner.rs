@@ -14,8 +14,7 @@ use super::store::{Gradients, Store, to_slice};
 use crate::host::Held;
 use crate::memory::{self, MemoryPlan, Strategy, Work, plan_pass};
 use crate::state::Run;
-use crate::torch::context;
-use crate::torch::layout::Layout;
+use crate::torch::layout::{Block, Layout};
 use crate::torch::learner::{self, Learner, Taken};
 use crate::torch::ops;
 use crate::torch::pieces::Piece;
@@ -113,7 +112,6 @@ impl GpuLearner {
         }
         // The first operation makes libtorch take hold of the GPU.
         let _ = Tensor::f_zeros([1], (Kind::Float, device))?;
-        context::choose_reproducible_attention();
         let kernels =
             Kernels::new(&config, device, options.kernel_cache.as_deref(), &options.compiler_options).map_err(TrainError::Kernels)?;
         let (free, total) = kernels.gpu.memory().map_err(|reason| device_error(device, reason))?;
@@ -151,10 +149,9 @@ impl GpuLearner {
     pub fn randomise(&mut self, seed: u64) -> Result<(), TrainError> {
         tch::manual_seed(seed as i64);
         tch::no_grad(|| -> ops::Result<()> {
-            for (key, view) in self.store.views() {
-                if view.dim() > 1 && !key.ends_with("adapter_up.weight") {
-                    let _ = view.shallow_clone().f_normal_(0.0, self.config.initializer_range)?;
-                }
+            let is_drawn = |block: &&Block| block.shape.len() > 1 && !block.key.ends_with("adapter_up.weight");
+            for block in self.layout.blocks.iter().filter(is_drawn) {
+                let _ = self.store.weight(&block.key)?.shallow_clone().f_normal_(0.0, self.config.initializer_range)?;
             }
             Ok(())
         })?;

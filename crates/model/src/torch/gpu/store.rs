@@ -139,11 +139,6 @@ impl Store {
         self.views.get(key).ok_or_else(|| tch::TchError::Kind(format!("the layout has no block {key}")))
     }
 
-    /// All blocks: the parameters as the network in libtorch operations takes them.
-    pub fn views(&self) -> &HashMap<String, Tensor> {
-        &self.views
-    }
-
     /// The pieces of a range of the layout as ranges here, with their offset in it.
     fn pieces(&self, range: &Range<usize>) -> Vec<(usize, Range<i64>)> {
         let first = self.spots.partition_point(|spot| spot.compact + spot.elements as usize <= range.start);
