@@ -13,7 +13,7 @@ use protocol::envelope::{Document, RunId, verify_as_stated};
 use protocol::paths::{Keys, RunKeys, public_prefix};
 use protocol::{AccountId, Digest, KeyKind, codec};
 use storage::server::{Backend, S3Server, ServerSettings};
-use storage::{ObjectStore, S3Settings, S3Store, StoreError};
+use storage::{ObjectStore, PutCondition, S3Settings, S3Store, StoreError};
 use tokio::runtime::Runtime;
 
 use crate::binary;
@@ -177,8 +177,8 @@ impl Office {
         self.run("orchestrator", &[&["run", "create", "--config", &parameters, "--release", "base"][..], more].concat())
     }
 
-    /// Prepares and publishes a shard of this name.
-    pub fn publish_shard(&self, name: &str) {
+    /// Prepares and publishes a shard of this name; gives the folder that it was prepared in.
+    pub fn publish_shard(&self, name: &str) -> String {
         let at = |kind: &str| self.root.join(format!("{name}{kind}")).to_string_lossy().into_owned();
         let (text, shards) = (at(".jsonl"), at("-shards"));
         let words = [name, "run", "of", "which", "nobody", "trains", "a", "word", "and", "which", "is", "ordered", "about"];
@@ -195,6 +195,18 @@ impl Office {
         for _ in 0..2 {
             self.says("orchestrator", &["data", "publish", "--dir", &shards]);
         }
+        shards
+    }
+
+    /// Publishes what [`Office::publish_shard`] prepared once more, over other bytes at the key of its first shard.
+    pub fn publish_over(&self, shards: &str) -> Output {
+        let publish = ["data", "publish", "--dir", shards];
+        let said = self.says("orchestrator", &publish);
+        let id = said.split_whitespace().nth(2).expect("it names the shard");
+        let other = bytes::Bytes::from_static(b"other bytes");
+        let put = self.store.put(&Keys::new(NETUID).shard_tokens(id), other, PutCondition::Always);
+        self.runtime.block_on(put).expect("the bucket takes it");
+        self.run("orchestrator", &publish)
     }
 
     pub fn account(&self, wallet: &str) -> AccountId {

@@ -73,7 +73,7 @@ fn an_operator_checks_bans_rolls_back_rotates_and_drains() {
     let errors = String::from_utf8_lossy(&nothing.stderr);
     assert!(nothing.status.code() == Some(78) && errors.contains("are in the run") && errors.contains("hint: "), "{errors}");
     let rows = |status: &serde_json::Value| status["status"]["rows"]["waiting_rows"].as_u64().expect("a number");
-    office.publish_shard("more");
+    let more = office.publish_shard("more");
     let added = says(&["run", "add-shards", "--reason", "the text of the week"]);
     assert!(added.starts_with("order 4: the shard is in the run; the newest page of its catalog is 1"), "{added}");
     let grown = office.says_json("orchestrator", &["status", "--json"]);
@@ -103,6 +103,10 @@ fn an_operator_checks_bans_rolls_back_rotates_and_drains() {
     writer.signal("TERM");
     assert_eq!(writer.ended_within(START).code(), Some(0), "{}", writer.log());
     assert!(says_after(&office).contains("NOT RUNNING"), "a writer that gave its lease back is not running");
+
+    let spoiled = office.publish_over(&more);
+    let errors = String::from_utf8_lossy(&spoiled.stderr);
+    assert!(spoiled.status.code() == Some(78) && errors.contains("hint: the name of a shard holds a digest"), "{errors}");
 }
 
 fn says_after(office: &Office) -> String {

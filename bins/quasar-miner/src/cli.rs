@@ -115,7 +115,9 @@ enum CheckpointCommand {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
-    /// Write a checkpoint anew with the tensors of the released model, as runs need them: single experts stacked, constants that are missing computed
+    /// Write a checkpoint of an older layout anew, as runs need it
+    ///
+    /// Experts that lie one by one are stacked, constants that are missing are computed; tokenizer and model code come along.
     Convert {
         /// The checkpoint: a folder with config.json and safetensors files, of any sharding and element types
         #[arg(long, value_name = "DIR")]

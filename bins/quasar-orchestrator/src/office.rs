@@ -1,6 +1,6 @@
 //! What every command of the operator needs: the bucket with credentials, the online key, the network.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,9 +10,9 @@ use daemon::{Failure, Role, clock, identity};
 use protocol::documents::CurrentRun;
 use protocol::envelope::{self, Context, Document, Expect, RunId, Verified, open_stored};
 use protocol::paths::Keys;
-use protocol::{KeyRef, Signer};
+use protocol::{FileRecord, KeyRef, Signer};
 use storage::presign::BucketUrl;
-use storage::{ObjectStore, PutCondition, S3Settings, S3Store, StoreError};
+use storage::{ObjectStore, PutCondition, S3Settings, S3Store, StoreError, transfer};
 
 /// The operator's place: settings, bucket, signing key.
 pub struct Office {
@@ -89,6 +89,14 @@ impl Office {
                     .hint("this step was done before; go on with the next one, or choose another name"))
             }
             Err(error) => Err(Failure::unavailable(error)),
+        }
+    }
+
+    /// Uploads a file whose key is written once, or finds it there; `hint` is what to do where another file lies there.
+    pub async fn upload_once(&self, key: &str, file: &FileRecord, path: &Path, hint: &str) -> Result<(), Failure> {
+        match transfer::upload(&*self.store, key, file, path).await {
+            Err(error @ StoreError::PreconditionFailed { .. }) => Err(Failure::configuration(error).hint(hint)),
+            result => result.map_err(Failure::unavailable),
         }
     }
 

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use fragments::CheckpointTree;
+use fragments::checkpoint::copy_side_files;
 use protocol::DType;
 
 use crate::tree::{self, Fill, TreeError};
@@ -20,7 +21,6 @@ use crate::{QuasarConfig, TensorEntry, TrainError};
 pub(crate) struct Source {
     tree: CheckpointTree,
     config: QuasarConfig,
-    tensors: Vec<TensorEntry>,
 }
 
 fn fail(reason: impl ToString) -> TrainError {
@@ -77,7 +77,7 @@ impl Source {
         if let Some(other) = tree.contract().tensors.iter().find(|tensor| !known.contains(&tensor.name)) {
             return Err(fail(format!("tensor {} does not belong to the model that config.json describes", other.name)));
         }
-        Ok(Self { tree, config: config.clone(), tensors })
+        Ok(Self { tree, config: config.clone() })
     }
 
     fn read(&self, name: &str) -> Result<Vec<f32>, TrainError> {
@@ -101,21 +101,23 @@ impl Source {
     /// The constants by name, rotary frequencies left out.
     #[cfg(feature = "libtorch")]
     pub fn buffers(&self) -> Result<HashMap<String, Vec<f32>>, TrainError> {
-        let buffers = self.tensors.iter().filter(|tensor| tensor.is_buffer && !tensor.name.ends_with(".inv_freq"));
-        buffers.map(|tensor| Ok((tensor.name.clone(), self.buffer(tensor)?))).collect()
+        let buffers = self.config.tensors().into_iter().filter(|tensor| tensor.is_buffer && !tensor.name.ends_with(".inv_freq"));
+        buffers.map(|tensor| Ok((tensor.name.clone(), self.buffer(&tensor)?))).collect()
     }
 
     /// Hands every parameter to `take`, one after the other.
     #[cfg(feature = "libtorch")]
     pub fn parameters(&self, mut take: impl FnMut(&str, Vec<f32>) -> Result<(), TrainError>) -> Result<(), TrainError> {
-        self.tensors.iter().filter(|tensor| !tensor.is_buffer).try_for_each(|tensor| take(&tensor.name, self.parameter(&tensor.name)?))
+        let parameters = self.config.tensors().into_iter().filter(|tensor| !tensor.is_buffer);
+        parameters.map(|tensor| tensor.name).try_for_each(|name| take(&name, self.parameter(&name)?))
     }
 
-    /// The element type of a parameter; of stacked experts that of the first.
+    /// The element type of a parameter; of stacked experts the one that all have, or f32, which holds all.
     fn dtype(&self, name: &str) -> DType {
-        let first =
-            || single_experts(name, 0).and_then(|[gate, _, down]| self.tree.tensor(if name.ends_with("w12") { &gate } else { &down }));
-        self.tree.tensor(name).or_else(first).map_or(DType::F32, |tensor| tensor.dtype)
+        let of = |name: &str| self.tree.tensor(name).map(|tensor| tensor.dtype);
+        let parts = |[gate, up, down]: [String; 3]| if name.ends_with("w12") { vec![of(&gate), of(&up)] } else { vec![of(&down)] };
+        let mut single = (0..self.config.num_experts).filter_map(|expert| single_experts(name, expert)).flat_map(parts).flatten();
+        of(name).or_else(|| single.next().filter(|first| single.all(|other| other == *first))).unwrap_or(DType::F32)
     }
 
     fn fill(&self, tensor: &TensorEntry) -> Result<Fill, TrainError> {
@@ -144,14 +146,15 @@ impl Source {
 
 /// Writes the checkpoint in `folder` anew to `out`, a new or empty folder, with the tensors of the released model: experts that lie one by
 /// one become stacked tensors, constants that are formulas are computed. Parameters keep the element types that they have, or get
-/// `dtype`. The values are the same, or rounded to nearest.
+/// `dtype`. The values are the same, or rounded to nearest. Tokenizer and model code come along.
 ///
 /// # Errors
-/// The checkpoint is not one of its configuration, or a value is not finite; `out` is not empty or cannot be written. What was written before
-/// an error has no `config.json` and is no checkpoint.
+/// The checkpoint is not one of its configuration, or a value is not finite or becomes so; `out` is not empty or cannot be written.
 pub fn convert(folder: &Path, dtype: Option<DType>, out: &Path) -> Result<QuasarConfig, TreeError> {
     let config = QuasarConfig::from_dir(folder).map_err(TrainError::from)?;
+    let config = dtype.map_or_else(|| config.clone(), |dtype| config.with_dtype(dtype));
     let source = Source::open(&config, folder)?;
-    tree::write(&config, &|tensor| dtype.unwrap_or_else(|| source.dtype(&tensor.name)), &|tensor| source.fill(tensor), out)?;
+    let others = || copy_side_files(&source.tree, out);
+    tree::write(&config, &|tensor| dtype.unwrap_or_else(|| source.dtype(&tensor.name)), &|tensor| source.fill(tensor), &others, out)?;
     Ok(config)
 }

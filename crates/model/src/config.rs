@@ -7,6 +7,7 @@
 
 use std::path::Path;
 
+use protocol::DType;
 use serde_json::{Map, Value};
 
 use crate::json::Keys;
@@ -198,6 +199,22 @@ impl QuasarConfig {
         let mut text = serde_json::to_string_pretty(&Value::Object(keys)).expect("a map of JSON values can always be written");
         text.push('\n');
         text
+    }
+
+    /// The same, where it says what element type the weights have, with this one.
+    pub(crate) fn with_dtype(&self, dtype: DType) -> Self {
+        let name = match dtype {
+            DType::F32 => "float32",
+            DType::Bf16 => "bfloat16",
+            DType::F16 => "float16",
+        };
+        let mut changed = self.clone();
+        for key in ["dtype", "torch_dtype"] {
+            if let Some(value) = changed.raw.get_mut(key) {
+                *value = name.into();
+            }
+        }
+        changed
     }
 
     /// The branch that layer `layer` has beside softmax attention.

@@ -24,7 +24,7 @@ use crate::{QuasarConfig, TensorEntry};
 /// # Errors
 /// The folder is not empty or cannot be written.
 pub fn fresh(config: &QuasarConfig, seed: u64, dtype: DType, out: &Path) -> Result<(), TreeError> {
-    tree::write(config, &|_| dtype, &|tensor| Ok(initial(config, seed, tensor)), out)
+    tree::write(config, &|_| dtype, &|tensor| Ok(initial(config, seed, tensor)), &|| Ok(()), out)
 }
 
 fn initial(config: &QuasarConfig, seed: u64, tensor: &TensorEntry) -> Fill {

@@ -2,8 +2,8 @@
 //! model for, behind the traits [`Trainer`] and [`Evaluator`].
 //!
 //! Without the feature `libtorch` the crate holds everything that needs no tensor library: configuration, the list of
-//! tensors, fresh initial weights, conversion of checkpoints, trainer state, and a toy trainer for simulations. With it (the default) come the real
-//! forward pass and loss ([`torch::Network`]), [`QuasarTrainer`], [`QuasarEvaluator`] and [`checkpoint_loss`].
+//! tensors, fresh initial weights, conversion of checkpoints, trainer state, and a toy trainer for simulations. With it (the
+//! default) come the real forward pass and loss ([`torch::Network`]), [`QuasarTrainer`], [`QuasarEvaluator`] and [`checkpoint_loss`].
 //!
 //! This crate knows neither network nor protocol; it sees token rows and fragments of parameters as flat `f32` buffers.
 

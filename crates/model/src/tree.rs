@@ -2,9 +2,10 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use fragments::checkpoint::{CheckpointError, UNFINISHED};
 use fragments::contract::CONTRACT_FILE;
 use fragments::{Contract, ContractError, TensorSpec};
 use half::{bf16, f16};
@@ -30,6 +31,10 @@ pub enum TreeError {
     /// The checkpoint that tensors come from.
     #[error(transparent)]
     Source(#[from] TrainError),
+    #[error("tensor {tensor} holds {value}, which {} cannot\nhint: choose another element type", dtype.name())]
+    OutOfRange { tensor: String, value: f32, dtype: DType },
+    #[error(transparent)]
+    Copy(#[from] CheckpointError),
     #[error(transparent)]
     Contract(#[from] ContractError),
     #[error("cannot write {file}: {source}")]
@@ -44,16 +49,41 @@ type Make<'a> = dyn Fn(&TensorEntry) -> Result<Fill, TrainError> + 'a;
 
 /// Writes `config.json`, the weights and the parameter contract of a model to `out`, a new or empty folder. Parameters are stored with the
 /// element type that `dtype` names, buffers as f32; weights stand in `model.safetensors`, or in several files and an index where that would
-/// be larger than 5 GB. A folder without `config.json` is no checkpoint: so it is left after an error.
-pub(crate) fn write(config: &QuasarConfig, dtype: &dyn Fn(&TensorEntry) -> DType, make: &Make<'_>, out: &Path) -> Result<(), TreeError> {
-    let io = |path: &Path| {
-        let path = path.display().to_string();
-        move |source| TreeError::Io { path, source }
-    };
+/// be larger than 5 GB. `others` puts other files there before. Until all is there the folder is marked as unfinished, and after an error nothing of it is left.
+pub(crate) fn write(
+    config: &QuasarConfig,
+    dtype: &dyn Fn(&TensorEntry) -> DType,
+    make: &Make<'_>,
+    others: &dyn Fn() -> Result<(), CheckpointError>,
+    out: &Path,
+) -> Result<(), TreeError> {
     std::fs::create_dir_all(out).map_err(io(out))?;
     if std::fs::read_dir(out).map_err(io(out))?.next().is_some() {
         return Err(TreeError::NotEmpty { path: out.display().to_string() });
     }
+    let marker = out.join(UNFINISHED);
+    let written = std::fs::write(&marker, []).map_err(io(&marker)).and_then(|()| {
+        others()?;
+        write_all(config, dtype, make, out)
+    });
+    match written {
+        Ok(()) => std::fs::remove_file(&marker).map_err(io(&marker)),
+        Err(error) => {
+            // The marker last: without it, what is left would be taken for a checkpoint.
+            let files = std::fs::read_dir(out).into_iter().flatten().flatten().map(|entry| entry.path());
+            let remove = |path: PathBuf| if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+            let _ = files.filter(|path| *path != marker).try_for_each(remove).and_then(|()| std::fs::remove_file(&marker));
+            Err(error)
+        }
+    }
+}
+
+fn io(path: &Path) -> impl Fn(std::io::Error) -> TreeError + use<> {
+    let path = path.display().to_string();
+    move |source| TreeError::Io { path: path.clone(), source }
+}
+
+fn write_all(config: &QuasarConfig, dtype: &dyn Fn(&TensorEntry) -> DType, make: &Make<'_>, out: &Path) -> Result<(), TreeError> {
     let tensors = config.tensors();
     let failed = OnceLock::new();
     let stored = |tensor: &TensorEntry| if tensor.is_buffer { DType::F32 } else { dtype(tensor) };
@@ -63,11 +93,10 @@ pub(crate) fn write(config: &QuasarConfig, dtype: &dyn Fn(&TensorEntry) -> DType
     let contract = Contract::new(specs.collect())?;
     let written = write_files(&made, FILE_BYTES_MAX, out);
     drop(made);
-    failed.into_inner().map_or(Ok(()), |error| Err(TreeError::Source(error)))?;
+    failed.into_inner().map_or(Ok(()), Err)?;
     written?;
     let path = out.join(CONTRACT_FILE);
     std::fs::write(&path, contract.to_json()).map_err(io(&path))?;
-    // Last: a folder with config.json is a complete checkpoint.
     let path = out.join("config.json");
     std::fs::write(&path, config.to_json()).map_err(io(&path))
 }
@@ -105,7 +134,7 @@ fn write_files(tensors: &[Made], bytes_max: u64, out: &Path) -> Result<(), TreeE
     }
     let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": places });
     let path = out.join("model.safetensors.index.json");
-    std::fs::write(&path, format!("{index:#}\n")).map_err(|source| TreeError::Io { path: path.display().to_string(), source })
+    std::fs::write(&path, format!("{index:#}\n")).map_err(io(&path))
 }
 
 /// A tensor that is made when it is written.
@@ -115,14 +144,20 @@ struct Made<'a, 'm> {
     dtype: DType,
     make: &'a Make<'m>,
     /// Why some tensor of the tree could not be made: a file's writer does not ask.
-    failed: &'a OnceLock<TrainError>,
+    failed: &'a OnceLock<TreeError>,
 }
 
 impl<'a, 'm> Made<'a, 'm> {
-    fn new(entry: &'a TensorEntry, dtype: DType, make: &'a Make<'m>, failed: &'a OnceLock<TrainError>) -> Self {
+    fn new(entry: &'a TensorEntry, dtype: DType, make: &'a Make<'m>, failed: &'a OnceLock<TreeError>) -> Self {
         let shape = entry.shape.iter().map(|n| *n as usize).collect();
         Self { entry, shape, dtype, make, failed }
     }
+}
+
+/// Writes the bytes of an element; hands on whether it is finite.
+fn write_to<const N: usize>(element: &mut [u8], bytes: [u8; N], is_finite: bool) -> bool {
+    element.copy_from_slice(&bytes);
+    is_finite
 }
 
 impl View for &Made<'_, '_> {
@@ -140,11 +175,12 @@ impl View for &Made<'_, '_> {
 
     fn data(&self) -> Cow<'_, [u8]> {
         let (dtype, width) = (self.dtype, self.dtype.bytes() as usize);
+        let (name, failed) = (&self.entry.name, self.failed);
         let mut bytes = vec![0; self.data_len()];
         let fill = match self.failed.get().map_or_else(|| (self.make)(self.entry), |_| Ok(Box::new(|_, _| ()))) {
             Ok(fill) => fill,
             Err(error) => {
-                let _ = self.failed.set(error);
+                let _ = self.failed.set(error.into());
                 return bytes.into();
             }
         };
@@ -154,10 +190,19 @@ impl View for &Made<'_, '_> {
                 let values = &mut values[..bytes.len() / width];
                 fill(task * TASK_ELEMENTS, values);
                 for (element, value) in bytes.chunks_exact_mut(width).zip(values) {
-                    match dtype {
-                        DType::F32 => element.copy_from_slice(&value.to_le_bytes()),
-                        DType::Bf16 => element.copy_from_slice(&bf16::from_f32(*value).to_le_bytes()),
-                        DType::F16 => element.copy_from_slice(&f16::from_f32(*value).to_le_bytes()),
+                    let is_finite = match dtype {
+                        DType::F32 => write_to(element, value.to_le_bytes(), value.is_finite()),
+                        DType::Bf16 => {
+                            let narrow = bf16::from_f32(*value);
+                            write_to(element, narrow.to_le_bytes(), narrow.is_finite())
+                        }
+                        DType::F16 => {
+                            let narrow = f16::from_f32(*value);
+                            write_to(element, narrow.to_le_bytes(), narrow.is_finite())
+                        }
+                    };
+                    if !is_finite {
+                        let _ = failed.set(TreeError::OutOfRange { tensor: name.clone(), value: *value, dtype });
                     }
                 }
             },

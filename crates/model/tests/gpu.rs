@@ -395,7 +395,7 @@ fn a_learner_saves_memory_by_itself_to_the_same_bits() {
     let Some(folder) = folder() else { return };
     let config = QuasarConfig::from_dir(folder).unwrap();
     let fragments = plan(folder).fragments.len() as u64;
-    let work = Work { rows: ROWS as u64, row_tokens: ROW_TOKENS as u64, fragments };
+    let work = Work { rows: ROWS as u64, row_tokens: ROW_TOKENS as u64, fragments, by_document: false };
     let peak = |recompute, offload, rows_per_pass| {
         memory_of(&config, work, Strategy { byte_moments: true, recompute, offload, rows_per_pass }).peak_bytes
     };

@@ -4,6 +4,7 @@
 mod common;
 
 use common::{data, fresh, plan, small, tokens, trainer};
+use fragments::CheckpointTree;
 use protocol::DType;
 use quasar_model::{
     Batch, Evaluator, EvaluatorOptions, Hyper, QuasarConfig, QuasarEvaluator, QuasarTrainer, Routes, TrainError, Trainer, TrainerOptions,
@@ -370,9 +371,11 @@ fn older_checkpoints_with_single_experts_in_shards_are_the_same_model() {
     }
     // Runs want the released model's tensors: written anew, they are those of the tree that the experts came from, bit for bit.
     let anew = folder.path().join("anew");
+    std::fs::write(old.path().join("tokenizer.json"), "{}").unwrap();
     quasar_model::convert(old.path(), None, &anew).unwrap();
+    assert!(anew.join("tokenizer.json").exists(), "what belongs to a checkpoint comes along");
     assert_eq!(common::read(&anew.join("model.safetensors")), values);
-    let of = |folder: &std::path::Path| fragments::CheckpointTree::open(folder).unwrap().contract().clone();
+    let of = |folder: &std::path::Path| CheckpointTree::open(folder).unwrap().contract().clone();
     assert_eq!(of(&anew), of(folder.path()));
     trainer(&anew).step(&batch(&tokens), &Hyper::default(), None, false).unwrap();
     let refused = quasar_model::convert(old.path(), None, &anew).unwrap_err().to_string();
@@ -386,18 +389,28 @@ fn older_checkpoints_with_single_experts_in_shards_are_the_same_model() {
     assert!(losses(old.path()).unwrap_err().to_string().contains("experts.3.down_proj"));
 }
 
+fn overwrite(path: &std::path::Path, at: u64, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, at).unwrap();
+}
+
 #[test]
 fn a_checkpoint_with_a_value_that_is_not_finite_is_not_converted() {
     let folder = small();
     let path = folder.path().join("model.safetensors");
-    let mut bytes = std::fs::read(&path).unwrap();
-    let last = bytes.len() - 4;
-    bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
-    std::fs::write(&path, bytes).unwrap();
+    let last = std::fs::metadata(&path).unwrap().len() - 4;
+    overwrite(&path, last, &f32::NAN.to_le_bytes());
     let out = folder.path().join("out");
     let refused = quasar_model::convert(folder.path(), None, &out).unwrap_err().to_string();
     assert!(refused.contains("finite"), "{refused}");
-    assert!(!out.join("config.json").exists(), "what was written is no checkpoint");
+    assert_eq!(std::fs::read_dir(&out).unwrap().count(), 0, "nothing of it is left");
+
+    // A value that the element type does not hold.
+    overwrite(&path, last, &1e6f32.to_le_bytes());
+    let refused = quasar_model::convert(folder.path(), Some(DType::F16), &out).unwrap_err().to_string();
+    assert!(refused.contains("holds 1000000, which F16 cannot\nhint: "), "{refused}");
+    quasar_model::convert(folder.path(), Some(DType::Bf16), &out).unwrap();
+    assert_eq!(CheckpointTree::open(&out).unwrap().contract().tensors[0].dtype, DType::Bf16);
 }
 
 fn index_without(path: &std::path::Path, name: &str) -> String {

@@ -194,7 +194,7 @@ pub fn plan(args: &PlanArgs) -> Result<Exit, Failure> {
         (None, None) => 0,
     };
     let available = Available { device_bytes, host_bytes, f32_moments: args.f32_moments };
-    let work = Work { rows: args.batch, row_tokens: args.sequence_length, fragments: args.fragments };
+    let work = Work { rows: args.batch, row_tokens: args.sequence_length, fragments: args.fragments, by_document: false };
     let chosen = plan_memory(&config, work, available);
     if args.json {
         let all = strategies(&config, work, args.f32_moments);

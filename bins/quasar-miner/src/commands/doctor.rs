@@ -66,8 +66,11 @@ pub fn main(common: &CommonArgs, args: &MinerArgs, determinism: bool, json: bool
     let checks = if determinism {
         reproducibility(&settings)
     } else {
+        // Libraries are loaded before there are other threads.
+        let mut machine = Vec::new();
+        devices(&settings, &mut machine);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::unavailable)?;
-        runtime.block_on(examine(&settings))
+        runtime.block_on(examine(&settings, machine))
     };
     let is_healthy = checks.iter().all(|check| check.status != Status::Failed);
     if json {
@@ -88,7 +91,8 @@ pub fn main(common: &CommonArgs, args: &MinerArgs, determinism: bool, json: bool
     Ok(if is_healthy { Exit::Done } else { Exit::Configuration })
 }
 
-async fn examine(settings: &Settings) -> Vec<Check> {
+/// Everything, with what was found out about the `machine`.
+async fn examine(settings: &Settings, machine: Vec<Check>) -> Vec<Check> {
     let mut checks = Vec::new();
     let key = match identity::hotkey(settings) {
         Ok(hotkey) => {
@@ -115,7 +119,7 @@ async fn examine(settings: &Settings) -> Vec<Check> {
         }
     }
     checks.push(timed("run", run_check(settings, genesis)).await);
-    devices(settings, &mut checks);
+    checks.extend(machine);
     match settings.state_dir() {
         Ok(folder) => {
             checks.push(state_folder(&folder));

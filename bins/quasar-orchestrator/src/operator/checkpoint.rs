@@ -61,12 +61,8 @@ pub fn files_digest(files: &[FileRecord]) -> Digest {
 pub async fn upload(office: &Office, tree: &Path, release: &Release) -> Result<Digest, Failure> {
     for file in &release.files {
         let key = office.keys.release_file(&release.release, &file.path);
-        match transfer::upload(&*office.store, &key, file, &tree.join(&file.path)).await {
-            Err(error @ StoreError::PreconditionFailed { .. }) => {
-                return Err(Failure::configuration(error).hint("another checkpoint lies under this name; choose another one"));
-            }
-            result => result.map_err(Failure::unavailable)?,
-        }
+        let hint = "another checkpoint lies under this name; choose another one";
+        office.upload_once(&key, file, &tree.join(&file.path), hint).await?;
     }
     let key = office.keys.release_manifest(&release.release);
     let bytes = office.sign(release, &office.context);

@@ -129,7 +129,8 @@ pub async fn publish(office: &Office, arguments: PublishArgs) -> Result<(), Fail
             return Err(Failure::configuration(anyhow::anyhow!("{} is not the file that the catalog describes", path.display()))
                 .hint("run `data prepare` again"));
         }
-        transfer::upload(&*office.store, &office.keys.shard_tokens(&shard.id), &shard.file, &path).await.map_err(Failure::unavailable)?;
+        let hint = "the name of a shard holds a digest of its tokens, and other bytes lie there: delete the object, then publish again";
+        office.upload_once(&office.keys.shard_tokens(&shard.id), &shard.file, &path, hint).await?;
         // The id holds a digest of the tokens: what is there already says the same.
         let manifest = Bytes::from(office.sign(shard, &office.context));
         match office.store.put(&office.keys.shard_manifest(&shard.id), manifest, PutCondition::IfAbsent).await {

@@ -220,6 +220,11 @@ fn side_files(base: &CheckpointTree, out: &Path) -> Result<Vec<PathBuf>, Checkpo
     Ok(found)
 }
 
+/// Copies what belongs to a checkpoint besides weights and contract: configuration, tokenizer, model code.
+pub fn copy_side_files(base: &CheckpointTree, out: &Path) -> Result<(), CheckpointError> {
+    side_files(base, out)?.iter().try_for_each(|file| copy_file(base.dir(), out, file).map(drop))
+}
+
 /// Whether an assembly of `base` writes a file or folder `name`.
 fn is_ours(base: &CheckpointTree, side_files: &[PathBuf], name: &str) -> bool {
     name == CONTRACT_FILE

@@ -17,11 +17,12 @@ mod states;
 mod tree;
 mod write;
 
-pub use assemble::{Assembled, assemble, assemble_from};
+pub use assemble::{Assembled, assemble, assemble_from, copy_side_files};
 pub use error::CheckpointError;
 pub use split::{split, split_recorded};
 pub use states::{StateFile, assemble_states, split_states, state_file};
 pub use tree::{CheckpointTree, INDEX_BYTES_MAX, INDEX_FILE};
+pub use write::UNFINISHED;
 
 #[cfg(test)]
 mod tests;

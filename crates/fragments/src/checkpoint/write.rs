@@ -17,8 +17,8 @@ use super::recorded::RecordedFile;
 
 const PART_SUFFIX: &str = ".part";
 
-/// Marks a folder whose writing has begun and not ended.
-pub(super) const UNFINISHED: &str = "unfinished.part";
+/// Marks a folder whose writing has begun and not ended; nobody reads a checkpoint from it.
+pub const UNFINISHED: &str = "unfinished.part";
 
 /// A file that gets its name when it is complete.
 pub(super) struct PartFile {

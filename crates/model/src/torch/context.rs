@@ -18,7 +18,7 @@ unsafe extern "C" {
 }
 
 /// Lets libtorch choose reproducible algorithms on a GPU, for the whole process: above all in the backward pass of attention, which
-/// otherwise adds with atomics. An operation that has none fails. Before anything is computed there.
+/// otherwise adds with atomics. An operation that has none fails. Call it before anything is computed there.
 pub(crate) fn compute_reproducibly() {
     // SAFETY: the context is a static object of libtorch; the signatures are those of the pinned version.
     unsafe {

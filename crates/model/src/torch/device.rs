@@ -62,7 +62,6 @@ fn version_of(torch: &Path) -> Option<String> {
 /// is linked with), after which `cuda:N` devices work. Call it before anything else of this crate that uses libtorch, and before other
 /// threads look at the environment, in which it sets what libtorch wants there. The library stays loaded until the process ends.
 pub fn load_cuda(torch: &Path) -> Result<(), TrainError> {
-    give_cublas_its_workspace();
     let file = torch.join("lib").join("libtorch_cuda.so");
     let fail = |reason: String| TrainError::Device { device: "cuda".into(), reason };
     let found = version_of(torch);
@@ -77,6 +76,7 @@ pub fn load_cuda(torch: &Path) -> Result<(), TrainError> {
     #[cfg(unix)]
     {
         use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+        give_cublas_its_workspace();
         // SAFETY: loading runs the library's initialisers, which register CUDA kernels with the linked libtorch.
         let library = unsafe { Library::open(Some(&file), RTLD_NOW | RTLD_GLOBAL) };
         let library =
@@ -84,7 +84,6 @@ pub fn load_cuda(torch: &Path) -> Result<(), TrainError> {
         // Kernels registered from it must stay valid: never close it.
         std::mem::forget(library);
     }
-    super::context::compute_reproducibly();
     super::gpu::remember_torch(torch);
     if !tch::Cuda::is_available() {
         let driver = super::gpu::gpus().map_or_else(|error| error, |gpus| format!("the driver shows {} GPUs", gpus.len()));
@@ -96,10 +95,11 @@ pub fn load_cuda(torch: &Path) -> Result<(), TrainError> {
 #[expect(clippy::disallowed_methods, reason = "libtorch looks for it nowhere else; load_cuda is called before there are other threads")]
 fn give_cublas_its_workspace() {
     let (name, size) = CUBLAS_WORKSPACE;
-    if std::env::var_os(name).is_none() {
-        // SAFETY: no other thread looks at the environment, as the documentation of `load_cuda` asks.
-        unsafe { std::env::set_var(name, size) };
+    if std::env::var_os(name).is_some_and(|other| other != size) {
+        tracing::warn!(name, size, "the environment says something else: replaced, since other workspaces give other bits");
     }
+    // SAFETY: no other thread looks at the environment, as the documentation of `load_cuda` asks.
+    unsafe { std::env::set_var(name, size) };
 }
 
 /// Whether `cuda:N` devices can be used.
@@ -122,6 +122,7 @@ pub(crate) fn parse_device(name: &str) -> Result<Device, TrainError> {
         return Err(fail("there are not that many GPUs"));
     }
     let device = Device::Cuda(index);
+    super::context::compute_reproducibly();
     // A GPU that this libtorch has no kernels for fails here, and not in the middle of a run.
     let probe = || Tensor::f_ones([1], (Kind::Float, device))?.f_double_value(&[0]);
     if let Err(error) = probe() {

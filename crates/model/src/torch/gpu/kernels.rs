@@ -45,7 +45,7 @@ impl Source {
 }
 
 const SLOT_CHUNK: usize = shared(4 * 32 * WIDE + 2 * 128 * HALF + 32 * HALF + 32 * QUARTER, 4 * 32 * SLOT_ROW + 2 * 32 * 33);
-/// Shared memory that a block has besides, bytes.
+/// Static shared memory of a block, at most, bytes.
 const FIXED_BYTES: usize = 1024;
 /// Logits that a block keeps: 12 vectors of 16 bytes for each of 1,024 threads.
 const LOSS_ROW: usize = 12 * 1024 * 16;

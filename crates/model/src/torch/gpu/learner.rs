@@ -59,8 +59,9 @@ struct Computed {
     routes: Vec<Vec<Tensor>>,
 }
 
-fn work(batch: (usize, usize), fragments: usize) -> Work {
-    Work { rows: batch.0 as u64, row_tokens: batch.1 as u64, fragments: fragments as u64 }
+fn work(batch: (usize, usize), fragments: usize, options: &TrainerOptions) -> Work {
+    let by_document = options.document_end.is_some();
+    Work { rows: batch.0 as u64, row_tokens: batch.1 as u64, fragments: fragments as u64, by_document }
 }
 
 /// Bytes of a GPU to plan with. One that nobody else uses has the same at every start, whatever its driver holds just then: so a batch is
@@ -74,7 +75,7 @@ fn usable(free: u64, total: u64) -> u64 {
 
 /// The strategy by which a learner is opened: optimizer state goes to the host's memory if nothing else fits and it may.
 fn planned(config: &QuasarConfig, work: Work, options: &TrainerOptions, device_bytes: u64) -> MemoryPlan {
-    let plan = |offload| plan_pass(config, work, options.moments == MomentType::Bytes, offload, device_bytes);
+    let plan = |offload| plan_pass(config, work, options.moments == MomentType::Bytes, offload, options.recompute, device_bytes);
     let must_offload = || plan(false).peak_bytes > device_bytes && plan(true).host_bytes <= options.host_bytes;
     plan(options.offload.unwrap_or_else(must_offload))
 }
@@ -116,7 +117,7 @@ impl GpuLearner {
             Kernels::new(&config, device, options.kernel_cache.as_deref(), &options.compiler_options).map_err(TrainError::Kernels)?;
         let (free, total) = kernels.gpu.memory().map_err(|reason| device_error(device, reason))?;
         let device_bytes = options.device_bytes.unwrap_or(u64::MAX).min(usable(free as u64, total as u64));
-        let work = work(options.batch, fragments);
+        let work = work(options.batch, fragments, options);
         let plan = planned(&config, work, options, device_bytes);
         let offload = plan.strategy.offload;
         tracing::info!(
@@ -192,12 +193,13 @@ impl GpuLearner {
             return shape;
         }
         let byte_moments = self.options.moments == MomentType::Bytes;
-        let plan = plan_pass(&self.config, work(of, self.fragments), byte_moments, self.offload, self.device_bytes).strategy;
+        let work = work(of, self.fragments, &self.options);
+        let plan = plan_pass(&self.config, work, byte_moments, self.offload, self.options.recompute, self.device_bytes).strategy;
         let rows = self.options.pass_tokens.map_or(plan.rows_per_pass as usize, |tokens| tokens / batch.row_tokens);
         // Kernels have a line of blocks for each head of each row, and a grid so many lines.
         const LINES_MAX: usize = 65_535;
         let most = batch.rows.min(LINES_MAX / self.config.num_attention_heads);
-        let shape = PassShape { recompute: self.options.recompute.unwrap_or(plan.recompute), rows: rows.min(most).max(1) };
+        let shape = PassShape { recompute: plan.recompute, rows: rows.min(most).max(1) };
         tracing::info!(recompute = shape.recompute, rows_per_pass = shape.rows, rows = batch.rows, "memory plan of a batch");
         self.shape = Some((of, shape));
         shape
@@ -206,7 +208,7 @@ impl GpuLearner {
     /// What to do if memory ran out with a batch, by its rows and their tokens.
     fn advised(&self, error: TrainError, batch: (usize, usize)) -> TrainError {
         let used = self.used(self.shape.map_or(PassShape { recompute: false, rows: batch.0 }, |(_, shape)| shape));
-        advised(error, &self.config, work(batch, self.fragments), used, self.options.host_bytes)
+        advised(error, &self.config, work(batch, self.fragments, &self.options), used, self.options.host_bytes)
     }
 
     fn used(&self, PassShape { recompute, rows }: PassShape) -> Strategy {

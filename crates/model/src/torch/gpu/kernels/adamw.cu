@@ -334,7 +334,7 @@ extern "C" __global__ void copy_values(const float* from, float* to, i64 element
   if (at < elements) to[at] = from[at];
 }
 
-// Bytes from the GPU's memory to the host's, by eights where they lie so.
+// Bytes between the GPU's memory and the host's, by eights where they lie so.
 extern "C" __global__ void copy_bytes(const u8* from, u8* to, i64 bytes) {
   i64 first = (i64)blockIdx.x * blockDim.x + threadIdx.x, stride = (i64)gridDim.x * blockDim.x, words = 0;
   if (((i64)from | (i64)to) % 8 == 0) {

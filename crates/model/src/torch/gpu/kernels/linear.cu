@@ -100,7 +100,7 @@ static __device__ __forceinline__ float decay(float g, int distance) { return __
 
 // States at the start of each chunk, [groups, chunks, 128, 128] (key channel, value channel), and V' (delta rule). Each block walks over
 // the chunks of one head with 64 of the value channels (blockIdx.x). w, u are chunk arrays (delta); v is [rows, tokens, KV_HEADS, 128]
-// and slope [HEADS] f32 (decay). Shared memory: 128 * HALF + 2 * (2 * 64 * WIDE + 64 * HALF) bf16, two blocks a multiprocessor.
+// and slope [HEADS] f32 (decay). Shared memory: 128 * HALF + 2 * (2 * 64 * WIDE + 64 * HALF) bf16: two blocks fit a multiprocessor with 228 KiB.
 template <bool DELTA> static __device__ __forceinline__ void states_forward(const bf16* k, const bf16* w, const bf16* u, const bf16* v,
                                                                             const float* slope, bf16* states, bf16* fresh, int tokens,
                                                                             int chunks) {
