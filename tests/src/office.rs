@@ -204,8 +204,8 @@ impl Office {
         let said = self.says("orchestrator", &publish);
         let id = said.split_whitespace().nth(2).expect("it names the shard");
         let other = bytes::Bytes::from_static(b"other bytes");
-        let put = self.store.put(&Keys::new(NETUID).shard_tokens(id), other, PutCondition::Always);
-        self.runtime.block_on(put).expect("the bucket takes it");
+        let key = Keys::new(NETUID).shard_tokens(id);
+        self.runtime.block_on(self.store.put(&key, other, PutCondition::Always)).expect("the bucket takes it");
         self.run("orchestrator", &publish)
     }
 

@@ -35,6 +35,16 @@ impl Shard {
 }
 
 impl Books {
+    /// Whether a lease was given out that has not ended.
+    pub fn is_open(&self, lease: u64) -> bool {
+        self.leases.contains_key(&lease)
+    }
+
+    /// Whether the end of a lease lies there that nobody is known to have given out.
+    pub fn has_only_end_of(&self, lease: u64) -> bool {
+        self.early.contains_key(&lease)
+    }
+
     /// A lease was given out, or is taken up by a successor: each of its rows has to be nobody else's, and used up no more often than any other of its shard.
     pub fn given(&mut self, lease: &Lease) -> Result<(), String> {
         if !self.known.insert(lease.id) {

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use protocol::documents::{
-    Action, CatalogPage, Commitment, Head, Job, LeaseEnd, MergeManifest, Order, Progress, RunState, Score, Tape, VerdictResult,
+    Action, CatalogPage, Commitment, Head, Job, Lease, LeaseEnd, MergeManifest, Order, Progress, RunState, Score, Tape, VerdictResult,
     VerdictReveal,
 };
 use protocol::envelope::{Document, peek};
@@ -173,7 +173,7 @@ impl Watch {
             // One that was succeeded, and has not noticed, gives out what counts only if its successor finds it.
             _ if key.contains("/leases/") && self.writer == Some(node) => {
                 if let Some((_, job)) = decoded::<Job>(bytes) {
-                    self.given(world, &job);
+                    job.leases.iter().for_each(|lease| self.given(world, lease));
                 }
             }
             _ if key.contains("/tape/") => {
@@ -190,18 +190,17 @@ impl Watch {
         }
     }
 
-    fn given(&mut self, world: &World, job: &Job) {
-        for lease in &job.leases {
-            if let Err(what) = self.books.given(lease) {
-                self.violated(world, "rows_once", what);
-            }
+    fn given(&mut self, world: &World, lease: &Lease) {
+        if let Err(what) = self.books.given(lease) {
+            self.violated(world, "rows_once", what);
         }
     }
 
     fn taped(&mut self, world: &World, tape: Tape) {
         let mut accepted = self.accepted.remove(&tape.t).unwrap_or_default();
-        if tape.epoch < self.succeeded {
-            // Decided by a writer that was succeeded meanwhile, and written before the lease was taken over, or late: it stands.
+        if tape.epoch < self.epoch {
+            // Decided by a writer that was succeeded meanwhile, and written before the lease was taken over, or late: it stands, with the
+            // orders that this one took and nobody else.
             accepted.clear();
         }
         for slot in accepted {
@@ -484,7 +483,17 @@ impl Watch {
     /// A process went on from the bucket, with leases and orders that it found there: what others knew beyond it is gone. Open pulls are
     /// asked again.
     pub fn succeeded(&mut self, world: &World, host: usize, machine: &Orchestrator, (leases, orders): &(Vec<Job>, Vec<StoredOrder>)) {
-        leases.iter().for_each(|job| self.given(world, job));
+        // Those of its snapshot too, which one that was succeeded may have written.
+        let held: BTreeMap<u64, &Lease> = machine.leases().map(|lease| (lease.id, lease)).collect();
+        held.values().for_each(|lease| self.given(world, lease));
+        for lease in leases.iter().flat_map(|job| &job.leases).filter(|lease| !held.contains_key(&lease.id)) {
+            if self.books.has_only_end_of(lease.id) {
+                self.given(world, lease);
+            }
+            // What it does not take up has ended, or was given out by one that was succeeded, to nobody.
+            let is_lost = self.books.is_open(lease.id);
+            self.hold(world, "rows_once", !is_lost, || format!("lease {} is not taken up", lease.id));
+        }
         orders.iter().for_each(|order| self.take(machine, order));
         self.takeovers += u64::from(self.succeeded > 0 || self.epoch > 1);
         self.succeeded = self.epoch;

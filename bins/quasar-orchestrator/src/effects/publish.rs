@@ -104,18 +104,24 @@ impl Service {
     }
 
     pub(super) async fn publish_job(&self, revision: u64, job: &Job) {
+        let mut is_new = false;
         for lease in &job.leases {
-            self.record_lease(job, lease).await;
+            is_new |= self.record_lease(job, lease).await;
+        }
+        // A successor that claimed the run before these records were there does not know of them: so nobody may hear of them.
+        if is_new {
+            self.confirm().await;
         }
         let key = self.run.job(&job.hotkey, job.slot);
         self.put_latest(&key, revision, || self.sign(job).map_err(|error| error.to_string())).await;
     }
 
-    /// Writes down who got which rows, before anybody is told: a successor gives them to nobody else.
-    async fn record_lease(&self, job: &Job, lease: &Lease) {
+    /// Writes down who got which rows, before anybody is told: a successor gives them to nobody else. Says whether they were not known to
+    /// be written down.
+    async fn record_lease(&self, job: &Job, lease: &Lease) -> bool {
         let is_known = || self.recorded.lock().unwrap_or_else(PoisonError::into_inner).contains(&lease.id);
         if is_known() {
-            return;
+            return false;
         }
         let record = Job { leases: vec![lease.clone()], ..job.clone() };
         let bytes = self.put_once(&self.run.lease(lease.id), &record).await;
@@ -125,9 +131,9 @@ impl Service {
             }
             _ => {
                 tracing::error!(lease = lease.id, "another writer gave out a lease of this number");
-                self.confirm().await;
             }
         }
+        true
     }
 
     /// Writes down how a lease is booked, and gives what lies there: ours, or what another writer has put there first.

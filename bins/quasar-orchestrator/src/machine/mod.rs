@@ -26,7 +26,7 @@ mod wants;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use daemon::{Exit, Machine};
-use protocol::documents::{MergeManifest, ReleaseRef, RunParameters, RunState};
+use protocol::documents::{Lease, MergeManifest, ReleaseRef, RunParameters, RunState};
 use protocol::ledger::TokenLedger;
 use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
@@ -264,6 +264,11 @@ impl Orchestrator {
     /// Leases that are not over, with who has them.
     pub fn open_leases(&self) -> impl Iterator<Item = (u64, Slot)> {
         self.leases.iter().filter(|(_, record)| !record.ended).map(|(id, record)| (*id, record.slot))
+    }
+
+    /// All leases that are remembered, those that ended last too.
+    pub fn leases(&self) -> impl Iterator<Item = &Lease> {
+        self.leases.values().map(|record| &record.lease)
     }
 
     /// The books of all rows.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use bincode::config;
 use daemon::Machine;
 use protocol::Digest;
-use protocol::documents::{Head, Job, LearnerState, Lease, LeaseEnd, RunState};
+use protocol::documents::{Head, Job, LearnerState, Lease, LeaseEnd, RowRange, RunState};
 
 use super::{BucketFacts, Effect, Learner, LeaseRecord, OpenPull, Orchestrator, PullStage, StepFact};
 
@@ -163,7 +163,7 @@ impl Orchestrator {
     }
 
     /// Lease by lease as they were given out, each with its end: a row that came back was not given to the next one before.
-    fn adopt_leases(&mut self, leases: Vec<Job>, ends: Vec<LeaseEnd>) {
+    pub(super) fn adopt_leases(&mut self, leases: Vec<Job>, ends: Vec<LeaseEnd>) {
         let mut ends: BTreeMap<u64, LeaseEnd> = ends.into_iter().map(|end| (end.lease, end)).collect();
         for lease in self.leases_to_book().collect::<Vec<_>>() {
             if let Some(end) = ends.remove(&lease) {
@@ -189,6 +189,7 @@ impl Orchestrator {
         if self.leases.contains_key(&id) {
             return;
         }
+        self.void_leases(&lease);
         if !self.ledger.adopt_lease(id, &lease.rows) {
             tracing::error!(lease = id, "rows of this lease are booked otherwise; the books stand");
         }
@@ -208,6 +209,21 @@ impl Orchestrator {
         }
     }
 
+    /// A writer gives rows that are leased to nobody else, as far as it knows: so an open lease of an earlier writer that holds some of these
+    /// was written down when that one had been succeeded. It told no learner of it.
+    fn void_leases(&mut self, given: &Lease) {
+        let is_void = |(id, record): &(&u64, &LeaseRecord)| {
+            let holds_rows = !record.ended || record.booking.is_some();
+            holds_rows && *id >> LEASE_EPOCH_SHIFT < given.id >> LEASE_EPOCH_SHIFT && overlap(&record.lease.rows, &given.rows)
+        };
+        for id in self.leases.iter().filter(is_void).map(|(id, _)| *id).collect::<Vec<_>>() {
+            let Some(LeaseRecord { lease, slot, .. }) = self.leases.remove(&id) else { continue };
+            tracing::warn!(lease = id, by = given.id, "a writer that was succeeded gave out these rows; they are another one's");
+            self.ledger.end_lease_whole(id, &lease.rows, false);
+            self.take_lease(slot, id);
+        }
+    }
+
     /// How a writer before this one booked a lease.
     fn adopt_end(&mut self, end: &LeaseEnd) {
         let Some(record) = self.leases.get_mut(&end.lease) else { return };
@@ -219,4 +235,9 @@ impl Orchestrator {
         self.take_lease(slot, end.lease);
         self.on_lease_ended(end);
     }
+}
+
+fn overlap(one: &[RowRange], other: &[RowRange]) -> bool {
+    let meets = |a: &RowRange, b: &RowRange| a.shard == b.shard && a.start < b.end && b.start < a.end;
+    one.iter().any(|a| other.iter().any(|b| meets(a, b)))
 }

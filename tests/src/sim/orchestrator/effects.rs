@@ -29,8 +29,12 @@ impl Hands {
                 return None;
             }
             Effect::PublishJob { revision, job } => {
+                let mut is_new = false;
                 for lease in &job.leases {
-                    self.record_lease(&job, lease).await;
+                    is_new |= self.record_lease(&job, lease).await;
+                }
+                if is_new {
+                    self.confirm().await;
                 }
                 let key = self.world.slot_keys((job.hotkey, job.slot)).job.clone();
                 self.put_latest(&key, revision, || self.sign_ours::<Job>(&job, &self.world.context)).await;
@@ -148,19 +152,17 @@ impl Hands {
     }
 
     /// Writes down who got which rows, before anybody is told.
-    pub(super) async fn record_lease(&self, job: &Job, lease: &Lease) {
+    pub(super) async fn record_lease(&self, job: &Job, lease: &Lease) -> bool {
         if self.recorded.borrow().contains(&lease.id) {
-            return;
+            return false;
         }
         let record = Job { leases: vec![lease.clone()], ..job.clone() };
         let bytes = self.put_once(&self.world.run.lease(lease.id), &record).await;
         let stored = self.world.plan.scheme.open::<Job>(&bytes, &self.world.context, Expect::Account(&self.world.office.account), None);
         if stored.is_ok_and(|stored| stored.document.leases == record.leases) {
             self.recorded.borrow_mut().insert(lease.id);
-        } else {
-            // Another writer gave out a lease of this number.
-            self.confirm().await;
         }
+        true
     }
 
     pub(super) async fn retire(&self, retired: &Retired) {

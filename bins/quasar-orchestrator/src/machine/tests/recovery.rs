@@ -1,6 +1,6 @@
 //! A successor without the journal: what the bucket holds is enough.
 
-use protocol::documents::{Action, LeaseEnd, Order};
+use protocol::documents::{Action, Lease, LeaseEnd, Order};
 
 use super::*;
 use crate::machine::{BucketFacts, LEASE_EPOCH_SHIFT, StepFact};
@@ -135,6 +135,51 @@ fn rows_that_came_back_and_were_given_out_again_after_the_snapshot_belong_to_who
     world.check_books();
     world.run(20_000);
     world.check_books();
+}
+
+/// A writer that stands still wakes up after it was succeeded and writes down leases of its own on rows that are somebody's by now: as a
+/// record behind those that its successor found, or in a snapshot.
+#[test]
+fn rows_that_a_writer_gave_out_after_it_was_succeeded_stay_whose_they_are() {
+    for in_snapshot in [false, true] {
+        let mut world = World::new(0, 3);
+        world.run(2_000);
+        let old = world.snapshot.clone().unwrap();
+        let mut of_first: Vec<Job> = world.leases.values().cloned().collect();
+        let input = world.recover_from_bucket();
+        world.input(input);
+        world.input(Input::Metagraph { guests: world.guests.clone() });
+        world.run(20_000);
+        world.check_books();
+        let open: Vec<u64> = world.machine.open_leases().map(|(id, _)| id).collect();
+        let second = *open.iter().find(|id| **id >> LEASE_EPOCH_SHIFT == 2).expect("the successor gave out leases");
+        let rows = world.leases[&second].leases[0].rows.clone();
+
+        let last = of_first.last().unwrap().clone();
+        let id = last.leases[0].id + 1;
+        let late = Job { leases: vec![Lease { id, rows, ..last.leases[0].clone() }], ..last };
+        if in_snapshot {
+            let (now_ms, mut sleeper) = Orchestrator::from_snapshot(&old).unwrap();
+            of_first.push(late);
+            sleeper.adopt_leases(of_first, Vec::new());
+            assert!(sleeper.open_leases().any(|(open, _)| open == id));
+            world.snapshot = Some(sleeper.to_snapshot(now_ms).unwrap());
+        } else {
+            assert!(world.leases.insert(id, late).is_none());
+            world.snapshot = Some(old);
+        }
+        let input = world.recover_from_bucket();
+        world.input(input);
+        assert!(world.machine.open_leases().all(|(open, _)| open != id), "nobody was told of it");
+        for id in open {
+            assert!(world.machine.open_leases().any(|(open, _)| open == id), "lease {id} was given out by a writer");
+        }
+        assert!(world.machine.learners.values().all(|learner| !learner.leases.contains(&id)));
+        world.check_books();
+        world.input(Input::Metagraph { guests: world.guests.clone() });
+        world.run(20_000);
+        world.check_books();
+    }
 }
 
 #[test]
