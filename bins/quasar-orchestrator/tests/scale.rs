@@ -238,7 +238,8 @@ fn a_machine_takes_the_inputs_of_a_thousand_learners() {
         load.inputs, status.merges, status.contributions
     );
     assert!(status.merges > 20, "{} merges", status.merges);
-    assert!(rate > 10_000.0, "{rate} inputs/s");
+    // A tenth of what an idle machine does with optimised code: a walk over all learners at each input is noticed.
+    assert!(rate > 14_000.0, "{rate} inputs/s");
     assert!(bytes < 8_192, "{bytes} bytes a learner");
 }
 

@@ -140,7 +140,7 @@ impl Orchestrator {
         let now_ms = self.volatile.now_ms;
         let fragments = self.parameters().fragments;
         let fragment = schedule::fragment_of(self.next_t, fragments);
-        let interval = if is_closing { 0 } else { schedule::pull_interval_ms(self.parameters(), self.timing.step_ms()) };
+        let interval = schedule::pull_interval_ms(self.parameters(), self.timing.step_ms());
         let cycles = self.parameters().cycles;
         let version = self.fragments[usize::from(fragment)].version;
         if self.pulls.len() > usize::from(self.parameters().overlap) || self.pulls.values().any(|pull| pull.fragment == fragment) {
@@ -148,6 +148,17 @@ impl Orchestrator {
         }
         if self.restoring.is_some() {
             return self.restore_next(fragment);
+        }
+        if !is_closing && cycles > 0 && version >= cycles {
+            let is_open = |fragment: usize| self.pulls.values().any(|pull| usize::from(pull.fragment) == fragment);
+            if self.fragments.iter().enumerate().any(|(index, fragment)| fragment.version < cycles && !is_open(index)) {
+                self.pass_over(fragment, version);
+            }
+            return;
+        }
+        // Before anybody is counted: this is asked after every answer of every learner.
+        if !is_closing && now_ms < self.last_pull_ms + interval {
+            return;
         }
         // Also those that are not waited for any more: if nobody is, their answers are all that can come.
         let able = self.learners.values().filter(|learner| learner.is_asked(fragment, is_closing)).count();
@@ -158,15 +169,8 @@ impl Orchestrator {
             }
             return;
         }
-        if !is_closing && cycles > 0 && version >= cycles {
-            let is_open = |fragment: usize| self.pulls.values().any(|pull| usize::from(pull.fragment) == fragment);
-            if self.fragments.iter().enumerate().any(|(index, fragment)| fragment.version < cycles && !is_open(index)) {
-                self.pass_over(fragment, version);
-            }
-            return;
-        }
         let needed = if self.next_t == 0 { usize::from(self.parameters().quorum_min) } else { 1 };
-        if now_ms < self.last_pull_ms + interval || able < needed {
+        if able < needed {
             return;
         }
         self.last_pull_ms = now_ms;
@@ -331,17 +335,14 @@ impl Orchestrator {
             if accepted >= quorum && pull.quorum_ms.is_none() {
                 pull.quorum_ms = Some(now_ms);
             }
-            // Whoever commits and uploads nothing, again and again, is waited for no longer.
-            let uploads = pull.pending > 0
-                && pull
-                    .offers
-                    .iter()
-                    .any(|(slot, offer)| offer.stage.is_pending() && self.learners.get(slot).is_none_or(Learner::answers_mostly));
-            let complete = accepted >= training.max(1) && !uploads;
+            // Whoever commits and uploads nothing, again and again, is waited for no longer. Asked last: it walks over the offers.
+            let is_upload =
+                |(slot, offer): (&Slot, &Offer)| offer.stage.is_pending() && self.learners.get(slot).is_none_or(Learner::answers_mostly);
+            let uploads = || pull.pending > 0 && pull.offers.iter().any(is_upload);
+            let complete = accepted >= training.max(1) && !uploads();
             let grace_over = pull.quorum_ms.is_some_and(|quorum_ms| {
                 let grace = schedule::grace_ms(&self.setup.parameters, step_ms, quorum_ms - pull.opened_ms, self.timing.sync_ms());
-                let upload_grace = if uploads { UPLOAD_GRACE_STEPS * step_ms } else { 0 };
-                now_ms >= quorum_ms + grace.max(upload_grace)
+                now_ms >= quorum_ms + grace && (now_ms >= quorum_ms + UPLOAD_GRACE_STEPS * step_ms || !uploads())
             });
             if complete || grace_over || now_ms >= pull.deadline_ms {
                 closing.push(*t);

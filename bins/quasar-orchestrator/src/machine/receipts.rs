@@ -65,8 +65,8 @@ impl Orchestrator {
     }
 
     pub(super) fn receipt_wants(&self, slot: Slot) -> Vec<Want> {
-        let of_slot = self.leases.iter().filter(|(_, record)| record.slot == slot && !record.ended);
-        of_slot
+        let held = self.learners.get(&slot).into_iter().flat_map(|learner| &learner.leases);
+        held.filter_map(|lease| Some((lease, self.leases.get(lease).filter(|record| !record.ended)?)))
             .filter_map(|(lease, record)| match record.receipt {
                 ReceiptStage::Granted { length, sha256 } => {
                     Some(Want::WriteOnce { key: Key::Receipt { slot, lease: *lease }, length, sha256 })
