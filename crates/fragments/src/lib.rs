@@ -45,6 +45,6 @@ mod fixture;
 pub use checkpoint::CheckpointTree;
 pub use codec::CodecError;
 pub use contract::{Contract, ContractError, TensorSpec};
-pub use number::{all_finite, first_non_finite};
+pub use number::{all_finite, first_non_finite, first_non_finite_here, round};
 pub use plan::{PlanError, plan};
 pub use safetensors_header::{HEADER_BYTES_MAX, HeaderError};

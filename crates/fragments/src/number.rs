@@ -47,7 +47,7 @@ const BF16_EXPONENT: u16 = 0x7f80;
 const F16_EXPONENT: u16 = 0x7c00;
 
 /// Index of the first element of `bytes` that is infinite or not a number, on this thread. `bytes` holds whole elements.
-pub(crate) fn first_non_finite_here(dtype: DType, bytes: &[u8]) -> Option<usize> {
+pub fn first_non_finite_here(dtype: DType, bytes: &[u8]) -> Option<usize> {
     let half = |element: &[u8], exponent: u16| u16::from_le_bytes([element[0], element[1]]) & exponent == exponent;
     match dtype {
         DType::F32 if singles_are_finite(bytes) => None,
@@ -148,7 +148,9 @@ fn widen(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn round(dtype: DType, values: &[f32], out: &mut [u8]) {
+/// Rounds `values` to nearest, ties to even, to as many little-endian elements of `out`, on this thread. A finite value that is too large
+/// for the element type becomes infinite.
+pub fn round(dtype: DType, values: &[f32], out: &mut [u8]) {
     match dtype {
         DType::F32 => {
             for (element, value) in out.chunks_exact_mut(4).zip(values) {

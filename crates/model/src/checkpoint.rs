@@ -151,8 +151,10 @@ impl Source {
 /// # Errors
 /// The checkpoint is not one of its configuration, or a value is not finite or becomes so; `out` is not empty or cannot be written.
 pub fn convert(folder: &Path, dtype: Option<DType>, out: &Path) -> Result<QuasarConfig, TreeError> {
-    let config = QuasarConfig::from_dir(folder).map_err(TrainError::from)?;
-    let config = dtype.map_or_else(|| config.clone(), |dtype| config.with_dtype(dtype));
+    let mut config = QuasarConfig::from_dir(folder).map_err(TrainError::from)?;
+    if let Some(dtype) = dtype {
+        config.say_dtype(dtype);
+    }
     let source = Source::open(&config, folder)?;
     let others = || copy_side_files(&source.tree, out);
     tree::write(&config, &|tensor| dtype.unwrap_or_else(|| source.dtype(&tensor.name)), &|tensor| source.fill(tensor), &others, out)?;

@@ -201,20 +201,18 @@ impl QuasarConfig {
         text
     }
 
-    /// The same, where it says what element type the weights have, with this one.
-    pub(crate) fn with_dtype(&self, dtype: DType) -> Self {
+    /// Names another element type of the weights, where the configuration names one.
+    pub(crate) fn say_dtype(&mut self, dtype: DType) {
         let name = match dtype {
             DType::F32 => "float32",
             DType::Bf16 => "bfloat16",
             DType::F16 => "float16",
         };
-        let mut changed = self.clone();
         for key in ["dtype", "torch_dtype"] {
-            if let Some(value) = changed.raw.get_mut(key) {
+            if let Some(value) = self.raw.get_mut(key) {
                 *value = name.into();
             }
         }
-        changed
     }
 
     /// The branch that layer `layer` has beside softmax attention.

@@ -8,7 +8,6 @@ use std::sync::OnceLock;
 use fragments::checkpoint::{CheckpointError, UNFINISHED};
 use fragments::contract::CONTRACT_FILE;
 use fragments::{Contract, ContractError, TensorSpec};
-use half::{bf16, f16};
 use protocol::DType;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, View};
@@ -49,7 +48,8 @@ type Make<'a> = dyn Fn(&TensorEntry) -> Result<Fill, TrainError> + 'a;
 
 /// Writes `config.json`, the weights and the parameter contract of a model to `out`, a new or empty folder. Parameters are stored with the
 /// element type that `dtype` names, buffers as f32; weights stand in `model.safetensors`, or in several files and an index where that would
-/// be larger than 5 GB. `others` puts other files there before. Until all is there the folder is marked as unfinished, and after an error nothing of it is left.
+/// be larger than 5 GB. `others` puts other files there before. Until all is there the folder is marked as unfinished, and after an error
+/// nothing of it is left.
 pub(crate) fn write(
     config: &QuasarConfig,
     dtype: &dyn Fn(&TensorEntry) -> DType,
@@ -154,12 +154,6 @@ impl<'a, 'm> Made<'a, 'm> {
     }
 }
 
-/// Writes the bytes of an element; hands on whether it is finite.
-fn write_to<const N: usize>(element: &mut [u8], bytes: [u8; N], is_finite: bool) -> bool {
-    element.copy_from_slice(&bytes);
-    is_finite
-}
-
 impl View for &Made<'_, '_> {
     fn dtype(&self) -> Dtype {
         match self.dtype {
@@ -177,10 +171,13 @@ impl View for &Made<'_, '_> {
         let (dtype, width) = (self.dtype, self.dtype.bytes() as usize);
         let (name, failed) = (&self.entry.name, self.failed);
         let mut bytes = vec![0; self.data_len()];
-        let fill = match self.failed.get().map_or_else(|| (self.make)(self.entry), |_| Ok(Box::new(|_, _| ()))) {
+        if failed.get().is_some() {
+            return bytes.into();
+        }
+        let fill = match (self.make)(self.entry) {
             Ok(fill) => fill,
             Err(error) => {
-                let _ = self.failed.set(error.into());
+                let _ = failed.set(error.into());
                 return bytes.into();
             }
         };
@@ -189,21 +186,9 @@ impl View for &Made<'_, '_> {
             |values, (task, bytes)| {
                 let values = &mut values[..bytes.len() / width];
                 fill(task * TASK_ELEMENTS, values);
-                for (element, value) in bytes.chunks_exact_mut(width).zip(values) {
-                    let is_finite = match dtype {
-                        DType::F32 => write_to(element, value.to_le_bytes(), value.is_finite()),
-                        DType::Bf16 => {
-                            let narrow = bf16::from_f32(*value);
-                            write_to(element, narrow.to_le_bytes(), narrow.is_finite())
-                        }
-                        DType::F16 => {
-                            let narrow = f16::from_f32(*value);
-                            write_to(element, narrow.to_le_bytes(), narrow.is_finite())
-                        }
-                    };
-                    if !is_finite {
-                        let _ = failed.set(TreeError::OutOfRange { tensor: name.clone(), value: *value, dtype });
-                    }
+                fragments::round(dtype, values, bytes);
+                if let Some(element) = fragments::first_non_finite_here(dtype, bytes) {
+                    let _ = failed.set(TreeError::OutOfRange { tensor: name.clone(), value: values[element], dtype });
                 }
             },
         );

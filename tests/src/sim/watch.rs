@@ -88,10 +88,9 @@ pub struct Watch {
     pub verdicts: BTreeMap<&'static str, u64>,
     /// By host.
     crashed: BTreeMap<usize, Vec<u8>>,
-    /// Epoch of the newest writer with its node, and of the newest one that went on from the bucket.
+    /// Epoch of the newest writer, and its node.
     epoch: u64,
     writer: Option<Node>,
-    succeeded: u64,
     pub takeovers: u64,
     /// Which node moved the head in an epoch.
     writers: BTreeMap<u64, Node>,
@@ -495,8 +494,7 @@ impl Watch {
             self.hold(world, "rows_once", !is_lost, || format!("lease {} is not taken up", lease.id));
         }
         orders.iter().for_each(|order| self.take(machine, order));
-        self.takeovers += u64::from(self.succeeded > 0 || self.epoch > 1);
-        self.succeeded = self.epoch;
+        self.takeovers += u64::from(self.epoch > 1);
         self.accepted.clear();
         self.crashed.remove(&host);
     }
