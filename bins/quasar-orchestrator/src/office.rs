@@ -26,8 +26,7 @@ pub struct Office {
 }
 
 impl Office {
-    /// Loads everything and connects to nothing yet. The genesis comes from the network's settings; a network without a known
-    /// one needs [`Office::with_genesis`].
+    /// Loads everything and connects to nothing yet. The genesis is that of the network's settings, which have to know it.
     pub fn open(common: &CommonArgs) -> Result<Self, Failure> {
         let settings = common.settings(Role::Orchestrator, ())?;
         daemon::telemetry::init(settings.log_format(), settings.log_filter()).map_err(Failure::configuration)?;

@@ -157,13 +157,9 @@ fn step(
     Ok(Version { step_norm: merged.norm_micro, step_limit_ppm, ..version })
 }
 
-/// The state in `base` as the version after the tape's base version: a rollback.
-pub fn restore(plan: &FragmentPlan, plan_digest: Digest, tape: &Tape, base: &Base) -> Result<Version, Unpublishable> {
-    encode(plan, plan_digest, tape, base)
-}
-
-/// The files of the version after the tape's base version, from its state and the public form of the version before.
-fn encode(plan: &FragmentPlan, plan_digest: Digest, tape: &Tape, base: &Base) -> Result<Version, Unpublishable> {
+/// The files of the version after the tape's base version, from its state and the public form of the version before. With the state of an
+/// earlier version it is a rollback.
+pub fn encode(plan: &FragmentPlan, plan_digest: Digest, tape: &Tape, base: &Base) -> Result<Version, Unpublishable> {
     let Base { state, replica } = base;
     let from = KeyframeId { plan: plan_digest, fragment: u32::from(tape.fragment), version: tape.base_version };
     let version = tape.base_version + 1;

@@ -13,7 +13,7 @@ use protocol::schedule::keyframe_version;
 use protocol::{Digest, FileRecord};
 use storage::StoreError;
 
-use super::arithmetic::{Base, Completed, Contributed, Version, complete, restore};
+use super::arithmetic::{Base, Completed, Contributed, Version, complete, encode};
 use super::{Service, persist};
 
 impl Service {
@@ -197,7 +197,7 @@ impl Service {
             return Completed::default();
         }
         let base = self.base(tape, earlier, keyframe).await;
-        let version = restore(&self.plan, self.plan_digest, tape, &base);
+        let version = encode(&self.plan, self.plan_digest, tape, &base);
         let refuse = |error: &_| tracing::error!(t = tape.t, "version {earlier} cannot be published again: {error}");
         Completed { contributions: Vec::new(), version: version.inspect_err(refuse).ok() }
     }

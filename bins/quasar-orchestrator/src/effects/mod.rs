@@ -9,8 +9,8 @@ mod evidence;
 pub mod fence;
 mod grants;
 mod merge;
-mod payloads;
-mod pollers;
+pub(crate) mod payloads;
+pub(crate) mod pollers;
 mod publish;
 mod release;
 mod retire;
@@ -243,6 +243,7 @@ impl Executor for Hands {
             }
             Effect::PublishHead { head } => {
                 service.publish_head(&head).await;
+                service.sweep_payloads(head.closed_below);
                 inputs.send(Input::HeadPublished).await;
             }
             Effect::PublishCurrent => service.publish_current().await,

@@ -14,7 +14,7 @@ use super::{Service, persist};
 use crate::machine::Slot;
 
 /// Bytes that are asked of the store at a time.
-const PIECE_BYTES: u64 = 16 << 20;
+pub(crate) const PIECE_BYTES: u64 = 16 << 20;
 
 impl Service {
     /// Static checks of an upload; the payload stays on the local disk for the merge.
@@ -81,6 +81,16 @@ impl Service {
 
     pub(super) fn drop_payloads(&self, t: u64) {
         let _ = std::fs::remove_dir_all(self.payloads_of(t));
+    }
+
+    /// Removes the payloads of outer steps that are over: a check that ended after the merge of its step brought its payload back.
+    pub(super) fn sweep_payloads(&self, closed_below: u64) {
+        for entry in std::fs::read_dir(self.state_dir.join("payloads")).into_iter().flatten().filter_map(Result::ok) {
+            let t = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok());
+            if t.is_some_and(|t| t < closed_below) {
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
     }
 
     /// It could not be read when it was needed: the next look fetches it again.

@@ -19,15 +19,17 @@ use crate::machine::{Guest, Input, Slot, StoredOrder};
 /// Reads of progress records that run at the same time.
 const READS_AT_ONCE: usize = 32;
 /// Silent slots are looked at so many times more rarely than live ones.
-const SILENT_FACTOR: u64 = 10;
+pub(crate) const SILENT_FACTOR: u64 = 10;
 /// The metagraph is read after so many polls of the block.
 const BLOCKS_PER_METAGRAPH: u64 = 10;
 
-/// Starts all pollers; they end with `shutdown`.
+/// Starts all pollers, which end with `shutdown`, and the clearing of what an earlier process left on the disk.
 pub fn spawn_pollers(service: &Arc<Service>, orders_taken: u64, inputs: &Inputs<Input>, shutdown: &Shutdown) {
     tokio::spawn(poll_progress(service.clone(), inputs.clone(), shutdown.clone()));
     tokio::spawn(poll_chain(service.clone(), inputs.clone(), shutdown.clone()));
     tokio::spawn(poll_orders(service.clone(), orders_taken, inputs.clone(), shutdown.clone()));
+    let service = service.clone();
+    tokio::spawn(async move { service.sweep_releases().await });
 }
 
 #[derive(Default)]

@@ -151,6 +151,97 @@ async fn a_release_is_made_again_bit_for_bit_from_the_tapes_by_somebody_who_has_
     assert_eq!(moved[moved.len() - 2 * ELEMENTS..], base_file[base_file.len() - 2 * ELEMENTS..], "what is not trained stays");
 }
 
+/// What lies in a folder of the state, by name.
+fn left(service: &Service, folder: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(service.state_dir.join(folder)).unwrap();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[tokio::test]
+async fn a_release_leaves_nothing_on_the_disk_and_one_that_was_interrupted_goes_on_with_the_tree_that_is_there() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    write_base_tree(&service.base_tree);
+    let mut base = (Digest::ZERO, 0);
+    for (t, version) in [(0, 0), (2, 1), (4, 2)] {
+        let (manifest, _, length) = service.merge(bucket.tape(t, version, 1, &[11, 12]).await, Vec::new(), base).await;
+        base = (manifest.keyframe, length);
+    }
+    // Version 1 is not on the disk any more, and is fetched.
+    let made = service.release(vec![1, 0], 1_000).await;
+    assert_eq!((left(&service, "releases"), left(&service, "states")), (Vec::new(), vec!["0-2.qfs".into(), "0-3.qfs".into()]));
+
+    // Its process was killed when the tree was complete and a state that was fetched lay there; the upload is still to be done.
+    let tree = service.state_dir.join("releases").join(&made.release);
+    let in_bucket: Vec<String> =
+        bucket.store.list(&service.keys.release_file(&made.release, "")).await.unwrap().into_iter().map(|meta| meta.key).collect();
+    for key in &in_bucket {
+        if let Some(name) = key.strip_prefix(&service.keys.release_file(&made.release, "")).filter(|name| !name.ends_with(".qsr")) {
+            std::fs::create_dir_all(&tree).unwrap();
+            std::fs::write(tree.join(name), bucket.store.get(key, 1 << 20).await.unwrap().bytes).unwrap();
+        }
+        bucket.store.delete(key).await.unwrap();
+    }
+    let of_another = service.state_dir.join("releases/run-abandoned");
+    std::fs::create_dir_all(&of_another).unwrap();
+    // The states are gone from everywhere: only the tree that is there can be released.
+    for version in [0, 1] {
+        let _ = std::fs::remove_file(service.state_path(0, version));
+        bucket.store.delete(&service.run.state(0, version)).await.unwrap();
+    }
+    service.sweep_releases().await;
+    assert_eq!(left(&service, "releases").len(), 2, "neither is in the bucket");
+    let again = tokio::time::timeout(Duration::from_secs(20), service.release(vec![1, 0], 1_000)).await.unwrap();
+    assert_eq!(again.release, made.release);
+    let keys: Vec<String> =
+        bucket.store.list(&service.keys.release_file(&made.release, "")).await.unwrap().into_iter().map(|meta| meta.key).collect();
+    assert_eq!(keys, in_bucket);
+    assert_eq!(left(&service, "releases"), Vec::<String>::new());
+
+    // What is in the bucket is not made again; what was left of it is swept at the start.
+    std::fs::create_dir_all(&tree).unwrap();
+    std::fs::write(service.state_path(0, 9).with_extension("release"), b"state").unwrap();
+    service.sweep_releases().await;
+    assert_eq!((left(&service, "releases"), left(&service, "states").len()), (Vec::new(), 2));
+    assert_eq!(service.release(vec![1, 0], 1_000).await, again);
+}
+
+#[tokio::test]
+async fn a_release_whose_tree_was_damaged_before_its_upload_is_assembled_again() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    write_base_tree(&service.base_tree);
+    let made = service.release(vec![0, 0], 0).await;
+    let key = service.keys.release_file(&made.release, "model.safetensors");
+    let whole = bucket.store.get(&key, 1 << 20).await.unwrap().bytes;
+    for meta in bucket.store.list(&service.keys.release_file(&made.release, "")).await.unwrap() {
+        bucket.store.delete(&meta.key).await.unwrap();
+    }
+    let tree = service.state_dir.join("releases").join(&made.release);
+    std::fs::create_dir_all(&tree).unwrap();
+    std::fs::write(tree.join("model.safetensors"), &whole[..whole.len() - 1]).unwrap();
+    service.release(vec![0, 0], 0).await;
+    assert_eq!(bucket.store.get(&key, 1 << 20).await.unwrap().bytes, whole);
+}
+
+#[tokio::test]
+async fn a_payload_whose_check_ends_after_its_merge_does_not_stay() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    let tape = bucket.tape(0, 0, 1, &[11, 12]).await;
+    let late = tape.inputs[1].clone();
+    service.merge(tape, Vec::new(), (Digest::ZERO, 0)).await;
+    assert_eq!(left(&service, "payloads"), Vec::<String>::new());
+    // The check was under way, and brings its folder back.
+    service.payload(&late, 0).await;
+    service.payload(&bucket.tape(2, 1, 1, &[11]).await.inputs[0], 2).await;
+    assert_eq!(left(&service, "payloads"), ["0", "2"]);
+    service.sweep_payloads(1);
+    assert_eq!(left(&service, "payloads"), ["2"], "step 2 is still to be merged");
+}
+
 #[tokio::test]
 async fn a_rollback_publishes_the_earlier_state_bit_for_bit() {
     let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
