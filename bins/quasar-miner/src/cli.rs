@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 use daemon::identity::{self, IdentityCommand};
 use daemon::settings::{CommonArgs, ConfigArgs, MinerArgs};
-use daemon::{Exit, Failure, Role};
+use daemon::{Exit, Failure, Role, exit};
 use protocol::DType;
 
 use crate::commands;
@@ -153,16 +153,7 @@ impl From<Precision> for DType {
 /// # Errors
 /// With the exit code that the failure stands for.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failure> {
-    let cli = match Cli::try_parse_from(arguments) {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Help and version are no errors; clap prints them to standard output.
-            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Done };
-            error.print().map_err(Failure::unavailable)?;
-            return Ok(exit);
-        }
-    };
-    match cli.command {
+    exit::with_arguments(arguments, |cli: Cli| match cli.command {
         Command::Run { miner, common } => crate::run::main(&common, &miner),
         Command::Doctor { determinism, json, miner, common } => commands::doctor::main(&common, &miner, determinism, json),
         Command::Bench { bench, miner, common } => commands::bench::main(&common, &miner, &bench),
@@ -176,7 +167,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
         Command::Identity { command, common } => identity::run(&common, Role::Miner, command, |text| println!("{text}")),
         Command::Inspect { file } => commands::inspect::main(&file),
         Command::Config { config, common } => commands::config::main(&common, &config),
-    }
+    })
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
 //! Command line of `quasar-orchestrator`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use daemon::settings::{CommonArgs, ConfigArgs, show};
-use daemon::{Exit, Failure, Role};
+use daemon::{Exit, Failure, Role, exit};
 use protocol::documents::Action;
 
 use crate::office::Office;
@@ -124,8 +125,14 @@ enum DataCommand {
 }
 
 /// Parses the command line and does what it says.
-pub fn main() -> Result<Exit, Failure> {
-    let cli = Cli::parse();
+///
+/// # Errors
+/// With the exit code that the failure stands for.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failure> {
+    exit::with_arguments(arguments, obey)
+}
+
+fn obey(cli: Cli) -> Result<Exit, Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::unavailable)?;
     let common = cli.common;
     let office = || Office::open(&common);
@@ -175,4 +182,32 @@ fn inspect(file: &std::path::Path) -> Result<Exit, Failure> {
     let inspected = daemon::inspect::file(file)?;
     println!("{:#}", inspected.json);
     Ok(inspected.exit())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn every_command_of_the_examples_exists() {
+        Cli::command().debug_assert();
+        let hotkey = protocol::AccountId([1; 32]).to_string();
+        for line in EXAMPLES.lines().filter_map(|line| line.strip_prefix("  ")) {
+            // Without the note behind it; what stands in quotes is one word.
+            let line = line.split("  (").next().unwrap_or_default().replace("5F…", &hotkey);
+            let quoted = line.split('"').enumerate();
+            let words = quoted.flat_map(|(at, part)| if at % 2 == 1 { vec![part] } else { part.split_whitespace().collect() });
+            Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn a_wrong_command_line_ends_with_the_documented_code() {
+        for line in ["quasar-orchestrator", "quasar-orchestrator fly", "quasar-orchestrator cost --miners many"] {
+            assert_eq!(main(line.split_whitespace().map(OsString::from)).unwrap(), Exit::Usage, "{line}");
+        }
+        assert_eq!(main(["quasar-orchestrator", "--version"].map(OsString::from)).unwrap(), Exit::Done);
+    }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use daemon::identity::{self, IdentityCommand};
 use daemon::settings::{CommonArgs, ConfigArgs, ValidatorArgs};
-use daemon::{Exit, Failure, Role};
+use daemon::{Exit, Failure, Role, exit};
 
 use crate::commands;
 
@@ -112,16 +112,7 @@ enum ChainCommand {
 /// # Errors
 /// With the exit code that the failure stands for.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failure> {
-    let cli = match Cli::try_parse_from(arguments) {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Help and version are no errors; clap prints them to standard output.
-            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Done };
-            error.print().map_err(Failure::unavailable)?;
-            return Ok(exit);
-        }
-    };
-    match cli.command {
+    exit::with_arguments(arguments, |cli: Cli| match cli.command {
         Command::Run(validator) => crate::run::main(&cli.common, &validator),
         Command::Eval(eval) => commands::eval::main(&cli.common, &eval),
         Command::Inspect { file } => commands::inspect::main(&file),
@@ -130,7 +121,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> Result<Exit, Failu
         Command::Chain(ChainCommand::SetWeights { scores, json }) => commands::chain::set_weights(&cli.common, scores.as_deref(), json),
         Command::Identity(command) => identity::run(&cli.common, Role::Validator, command, |text| println!("{text}")),
         Command::Config(config) => commands::config::main(&cli.common, &config),
-    }
+    })
 }
 
 #[cfg(test)]

@@ -3,8 +3,11 @@
 //! The codes are a contract: the systemd units restart a daemon on 69 and 75 and leave it down on 64 and 78, because no
 //! restart repairs a wrong flag, a missing wallet or a fenced session.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::process::{ExitCode, Termination};
+
+use clap::Parser;
 
 /// Marks the line of an error text that tells what to do; errors of all crates end in such a line.
 const HINT_MARK: &str = "\nhint: ";
@@ -140,6 +143,24 @@ pub fn run(body: impl FnOnce() -> Result<Exit, Failure>) -> Exit {
     body().unwrap_or_else(|failure| failure.report())
 }
 
+/// Runs the body with the command line that `arguments` are. One that is wrong ends with [`Exit::Usage`], and help and version with
+/// success: clap prints them where they belong, and its own code for a wrong one is no code of ours.
+///
+/// # Errors
+/// Those of the body; or the terminal cannot be written to.
+pub fn with_arguments<C: Parser>(
+    arguments: impl IntoIterator<Item = OsString>,
+    body: impl FnOnce(C) -> Result<Exit, Failure>,
+) -> Result<Exit, Failure> {
+    match C::try_parse_from(arguments) {
+        Ok(command_line) => body(command_line),
+        Err(error) => {
+            error.print().map_err(Failure::unavailable)?;
+            Ok(if error.use_stderr() { Exit::Usage } else { Exit::Done })
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,5 +197,22 @@ mod tests {
     fn a_body_that_fails_gives_its_exit_code() {
         assert_eq!(run(|| Err(Failure::try_later(Unreadable("x")))), Exit::TryLater);
         assert_eq!(run(|| Ok(Exit::Done)), Exit::Done);
+    }
+
+    #[derive(Parser)]
+    struct Line {
+        #[arg(long)]
+        number: u8,
+    }
+
+    #[test]
+    fn a_wrong_command_line_is_a_usage_error_and_help_is_none() {
+        let exit = |words: &[&str]| {
+            let words = ["program"].iter().chain(words).map(OsString::from);
+            with_arguments(words, |line: Line| if line.number == 7 { Ok(Exit::Done) } else { Ok(Exit::TryLater) }).unwrap()
+        };
+        assert_eq!([exit(&["--number", "7"]), exit(&["--number", "8"])], [Exit::Done, Exit::TryLater]);
+        assert_eq!([exit(&[]), exit(&["--number", "x"]), exit(&["--unknown"])], [Exit::Usage; 3]);
+        assert_eq!(exit(&["--help"]), Exit::Done);
     }
 }
