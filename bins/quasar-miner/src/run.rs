@@ -9,7 +9,7 @@ use daemon::health::{self, Health};
 use daemon::seen::Memory;
 use daemon::sequence::Sequence;
 use daemon::settings::{CommonArgs, MinerArgs, Role};
-use daemon::{Exit, Failure, Journal, JournalError, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
+use daemon::{Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
 use protocol::AccountId;
 use protocol::envelope::RunId;
 use storage::client::{GrantClient, PublicReader};
@@ -114,7 +114,7 @@ impl Miner {
         let hotkey = identity::hotkey(&settings)?;
         let (account, secret) = (hotkey.account(), hotkey.sealing_secret());
         let state_dir = settings.state_dir()?;
-        let journal = Arc::new(Journal::open(&state_dir).map_err(|error| Failure::new(error.exit(), error))?);
+        let journal = Arc::new(Journal::open(&state_dir)?);
         let health = Health::new();
         health.probe("chain", {
             let chain = chain.clone();
@@ -193,13 +193,12 @@ impl Miner {
     async fn discover(&self, genesis: [u8; 32]) -> Result<Option<RunReader>, Failure> {
         let component = self.health.component("run");
         let memory = Memory::new(&genesis, self.netuid, &self.owner);
-        let journal = |error: JournalError| Failure::new(error.exit(), error);
         let mut waiting = Waiting::default();
         loop {
-            let seen = memory.recall(&self.journal).map_err(journal)?;
+            let seen = memory.recall(&self.journal)?;
             match RunReader::discover(self.public.clone(), genesis, self.netuid, self.owner, self.pin, seen, clock::now_ms()).await {
                 Ok(reader) => {
-                    memory.keep(&self.journal, reader.seen()).map_err(journal)?;
+                    memory.keep(&self.journal, reader.seen())?;
                     let manifest = &reader.facts().manifest;
                     tracing::info!(run = %manifest.run, name = manifest.name, "run found");
                     component.ready();
@@ -279,7 +278,7 @@ impl Miner {
             access: Arc::new(GrantClient::new(facts.root.store_hosts.clone()).map_err(Failure::configuration)?),
             bases: BaseTrees::new(cache.join("checkpoints")),
             chunks: ChunkCache::open(cache.join("chunks")).map_err(Failure::unavailable)?,
-            sequence: Sequence::open(self.journal.clone(), "signed").map_err(|error| Failure::new(error.exit(), error))?,
+            sequence: Sequence::open(self.journal.clone(), "signed")?,
         })
     }
 
@@ -294,9 +293,8 @@ impl Miner {
     ) -> Result<(), Failure> {
         let (facts, miner) = (reader.facts().clone(), self.settings.miner());
         // A session must be newer than the last one even if the clock went back meanwhile.
-        let sessions =
-            Sequence::open(self.journal.clone(), &format!("session/{slot}")).map_err(|error| Failure::new(error.exit(), error))?;
-        let session_epoch = sessions.next(clock::now_ms()).map_err(|error| Failure::new(error.exit(), error))?;
+        let sessions = Sequence::open(self.journal.clone(), &format!("session/{slot}"))?;
+        let session_epoch = sessions.next(clock::now_ms())?;
         let folder = self.state_dir.join("runs").join(facts.manifest.run.to_string()).join(format!("slot-{slot}"));
         let plane = Arc::new(Plane::open(&folder, session_epoch, &facts).map_err(Failure::unavailable)?);
         let (inputs, queue) = mpsc::channel(session::INPUTS);

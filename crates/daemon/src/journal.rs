@@ -49,7 +49,10 @@ pub enum JournalError {
     DiskFull { path: PathBuf },
     #[error("the journal {} cannot be used: {reason}\nhint: check the disk and the directory's owner and permissions", path.display())]
     Unusable { path: PathBuf, reason: String },
-    #[error("a record of {bytes} bytes is over the journal's limit of {limit} bytes")]
+    #[error(
+        "a record of {bytes} bytes is over the journal's limit of {limit} bytes\nhint: nothing was written; whoever sent so much is at \
+         fault, or this build: report it with the log"
+    )]
     TooLarge { bytes: usize, limit: usize },
 }
 
@@ -60,6 +63,12 @@ impl JournalError {
             Self::InUse { .. } | Self::Damaged { .. } | Self::TooLarge { .. } => crate::Exit::Configuration,
             Self::DiskFull { .. } | Self::Unusable { .. } => crate::Exit::Unavailable,
         }
+    }
+}
+
+impl From<JournalError> for crate::Failure {
+    fn from(error: JournalError) -> Self {
+        Self::new(error.exit(), error)
     }
 }
 
@@ -99,6 +108,12 @@ impl Journal {
         builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
         let database = guarded(&path, || builder.create(&path).map_err(redb::Error::from))?;
         Self::with_tables(Self { database, path, _lock: Some(lock) })
+    }
+
+    /// Whether a process has the journal of a state directory open, and may be writing to it.
+    pub fn is_in_use(directory: &Path) -> bool {
+        // Opened only: where nobody ever began there is no lock.
+        File::open(directory.join(LOCK_FILE)).is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
     /// A journal on a storage backend of the caller's: in memory, or one that fails on purpose.
