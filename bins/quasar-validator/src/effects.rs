@@ -6,6 +6,7 @@ pub mod bench;
 pub mod chain;
 mod files;
 pub mod grants;
+mod heads;
 pub mod keyframes;
 #[cfg(test)]
 mod tests;
@@ -13,12 +14,13 @@ pub mod tokens;
 mod trouble;
 pub mod verdicts;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use ::chain::Hotkey;
 use bytes::Bytes;
 use daemon::driver::Inputs;
+use daemon::evidence::Evidence as Proofs;
 use daemon::health::Component;
 use daemon::sequence::Sequence;
 use daemon::{Executor, Journal, clock};
@@ -27,7 +29,7 @@ use protocol::audits::Selection;
 use protocol::documents::{AuditOrder, OPENING_PARTS, PROGRESS_BYTES, Score, Scores, VerdictResult};
 use protocol::envelope::{Document, Expect};
 use protocol::{AccountId, Digest};
-use storage::client::GrantAccess;
+use storage::client::{GrantAccess, PublicReader};
 use storage::discovery::{DiscoveryError, RunFacts, RunReader};
 use storage::seal_stream;
 use zeroize::Zeroizing;
@@ -40,6 +42,7 @@ use base::BaseTree;
 use bench::{Bench, OpenEngine};
 use chain::ChainDesk;
 use grants::Grants;
+use heads::LogHeads;
 use keyframes::Keyframes;
 use tokens::TokenCache;
 pub use trouble::Trouble;
@@ -55,6 +58,8 @@ pub struct EffectSettings<'a> {
     pub reader: RunReader,
     /// Reads write-once objects.
     pub archive: RunReader,
+    /// Reads objects as they lie there, signature and all.
+    pub public: PublicReader,
     pub access: Arc<dyn GrantAccess>,
     pub link: Arc<ChainLink>,
     pub hotkey: Arc<Hotkey>,
@@ -72,9 +77,8 @@ pub struct EffectSettings<'a> {
 /// Executes the effects of one run's machine.
 pub struct Effects {
     own: AccountId,
-    hotkey: Arc<Hotkey>,
-    /// Where proofs against others are kept.
-    evidence: PathBuf,
+    proofs: Arc<Proofs>,
+    log: LogHeads,
     facts: Arc<RunFacts>,
     reader: Arc<tokio::sync::Mutex<RunReader>>,
     archive: Arc<RunReader>,
@@ -93,6 +97,7 @@ impl Effects {
         let EffectSettings {
             reader,
             archive,
+            public,
             access,
             link,
             hotkey,
@@ -106,7 +111,9 @@ impl Effects {
         } = settings;
         let (facts, own) = (reader.facts().clone(), hotkey.account());
         let (reader, archive) = (Arc::new(tokio::sync::Mutex::new(reader)), Arc::new(archive));
-        let grants = Arc::new(Grants::new(reader.clone(), facts.clone(), access, own, secret));
+        let proofs = Arc::new(Proofs { folder: state_dir.to_owned(), context: facts.context, finder: hotkey.clone() });
+        let grants = Arc::new(Grants::new(reader.clone(), facts.clone(), access, own, secret, proofs.clone()));
+        let log = LogHeads::new(facts.clone(), public, state_dir.join("log-heads").join(facts.context.run.to_string()));
         let base = Arc::new(BaseTree::new(facts.clone(), grants.clone(), &state_dir.join("checkpoints")));
         let (runs, folder) = (state_dir.join("runs"), state_dir.join("runs").join(facts.context.run.to_string()));
         base.tidy();
@@ -124,10 +131,9 @@ impl Effects {
             journal: journal.clone(),
             sequence,
         };
-        let evidence = state_dir.to_owned();
         let chain = ChainDesk {
             link,
-            hotkey: hotkey.clone(),
+            hotkey,
             netuid: facts.context.netuid,
             mechanism,
             run: facts.context.run,
@@ -138,20 +144,20 @@ impl Effects {
             kept: Arc::default(),
             genesis: facts.context.genesis,
         };
-        Ok(Self { own, hotkey, evidence, facts, reader, archive, grants, base, keyframes, bench, verdicts, chain, store_health })
+        Ok(Self { own, proofs, log, facts, reader, archive, grants, base, keyframes, bench, verdicts, chain, store_health })
     }
 
     async fn head(&self) -> Option<Box<HeadFacts>> {
         match self.reader.lock().await.head(clock::now_ms()).await {
             Ok(head) => {
                 self.store_health.ready();
-                head.map(|head| Box::new(HeadFacts::from(head)))
+                let head = head?;
+                self.log.is_named(head.log).await;
+                Some(Box::new(HeadFacts::from(head)))
             }
             Err(error) => {
-                if let DiscoveryError::Equivocation { proof, .. } = &error
-                    && let Err(error) = daemon::evidence::keep(&self.evidence, proof, &self.facts.context, &*self.hotkey)
-                {
-                    tracing::error!("a proof of equivocation could not be kept: {error}");
+                if let DiscoveryError::Equivocation { proof, .. } = &error {
+                    self.proofs.keep(proof);
                 }
                 self.store_health.not_ready(Trouble::from(error).line());
                 None
@@ -322,7 +328,13 @@ impl Executor for Effects {
             Effect::KeepWeights(memory) => return self.chain.keep(*memory).await,
             Effect::PublishScores { epoch, block, scores } => return self.publish_scores(epoch, block, scores).await,
             Effect::ShowWeights(standing) => return self.chain.show(*standing),
-            Effect::ReadLog { size } => Input::LogHead { size, head: self.published(&self.facts.run.log(size)).await },
+            Effect::ReadLog { size } => {
+                let head = self.log.read(size).await.unwrap_or_else(|trouble| {
+                    tracing::warn!(size, error = trouble.line(), "a log head could not be read");
+                    None
+                });
+                Input::LogHead { size, head: head.map(Box::new) }
+            }
             Effect::CheckMoved => Input::Moved(self.moved().await),
         };
         inputs.send(input).await;

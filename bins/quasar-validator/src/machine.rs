@@ -275,7 +275,7 @@ impl Machine {
             );
         }
         if let Err(fault) = self.log.follow(head.log, head.closed_below + u64::from(self.settings.parameters.overlap) + 1) {
-            tracing::error!(%fault, "the append-only log was rewritten: keep the signed heads, they prove it");
+            tracing::error!(%fault, "the append-only log was rewritten: the signed heads are kept in the state folder, and prove it");
         }
         self.head = Some(head);
     }
@@ -449,7 +449,7 @@ impl daemon::Machine for Machine {
             Input::Weights(input) => self.weights.handle(now_ms, input, &mut self.effects),
             Input::LogHead { size, head } => {
                 if let Err(fault) = self.log.read(size, head.map(|head| *head), now_ms) {
-                    tracing::error!(%fault, "the append-only log contradicts itself: keep the signed heads, they prove it");
+                    tracing::error!(%fault, "the append-only log contradicts itself: its signed heads are kept in the state folder");
                 }
             }
             Input::Moved(has_moved) => {

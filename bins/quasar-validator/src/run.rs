@@ -9,7 +9,7 @@ use daemon::driver::{DriverOptions, Recovered};
 use daemon::health::{self, Health};
 use daemon::seen::Memory;
 use daemon::settings::{CommonArgs, Role, ValidatorArgs, ValidatorSettings};
-use daemon::{Driver, Exit, Failure, Journal, JournalError, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
+use daemon::{Driver, Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, identity, network, supervisor, telemetry};
 use model::{QuasarEvaluator, QuasarTrainer, TrainError, TrainerOptions};
 use protocol::documents::TrainingOptions;
 use protocol::envelope::RunId;
@@ -118,7 +118,7 @@ impl Validator {
         let public = public_reader(&settings)?;
         let hotkey = Arc::new(identity::hotkey(&settings)?);
         let state_dir = settings.state_dir()?;
-        let journal = Arc::new(Journal::open(&state_dir).map_err(|error| Failure::new(error.exit(), error))?);
+        let journal = Arc::new(Journal::open(&state_dir)?);
         let health = Health::new();
         health.probe("chain", {
             let link = link.clone();
@@ -172,13 +172,12 @@ impl Validator {
     async fn discover(&self, genesis: [u8; 32]) -> Result<Option<RunReader>, Failure> {
         let component = self.health.component("run");
         let memory = Memory::new(&genesis, self.netuid, &self.owner);
-        let journal = |error: JournalError| Failure::new(error.exit(), error);
         let mut waiting = Waiting::default();
         loop {
-            let seen = memory.recall(&self.journal).map_err(journal)?;
+            let seen = memory.recall(&self.journal)?;
             match RunReader::discover(self.public.clone(), genesis, self.netuid, self.owner, self.pin, seen, clock::now_ms()).await {
                 Ok(reader) => {
-                    memory.keep(&self.journal, reader.seen()).map_err(journal)?;
+                    memory.keep(&self.journal, reader.seen())?;
                     component.ready();
                     return Ok(Some(reader));
                 }
@@ -214,13 +213,13 @@ impl Validator {
             },
         });
         let place = (self.netuid, self.own.weight_mechanism);
-        let left = recall(&self.journal, &facts.context.genesis, place, &self.hotkey.account());
-        if let Some(memory) = left.map_err(|error| Failure::new(error.exit(), error))? {
+        if let Some(memory) = recall(&self.journal, &facts.context.genesis, place, &self.hotkey.account())? {
             machine.recall_weights(clock::now_ms(), memory);
         }
         let effects = Effects::new(EffectSettings {
             reader,
             archive,
+            public: self.public.clone(),
             access: Arc::new(GrantClient::new(facts.root.store_hosts.clone()).map_err(Failure::configuration)?),
             link: self.link.clone(),
             hotkey: self.hotkey.clone(),
@@ -234,7 +233,7 @@ impl Validator {
         })
         .map_err(Failure::unavailable)?;
         // Public facts are the machine's memory: it starts fresh, and the driver's journal ends with the process.
-        let memory = Arc::new(Journal::in_memory().map_err(|error| Failure::new(error.exit(), error))?);
+        let memory = Arc::new(Journal::in_memory()?);
         let component = self.health.watched("driver", STALE_AFTER);
         component.ready();
         let options = DriverOptions { stop_grace: STOP_GRACE, ..DriverOptions::default() };

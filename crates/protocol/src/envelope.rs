@@ -143,7 +143,9 @@ impl Purpose {
             Self::Progress => 4096,
             Self::LogHead | Self::WriterLease => 4 << 10,
             Self::CurrentRun => 16 << 10,
-            Self::RunManifest | Self::Equivocation => 256 << 10,
+            Self::RunManifest => 256 << 10,
+            // Two of the largest documents that change, and the key that they were read from.
+            Self::Equivocation => (2 << 20) + (4 << 10),
             Self::CatalogPage | Self::StandingGrants | Self::MergeManifest | Self::Release | Self::ShardManifest | Self::Tape => 1 << 20,
             Self::Plan => 4 << 20,
             Self::RunRoot

@@ -3,6 +3,9 @@
 use crate::envelope::RunId;
 use crate::{AccountId, Digest};
 
+/// Longest key.
+pub const KEY_BYTES_MAX: usize = 1024;
+
 /// Prefix of a subnet, without a trailing slash.
 pub fn prefix(netuid: u16) -> String {
     format!("quasar/netuid={netuid}")
@@ -235,7 +238,7 @@ impl SlotKeys {
 /// Whether `key` keeps to the rules that hold on every store.
 pub fn is_valid(key: &str) -> bool {
     !key.is_empty()
-        && key.len() <= 1024
+        && key.len() <= KEY_BYTES_MAX
         && key.split('/').all(|segment| {
             !segment.is_empty()
                 && segment != "."

@@ -55,10 +55,8 @@ impl Edge {
                 found
             }
             Err(error) => {
-                if let DiscoveryError::Equivocation { proof, .. } = &error
-                    && let Err(error) = daemon::evidence::keep(&self.evidence, proof, &self.facts.context, &*self.hotkey)
-                {
-                    tracing::error!("a proof of equivocation could not be kept: {error}");
+                if let DiscoveryError::Equivocation { proof, .. } = &error {
+                    self.evidence.keep(proof);
                 }
                 looks.complain(at, self.slot, &error);
                 Found::Failed

@@ -15,12 +15,13 @@ mod tokens;
 
 use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use chain::Hotkey;
+use daemon::evidence::Evidence;
 use daemon::sequence::Sequence;
 use daemon::{JournalError, clock};
 use protocol::documents::{Lease, MergeManifest, Progress, Receipt, encode_progress};
@@ -130,8 +131,8 @@ pub struct Edge {
     receipts: Announced,
     openings: OpeningFiles,
     trainer: TrainerThread,
-    /// Where proofs against others are kept.
-    evidence: PathBuf,
+    /// Proofs against others.
+    evidence: Evidence,
 }
 
 impl Edge {
@@ -145,10 +146,11 @@ impl Edge {
         plane: Arc<Plane>,
         trainer: TrainerThread,
     ) -> io::Result<Self> {
+        let facts = reader.facts().clone();
         Ok(Self {
-            facts: reader.facts().clone(),
             slot,
-            evidence: folder.to_owned(),
+            evidence: Evidence { folder: folder.to_owned(), context: facts.context, finder: shared.hotkey.clone() },
+            facts,
             hotkey: shared.hotkey.clone(),
             secret,
             shared,

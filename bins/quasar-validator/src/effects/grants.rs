@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use daemon::clock;
+use daemon::evidence::Evidence;
 use protocol::documents::{AuditOrder, Lease, OpenedPart, StandingGrants};
 use protocol::envelope::Verified;
 use protocol::{AccountId, Digest, GrantBundle, GrantRequest, Method};
 use storage::bundle;
 use storage::client::{GrantAccess, PutOutcome};
-use storage::discovery::{RunFacts, RunReader};
+use storage::discovery::{DiscoveryError, RunFacts, RunReader};
 use zeroize::Zeroizing;
 
 use super::trouble::Trouble;
@@ -43,6 +44,7 @@ pub struct Grants {
     access: Arc<dyn GrantAccess>,
     own: AccountId,
     secret: Zeroizing<[u8; 32]>,
+    proofs: Arc<Evidence>,
     bundles: Mutex<Bundles>,
 }
 
@@ -53,8 +55,9 @@ impl Grants {
         access: Arc<dyn GrantAccess>,
         own: AccountId,
         secret: Zeroizing<[u8; 32]>,
+        proofs: Arc<Evidence>,
     ) -> Self {
-        Self { facts, reader, access, own, secret, bundles: Mutex::default() }
+        Self { facts, reader, access, own, secret, proofs, bundles: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Bundles> {
@@ -114,7 +117,12 @@ impl Grants {
             bundles.looked_ms = now_ms;
         }
         let key = self.facts.run.standing(&self.own, 0);
-        let Some(grants) = self.reader.lock().await.poll::<StandingGrants>(&key, now_ms).await? else { return Ok(()) };
+        let found = self.reader.lock().await.poll::<StandingGrants>(&key, now_ms).await.inspect_err(|error| {
+            if let DiscoveryError::Equivocation { proof, .. } = error {
+                self.proofs.keep(proof);
+            }
+        });
+        let Some(grants) = found? else { return Ok(()) };
         let standing = bundle::open(&self.facts.context, &grants.header, &grants.document.sealed, &self.secret)?;
         tracing::debug!(grants = standing.requests.len(), "standing grants");
         self.lock().standing = Arc::new(standing);

@@ -24,7 +24,9 @@ pub use equivocation::{Equivocation, NoEquivocation};
 pub use head::{FragmentHead, Head, Notice, Pull, ReleaseRef, RunState};
 pub use job::{Job, Lease, LeaseEnd, PullGrants, RowRange, StandingGrants};
 pub use merge::{Contribution, FragmentManifest, MergeManifest, Release, Tape, TapeInput};
-pub use progress::{Commitment, FragmentProgress, LearnerState, OpeningPart, PROGRESS_BYTES, Progress, ReceiptOffer, encode_progress};
+pub use progress::{
+    Commitment, FRAGMENTS_MAX, FragmentProgress, LearnerState, OpeningPart, PROGRESS_BYTES, Progress, ReceiptOffer, encode_progress,
+};
 pub use receipt::{LEASE_STEPS_MAX, Receipt, ReceiptFault, ReceiptStep};
 pub use run::{
     AuditParameters, Bounds, CATALOG_PAGE_SHARDS, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RunManifest,
