@@ -37,13 +37,20 @@ pub async fn publish(office: &Office, arguments: PublishArgs) -> Result<(), Fail
 /// Records of all files of a tree, by name.
 pub fn describe(tree: &Path) -> Result<Vec<FileRecord>, Failure> {
     let unreadable = |error: std::io::Error| Failure::configuration(anyhow::anyhow!("{}: {error}", tree.display()));
-    let mut names: Vec<String> = std::fs::read_dir(tree)
-        .map_err(unreadable)?
-        .filter_map(Result::ok)
-        .filter(|entry| entry.path().is_file())
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| is_part_of_release(name))
-        .collect();
+    let entries: Vec<_> = std::fs::read_dir(tree).and_then(Iterator::collect).map_err(unreadable)?;
+    let mut names = Vec::new();
+    // A name that is no text is that of no file of a release.
+    for name in entries.into_iter().filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| is_part_of_release(name)) {
+        // What a link leads to counts, and one that leads nowhere would be missing from the release.
+        let path = tree.join(&name);
+        let kind = std::fs::metadata(&path).map_err(|error| {
+            Failure::configuration(anyhow::anyhow!("{}: {error}", path.display()))
+                .hint("every file of the folder goes into the release: repair this one, or move it away")
+        })?;
+        if kind.is_file() {
+            names.push(name);
+        }
+    }
     names.sort();
     names.into_iter().map(|name| FileRecord::of_file(name.clone(), &tree.join(name)).map_err(unreadable)).collect()
 }
@@ -185,4 +192,24 @@ pub fn assemble(arguments: &AssembleArgs) -> Result<(), Failure> {
         fragments::checkpoint::assemble(&arguments.base, &arguments.fragments, &arguments.out).map_err(Failure::configuration)?;
     println!("assembled {} elements to {}", assembled.elements, arguments.out.display());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_is_described_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let tree = folder.path();
+        for name in ["model-00002.safetensors", "model-00001.safetensors", "head.qsr", ".cache"] {
+            std::fs::write(tree.join(name), name).unwrap();
+        }
+        std::fs::create_dir(tree.join("folder")).unwrap();
+        let names = || describe(tree).map(|files| files.into_iter().map(|file| file.path).collect::<Vec<_>>());
+        assert_eq!(names().unwrap(), ["model-00001.safetensors", "model-00002.safetensors"]);
+        std::os::unix::fs::symlink(tree.join("gone"), tree.join("model-00003.safetensors")).unwrap();
+        let refused = names().unwrap_err().to_string();
+        assert!(refused.contains("model-00003.safetensors") && refused.contains("\nhint: "), "{refused}");
+    }
 }

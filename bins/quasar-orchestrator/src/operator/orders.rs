@@ -104,21 +104,30 @@ pub async fn give(office: &Office, (action, arguments): (Action, OrderArgs)) -> 
     }
     let end = Instant::now() + Duration::from_secs(arguments.timeout_sec);
     loop {
-        if let Some(status) = status_of(office, &keys).await? {
-            let outcome = status.outcomes.iter().find(|outcome| outcome.number == number);
-            // The outcomes of orders long ago are not shown any more.
-            let is_forgotten = status.orders > number && status.outcomes.iter().all(|outcome| outcome.number > number);
-            if outcome.is_some() || is_forgotten {
-                print(&arguments, number, outcome.map(|outcome| (outcome.done, outcome.text.as_str())));
-                return Ok(if outcome.is_none_or(|outcome| outcome.done) { Exit::Done } else { Exit::Configuration });
-            }
+        let status = status_of(office, &keys).await?;
+        if let Some(outcome) = status.iter().flat_map(|status| &status.outcomes).find(|outcome| outcome.number == number) {
+            print(&arguments, number, Some((outcome.done, outcome.text.as_str())));
+            return Ok(if outcome.done { Exit::Done } else { Exit::Configuration });
         }
         if Instant::now() >= end {
-            return Err(Failure::try_later(anyhow::anyhow!("order {number} is written, and no orchestrator has taken it yet"))
-                .hint("start one with `run`; the order stands and is taken then"));
+            return Err(without_outcome(number, status.map_or(0, |status| status.orders)));
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// What is known of an order whose outcome the status does not show; `taken` is the number of the newest order that was taken. An order
+/// that waits for something settles later than those behind it, and outcomes of long ago are not shown any more: which of both it is, nobody
+/// can tell from here.
+fn without_outcome(number: u64, taken: u64) -> Failure {
+    if taken < number {
+        return Failure::try_later(anyhow::anyhow!("order {number} is written, and no orchestrator has taken it yet"))
+            .hint("start one with `run`; the order stands and is taken then");
+    }
+    Failure::unavailable(anyhow::anyhow!(
+        "order {number} was taken, and what came of it is not shown: it is under way, or was too long ago"
+    ))
+    .hint("`status` shows the outcomes of the newest orders, and the orchestrator's log each as it comes; do not give the order twice")
 }
 
 /// Numbers are taken by write-once: of two operators one gets the next.
@@ -148,5 +157,19 @@ fn print(arguments: &OrderArgs, number: u64, outcome: Option<(bool, &str)>) {
         Some((true, text)) => println!("order {number}: {text}"),
         Some((false, text)) => println!("order {number} was refused: {text}"),
         None => println!("order {number} is written"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_order_without_an_outcome_never_counts_as_done() {
+        let (waiting, unknown) = (without_outcome(5, 4), without_outcome(5, 9));
+        assert_eq!((waiting.exit, unknown.exit), (Exit::TryLater, Exit::Unavailable));
+        assert!(waiting.to_string().contains("no orchestrator has taken it"), "{waiting}");
+        assert!(unknown.to_string().contains("was taken") && unknown.to_string().contains("\nhint: "), "{unknown}");
+        assert_eq!(without_outcome(5, 5).exit, Exit::Unavailable, "it is the newest, and under way");
     }
 }

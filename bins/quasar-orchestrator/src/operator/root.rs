@@ -73,7 +73,8 @@ pub async fn rotate(office: &Office, arguments: RotateArgs) -> Result<(), Failur
     let orchestrator = key(&arguments.orchestrator, &arguments.orchestrator_kind);
     let owner = arguments.owner.map_or(root.owner, |owner| KeyRef { kind: KeyKind::Ed25519, public: owner.0 });
     if (orchestrator, owner) == (root.orchestrator, root.owner) {
-        return Err(Failure::usage(anyhow::anyhow!("root version {} names these keys already", root.version)));
+        return Err(Failure::usage(anyhow::anyhow!("root version {} names these keys already", root.version))
+            .hint("name the new key; if the rotation was done before, start `run` with its wallet"));
     }
     publish(office, &RunRoot { version: root.version + 1, previous, owner, orchestrator, ..root }).await?;
     println!("the orchestrator with the old key stops within four minutes; start `run` with the new wallet, the run goes on");

@@ -10,8 +10,8 @@ use fragments::keyframe::{self, KeyframeId};
 use fragments::outer::momentum_fits;
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
-    CatalogPage, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest, RunParameters,
-    RunRoot, RunState,
+    CatalogPage, CatalogRef, CurrentRun, FRAGMENTS_MAX, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest,
+    RunParameters, RunRoot, RunState,
 };
 use protocol::envelope::{Context, Document, Expect, PROTOCOL_VERSION, RunId, open, open_stored};
 use protocol::{Digest, FileRecord, KeyRef};
@@ -53,7 +53,10 @@ pub struct RunFile {
 
 impl RunFile {
     pub fn read(path: &Path) -> Result<Self, Failure> {
-        let text = std::fs::read_to_string(path).map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", path.display())))?;
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Failure::configuration(anyhow::anyhow!("{} cannot be read: {error}", path.display()))
+                .hint("--config names a file of run parameters, as configs/run-devnet.toml is one")
+        })?;
         toml::from_str(&text).map_err(|error| {
             Failure::configuration(anyhow::anyhow!("{}: {error}", path.display())).hint("compare with configs/run-devnet.toml")
         })
@@ -137,7 +140,11 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
         office.put_once(&run_keys.fragment_manifest(number, 0), &manifest, &context).await?;
         heads.push(FragmentHead { version: 0, length: record.length, digest: record.blake3 });
         if PayloadHeader::new(parameters.codec_up, &plan, digest, fragment, 0).payload_bytes() > root.bounds.payload_bytes_max {
-            return Err(Failure::configuration(anyhow::anyhow!("fragment {fragment} exceeds the payload bound of the root")));
+            return Err(Failure::configuration(anyhow::anyhow!(
+                "a payload of fragment {fragment} exceeds the {} bytes that the root allows",
+                root.bounds.payload_bytes_max
+            ))
+            .hint("more fragments, or a codec_up with fewer bits, make payloads smaller"));
         }
     }
     office.put_once(&run_keys.plan(&digest), &plan, &context).await?;
@@ -208,27 +215,43 @@ async fn refuse_to_replace(office: &Office, signers: &[KeyRef]) -> Result<(), Fa
 }
 
 fn check(parameters: &RunParameters, root: &RunRoot) -> Result<(), Failure> {
-    let wrong = |what: &str| Err(Failure::configuration(anyhow::anyhow!("the run parameters are wrong: {what}")));
-    if parameters.fragments == 0 || parameters.fragments > root.bounds.fragments_max || usize::from(parameters.fragments) > 64 {
-        return wrong("fragments must be between 1 and the root's bound");
+    let wrong = |what: String, hint: &str| {
+        Err(Failure::configuration(anyhow::anyhow!("the run parameters are wrong: {what}")).hint(format!("in the run file: {hint}")))
+    };
+    let fragments_max = usize::from(root.bounds.fragments_max).min(FRAGMENTS_MAX);
+    if parameters.fragments == 0 || usize::from(parameters.fragments) > fragments_max {
+        return wrong(format!("fragments is {}", parameters.fragments), &format!("1 to {fragments_max}, as root and protocol allow"));
     }
     if parameters.slots == 0 || parameters.slots > root.bounds.slots_max {
-        return wrong("slots must be between 1 and the root's bound");
+        return wrong(format!("slots is {}", parameters.slots), &format!("1 to {}, as the root allows", root.bounds.slots_max));
     }
-    if parameters.inner_steps == 0 || parameters.batch_rows == 0 || parameters.lease_steps == 0 || parameters.poll_ms == 0 {
-        return wrong("inner_steps, batch_rows, lease_steps and poll_ms must not be zero");
+    let counts = [
+        ("inner_steps", u64::from(parameters.inner_steps)),
+        ("batch_rows", u64::from(parameters.batch_rows)),
+        ("lease_steps", u64::from(parameters.lease_steps)),
+        ("poll_ms", parameters.poll_ms),
+        ("audit.replay_steps", u64::from(parameters.audit.replay_steps)),
+    ];
+    if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
+        return wrong(format!("{name} is zero"), "1 or more; configs/run-mainnet.toml says what each is for");
     }
     if parameters.lease_steps > LEASE_STEPS_MAX {
-        return wrong(&format!("lease_steps must be at most {LEASE_STEPS_MAX}: the receipt of a longer lease would not fit its file"));
-    }
-    if parameters.audit.replay_steps == 0 {
-        return wrong("audit.replay_steps must not be zero");
+        return wrong(
+            format!("lease_steps is {}: the receipt of so long a lease would not fit its file", parameters.lease_steps),
+            &format!("at most {LEASE_STEPS_MAX}"),
+        );
     }
     if parameters.codec_down.withholds() {
-        return wrong("codec_down must be \"bf16\" or \"int4\"; only learners can keep what a payload leaves out");
+        return wrong(
+            "codec_down leaves values out, and only learners can keep what a payload leaves out".to_owned(),
+            "\"bf16\" or \"int4\"",
+        );
     }
     if !momentum_fits(parameters.codec_up, parameters.outer_momentum_ppm as f32) {
-        return wrong("with codec_up \"topk\" outer_momentum_ppm must be 0: error feedback is a momentum of its own");
+        return wrong(
+            "codec_up \"topk\" goes with no outer momentum: error feedback is a momentum of its own".to_owned(),
+            "outer_momentum_ppm = 0, or another codec_up",
+        );
     }
     Ok(())
 }
@@ -289,4 +312,44 @@ pub async fn roots_that_name_us(office: &Office) -> Result<Roots, Failure> {
         .hint("use the wallet that the root names, or sign a new root"));
     }
     Ok(roots)
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::documents::{Bounds, Codec};
+    use protocol::{Ed25519Signer, Signer};
+
+    use super::*;
+
+    #[test]
+    fn parameters_that_no_run_can_have_are_refused_with_what_to_write_instead() {
+        let key = Ed25519Signer::from_seed([1; 32]).key();
+        let bounds = Bounds { fragments_max: 32, slots_max: 4, payload_bytes_max: 1 << 30, checkpoint_bytes_max: 1 << 30 };
+        let root = RunRoot { version: 1, previous: Digest::ZERO, owner: key, orchestrator: key, store_hosts: Vec::new(), bounds };
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/run-devnet.toml");
+        let good = RunFile::read(Path::new(file)).unwrap().parameters;
+        check(&good, &root).unwrap();
+        let refused = |change: &dyn Fn(&mut RunParameters)| {
+            let mut parameters = good.clone();
+            change(&mut parameters);
+            check(&parameters, &root).unwrap_err().to_string()
+        };
+        let changes: [(&dyn Fn(&mut RunParameters), &str); 9] = [
+            (&|p| p.fragments = 0, "1 to 32"),
+            (&|p| p.fragments = 33, "1 to 32"),
+            (&|p| p.slots = 5, "1 to 4"),
+            (&|p| p.inner_steps = 0, "1 or more"),
+            (&|p| p.poll_ms = 0, "1 or more"),
+            (&|p| p.audit.replay_steps = 0, "1 or more"),
+            (&|p| p.lease_steps = LEASE_STEPS_MAX + 1, "at most"),
+            (&|p| p.codec_down = Codec::TopK, "\"int4\""),
+            (&|p| (p.codec_up, p.outer_momentum_ppm) = (Codec::TopK, 1), "outer_momentum_ppm = 0"),
+        ];
+        for (change, hint) in changes {
+            let text = refused(change);
+            assert!(text.split_once("\nhint: in the run file: ").is_some_and(|(_, told)| told.contains(hint)), "{text}");
+        }
+        let missing = RunFile::read(Path::new("nowhere.toml")).err().unwrap().to_string();
+        assert!(missing.contains("nowhere.toml cannot be read") && missing.contains("\nhint: "), "{missing}");
+    }
 }
