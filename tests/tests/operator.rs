@@ -44,7 +44,7 @@ fn an_operator_checks_bans_rolls_back_rotates_and_drains() {
     for part in [
         "run            ",
         "writer         ",
-        "tokens done    0 of 10.00 T",
+        "tokens done    0 of 10.00 T, 0 a day, days to go unknown",
         " waiting, 0 leased, 0 done, 0 lost",
         "  a test ",
         "order 1        done: ",

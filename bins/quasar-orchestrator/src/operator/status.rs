@@ -122,7 +122,41 @@ fn number(value: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use protocol::Digest;
+    use protocol::documents::{CatalogRef, ReleaseRef};
+    use protocol::envelope::RunId;
+
     use super::*;
+    use crate::machine::{Orchestrator, RunSetup};
+    use crate::operator::run::RunFile;
+
+    /// The status of a run that was just created, with so many tokens done, at this pace.
+    fn status(done_tokens: u64, tokens_per_day: u64) -> Status {
+        let file = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/run-devnet.toml"));
+        let setup = RunSetup {
+            run: RunId([1; 16]),
+            parameters: RunFile::read(file).unwrap().parameters,
+            release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
+            fragments: Vec::new(),
+            catalog: CatalogRef { page: 0, digest: Digest::ZERO },
+            shards: Vec::new(),
+        };
+        let mut status = Orchestrator::new(setup).status();
+        (status.rows.done_tokens, status.tokens_per_day) = (done_tokens, tokens_per_day);
+        status
+    }
+
+    #[test]
+    fn the_days_to_the_goal_are_what_is_left_at_the_pace_of_now() {
+        const T: u64 = 1_000_000_000_000;
+        let days = |done, pace, goal| days_to(&status(done, pace), goal);
+        assert_eq!([days(2 * T, T / 2, 10 * T), days(0, T, T)], [Some(16.0), Some(1.0)]);
+        assert_eq!(days(2 * T, 0, 10 * T), None, "nothing moves: nobody knows");
+        assert_eq!([days(10 * T, 0, 10 * T), days(11 * T, T, 10 * T)], [Some(0.0); 2], "it is reached");
+        let line = |done, pace| text(&status(done, pace), 10 * T).lines().find(|line| line.starts_with("tokens done")).unwrap().to_owned();
+        assert_eq!(line(2 * T, T / 2), "tokens done    2.00 T of 10.00 T, 500.00 G a day, 16.0 days to go");
+        assert_eq!(line(0, 0), "tokens done    0 of 10.00 T, 0 a day, days to go unknown");
+    }
 
     #[test]
     fn numbers_are_short() {

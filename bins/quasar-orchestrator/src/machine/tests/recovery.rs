@@ -266,15 +266,12 @@ fn a_log_head_of_an_earlier_writer_stands_and_what_it_lacks_follows() {
     machine.log.add(mine.kind, mine.document);
     let taken = world.log.values().last().unwrap().frontier.clone();
     let head = LogHead { previous: taken.size(), entries: vec![theirs], frontier: taken.extended(&[theirs]) };
-    if machine.log.published().size == taken.size() {
-        world.log.insert(head.frontier.size(), head.clone());
-        world.input(Input::LogTaken { head: Box::new(head) });
-        world.run(5_000);
-        let entries = logged(&world);
-        assert!(entries.contains(&mine) && entries.contains(&theirs));
-    } else {
-        panic!("the log was being published just then");
-    }
+    assert_eq!(machine.log.published().size, taken.size(), "the log is not being published just now");
+    world.log.insert(head.frontier.size(), head.clone());
+    world.input(Input::LogTaken { head: Box::new(head) });
+    world.run(5_000);
+    let entries = logged(&world);
+    assert!(entries.contains(&mine) && entries.contains(&theirs));
 }
 
 #[test]
