@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 /// A commitment that is merged must be logged within this time.
 const LATE_MS: u64 = 10 * 60_000;
-/// Logged commitments that are remembered until their merge is read.
+/// Logged commitments that are remembered for the merges that name them.
 const REMEMBERED: usize = 1 << 14;
 /// Heads that are read backwards at most; a watcher that fell further behind begins anew.
 const BACKWARDS_MAX: usize = 1 << 12;
@@ -136,7 +136,8 @@ impl LogMonitor {
     }
 
     fn note(&mut self, commitment: Digest) {
-        if self.expected.remove(&commitment).is_none() && self.logged.insert(commitment) {
+        self.expected.remove(&commitment);
+        if self.logged.insert(commitment) {
             self.logged_order.push_back(commitment);
             if self.logged_order.len() > REMEMBERED
                 && let Some(oldest) = self.logged_order.pop_front()
@@ -146,13 +147,13 @@ impl LogMonitor {
         }
     }
 
-    /// A merge was published: its commitments belong into the log.
+    /// A merge was published: its commitments belong into the log. One record may commit to several outer steps; it is logged once.
     pub fn expect(&mut self, merge: &MergeManifest, now_ms: u64) {
         if self.newest.is_none() || merge.t < self.first_t {
             return;
         }
         for contribution in merge.accepted() {
-            if !self.logged.remove(&contribution.commitment) {
+            if !self.logged.contains(&contribution.commitment) {
                 self.expected.insert(contribution.commitment, now_ms + LATE_MS);
             }
         }
@@ -282,6 +283,8 @@ mod tests {
         monitor.expect(&merged(4, &[88]), 0);
         monitor.follow(named(&heads[1]), 3).unwrap();
         catch_up(&mut monitor, &heads).unwrap();
+        // One record that committed to two steps, of which the second is merged later.
+        monitor.expect(&merged(5, &[0, 2]), 0);
         assert_eq!(monitor.overdue(LATE_MS), [commitment(88)]);
         assert!(monitor.overdue(LATE_MS).is_empty());
     }
