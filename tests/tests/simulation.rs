@@ -3,19 +3,31 @@
 use quasar_tests::sim::paper::Scheme;
 use quasar_tests::sim::{self, Boundary, CrashPoint, Faults, INVARIANTS, Outcome, Plan};
 
-/// As `cargo xtask sim` would print it, with the command that replays the seed.
-fn must_hold(seed: u64, miners: usize, outcome: &Outcome) {
+/// Every invariant held; if not, it is told with `replay`, what gives the same world again.
+fn must_hold(outcome: &Outcome, replay: &str) {
     let told: Vec<String> = outcome
         .violations
         .iter()
         .map(|violation| format!("{} at {} ms: {}", violation.invariant, violation.at_ms, violation.what))
         .collect();
-    assert!(told.is_empty(), "{}\nreplay: cargo xtask sim --seeds 1 --first-seed {seed} --miners {miners}", told.join("\n"));
+    assert!(told.is_empty(), "{}\nreplay: {replay}", told.join("\n"));
+}
+
+/// The command for a world as [`Plan::of_seed`] draws it.
+fn command(seed: u64, miners: usize, cycles: u64) -> String {
+    format!("cargo xtask sim --seeds 1 --first-seed {seed} --miners {miners} --cycles {cycles}")
+}
+
+/// For a world whose plan is changed here: no command line says that, but the same test runs the same world.
+fn this_test(seed: u64, change: &str) -> String {
+    let name = std::thread::current().name().unwrap_or_default().to_owned();
+    format!("cargo nextest run -p quasar-tests -E 'test(={name})': the world of seed {seed}, {change}")
 }
 
 #[test]
 fn fifty_worlds_of_fifty_miners_hold_every_invariant() {
     const MINERS: usize = 50;
+    const CYCLES: u64 = 3;
     let next = std::sync::atomic::AtomicU64::new(1);
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
@@ -25,7 +37,7 @@ fn fifty_worlds_of_fifty_miners_hold_every_invariant() {
                     if seed > 50 {
                         return;
                     }
-                    must_hold(seed, MINERS, &sim::run(Plan::of_seed(seed, MINERS, 3)));
+                    must_hold(&sim::run(Plan::of_seed(seed, MINERS, CYCLES)), &command(seed, MINERS, CYCLES));
                 }
             });
         }
@@ -45,7 +57,7 @@ fn the_same_seed_gives_the_same_world_event_by_event() {
 fn worlds_with_real_signatures_and_sealed_grants_hold_every_invariant() {
     for seed in 1..=2 {
         let plan = Plan { scheme: Scheme::Ed25519, ..Plan::of_seed(seed, 6, 2) };
-        must_hold(seed, 6, &sim::run(plan));
+        must_hold(&sim::run(plan), &(command(seed, 6, 2) + " --scheme ed25519"));
     }
 }
 
@@ -54,7 +66,9 @@ fn an_orchestrator_that_dies_at_any_effect_or_write_with_or_without_its_disk_mer
     const EVERY: usize = 7;
     let plan = sim::small(1, 3);
     let whole = sim::run(plan.clone());
-    must_hold(1, 3, &whole);
+    let replay = "cargo xtask sim crash-points --seed 1 --miners 3 --point ";
+    // Nothing ends there: the run without a crash.
+    must_hold(&whole, &format!("{replay}0"));
     assert_eq!(whole.crashes, 0);
     assert!(whole.effects > 200 && whole.writes > whole.effects, "{} effects, {} writes", whole.effects, whole.writes);
     let effects = (1..=whole.effects).map(|count| (Boundary::Effect, count));
@@ -63,14 +77,16 @@ fn an_orchestrator_that_dies_at_any_effect_or_write_with_or_without_its_disk_mer
         let point = CrashPoint { boundary, count, loses_disk: number % 2 == 1 };
         let outcome = sim::run_crashing(plan.clone(), point);
         assert_eq!(outcome.crashes, 1, "{point:?}");
-        must_hold(1, 3, &outcome);
+        let writes = if boundary == Boundary::Write { " --writes" } else { "" };
+        let disk = if point.loses_disk { " --lose-disk" } else { "" };
+        must_hold(&outcome, &format!("{replay}{count}{writes}{disk}"));
     }
 }
 
 #[test]
 fn without_faults_everybody_takes_part_in_every_merge_and_every_audit_passes() {
     let outcome = sim::run(Plan::calm(1, 10, 3));
-    must_hold(1, 10, &outcome);
+    must_hold(&outcome, &this_test(1, "ten miners, without faults"));
     // The first pulls find learners that have no step on the fragment yet.
     let share = outcome.contributions as f64 / (outcome.merges * 10) as f64;
     assert!(share > 0.9, "{share}");
@@ -90,7 +106,7 @@ fn a_store_that_fails_every_fifth_request_and_loses_every_tenth_answer_loses_no_
         partial_ppm: 100_000,
         ..Faults::default()
     };
-    must_hold(5, 6, &sim::run(plan));
+    must_hold(&sim::run(plan), &this_test(5, "six miners, with the store's faults alone"));
 }
 
 #[test]
@@ -101,7 +117,7 @@ fn a_standby_takes_over_from_whoever_is_away_and_a_writer_that_wakes_up_later_mo
         plan.has_standby = true;
         (plan.faults.pause_ms, plan.faults.orchestrator_crash_ms) = (30_000, 60_000);
         let outcome = sim::run(plan);
-        must_hold(seed, 6, &outcome);
+        must_hold(&outcome, &this_test(seed, "six miners, with a standby that takes over often"));
         takeovers += outcome.takeovers;
         fenced += outcome.fenced;
     }
