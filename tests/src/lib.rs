@@ -5,6 +5,7 @@
 pub mod training;
 
 pub mod office;
+pub mod requests;
 pub mod seaweed;
 pub mod sim;
 
