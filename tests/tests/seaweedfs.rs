@@ -37,6 +37,7 @@ fn a_devnet_on_seaweedfs_merges_audits_and_releases() {
         serde_json::from_str(text.lines().last().expect("a last line")).expect("the last line is one JSON object");
     assert_eq!(summary["ok"], true, "{summary}");
     assert_eq!(summary["verdicts"]["fail"], 0, "{summary}");
+    assert!(summary["verdicts"]["pass"].as_u64().is_some_and(|passed| passed > 0), "the run ends when its audits are over: {summary}");
 
     // What the summary says lies in that server's bucket, and nowhere on the devnet's own disk.
     assert!(!folder.path().join("devnet/bucket").exists());
