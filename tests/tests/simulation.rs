@@ -1,5 +1,6 @@
 //! Simulated worlds: every role's real machine, and everything that can go wrong. `cargo xtask sim` runs more of them.
 
+use protocol::documents::Action;
 use quasar_tests::sim::paper::Scheme;
 use quasar_tests::sim::{self, Boundary, CrashPoint, Faults, INVARIANTS, Outcome, Plan};
 
@@ -42,6 +43,25 @@ fn fifty_worlds_of_fifty_miners_hold_every_invariant() {
             });
         }
     });
+}
+
+#[test]
+fn long_runs_delete_what_nobody_needs_and_nothing_else() {
+    let mut rollbacks = 0;
+    for seed in 1..=6 {
+        let mut plan = Plan::of_seed(seed, 6, 14);
+        plan.parameters.release_every_cycles = 2;
+        plan.parameters.audit.opening_ms = 20_000;
+        let at_ms = plan.faults.until_ms * 3 / 4;
+        plan.orders.push((at_ms, Action::Rollback { version: 5 + seed % 3 }));
+        plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
+        let outcome = sim::run(plan);
+        must_hold(seed, 6, &outcome);
+        assert!(outcome.status["rollback_from"].as_u64() > Some(0), "nothing was deleted");
+        let is_done = |order: &&serde_json::Value| order["done"] == true && order["text"].to_string().contains("goes back");
+        rollbacks += outcome.status["outcomes"].as_array().map_or(0, |orders| orders.iter().filter(is_done).count());
+    }
+    assert!(rollbacks > 0, "every rollback was refused");
 }
 
 #[test]

@@ -112,7 +112,6 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
         stopped: Default::default(),
         shutdown: shutdown.clone(),
         watched: Default::default(),
-        certificates: Default::default(),
         records: Default::default(),
         head_etag: Default::default(),
         outbox: Default::default(),

@@ -206,7 +206,7 @@ fn a_machine_takes_the_inputs_of_a_thousand_learners() {
         inputs: 0,
         elapsed_s: 0.0,
     };
-    load.feed(Input::Started);
+    load.feed(Input::Claimed { epoch: 1 });
     load.feed(Input::Metagraph {
         guests: (0..LEARNERS).map(|index| Guest { hotkey: hotkey(index), validator: false, recipient: Some([1; 32]) }).collect(),
     });
@@ -259,7 +259,7 @@ fn ten_trillion_tokens_are_some_megabytes_and_microseconds() {
     let mut id = 0;
     while ledger.totals().done_rows < SHARDS / 2 * ROWS {
         id += 1;
-        let ranges = ledger.lease(id, ROWS * 4);
+        let ranges = ledger.lease(id, ROWS * 4, 1);
         ledger.end_lease_whole(id, &ranges, true);
     }
     // A hundred learners take and finish leases as they do.
@@ -267,7 +267,7 @@ fn ten_trillion_tokens_are_some_megabytes_and_microseconds() {
     let mut held: Vec<(u64, Vec<RowRange>)> = Vec::new();
     let mut leases = 0;
     for lease in 1_000_000..1_010_000u64 {
-        held.push((lease, ledger.lease(lease, LEASE)));
+        held.push((lease, ledger.lease(lease, LEASE, 1)));
         leases += 1;
         if held.len() > 100 {
             let (id, ranges) = held.remove((lease * 7 % 100) as usize);

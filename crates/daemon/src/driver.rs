@@ -339,7 +339,10 @@ where
         for input in batch.drain(..) {
             self.machine.handle(now_ms, input);
             while let Some(effect) = self.machine.poll_effect() {
-                self.pending.push_back(effect);
+                match self.pending.iter_mut().find(|waiting| M::replaces(&effect, waiting)) {
+                    Some(waiting) => *waiting = effect,
+                    None => self.pending.push_back(effect),
+                }
             }
         }
         if self.since_snapshot >= self.options.snapshot_every {

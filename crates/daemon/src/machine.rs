@@ -26,6 +26,12 @@ pub trait Machine {
     /// The next thing to do; called until it gives `None` after each input.
     fn poll_effect(&mut self) -> Option<Self::Effect>;
 
+    /// Whether `new` makes `waiting` superfluous, an effect that has not begun: while the store is away, no more waits than there are
+    /// things to write.
+    fn replaces(_new: &Self::Effect, _waiting: &Self::Effect) -> bool {
+        false
+    }
+
     /// When the machine wants to be woken by [`Machine::tick`], in Unix milliseconds.
     fn deadline(&self) -> Option<u64>;
 

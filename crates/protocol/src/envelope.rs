@@ -143,19 +143,22 @@ impl Purpose {
             Self::Progress => 4096,
             Self::LogHead | Self::WriterLease => 4 << 10,
             Self::CurrentRun => 16 << 10,
-            Self::RunManifest => 256 << 10,
+            Self::RunManifest | Self::Head => 256 << 10,
             // Two of the largest documents that change, and the key that they were read from.
             Self::Equivocation => (2 << 20) + (4 << 10),
-            Self::CatalogPage | Self::StandingGrants | Self::MergeManifest | Self::Release | Self::ShardManifest | Self::Tape => 1 << 20,
-            Self::Plan => 4 << 20,
-            Self::RunRoot
-            | Self::Head
+            Self::CatalogPage
             | Self::Job
+            | Self::StandingGrants
+            | Self::MergeManifest
+            | Self::Release
+            | Self::ShardManifest
+            | Self::Tape => 1 << 20,
+            Self::Plan | Self::AuditOrder => 4 << 20,
+            Self::RunRoot
             | Self::PullGrants
             | Self::Receipt
             | Self::OpeningManifest
             | Self::FragmentManifest
-            | Self::AuditOrder
             | Self::Order
             | Self::VerdictCommit
             | Self::VerdictReveal

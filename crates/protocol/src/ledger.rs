@@ -14,6 +14,12 @@ mod bits;
 
 use bits::Bits;
 
+/// A lease names at most so many ranges: rows that come back lie scattered in the order of their lease, most of them alone, and a job
+/// names the ranges of several leases ([`crate::envelope::Purpose::limit`]).
+pub const RANGES_MAX: usize = 2_048;
+/// A lease reads from at most so many shards: each takes a presigned request in the learner's grants.
+pub const SHARDS_MAX: usize = 16;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum RowState {
     Waiting,
@@ -112,27 +118,50 @@ impl TokenLedger {
         self.by_id.binary_search_by(|index| (*self.shards[*index as usize].id).cmp(id)).map(|at| self.by_id[at])
     }
 
-    /// Leases up to `rows` waiting rows to `lease`, lowest epoch first, then in the order in which the shards were added. When no
-    /// row waits, the next epoch begins in every shard of which none is leased.
-    pub fn lease(&mut self, lease: u64, rows: u64) -> Vec<RowRange> {
+    /// Leases up to `rows` waiting rows to `lease`, lowest epoch first, then in the order in which the shards were added. When no row
+    /// waits, the next epoch begins in every shard of which none is leased. Where the rows lie scattered they are fewer ([`RANGES_MAX`],
+    /// [`SHARDS_MAX`]): whole batches of `batch_rows` then, if there are enough for one.
+    pub fn lease(&mut self, lease: u64, rows: u64, batch_rows: u64) -> Vec<RowRange> {
         if self.totals.waiting_rows == 0 {
             self.begin_epoch();
         }
-        let (mut ranges, mut missing) = (Vec::new(), rows);
-        while missing > 0 {
+        let (mut ranges, mut missing, mut shards) = (Vec::new(), rows, 0);
+        while missing > 0 && ranges.len() < RANGES_MAX && shards < SHARDS_MAX {
             let Some(index) = self.waiting.values().find_map(Bits::first) else { break };
+            shards += 1;
             for (start, end) in self.runs_in(index, RowState::Waiting) {
+                if missing == 0 || ranges.len() == RANGES_MAX {
+                    break;
+                }
                 let end = end.min(start + missing);
                 self.assign(index, start, end, RowState::Waiting, RowState::Leased(lease));
                 missing -= end - start;
                 ranges.push(RowRange { shard: self.shards[index as usize].id.to_string(), start, end });
-                if missing == 0 {
-                    break;
-                }
             }
             self.settle(index);
         }
+        let taken = rows - missing;
+        if missing > 0 && self.totals.waiting_rows > 0 && taken > batch_rows {
+            self.give_back(lease, &mut ranges, taken % batch_rows.max(1));
+        }
         ranges
+    }
+
+    /// The last `rows` of these ranges wait again.
+    fn give_back(&mut self, lease: u64, ranges: &mut Vec<RowRange>, mut rows: u64) {
+        while rows > 0
+            && let Some(last) = ranges.last_mut()
+            && let Ok(index) = self.find(&last.shard)
+        {
+            let end = last.end;
+            last.end -= rows.min(last.rows());
+            rows -= end - last.end;
+            self.assign(index, last.end, end, RowState::Leased(lease), RowState::Waiting);
+            self.settle(index);
+            if last.rows() == 0 {
+                ranges.pop();
+            }
+        }
     }
 
     /// The next epoch begins in every shard whose rows are all done or lost.

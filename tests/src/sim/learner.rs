@@ -12,17 +12,17 @@ use protocol::documents::{
     StandingGrants, encode_progress,
 };
 use protocol::envelope::{self, Document, Expect, Header, next_sequence};
-use protocol::{AccountId, Digest, GrantBundle, GrantRequest, KeyMap, Method, SealedBytes, codec};
+use protocol::{AccountId, Digest, GrantBundle, GrantRequest, KeyMap, Method, SealedBytes};
 use quasar_miner::machine::{
     Boundary, Effect, End, Exported, Fault, Found, GrantInfo, Input, Learner, LearnerSettings, Look, PreparedPart, Put, StepDone, Trouble,
 };
+use storage::StoreError;
 use storage::client::{GrantError, PutOutcome};
 use storage::discovery::Shards;
-use storage::{StoreError, bundle};
 
 use super::executor::{Life, WORLD};
 use super::net::Node as NodeId;
-use super::paper::{Identity, Scheme};
+use super::paper::Identity;
 use super::plan::Behaviour;
 use super::tensors::{self, Weights};
 use super::world::{BASE_FILE, BASE_RELEASE, SlotKeys, World};
@@ -454,8 +454,7 @@ impl World {
         let mut pages = Vec::new();
         for page in shards.next_page()..=head.document.catalog.page {
             let object = self.get(id, &self.run.catalog(page), None).await.ok().flatten().ok_or(())?;
-            let office = Expect::Account(&self.office.account);
-            let opened = self.plan.scheme.open::<CatalogPage>(&object.bytes, &self.context, office, None).map_err(|_| ())?;
+            let opened = self.open_office::<CatalogPage>(&object.bytes).map_err(|_| ())?;
             pages.push((opened.document, Digest::blake3(&object.bytes)));
         }
         shards.take(pages, &head.document.catalog).map_err(|_| ())?;
@@ -478,10 +477,7 @@ impl World {
     }
 
     fn unseal(&self, index: usize, header: &Header, sealed: &SealedBytes) -> Option<GrantBundle> {
-        match self.plan.scheme {
-            Scheme::Cheap => codec::decode(&sealed.ciphertext, 4 << 20).ok(),
-            Scheme::Ed25519 => bundle::open(&self.context, header, sealed, &self.learners[index].borrow().identity.secret).ok(),
-        }
+        self.plan.scheme.unseal(&self.context, header, sealed, &self.learners[index].borrow().identity)
     }
 
     async fn get_granted(&self, index: usize, id: NodeId, key: &str, transfer_ms: u64) -> Result<Bytes, Trouble> {

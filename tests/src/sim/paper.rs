@@ -5,8 +5,9 @@
 
 use std::sync::Arc;
 
-use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, PROTOCOL_VERSION, Verified, peek};
-use protocol::{AccountId, Digest, Ed25519Signer, KeyKind, KeyRef, SignatureError, Signer, codec};
+use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, Header, PROTOCOL_VERSION, Verified, peek};
+use protocol::{AccountId, Digest, Ed25519Signer, GrantBundle, KeyKind, KeyRef, SealedBytes, SignatureError, Signer, codec};
+use storage::bundle;
 
 /// How signatures are made and checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub enum Scheme {
     Ed25519,
 }
 
+/// Largest bundle under the cheap scheme.
+const GRANTS_BYTES_MAX: usize = 4 << 20;
 const DOMAIN: &[u8] = b"quasar-envelope-v1\0";
 const PREFIX_BYTES: usize = DOMAIN.len() + 12;
 
@@ -91,6 +94,22 @@ fn signed_prefix(purpose: u16, length: usize) -> [u8; PREFIX_BYTES] {
 }
 
 impl Scheme {
+    /// [`bundle::seal_to`] for a document of type `D`.
+    pub fn seal<D: Document>(self, context: &Context, header: &Header, recipient: &[u8; 32], grants: &GrantBundle) -> SealedBytes {
+        match self {
+            Self::Cheap => SealedBytes { encapsulated: [0; 32], ciphertext: codec::encode(grants) },
+            Self::Ed25519 => bundle::seal_to(context, D::PURPOSE, header, recipient, grants).expect("a point that is not weak"),
+        }
+    }
+
+    /// What [`Scheme::seal`] sealed to an identity.
+    pub fn unseal(self, context: &Context, header: &Header, sealed: &SealedBytes, identity: &Identity) -> Option<GrantBundle> {
+        match self {
+            Self::Cheap => codec::decode(&sealed.ciphertext, GRANTS_BYTES_MAX).ok(),
+            Self::Ed25519 => bundle::open(context, header, sealed, &identity.secret).ok(),
+        }
+    }
+
     /// [`envelope::open`], or [`envelope::open_stored`] without a time, under this scheme.
     pub fn open<D: Document>(
         self,

@@ -234,7 +234,8 @@ impl Plan {
             plan.orders.push((random.between(0, until_ms), Action::Release));
         }
         if random.chance(250_000) {
-            plan.orders.push((random.between(until_ms / 3, until_ms), Action::Rollback { version: random.between(0, 2) }));
+            plan.orders
+                .push((random.between(until_ms / 3, until_ms), Action::Rollback { version: random.between(0, (cycles / 2).max(2)) }));
         }
         if random.chance(500_000) {
             plan.faults.lost_disk_ppm = random.between(0, 300_000);
@@ -257,6 +258,10 @@ impl Plan {
             // Little text, read more than once: epochs end, and not at the end of a step.
             let held = miners as u64 * u64::from(plan.parameters.lease_steps * plan.parameters.batch_rows);
             plan.shard_rows = random.between(held / 2, held * 3 / 2) + 1;
+        }
+        // Drawn last: what was drawn before stays what it was for each seed.
+        if random.chance(250_000) {
+            plan.parameters.release_every_cycles = random.between(1, 2) as u32;
         }
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         plan

@@ -13,19 +13,19 @@ use protocol::audits::Selection;
 use protocol::documents::{
     AuditOrder, Measurements, MergeManifest, OpeningManifest, Progress, Verdict, VerdictCommit, VerdictResult, VerdictReveal,
 };
-use protocol::envelope::{self, Document, Expect, Header, SequenceGuard, next_sequence};
+use protocol::envelope::{self, Document, Expect, SequenceGuard, next_sequence};
 use protocol::log::LogHead;
-use protocol::{Digest, GrantBundle, Method, Reason, SealedBytes, codec, steps};
+use protocol::{Digest, GrantBundle, Method, Reason, steps};
 use quasar_validator::audit::{Judgement, Subject};
 use quasar_validator::machine::audits::{Judged, OrderRead, Written, compare};
 use quasar_validator::machine::weights::{WeightSettings, WeightsMemory};
 use quasar_validator::machine::{ChainView, Effect, Ended, HeadFacts, Input, Machine, MachineSettings, OwnNeuron};
+use storage::StoreError;
 use storage::client::{GrantError, PutOutcome};
-use storage::{StoreError, bundle};
 
 use super::executor::{Life, WORLD};
 use super::net::Node as NodeId;
-use super::paper::{Identity, Scheme};
+use super::paper::Identity;
 use super::tensors;
 use super::world::World;
 
@@ -281,25 +281,18 @@ impl World {
 
     pub(super) async fn published<D: Document>(&self, id: NodeId, key: &str) -> Option<Box<D>> {
         let object = self.get(id, key, None).await.ok().flatten()?;
-        let opened = self.plan.scheme.open::<D>(&object.bytes, &self.context, Expect::Account(&self.office.account), None);
-        opened.ok().map(|verified| Box::new(verified.document))
-    }
-
-    fn open_bundle(&self, index: usize, header: &Header, sealed: &SealedBytes) -> Option<GrantBundle> {
-        match self.plan.scheme {
-            Scheme::Cheap => codec::decode(&sealed.ciphertext, 4 << 20).ok(),
-            Scheme::Ed25519 => bundle::open(&self.context, header, sealed, &self.validators[index].borrow().identity.secret).ok(),
-        }
+        self.open_office::<D>(&object.bytes).ok().map(|verified| Box::new(verified.document))
     }
 
     async fn read_order(&self, index: usize, id: NodeId, selection: &Selection) -> OrderRead {
         let account = self.validators[index].borrow().identity.account;
         let key = self.run.audit(&account, &selection.audit);
         let Ok(Some(object)) = self.get(id, &key, None).await else { return OrderRead::Absent };
-        let expect = Expect::Account(&self.office.account);
-        let Ok(order) = self.plan.scheme.open::<AuditOrder>(&object.bytes, &self.context, expect, None) else { return OrderRead::Absent };
+        let Ok(order) = self.open_office::<AuditOrder>(&object.bytes) else { return OrderRead::Absent };
         let read = compare(selection, &order.document);
-        let Some(grants) = self.open_bundle(index, &order.header, &order.document.sealed) else { return OrderRead::Absent };
+        let identity = self.validators[index].borrow().identity.clone();
+        let unsealed = self.plan.scheme.unseal(&self.context, &order.header, &order.document.sealed, &identity);
+        let Some(grants) = unsealed else { return OrderRead::Absent };
         self.validators[index].borrow_mut().memory.orders.insert(selection.audit, (order.document, grants));
         read
     }

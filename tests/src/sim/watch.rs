@@ -43,13 +43,19 @@ pub struct Violation {
     pub what: String,
 }
 
+/// Versions of a fragment that are never deleted.
+const VERSIONS_KEPT: u64 = 8;
+
 /// The names, for the documentation and for a test that keeps both together.
 pub const INVARIANTS: &[(&str, &str)] = &[
     ("merged_once", "each (fragment, version) comes from exactly one outer step, and each outer step has one manifest"),
     ("contribution_once", "a payload of a learner is merged at most once"),
     ("accepted_is_merged", "what was accepted before a pull closed is in its tape, and what is in the tape is in the manifest"),
     ("tape_fixes_merge", "a tape starts from the state that the step before it left, and is never contradicted"),
-    ("bit_identical", "the states and keyframes in the bucket are those that the tapes give, bit for bit, whoever completed them"),
+    (
+        "bit_identical",
+        "the states and keyframes in the bucket are those that the tapes give, bit for bit, whoever completed them; the newest eight are there",
+    ),
     ("head_monotone", "the head's versions, steps, log and state never go back"),
     ("head_names_what_exists", "keyframes, catalog pages and log heads that the head names lie in the bucket, with these digests"),
     ("one_pull_per_fragment", "at most one open pull of a fragment, and at most τ + 1 in all"),
@@ -71,6 +77,7 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ("only_writer", "an orchestrator that is alone is never fenced"),
     ("one_writer_per_epoch", "the head's epochs never fall, each is one process's, and a process that lost its lease ends"),
     ("banned_is_left_out", "what a banned hotkey sends is in no merge that was opened after the ban, and it holds no rows"),
+    ("restored_is_kept", "what a rollback goes back to lies in the bucket until it is there again"),
     ("page_before_rows", "a learner takes rows of a shard only after it has read and checked the catalog page that names it"),
     ("nobody_cries", "no machine logs an error that accuses the orchestrator"),
     ("run_completes", "once the faults are over, the run ends: every fragment merged, released, audited"),
@@ -605,6 +612,12 @@ impl Watch {
         self.hold(world, "only_writer", !is_alone, || "an orchestrator that is alone was fenced".into());
     }
 
+    /// A step of a rollback begins.
+    pub fn restored(&mut self, world: &World, tape: &Tape, is_kept: bool) {
+        let what = || format!("step {}: version {:?} of fragment {}", tape.t, tape.restores, tape.fragment);
+        self.hold(world, "restored_is_kept", is_kept, what);
+    }
+
     /// A learner works on a shard of the catalog.
     pub fn takes_rows(&mut self, world: &World, shard: &ShardManifest) {
         let is_first = world.setup.shards.iter().any(|own| own.id == shard.id);
@@ -624,7 +637,9 @@ impl Watch {
         let mut states: Vec<Vec<Digest>> =
             (0..world.plan.parameters.fragments).map(|fragment| vec![tensors::first_state(fragment)]).collect();
         let moves = |tape: &&Tape| self.manifests.get(&tape.t).is_some_and(|(_, merge)| merge.version > merge.base_version);
-        for tape in self.tapes.values().filter(moves).cloned().collect::<Vec<_>>() {
+        let moved: Vec<Tape> = self.tapes.values().filter(moves).cloned().collect();
+        let lasts = moved.iter().map(|tape| (tape.fragment, tape.base_version + 1)).collect::<BTreeMap<u16, u64>>();
+        for tape in moved {
             let versions = &mut states[usize::from(tape.fragment)];
             let (version, newest) = (versions.len() as u64, versions[versions.len() - 1]);
             let state = match tape.restores {
@@ -632,10 +647,10 @@ impl Watch {
                 None => tensors::merged(&newest, &tape),
             };
             versions.push(state);
-            let stored = world.peek(&world.run.state(tape.fragment, version));
-            let keyframe = world.peek(&world.run.keyframe(tape.fragment, version));
-            let agrees =
-                stored == Some(tensors::state_bytes(&state)) && keyframe == Some(tensors::keyframe_bytes(tape.fragment, version, &state));
+            let is_old = version + VERSIONS_KEPT <= lasts[&tape.fragment];
+            let agrees = |key: &str, bytes: Bytes| world.peek(key).map_or(is_old, |stored| stored == bytes);
+            let agrees = agrees(&world.run.state(tape.fragment, version), tensors::state_bytes(&state))
+                && agrees(&world.run.keyframe(tape.fragment, version), tensors::keyframe_bytes(tape.fragment, version, &state));
             self.hold(world, "bit_identical", agrees, || format!("fragment {} version {version}", tape.fragment));
         }
     }

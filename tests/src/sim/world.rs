@@ -11,7 +11,7 @@ use bytes::Bytes;
 use chain::memory::{MemoryChain, MemorySettings};
 use chain::{Chain, Hotkey, Hyperparameters, Neuron};
 use protocol::documents::{Action, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, Order, ReleaseRef};
-use protocol::envelope::{self, Context, Document, Expect, RunId, SKEW_MS, Verified};
+use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, RunId, SKEW_MS, Verified};
 use protocol::paths::{self, Keys, RunKeys};
 use protocol::{AccountId, Digest, FileRecord, KeyKind};
 use quasar_orchestrator::machine::{FragmentSetup, RunSetup, ShardRows, Slot};
@@ -369,12 +369,19 @@ impl World {
         &self.lease_key
     }
 
+    /// A document of the run that an orchestrator signed, however old it is.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn open_office<D: Document>(&self, bytes: &[u8]) -> Result<Verified<D>, EnvelopeError> {
+        self.plan.scheme.open(bytes, &self.context, Expect::Account(&self.office.account), None)
+    }
+
     /// Opens the head, which everybody reads: what is the same for all of them is done once.
     pub fn open_head(&self, object: &Object, now_ms: u64) -> Option<Verified<Head>> {
         let mut newest = self.newest_head.borrow_mut();
         if newest.as_ref().is_none_or(|(etag, _)| *etag != object.etag) {
-            let expect = Expect::Account(&self.office.account);
-            let opened = self.plan.scheme.open::<Head>(&object.bytes, &self.context, expect, None).ok()?;
+            let opened = self.open_office::<Head>(&object.bytes).ok()?;
             *newest = Some((object.etag.clone(), opened));
         }
         let (_, head) = newest.as_ref()?;

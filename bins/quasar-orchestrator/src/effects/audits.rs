@@ -30,7 +30,13 @@ impl Service {
     }
 
     /// Delivers the grants of an audit to its validator.
-    pub(super) async fn order_audit(&self, selection: &Selection, parts: &[(u64, Digest)], leases: Vec<Lease>) {
+    pub(super) async fn order_audit(
+        &self,
+        selection: &Selection,
+        recipient: Option<[u8; 32]>,
+        parts: &[(u64, Digest)],
+        leases: Vec<Lease>,
+    ) {
         let key = self.run.audit(&selection.validator, &selection.audit);
         let (hotkey, slot) = (selection.hotkey, selection.slot);
         persist(&key, || async {
@@ -53,7 +59,7 @@ impl Service {
                 wanted.iter().map(|request| self.store.presign(request)).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
             let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
             let header = header_for::<AuditOrder>(&self.context, self.signer.key(), sequence, now_ms);
-            let Some(recipient) = self.recipient(&selection.validator)? else {
+            let Some(recipient) = recipient else {
                 tracing::warn!(validator = %selection.validator, "audit not delivered: {}", Reason::NeedsCertificate.sentence());
                 return Ok(());
             };

@@ -1,14 +1,11 @@
 //! Sealed bundles of presigned requests.
 
-use std::sync::PoisonError;
-
 use bytes::Bytes;
-use chain::certificate;
 use daemon::clock;
 use protocol::documents::{Codec, PROGRESS_BYTES, PullGrants, SCORES_BYTES, StandingGrants};
 use protocol::envelope::{self, Document, Purpose, header_for};
 use protocol::schedule::keyframe_version;
-use protocol::{AccountId, GrantBundle, SealedBytes};
+use protocol::{GrantBundle, SealedBytes};
 use storage::{Presign, bundle};
 
 use super::Service;
@@ -60,12 +57,24 @@ impl Service {
                     }
                 }
             }
-            self.bundle::<StandingGrants>(slot.0, &wanted, |sealed| StandingGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed })
+            self.bundle::<StandingGrants>(mark.recipient, &wanted, |sealed| StandingGrants {
+                hotkey: slot.0,
+                slot: slot.1,
+                session_epoch,
+                sealed,
+            })
         })
         .await;
     }
 
-    pub(super) async fn publish_pull_grants(&self, revision: u64, slot: Slot, session_epoch: u64, wants: &[Want]) {
+    pub(super) async fn publish_pull_grants(
+        &self,
+        revision: u64,
+        slot: Slot,
+        session_epoch: u64,
+        recipient: Option<[u8; 32]>,
+        wants: &[Want],
+    ) {
         let key = self.run.pull_grants(&slot.0, slot.1);
         self.put_latest(&key, revision, || {
             let now_ms = clock::now_ms();
@@ -83,7 +92,7 @@ impl Service {
                     },
                 })
                 .collect();
-            self.bundle::<PullGrants>(slot.0, &wanted, |sealed| PullGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed })
+            self.bundle::<PullGrants>(recipient, &wanted, |sealed| PullGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed })
         })
         .await;
     }
@@ -97,23 +106,20 @@ impl Service {
         }
     }
 
-    /// The X25519 key to seal to for `hotkey`: its key certificate on chain, else that of an Ed25519 key; `None` where it needs a
-    /// certificate.
-    pub(super) fn recipient(&self, hotkey: &AccountId) -> Result<Option<[u8; 32]>, String> {
-        let certificates = self.certificates.lock().unwrap_or_else(PoisonError::into_inner);
-        let certificates = certificates.as_ref().ok_or("the chain's key certificates are not read yet")?;
-        Ok(certificate::recipient(hotkey, certificates.get(hotkey)))
-    }
-
-    /// Presigns, seals to `hotkey` and signs.
-    fn bundle<D: Document>(&self, hotkey: AccountId, wanted: &[Presign], document: impl Fn(SealedBytes) -> D) -> Result<Bytes, String> {
+    /// Presigns, seals to the X25519 key `recipient` and signs.
+    fn bundle<D: Document>(
+        &self,
+        recipient: Option<[u8; 32]>,
+        wanted: &[Presign],
+        document: impl Fn(SealedBytes) -> D,
+    ) -> Result<Bytes, String> {
         let now_ms = clock::now_ms();
         let requests =
             wanted.iter().map(|request| self.store.presign(request)).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
         let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
         let header = header_for::<D>(&self.context, self.signer.key(), sequence, now_ms);
         let purpose: Purpose = D::PURPOSE;
-        let sealed = match self.recipient(&hotkey)? {
+        let sealed = match recipient {
             Some(recipient) => bundle::seal_to(&self.context, purpose, &header, &recipient, &GrantBundle { requests })
                 .map_err(|error| error.to_string())?,
             // Nothing can be sealed to this hotkey: an empty bundle says that it was seen, and that it needs a certificate.

@@ -22,14 +22,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use chain::{Chain, KeyCertificate};
+use chain::Chain;
 use daemon::driver::{Executor, Inputs};
 use daemon::sequence::Sequence;
 use daemon::{Shutdown, clock};
 use protocol::documents::{CurrentRun, RunManifest};
 use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, Verified, open_stored};
 use protocol::paths::{Keys, RunKeys};
-use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest, Signer};
+use protocol::{Digest, FragmentPlan, KeyRef, ShardManifest, Signer};
 use storage::{ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
@@ -70,8 +70,6 @@ pub struct Service {
     pub stopped: Mutex<Option<&'static str>>,
     pub shutdown: Shutdown,
     pub(crate) watched: Mutex<(Vec<Slot>, Vec<Slot>)>,
-    /// Key certificates of the subnet; `None` before the chain was asked, when nobody can know what to seal to.
-    pub(crate) certificates: Mutex<Option<HashMap<AccountId, KeyCertificate>>>,
     /// Newest progress envelope of each slot.
     pub(crate) records: Mutex<HashMap<Slot, (Digest, Bytes)>>,
     pub(crate) head_etag: tokio::sync::Mutex<Option<String>>,
@@ -251,8 +249,8 @@ impl Executor for Hands {
             Effect::PublishStanding { revision, slot, validator, mark, cycle } => {
                 service.publish_standing(revision, slot, validator, &mark, cycle).await;
             }
-            Effect::PublishPullGrants { revision, slot, session_epoch, wants } => {
-                service.publish_pull_grants(revision, slot, session_epoch, &wants).await;
+            Effect::PublishPullGrants { revision, slot, session_epoch, recipient, wants } => {
+                service.publish_pull_grants(revision, slot, session_epoch, recipient, &wants).await;
             }
             Effect::StoreCommitment { slot, t, id, payload } => match service.store_commitment(slot, t, id, payload).await {
                 Some(Ok(id)) => inputs.send(Input::CommitmentStored { slot, t, id }).await,
@@ -286,8 +284,8 @@ impl Executor for Hands {
                 let keys = audits.into_iter().map(|audit| (audit, service.opening_key(&audit).1)).collect();
                 inputs.send(Input::OpeningKeys { keys }).await;
             }
-            Effect::OrderAudit { selection, parts, leases } => {
-                service.order_audit(&selection, &parts, leases).await;
+            Effect::OrderAudit { selection, recipient, parts, leases } => {
+                service.order_audit(&selection, recipient, &parts, leases).await;
                 inputs.send(Input::AuditOrdered { audit: selection.audit }).await;
             }
             Effect::ReadVerdict { audit, validator } => {

@@ -119,7 +119,6 @@ async fn poll_chain(service: Arc<Service>, inputs: Inputs<Input>, shutdown: Shut
                             recipient: certificate::recipient(&neuron.hotkey, certificates.get(&neuron.hotkey)),
                         })
                         .collect();
-                    *service.certificates.lock().unwrap_or_else(PoisonError::into_inner) = Some(certificates);
                     if now != guests {
                         tracing::info!(hotkeys = now.len(), validators = now.iter().filter(|guest| guest.validator).count(), "metagraph");
                         guests.clone_from(&now);

@@ -1,6 +1,6 @@
 //! Deletes what nobody needs any more. Tapes, manifests, commitments and receipts stay: they are small, and they are the record.
 
-use protocol::documents::Codec;
+use protocol::documents::{Codec, OPENING_PARTS};
 use storage::StoreError;
 
 use super::{Service, persist};
@@ -14,6 +14,9 @@ impl Service {
             if self.manifest.parameters.codec_down != Codec::Bf16 {
                 keys.push(self.run.delta(*fragment, *version));
             }
+        }
+        for ((hotkey, slot), audit) in &retired.openings {
+            keys.extend((0..OPENING_PARTS).map(|part| self.run.opening(hotkey, *slot, audit, part)));
         }
         keys.extend(retired.payloads.iter().map(|((hotkey, slot), t)| self.run.payload(hotkey, *slot, *t)));
         for release in &retired.releases {

@@ -232,7 +232,6 @@ impl Bucket {
             stopped: Default::default(),
             shutdown,
             watched: Default::default(),
-            certificates: std::sync::Mutex::new(Some(Default::default())),
             records: Default::default(),
             head_etag: Default::default(),
             outbox: Default::default(),

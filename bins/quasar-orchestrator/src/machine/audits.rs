@@ -7,11 +7,16 @@ use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-use super::{Effect, Key, Orchestrator, Slot, Want};
+use super::{Effect, Key, Orchestrator, Retired, Slot, Want};
 
 /// Largest part of an opening, in bytes for each element of the model: weights and two moments in f32, and room for the rest.
 const OPENING_BYTES_PER_ELEMENT: u64 = 16;
 const OPENING_BYTES_MIN: u64 = 16 << 20;
+/// Notices that the head has room for, of all slots and of one. A slot opens one after the other.
+const NOTICES_MAX: usize = 1_900;
+const NOTICES_OF_SLOT: usize = 4;
+/// Of a slot that has so many audits unopened, the oldest one is ordered unopened when another one comes.
+const UNOPENED_MAX: usize = 8;
 /// A verdict is awaited as long as the grants of its audit live, and looked for after so many polls.
 pub const VERDICT_MS: u64 = 6 * 3_600_000;
 const VERDICT_POLLS: u64 = 10;
@@ -20,14 +25,21 @@ const VERDICT_POLLS: u64 = 10;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct AuditCase {
     pub selection: Selection,
-    pub deadline_ms: u64,
-    /// Public key that the parts are sealed to.
+    /// Leases that it may need.
+    pub leases: Vec<u64>,
+    /// Public key that the parts are sealed to; none while its notice waits for room in the head.
     pub key: Option<[u8; 32]>,
+    /// When the time to open it is over, once it has a key.
+    pub deadline_ms: u64,
     pub parts: BTreeMap<u8, OpeningPart>,
     pub ordering: bool,
 }
 
 impl AuditCase {
+    pub(super) fn slot(&self) -> Slot {
+        (self.selection.hotkey, self.selection.slot)
+    }
+
     /// Whether the miner may still upload.
     pub fn is_opening(&self) -> bool {
         !self.ordering
@@ -43,6 +55,8 @@ impl AuditCase {
 pub(super) struct AwaitedVerdict {
     pub validator: AccountId,
     pub until_ms: u64,
+    /// Nothing more can be uploaded to its opening.
+    pub is_opened: bool,
     /// Outer step of the audited payload.
     pub t: u64,
 }
@@ -52,7 +66,8 @@ impl Orchestrator {
     pub(super) fn advance_audits(&mut self) {
         let fragments = u64::from(self.parameters().fragments);
         let (first, end) = (self.audit_cycle * fragments, (self.audit_cycle + 1) * fragments);
-        if self.closed_below >= end && self.volatile.beacon_asked != Some(self.audit_cycle) {
+        // Without a metagraph nobody could be selected.
+        if self.closed_below >= end && self.volatile.beacon_asked != Some(self.audit_cycle) && !self.guests.is_empty() {
             let last_block = self.manifests.range(first..end).map(|(_, manifest)| manifest.block).max();
             let Some(last_block) = last_block else {
                 self.audit_cycle += 1;
@@ -69,7 +84,7 @@ impl Orchestrator {
         let due: Vec<Digest> = self
             .audits
             .iter()
-            .filter(|(_, case)| case.is_opening() && (case.is_opened() || now_ms >= case.deadline_ms))
+            .filter(|(_, case)| case.is_opening() && (case.is_opened() || (case.key.is_some() && now_ms >= case.deadline_ms)))
             .map(|(audit, _)| *audit)
             .collect();
         for audit in due {
@@ -87,32 +102,59 @@ impl Orchestrator {
         let later = self.manifests.split_off(&((cycle + 1) * fragments));
         let merges: Vec<MergeManifest> = std::mem::replace(&mut self.manifests, later).into_values().collect();
         for merge in &merges {
-            let slots = merge.contributions.iter().map(|one| (one.hotkey, one.slot)).collect();
-            self.payloads.insert(merge.t, slots);
+            self.payloads.entry(merge.t).or_default().extend(merge.contributions.iter().map(|one| (one.hotkey, one.slot)));
         }
         let validators: Vec<AccountId> = self.guests.iter().filter(|guest| guest.validator).map(|guest| guest.hotkey).collect();
-        let deadline_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
         for selection in select(self.setup.run, cycle, block, hash, &merges, &validators) {
             tracing::debug!(cycle, hotkey = %selection.hotkey.short(), validator = %selection.validator.short(), t = selection.t, "audit selected");
-            let case = AuditCase { selection, deadline_ms, key: None, parts: BTreeMap::new(), ordering: false };
+            let slot = (selection.hotkey, selection.slot);
+            self.order_oldest_unopened(slot);
+            let leases = self.leases_of(slot, cycle);
+            let case = AuditCase { selection, leases, key: None, deadline_ms: 0, parts: BTreeMap::new(), ordering: false };
             self.audits.insert(case.selection.audit, case);
         }
         self.audit_cycle += 1;
         self.make_opening_keys();
     }
 
+    /// Who opens nothing does not hold up the audits of others for ever.
+    fn order_oldest_unopened(&mut self, slot: Slot) {
+        let unopened = || self.audits.values().filter(|case| case.is_opening() && case.slot() == slot);
+        if unopened().count() >= UNOPENED_MAX
+            && let Some(oldest) = unopened().min_by_key(|case| case.selection.cycle)
+        {
+            let audit = oldest.selection.audit;
+            self.order(audit);
+        }
+    }
+
+    /// Asks for the keys of the audits whose notices the head has room for, oldest first.
     fn make_opening_keys(&mut self) {
-        let audits: Vec<Digest> = self.audits.iter().filter(|(_, case)| case.key.is_none()).map(|(audit, _)| *audit).collect();
+        let mut noticed: BTreeMap<Slot, usize> = BTreeMap::new();
+        let mut room = NOTICES_MAX;
+        for case in self.audits.values().filter(|case| case.is_opening() && case.key.is_some()) {
+            *noticed.entry(case.slot()).or_default() += 1;
+            room = room.saturating_sub(1);
+        }
+        let mut waiting: Vec<&AuditCase> = self.audits.values().filter(|case| case.is_opening() && case.key.is_none()).collect();
+        waiting.sort_by_key(|case| case.selection.cycle);
+        waiting.retain(|case| {
+            let of_slot = noticed.entry(case.slot()).or_default();
+            *of_slot += 1;
+            *of_slot <= NOTICES_OF_SLOT
+        });
+        let audits: Vec<Digest> = waiting.into_iter().take(room).map(|case| case.selection.audit).collect();
         if !audits.is_empty() {
             self.emit(Effect::MakeOpeningKeys { audits });
         }
     }
 
-    /// From here on the notices of these audits are in the head.
+    /// From here on the notices of these audits are in the head, and the time to open them runs.
     pub(super) fn on_opening_keys(&mut self, keys: &[(Digest, [u8; 32])]) {
+        let deadline_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
         for (audit, key) in keys {
-            if let Some(case) = self.audits.get_mut(audit) {
-                case.key = Some(*key);
+            if let Some(case) = self.audits.get_mut(audit).filter(|case| case.key.is_none()) {
+                (case.key, case.deadline_ms) = (Some(*key), deadline_ms);
                 self.head_dirty = true;
             }
         }
@@ -125,11 +167,7 @@ impl Orchestrator {
         let mut changed = false;
         for part in &record.openings {
             let Some(case) = self.audits.get_mut(&part.audit) else { continue };
-            if (case.selection.hotkey, case.selection.slot) != slot
-                || part.part >= OPENING_PARTS
-                || part.length > limit
-                || !case.is_opening()
-            {
+            if case.slot() != slot || part.part >= OPENING_PARTS || part.length > limit || !case.is_opening() {
                 continue;
             }
             let known = case.parts.entry(part.part).or_insert_with(|| {
@@ -149,7 +187,7 @@ impl Orchestrator {
     pub(super) fn opening_wants(&self, slot: Slot) -> Vec<Want> {
         self.audits
             .values()
-            .filter(|case| case.is_opening() && (case.selection.hotkey, case.selection.slot) == slot)
+            .filter(|case| case.is_opening() && case.slot() == slot)
             .flat_map(|case| case.parts.values())
             .filter(|part| !part.uploaded)
             .map(|part| Want::WriteOnce {
@@ -165,18 +203,23 @@ impl Orchestrator {
         case.ordering = true;
         let parts = if case.is_opened() { case.parts.values().map(|part| (part.length, part.sha256)).collect() } else { Vec::new() };
         let selection = Box::new(case.selection.clone());
-        let leases = self.leases_of((selection.hotkey, selection.slot), selection.cycle);
+        let leases = case.leases.iter().filter_map(|id| self.leases.get(id)).map(|record| record.lease.clone()).collect();
+        let recipient = self.recipient(&selection.validator);
         self.head_dirty = true;
-        self.emit(Effect::OrderAudit { selection, parts, leases });
+        self.emit(Effect::OrderAudit { selection, recipient, parts, leases });
     }
 
     pub(super) fn on_audit_ordered(&mut self, audit: Digest) {
         let Some(case) = self.audits.remove(&audit) else { return };
         self.audits_ordered += 1;
         self.head_dirty = true;
-        let awaited =
-            AwaitedVerdict { validator: case.selection.validator, until_ms: self.volatile.now_ms + VERDICT_MS, t: case.selection.t };
+        let until_ms = self.volatile.now_ms + VERDICT_MS;
+        if !case.parts.is_empty() {
+            self.openings.insert(audit, (case.slot(), until_ms));
+        }
+        let awaited = AwaitedVerdict { validator: case.selection.validator, until_ms, t: case.selection.t, is_opened: case.is_opened() };
         self.verdicts_awaited.insert(audit, awaited);
+        self.make_opening_keys();
     }
 
     /// Looks for the verdicts of ordered audits, which go into the log.
@@ -193,12 +236,24 @@ impl Orchestrator {
             .map(|(audit, awaited)| Effect::ReadVerdict { audit: *audit, validator: awaited.validator })
             .collect();
         self.volatile.effects.extend(reads);
+        self.retire_openings();
+    }
+
+    /// Openings are as large as the learner's whole state: they go when their verdict is there, or nobody can read them any more.
+    fn retire_openings(&mut self) {
+        let now_ms = self.volatile.now_ms;
+        let over: Vec<(Slot, Digest)> =
+            self.openings.extract_if(.., |_, (_, until_ms)| *until_ms <= now_ms).map(|(audit, (slot, _))| (slot, audit)).collect();
+        self.delete(Retired { openings: over, ..Retired::default() });
     }
 
     pub(super) fn on_verdict(&mut self, audit: Digest, verdict: Option<(Digest, VerdictResult)>) {
         let Some((id, result)) = verdict else { return };
-        if self.verdicts_awaited.remove(&audit).is_none() {
-            return;
+        let Some(awaited) = self.verdicts_awaited.remove(&audit) else { return };
+        if awaited.is_opened
+            && let Some((_, until_ms)) = self.openings.get_mut(&audit)
+        {
+            *until_ms = self.volatile.now_ms;
         }
         match result {
             VerdictResult::Pass => self.verdicts.pass += 1,

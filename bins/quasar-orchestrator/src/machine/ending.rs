@@ -1,6 +1,7 @@
 //! Releases on schedule and at the end of the run, and what is deleted once nobody needs it (`docs/protocol.md`, outer step).
 
-use protocol::documents::{ReleaseRef, RunState};
+use protocol::Digest;
+use protocol::documents::{Codec, ReleaseRef, RunState};
 use protocol::log::LogKind;
 use protocol::schedule;
 use serde::{Deserialize, Serialize};
@@ -30,7 +31,14 @@ pub struct Retired {
     /// Keyframe and state of these versions; their manifests stay.
     pub versions: Vec<(u16, u64)>,
     pub payloads: Vec<(Slot, u64)>,
+    /// Openings of these audits of a learner.
+    pub openings: Vec<(Slot, Digest)>,
     pub releases: Vec<String>,
+}
+
+/// The first version that is kept whatever audits need. The way to every version that stays begins at a keyframe.
+fn first_kept(down: Codec, version: u64) -> u64 {
+    schedule::keyframe_version(down, (version + 1).saturating_sub(VERSIONS_KEPT))
 }
 
 impl Orchestrator {
@@ -46,8 +54,13 @@ impl Orchestrator {
         if self.state == RunState::Draining && is_closed {
             return self.release_now(true);
         }
+        if self.state != RunState::Open {
+            return;
+        }
         let every = u64::from(self.parameters().release_every_cycles);
-        if self.state == RunState::Open && every > 0 && lowest >= self.released_version + every {
+        let is_restored = self.release_due && self.restored_version().is_none();
+        if self.releasing.is_none() && (is_restored || (every > 0 && lowest >= self.released_version + every)) {
+            self.release_due = false;
             self.release_now(false);
         }
     }
@@ -56,7 +69,9 @@ impl Orchestrator {
     pub(super) fn drain(&mut self) {
         if self.state == RunState::Open {
             self.state = RunState::Draining;
-            self.closing_from.get_or_insert(self.next_t);
+            // A rollback has its round to itself.
+            let from = self.restoring.as_ref().map_or(self.next_t, |restoring| restoring.until);
+            self.closing_from.get_or_insert(from);
             self.head_dirty = true;
         }
     }
@@ -117,7 +132,21 @@ impl Orchestrator {
 
     /// The lowest version to which every fragment can still go back.
     pub(super) fn rollback_from(&self) -> u64 {
-        self.fragments.iter().map(|fragment| fragment.kept_from).max().unwrap_or(0)
+        self.fragments.iter().map(|fragment| fragment.kept_from.max(fragment.sure_from)).max().unwrap_or(0)
+    }
+
+    /// What a predecessor let go of after the snapshot is not known here: it was no more than this.
+    pub(super) fn doubt_versions(&mut self) {
+        let down = self.parameters().codec_down;
+        for fragment in &mut self.fragments {
+            fragment.sure_from = first_kept(down, fragment.version);
+        }
+    }
+
+    /// The version to which fragments are going back, until the last of them is there.
+    pub(super) fn restored_version(&self) -> Option<u64> {
+        let tapes = self.pulls.values().filter_map(|pull| pull.tape()?.restores);
+        tapes.chain(self.restoring.as_ref().map(|restoring| restoring.version)).min()
     }
 
     /// Lets go of what the newest merge made superfluous.
@@ -125,11 +154,11 @@ impl Orchestrator {
         let audited_from = self.audited_from();
         let mut retired = Retired::default();
         let releasing = self.releasing.as_ref().map(|releasing| releasing.versions.clone());
+        let restored = self.restored_version().unwrap_or(u64::MAX);
         let down = self.parameters().codec_down;
         for (index, fragment) in self.fragments.iter_mut().enumerate() {
-            let needed = releasing.as_ref().map_or(u64::MAX, |versions| versions[index]);
-            // The way to every version that stays begins at a keyframe.
-            let first = schedule::keyframe_version(down, (fragment.version + 1).saturating_sub(VERSIONS_KEPT));
+            let needed = releasing.as_ref().map_or(u64::MAX, |versions| versions[index]).min(restored);
+            let first = first_kept(down, fragment.version);
             while fragment.kept_from < first && fragment.kept_from + CYCLES_AFTER_AUDIT <= audited_from && fragment.kept_from < needed {
                 retired.versions.push((index as u16, fragment.kept_from));
                 fragment.kept_from += 1;
@@ -143,7 +172,7 @@ impl Orchestrator {
         self.delete(retired);
     }
 
-    fn delete(&mut self, retired: Retired) {
+    pub(super) fn delete(&mut self, retired: Retired) {
         if retired != Retired::default() {
             let number = self.next_revision();
             self.retiring.insert(number, retired.clone());

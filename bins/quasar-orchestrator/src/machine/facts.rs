@@ -112,14 +112,14 @@ pub struct Fragment {
     pub base_min: u64,
     /// Objects of older versions are deleted.
     pub kept_from: u64,
+    /// A predecessor may have deleted older ones.
+    pub sure_from: u64,
 }
 
 /// A fact.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Input {
-    /// A process begins to run this machine.
-    Started,
-    /// As [`Input::Started`], by a process that holds the writer lease with this epoch.
+    /// A process begins to run this machine; it holds the writer lease with this epoch.
     Claimed {
         epoch: u64,
     },
@@ -206,8 +206,6 @@ pub enum Input {
     Released {
         release: ReleaseRef,
     },
-    /// The operator asks for the end of the run.
-    Drain,
     /// The operator's next order.
     Order {
         order: StoredOrder,

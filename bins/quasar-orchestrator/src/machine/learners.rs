@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::timing::Average;
 use super::{Effect, Guest, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want};
 
-/// A learner that left so many pulls in a row without an answer is not waited for; it is pulled and merged all the same.
+/// A learner that left so many more pulls without an answer than it answered is not waited for; it is pulled and merged all the same.
 const MISSES_MAX: u8 = 3;
 
 /// What the orchestrator knows about a slot that has spoken.
@@ -23,16 +23,15 @@ pub struct Learner {
     pub stepped_ms: u64,
     pub loss: i64,
     pub lease: u64,
-    pub lease_step: u32,
     /// Leases held now, oldest first.
     pub leases: Vec<u64>,
-    /// Fragment versions applied, and steps since.
-    pub fragments: Vec<(u64, u32)>,
+    /// Steps since it applied the version that it has, for each fragment.
+    pub fragment_steps: Vec<u32>,
     pub contributions: u64,
     pub last_reason: Reason,
     /// What its steps take.
     pub step: Average,
-    /// Pulls in a row that it did not answer.
+    /// Pulls that it did not answer, less those that it answered since; at most [`MISSES_MAX`].
     pub misses: u8,
     pub job_dirty: bool,
     pub grants_dirty: bool,
@@ -51,9 +50,8 @@ impl Learner {
             stepped_ms: now_ms,
             loss: 0,
             lease: 0,
-            lease_step: 0,
             leases: Vec::new(),
-            fragments: Vec::new(),
+            fragment_steps: Vec::new(),
             contributions: 0,
             last_reason: Reason::None,
             step: Average::default(),
@@ -76,7 +74,7 @@ impl Learner {
     /// As [`Learner::can_answer`] for a pull of `fragment`: in the closing round one whose rows are used up has something, too, if it has
     /// trained since it applied the fragment's version.
     pub fn is_asked(&self, fragment: u16, is_closing: bool) -> bool {
-        let has_trained = || self.fragments.get(usize::from(fragment)).is_some_and(|(_, steps)| *steps > 0);
+        let has_trained = || self.fragment_steps.get(usize::from(fragment)).is_some_and(|steps| *steps > 0);
         let is_used_up = || self.live && self.state == LearnerState::Ready && self.local_step > 0;
         self.can_answer() || (is_closing && is_used_up() && has_trained())
     }
@@ -84,6 +82,10 @@ impl Learner {
     /// Whether it has not left pull after pull without an answer.
     pub fn answers_mostly(&self) -> bool {
         self.misses < MISSES_MAX
+    }
+
+    pub(super) fn note_answer(&mut self, answered: bool) {
+        self.misses = if answered { self.misses.saturating_sub(1) } else { (self.misses + 1).min(MISSES_MAX) };
     }
 
     /// Whether a pull waits for its answer.
@@ -131,11 +133,10 @@ impl Orchestrator {
         }
         learner.local_step = record.local_step;
         learner.loss = record.loss;
-        learner.fragments.clear();
-        learner.fragments.extend(record.fragments.iter().map(|fragment| (fragment.version, fragment.steps)));
+        learner.fragment_steps.clear();
+        learner.fragment_steps.extend(record.fragments.iter().map(|fragment| fragment.steps));
         if learner.leases.contains(&record.lease) {
             learner.lease = record.lease;
-            learner.lease_step = record.lease_step;
         }
         if before != (learner.live, learner.state, learner.local_step > 0) {
             self.pace.survey = true;
@@ -143,10 +144,11 @@ impl Orchestrator {
             self.pace.dirty.insert(slot);
         }
         let live = learner.live;
+        let step_ms = self.timing.step_ms();
         if let Some(lease) = self.leases.get_mut(&record.lease)
             && lease.slot == slot
         {
-            lease.reported = lease.reported.max(record.lease_step.min(lease.lease.steps));
+            lease.reported = lease.reported.max(record.lease_step.min(lease.possible(now_ms, step_ms)));
         }
         if live {
             self.extend_leases(slot);
@@ -245,6 +247,10 @@ impl Orchestrator {
     }
 
     fn refresh_pull_grants(&mut self, slot: Slot, now_ms: u64) {
+        // Nobody knows yet what to seal to; the metagraph brings it.
+        if self.guests.is_empty() {
+            return;
+        }
         let Some(learner) = self.learners.get_mut(&slot) else { return };
         if !std::mem::take(&mut learner.grants_dirty) && now_ms < learner.pull_grants_ms + PULL_GRANTS_REFRESH_MS {
             return;
@@ -263,8 +269,8 @@ impl Orchestrator {
         wants.extend(self.payload_wants(slot));
         wants.extend(self.opening_wants(slot));
         wants.extend(self.receipt_wants(slot));
-        let revision = self.next_revision();
-        self.emit(Effect::PublishPullGrants { revision, slot, session_epoch, wants });
+        let (revision, recipient) = (self.next_revision(), self.recipient(&slot.0));
+        self.emit(Effect::PublishPullGrants { revision, slot, session_epoch, recipient, wants });
     }
 }
 

@@ -23,17 +23,22 @@ const LEASES_KEPT_MAX: usize = 128;
 const RECEIPTS_AWAITED: usize = 2;
 /// A lease that nobody finishes ends after so many times the time it should take.
 const LEASE_DEADLINE_FACTOR: u64 = 20;
+/// A lease is believed to be used up at most at so many times the pace of all: a claim costs nothing, and takes no rows from the others.
+const PACE_MAX: u64 = 16;
 
 /// A lease and how far it got.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LeaseRecord {
     pub lease: Lease,
     pub slot: Slot,
+    /// Before this time none of it can be done: it was not given out, or the one before it was not used up. 0 if a writer before this
+    /// one gave it out.
+    pub from_ms: u64,
     /// Steps covered by commitments that are stored write-once.
     pub evidence: u32,
     /// Local steps done and head of the step chain at each of these commitments.
     pub committed: Vec<(u64, Digest)>,
-    /// Steps that the learner reported.
+    /// Steps that the learner reported, as far as the time since allows.
     pub reported: u32,
     pub receipt: ReceiptStage,
     pub ended: bool,
@@ -43,11 +48,17 @@ pub struct LeaseRecord {
     pub ended_t: u64,
 }
 
+/// Least time that a step is believed to take where a step of all takes `step_ms`.
+fn step_ms_min(step_ms: u64) -> u64 {
+    (step_ms / PACE_MAX).max(1)
+}
+
 impl LeaseRecord {
-    pub(super) fn new(lease: Lease, slot: Slot) -> Self {
+    pub(super) fn new(lease: Lease, slot: Slot, from_ms: u64) -> Self {
         Self {
             lease,
             slot,
+            from_ms,
             evidence: 0,
             committed: Vec::new(),
             reported: 0,
@@ -56,6 +67,12 @@ impl LeaseRecord {
             booking: None,
             ended_t: 0,
         }
+    }
+
+    /// Most steps of it that can be done by now where a step of all takes `step_ms`.
+    pub(super) fn possible(&self, now_ms: u64, step_ms: u64) -> u32 {
+        let steps = now_ms.saturating_sub(self.from_ms) / step_ms_min(step_ms);
+        self.lease.steps.min(u32::try_from(steps).unwrap_or(u32::MAX))
     }
 
     fn end(&self) -> LeaseEnd {
@@ -110,7 +127,7 @@ impl Orchestrator {
     fn grant_lease(&mut self, slot: Slot, schedule_start: u64) {
         let (steps, batch_rows) = (self.parameters().lease_steps, self.parameters().batch_rows);
         let id = self.next_lease;
-        let rows = self.ledger.lease(id, u64::from(steps) * u64::from(batch_rows));
+        let rows = self.ledger.lease(id, u64::from(steps) * u64::from(batch_rows), u64::from(batch_rows));
         let count: u64 = rows.iter().map(RowRange::rows).sum();
         // The last rows of an epoch may not fill a step: it is a shorter one then, or they would wait for ever.
         let steps = count.div_ceil(u64::from(batch_rows)) as u32;
@@ -121,6 +138,8 @@ impl Orchestrator {
         }
         self.next_lease += 1;
         let epoch = learner.session_epoch;
+        let used_up_ms = |record: &LeaseRecord| record.from_ms + u64::from(record.lease.steps) * step_ms_min(self.timing.step_ms());
+        let before = learner.leases.last().and_then(|last| self.leases.get(last)).map_or(0, used_up_ms);
         let step_ms = self.timing.step_ms().max(1_000);
         let lease = Lease {
             id,
@@ -135,7 +154,7 @@ impl Orchestrator {
         learner.job_dirty = true;
         learner.grants_dirty = true;
         self.pace.dirty.insert(slot);
-        self.leases.insert(id, LeaseRecord::new(lease, slot));
+        self.leases.insert(id, LeaseRecord::new(lease, slot, self.volatile.now_ms.max(before)));
     }
 
     pub(super) fn end_leases(&mut self, slot: Slot) {
@@ -187,10 +206,13 @@ impl Orchestrator {
         self.forget_leases(slot);
     }
 
-    /// Of the leases that are booked, only those stay that audits may need.
+    /// Of the leases that are booked, only those stay that audits need or may need.
     fn forget_leases(&mut self, slot: Slot) {
         let kept_from = self.next_t.saturating_sub(LEASES_KEPT_CYCLES * u64::from(self.parameters().fragments));
-        let is_booked = |(_, record): &(&u64, &LeaseRecord)| record.slot == slot && record.ended && record.booking.is_none();
+        let audited: BTreeSet<u64> =
+            self.audits.values().filter(|case| case.slot() == slot).flat_map(|case| case.leases.iter().copied()).collect();
+        let is_booked =
+            |(id, record): &(&u64, &LeaseRecord)| record.slot == slot && record.ended && record.booking.is_none() && !audited.contains(id);
         let booked: Vec<(u64, u64)> = self.leases.iter().filter(is_booked).map(|(id, record)| (*id, record.ended_t)).collect();
         let (older, most) = (booked.len().saturating_sub(LEASES_KEPT), booked.len().saturating_sub(LEASES_KEPT_MAX));
         for (number, (id, ended_t)) in booked.into_iter().take(older).enumerate() {
@@ -213,10 +235,10 @@ impl Orchestrator {
     }
 
     /// Leases of `slot` that an audit of its work in a cycle may need: its segment may have begun in the cycle before.
-    pub(super) fn leases_of(&self, slot: Slot, cycle: u64) -> Vec<Lease> {
+    pub(super) fn leases_of(&self, slot: Slot, cycle: u64) -> Vec<u64> {
         let from = cycle.saturating_sub(1) * u64::from(self.parameters().fragments);
-        let may_be = |record: &&LeaseRecord| record.slot == slot && (!record.ended || record.ended_t >= from);
-        self.leases.values().filter(may_be).map(|record| record.lease.clone()).collect()
+        let may_be = |(_, record): &(&u64, &LeaseRecord)| record.slot == slot && (!record.ended || record.ended_t >= from);
+        self.leases.iter().filter(may_be).map(|(id, _)| *id).collect()
     }
 }
 

@@ -1,7 +1,7 @@
 //! The orchestrator as a pure state machine: facts in, effects out.
 //!
 //! It knows digests, sizes, versions and reasons, never tensors; it takes time from its inputs. Every effect is idempotent by key
-//! and ends in an input, and [`Input::Started`] asks again for all that were open when the last process ended: that is the
+//! and ends in an input, and [`Input::Claimed`] asks again for all that were open when the last process ended: that is the
 //! whole recovery. A process without the journal of the last one begins with [`Input::Recovered`] instead.
 //!
 //! Progress records are almost all inputs, and most of them change nothing but a step count. What time alone makes due is
@@ -71,6 +71,7 @@ pub struct Orchestrator {
     epoch: u64,
     state: RunState,
     block: u64,
+    /// Sorted by hotkey.
     guests: Vec<Guest>,
     miners: BTreeSet<AccountId>,
     /// Hotkeys that the operator excluded, with the reason.
@@ -102,6 +103,8 @@ pub struct Orchestrator {
     audits_ordered: u64,
     /// Ordered audits whose verdict is awaited.
     verdicts_awaited: BTreeMap<Digest, AwaitedVerdict>,
+    /// Openings in the bucket, and until when they stay.
+    openings: BTreeMap<Digest, (Slot, u64)>,
     verdicts: VerdictCounts,
     log: Log,
     timing: Timing,
@@ -109,6 +112,8 @@ pub struct Orchestrator {
     release: ReleaseRef,
     /// A release that is being made.
     releasing: Option<Releasing>,
+    /// A release is to follow the rollback.
+    release_due: bool,
     /// Lowest fragment version of the last release.
     released_version: u64,
     /// Releases of this run, oldest first.
@@ -160,6 +165,7 @@ impl Orchestrator {
                 step_mean: 0,
                 base_min: 0,
                 kept_from: 0,
+                sure_from: 0,
             })
             .collect();
         Self {
@@ -190,12 +196,14 @@ impl Orchestrator {
             audits: BTreeMap::new(),
             audits_ordered: 0,
             verdicts_awaited: BTreeMap::new(),
+            openings: BTreeMap::new(),
             verdicts: VerdictCounts::default(),
             log: Log::default(),
             timing: Timing::default(),
             rate: Rate::default(),
             release: setup.release.clone(),
             releasing: None,
+            release_due: false,
             released_version: 0,
             releases: Vec::new(),
             orders: Orders::default(),
@@ -364,9 +372,26 @@ impl Orchestrator {
         }
     }
 
-    fn on_metagraph(&mut self, guests: Vec<Guest>) {
+    /// The X25519 key that documents for `hotkey` are sealed to; `None` where nothing can be.
+    fn recipient(&self, hotkey: &AccountId) -> Option<[u8; 32]> {
+        let place = self.guests.binary_search_by(|guest| guest.hotkey.cmp(hotkey)).ok()?;
+        self.guests[place].recipient
+    }
+
+    fn on_metagraph(&mut self, mut guests: Vec<Guest>) {
+        guests.sort_by_key(|guest| guest.hotkey);
+        let is_new = |guest: &&Guest| guest.recipient != self.recipient(&guest.hotkey);
+        let resealed: BTreeSet<AccountId> = guests.iter().filter(is_new).map(|guest| guest.hotkey).collect();
+        for (slot, learner) in self.learners.iter_mut().filter(|(slot, _)| resealed.contains(&slot.0)) {
+            learner.grants_dirty = true;
+            self.pace.dirty.insert(*slot);
+        }
         self.miners = guests.iter().filter(|guest| !guest.validator).map(|guest| guest.hotkey).collect();
         self.guests = guests;
+        // Whoever left the subnet is forgotten when its records have grown old.
+        self.learners.retain(|slot, learner| learner.live || self.miners.contains(&slot.0));
+        let knows = |hotkey: &AccountId| self.guests.binary_search_by(|guest| guest.hotkey.cmp(hotkey)).is_ok();
+        self.standing.retain(|slot, _| knows(&slot.0));
     }
 }
 
@@ -374,13 +399,12 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 6;
+    const LAYOUT: u32 = 7;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         self.volatile.now_ms = now_ms;
         self.note_input(&input);
         match input {
-            Input::Started => self.resume(),
             Input::Claimed { epoch } => {
                 self.epoch = epoch;
                 self.resume();
@@ -408,7 +432,6 @@ impl Machine for Orchestrator {
             Input::LogPublished => self.on_log_published(),
             Input::LogTaken { head } => self.on_log_taken(*head),
             Input::Released { release } => self.on_released(release),
-            Input::Drain => self.drain(),
             Input::Order { order } => self.on_order(order),
             Input::RetiredAll { number } => {
                 self.retiring.remove(&number);
@@ -420,6 +443,19 @@ impl Machine for Orchestrator {
 
     fn poll_effect(&mut self) -> Option<Effect> {
         self.volatile.effects.pop_front()
+    }
+
+    /// Of what is overwritten, only the newest counts.
+    fn replaces(new: &Effect, waiting: &Effect) -> bool {
+        match (new, waiting) {
+            (Effect::PublishStatus { .. }, Effect::PublishStatus { .. })
+            | (Effect::StoreSnapshot { .. }, Effect::StoreSnapshot { .. })
+            | (Effect::PublishCurrent, Effect::PublishCurrent) => true,
+            (Effect::PublishJob { job: new, .. }, Effect::PublishJob { job, .. }) => (new.hotkey, new.slot) == (job.hotkey, job.slot),
+            (Effect::PublishStanding { slot: new, .. }, Effect::PublishStanding { slot, .. })
+            | (Effect::PublishPullGrants { slot: new, .. }, Effect::PublishPullGrants { slot, .. }) => new == slot,
+            _ => false,
+        }
     }
 
     fn deadline(&self) -> Option<u64> {

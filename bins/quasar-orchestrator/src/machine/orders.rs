@@ -109,7 +109,7 @@ impl Orchestrator {
             }
             self.close_pull(t);
         }
-        Ok(format!("each fragment beyond version {version} goes back to it, as a new version"))
+        Ok(format!("each fragment beyond version {version} goes back to it, as a new version; then a release of that"))
     }
 
     /// The next step of a rollback. What is being merged comes first: the round begins from what that gives.
@@ -133,8 +133,15 @@ impl Orchestrator {
         };
         self.tape_at_once(tape);
         if self.next_t >= restoring.until {
-            self.restoring = None;
+            self.end_rollback();
         }
+    }
+
+    /// Every fragment is on its way back.
+    pub(super) fn end_rollback(&mut self) {
+        self.restoring = None;
+        // The newest release, and one that is being made, may hold what is taken back.
+        self.release_due = true;
     }
 
     /// An outer step that nobody is asked for.
@@ -152,9 +159,7 @@ impl Orchestrator {
         let slots: Vec<Slot> = self.learners.keys().filter(|slot| slot.0 == hotkey).copied().collect();
         for slot in &slots {
             self.end_leases(*slot);
-            for pull in self.pulls.values_mut().filter(|pull| pull.stage == PullStage::Open) {
-                pull.remove(slot);
-            }
+            self.remove_offers(*slot, |_| true);
             let Some(learner) = self.learners.get_mut(slot) else { continue };
             (learner.live, learner.last_reason) = (false, Reason::Banned);
             learner.job_dirty = true;

@@ -90,6 +90,14 @@ impl OpenPull {
         }
     }
 
+    /// What was decided, from then on.
+    pub(super) fn tape(&self) -> Option<&Tape> {
+        match &self.stage {
+            PullStage::Open => None,
+            PullStage::Taping(tape) | PullStage::Merging(tape) => Some(tape),
+        }
+    }
+
     fn count(&mut self, stage: OfferStage, by: isize) {
         if stage.is_pending() {
             self.pending = self.pending.saturating_add_signed(by);
@@ -115,7 +123,7 @@ impl OpenPull {
         Some(offer)
     }
 
-    pub(super) fn remove(&mut self, slot: &Slot) {
+    fn remove(&mut self, slot: &Slot) {
         if let Some(offer) = self.offers.remove(slot) {
             self.count(offer.stage, -1);
         }
@@ -307,9 +315,15 @@ impl Orchestrator {
 
     /// A new session answers for itself: what the old one did not finish is dropped, what was accepted stays.
     pub(super) fn withdraw_offers(&mut self, slot: Slot) {
-        for pull in self.pulls.values_mut() {
-            if pull.offers.get(&slot).is_some_and(|offer| offer.stage != OfferStage::Accepted) && pull.stage == PullStage::Open {
+        self.remove_offers(slot, |offer| offer.stage != OfferStage::Accepted);
+    }
+
+    /// Drops offers to open pulls. Their payloads may lie in the bucket and are in no manifest: they are deleted with those of their step.
+    pub(super) fn remove_offers(&mut self, slot: Slot, is_dropped: impl Fn(&Offer) -> bool) {
+        for (t, pull) in self.pulls.iter_mut().filter(|(_, pull)| pull.stage == PullStage::Open) {
+            if pull.offers.get(&slot).is_some_and(&is_dropped) {
                 pull.remove(&slot);
+                self.payloads.entry(*t).or_default().push(slot);
             }
         }
     }
@@ -366,7 +380,7 @@ impl Orchestrator {
         for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| is_judged && learner.is_asked(pull.fragment, closing)) {
             // A commitment alone is no answer: whoever only commits is not waited for either.
             let answers = |offer: &Offer| !matches!(offer.stage, OfferStage::Committed | OfferStage::Granted);
-            learner.misses = if pull.offers.get(slot).is_some_and(answers) { 0 } else { learner.misses.saturating_add(1) };
+            learner.note_answer(pull.offers.get(slot).is_some_and(answers));
         }
         self.pace.survey = true;
         let fragment = &self.fragments[usize::from(pull.fragment)];

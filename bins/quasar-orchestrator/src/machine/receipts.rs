@@ -5,7 +5,7 @@ use protocol::envelope::Purpose;
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
-use super::{Effect, Key, Orchestrator, Slot, Want};
+use super::{Effect, Key, LeaseRecord, Orchestrator, Slot, Want};
 
 /// How far the receipt of a lease got.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +29,10 @@ impl Orchestrator {
     /// Takes up an announced or uploaded receipt.
     pub(super) fn on_receipt(&mut self, slot: Slot, record: &Progress) {
         let Some(offer) = record.receipt else { return };
-        let Some(lease) = self.leases.get_mut(&offer.lease).filter(|lease| lease.slot == slot && !lease.ended) else { return };
+        let (now_ms, step_ms) = (self.volatile.now_ms, self.timing.step_ms());
+        // It stays in the learner's records: one that comes before it can be true is taken up later.
+        let is_due = |lease: &&mut LeaseRecord| lease.slot == slot && !lease.ended && lease.possible(now_ms, step_ms) == lease.lease.steps;
+        let Some(lease) = self.leases.get_mut(&offer.lease).filter(is_due) else { return };
         match lease.receipt {
             ReceiptStage::Awaited if offer.length <= Purpose::Receipt.limit() as u64 => {
                 lease.receipt = ReceiptStage::Granted { length: offer.length, sha256: offer.sha256 };

@@ -9,6 +9,7 @@ use bincode::config;
 use daemon::Machine;
 use protocol::Digest;
 use protocol::documents::{Head, Job, LearnerState, Lease, LeaseEnd, RowRange, RunState};
+use protocol::log::LogKind;
 
 use super::{BucketFacts, Effect, Learner, LeaseRecord, OpenPull, Orchestrator, PullStage, StepFact};
 
@@ -131,6 +132,11 @@ impl Orchestrator {
             self.next_t = self.next_t.max(t + 1);
         }
         self.take_over(&facts.head);
+        self.doubt_versions();
+        // A predecessor went through the round after the snapshot.
+        if self.restoring.as_ref().is_some_and(|restoring| self.next_t >= restoring.until) {
+            self.end_rollback();
+        }
         for order in facts.orders {
             self.on_order(order);
         }
@@ -156,6 +162,10 @@ impl Orchestrator {
         }
         let known = std::iter::once(&self.setup.release.release).chain(&self.releases).any(|name| *name == head.release.release);
         if !known {
+            // Made by a predecessor after the snapshot, and with it what the snapshot says is being made.
+            self.releasing = None;
+            self.released_version = self.fragments.iter().map(|fragment| fragment.version).min().unwrap_or(0);
+            self.log.add(LogKind::Release, head.release.manifest);
             self.releases.push(head.release.release.clone());
             self.release = head.release.clone();
         }
@@ -193,7 +203,7 @@ impl Orchestrator {
         if !self.ledger.adopt_lease(id, &lease.rows) {
             tracing::error!(lease = id, "rows of this lease are booked otherwise; the books stand");
         }
-        self.leases.insert(id, LeaseRecord::new(lease, slot));
+        self.leases.insert(id, LeaseRecord::new(lease, slot, 0));
         match self.learners.get(&slot).map(|learner| learner.session_epoch) {
             Some(session) if session > job.session_epoch => return self.end_lease(id),
             Some(session) if session == job.session_epoch => {}

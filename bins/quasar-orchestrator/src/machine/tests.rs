@@ -1,12 +1,13 @@
 //! The machine against a small world ([`world`]) on virtual time.
 
-use protocol::documents::{Job, LearnerState, RunState, Tape};
+use protocol::documents::{Action, Job, LearnerState, Order, RunState, Tape};
 use protocol::ledger::RowState;
 use protocol::log::{Frontier, LogEntry, LogHead, LogKind, LogRef};
 use protocol::{Reason, codec};
 
 use super::*;
 
+mod audits;
 mod catalog;
 mod leases;
 mod operator;
@@ -14,6 +15,11 @@ mod recovery;
 mod world;
 
 use world::*;
+
+fn order(number: u64, action: Action) -> Input {
+    let order = Ok(Order { number, action, reason: "for the test".into() });
+    Input::Order { order: StoredOrder { number, order } }
+}
 
 #[test]
 fn every_fragment_is_merged_as_often_as_the_run_says_and_the_end_is_released_once() {
@@ -132,7 +138,7 @@ fn a_machine_that_a_replay_has_left_asks_again_for_all_that_its_last_process_had
     world.machine.head_dirty = true;
     world.machine.handle(world.now_ms, Input::Tick);
     while world.machine.poll_effect().is_some() {}
-    world.machine.handle(world.now_ms, Input::Started);
+    world.machine.handle(world.now_ms, Input::Claimed { epoch: 2 });
     let effects: Vec<Effect> = std::iter::from_fn(|| world.machine.poll_effect()).collect();
     assert!(effects.iter().any(|effect| matches!(effect, Effect::Watch { live, .. } if live.len() == 2)), "{effects:?}");
     assert!(effects.iter().any(|effect| matches!(effect, Effect::PublishHead { .. })), "{effects:?}");
@@ -166,6 +172,25 @@ fn each_merged_learner_cycle_is_audited_once_and_opened() {
     assert_eq!(world.orders.len(), 12, "three learners, three cycles and the closing round");
     assert!(world.orders.iter().all(|(_, parts)| *parts == 3));
     assert_eq!(world.machine.status().audits_open, 0);
+}
+
+#[test]
+fn who_left_the_subnet_is_forgotten_and_counts_again_when_it_comes_back() {
+    let mut world = World::new(0, 3);
+    world.run(5_000);
+    let slot = world.learners[0].slot;
+    let all = world.guests.clone();
+    let rest = all.iter().filter(|guest| guest.hotkey != slot.0).cloned().collect::<Vec<_>>();
+    world.input(Input::Metagraph { guests: rest.clone() });
+    world.run(10_000);
+    world.input(Input::Metagraph { guests: rest });
+    assert!(!world.machine.learners.contains_key(&slot) && !world.machine.standing.contains_key(&slot));
+    assert!(world.machine.leases.values().all(|record| record.slot != slot || record.ended), "its rows came back");
+    world.input(Input::Metagraph { guests: all });
+    let from = world.machine.next_t;
+    world.learners[0].record.session_epoch += 1;
+    world.run(20_000);
+    assert!(world.tapes.range(from..).any(|(_, tape)| tape.inputs.iter().any(|input| input.hotkey == slot.0)));
 }
 
 #[test]
@@ -259,7 +284,7 @@ fn a_finished_lease_counts_by_its_receipt_and_without_one_by_its_commitments() {
 fn what_learners_trained_is_in_the_last_release_also_where_their_rows_run_out_in_the_closing_round() {
     let mut world = World::new(0, 3);
     world.run(10_000);
-    world.input(Input::Drain);
+    world.input(order(1, Action::Drain));
     world.learners.iter_mut().for_each(|learner| learner.is_used_up = true);
     world.until_complete(60_000);
     let closing: Vec<&MergeManifest> = world.merges.values().filter(|merge| merge.closing).collect();
@@ -277,7 +302,7 @@ fn draining_stops_leases_and_pulls_and_releases() {
     let mut world = World::new(0, 2);
     world.run(5_000);
     let opened = world.machine.next_t;
-    world.input(Input::Drain);
+    world.input(order(1, Action::Drain));
     world.until_complete(30_000);
     assert_eq!(world.machine.next_t, opened + u64::from(P), "the closing round");
     let opened = world.machine.next_t;

@@ -52,6 +52,8 @@ pub enum Effect {
         revision: u64,
         slot: Slot,
         session_epoch: u64,
+        /// The X25519 key to seal to, if there is one.
+        recipient: Option<[u8; 32]>,
         wants: Vec<Want>,
     },
     /// Keeps the record that commits to this payload.
@@ -89,6 +91,8 @@ pub enum Effect {
     },
     OrderAudit {
         selection: Box<Selection>,
+        /// The X25519 key of its validator, if there is one.
+        recipient: Option<[u8; 32]>,
         parts: Vec<(u64, Digest)>,
         leases: Vec<Lease>,
     },

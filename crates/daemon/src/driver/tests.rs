@@ -66,6 +66,10 @@ impl Machine for Toy {
         self.effects.pop_front()
     }
 
+    fn replaces(new: &Todo, waiting: &Todo) -> bool {
+        (new, waiting) == (&Todo::Farewell, &Todo::Farewell)
+    }
+
     fn deadline(&self) -> Option<u64> {
         self.next_tick_ms
     }
@@ -205,6 +209,20 @@ async fn no_more_effects_run_at_once_than_the_limit() {
     sender.await.unwrap();
     assert_eq!((machine.sum, exit), (420, Exit::Configuration));
     assert_eq!(executor.most.load(Ordering::SeqCst), 3);
+}
+
+#[tokio::test]
+async fn of_effects_that_replace_each_other_one_waits() {
+    let options = DriverOptions { in_flight_max: 1, ..DriverOptions::default() };
+    let executor = Arc::new(Doubler { pause: Duration::from_millis(50), ..Doubler::default() });
+    let mut driver = Driver::with_options(Recovered::fresh(fresh()), journal(), executor, options);
+    let mut batch = vec![Fact::Add(1), Fact::Stopping, Fact::Add(2), Fact::Stopping, Fact::Stopping];
+    driver.commit(&mut batch, 1).await.unwrap();
+    assert_eq!(driver.pending, [Todo::Double(1), Todo::Farewell, Todo::Double(2)]);
+    // What has begun is not taken back.
+    driver.begin_effects();
+    driver.commit(&mut vec![Fact::Add(1), Fact::Stopping], 2).await.unwrap();
+    assert_eq!(driver.pending, [Todo::Farewell, Todo::Double(2), Todo::Double(1)]);
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use super::*;
 
 fn of(ledger: &TokenLedger, id: u64, rows: u64) -> (TokenLedger, Vec<RowRange>) {
     let mut ledger = ledger.clone();
-    let ranges = ledger.lease(id, rows);
+    let ranges = ledger.lease(id, rows, 1);
     (ledger, ranges)
 }
 
@@ -13,7 +13,7 @@ fn rows_return_count_as_done_or_are_lost_exactly_once() {
     let mut ledger = TokenLedger::default();
     ledger.add_shard("a", 4, 128);
     ledger.add_shard("b", 10, 128);
-    let rows = ledger.lease(1, 6);
+    let rows = ledger.lease(1, 6, 1);
     assert_eq!(rows, [RowRange { shard: "a".into(), start: 0, end: 4 }, RowRange { shard: "b".into(), start: 0, end: 2 }]);
     ledger.add_shard("aa", 3, 128);
     ledger.end_lease(1, [("a", 2), ("a", 0), ("b", 1), ("a", 1), ("a", 3), ("b", 0)].into_iter(), 3, 1);
@@ -28,10 +28,10 @@ fn rows_return_count_as_done_or_are_lost_exactly_once() {
 fn a_new_epoch_begins_only_when_no_row_waits() {
     let mut ledger = TokenLedger::default();
     ledger.add_shard("a", 4, 10);
-    assert_eq!(ledger.lease(1, 4).len(), 1);
-    assert!(ledger.lease(2, 4).is_empty(), "leased rows do not come twice in an epoch");
+    assert_eq!(ledger.lease(1, 4, 1).len(), 1);
+    assert!(ledger.lease(2, 4, 1).is_empty(), "leased rows do not come twice in an epoch");
     ledger.end_lease(1, (0..4).map(|row| ("a", row)), 4, 0);
-    assert_eq!(ledger.lease(3, 2), [RowRange { shard: "a".into(), start: 0, end: 2 }]);
+    assert_eq!(ledger.lease(3, 2, 1), [RowRange { shard: "a".into(), start: 0, end: 2 }]);
     assert_eq!(ledger.totals().done_tokens, 40);
 }
 
@@ -41,7 +41,7 @@ fn a_shard_that_is_added_shifts_no_other() {
     for id in ["m", "q"] {
         ledger.add_shard(id, 8, 1);
     }
-    ledger.lease(1, 5);
+    ledger.lease(1, 5, 1);
     let (_, before) = of(&ledger, 2, 9);
     // Its id sorts first, and still nothing that was to come next moves.
     ledger.add_shard("a", 8, 1);
@@ -59,7 +59,7 @@ fn each_source_has_its_own_books() {
     ledger.add_shard_of("web", "a", 10, 100);
     ledger.add_shard_of("code", "b", 5, 100);
     ledger.add_shard_of("web", "c", 10, 100);
-    let ranges = ledger.lease(1, 12);
+    let ranges = ledger.lease(1, 12, 1);
     ledger.end_lease_whole(1, &ranges, true);
     let books: Vec<(&str, u64, u64)> =
         ledger.sources().iter().map(|(source, totals)| (source.as_str(), totals.done_tokens, totals.waiting_rows)).collect();
@@ -73,9 +73,42 @@ fn a_lease_that_was_given_out_before_is_taken_over_once() {
     let rows = [RowRange { shard: "a".into(), start: 2, end: 6 }];
     assert!(ledger.adopt_lease(7, &rows));
     assert!(!ledger.adopt_lease(8, &rows), "its rows do not wait any more");
-    assert_eq!(ledger.lease(9, 100).iter().map(RowRange::rows).sum::<u64>(), 6);
+    assert_eq!(ledger.lease(9, 100, 1).iter().map(RowRange::rows).sum::<u64>(), 6);
     ledger.end_lease_whole(7, &rows, false);
     assert_eq!(ledger.totals().waiting_rows, 4);
+}
+
+#[test]
+fn scattered_rows_are_leased_in_whole_batches_that_a_job_has_room_for() {
+    let mut ledger = TokenLedger::default();
+    let rows = 4 * RANGES_MAX as u64;
+    ledger.add_shard("a", rows, 1);
+    ledger.lease(1, rows, 192);
+    // Every second row comes back: none lies beside another.
+    let order = (0..rows).map(|place| ("a", place * 2 % rows + place * 2 / rows));
+    ledger.end_lease(1, order, rows / 2, 0);
+    let waiting = ledger.totals().waiting_rows;
+    assert_eq!(waiting, rows / 2);
+    let ranges = ledger.lease(2, rows, 192);
+    let leased: u64 = ranges.iter().map(RowRange::rows).sum();
+    assert_eq!(leased, RANGES_MAX as u64 / 192 * 192, "whole batches, and no more ranges than a job holds");
+    assert_eq!((ledger.totals().leased_rows, ledger.totals().waiting_rows), (leased, waiting - leased));
+    // The rest is given out by and by; only the last batch is not full.
+    let mut left = waiting - leased;
+    for id in 3.. {
+        let taken: u64 = ledger.lease(id, rows, 192).iter().map(RowRange::rows).sum();
+        assert!(taken.is_multiple_of(192) || taken == left, "{taken} of {left}");
+        left -= taken;
+        if left == 0 {
+            break;
+        }
+    }
+
+    for shard in 0..SHARDS_MAX + 1 {
+        ledger.add_shard(&format!("s{shard}"), 10, 1);
+    }
+    let ranges = ledger.lease(99, 1_000, 7);
+    assert_eq!(ranges.iter().map(RowRange::rows).sum::<u64>(), SHARDS_MAX as u64 * 10 / 7 * 7);
 }
 
 /// The rules, row by row.
@@ -104,7 +137,7 @@ proptest! {
                     }
                 }
             }
-            let ranges = ledger.lease(id, rows);
+            let ranges = ledger.lease(id, rows, 1);
             let mut order: Vec<(String, u64)> = ranges.iter().flat_map(|range| (range.start..range.end).map(|row| (range.shard.clone(), row))).collect();
             prop_assert!(order.len() as u64 <= rows);
             for (shard, row) in &order {

@@ -3,7 +3,9 @@
 use bytes::Bytes;
 use chain::Chain;
 use futures::FutureExt;
-use protocol::documents::{CatalogPage, Commitment, Job, Lease, LeaseEnd, Progress, PullGrants, Receipt, Tape, VerdictReveal};
+use protocol::documents::{
+    CatalogPage, Commitment, Job, Lease, LeaseEnd, OPENING_PARTS, Progress, PullGrants, Receipt, Tape, VerdictReveal,
+};
 use protocol::envelope::Expect;
 use protocol::log::LogHead;
 use protocol::{Digest, Reason};
@@ -44,13 +46,13 @@ impl Hands {
                 self.publish_standing(revision, slot, validator, &mark, cycle).await;
                 return None;
             }
-            Effect::PublishPullGrants { revision, slot, session_epoch, wants } => {
+            Effect::PublishPullGrants { revision, slot, session_epoch, recipient, wants } => {
                 let key = self.world.slot_keys(slot).pull.clone();
                 let make = || {
                     let wanted: Vec<Presign> = wants.iter().map(|want| self.presign_of(want)).collect();
                     self.world.watch.borrow_mut().grants(&self.world, &wanted);
                     let document = |sealed| PullGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed };
-                    self.bundle::<PullGrants>(&slot.0, &wanted, document)
+                    self.bundle::<PullGrants>(recipient, &wanted, document)
                 };
                 self.put_latest(&key, revision, make).await;
                 return None;
@@ -68,8 +70,7 @@ impl Hands {
             }
             Effect::WriteTape { tape } => {
                 let bytes = self.put_once(&self.world.run.tape(tape.t), &*tape).await;
-                let stored =
-                    self.world.plan.scheme.open::<Tape>(&bytes, &self.world.context, Expect::Account(&self.world.office.account), None);
+                let stored = self.world.open_office::<Tape>(&bytes);
                 Input::TapeWritten { tape: Box::new(stored.map_or_else(|_| (*tape).clone(), |verified| verified.document)) }
             }
             Effect::Merge { tape, rejected, previous_keyframe } => {
@@ -83,9 +84,9 @@ impl Hands {
             Effect::MakeOpeningKeys { audits } => {
                 Input::OpeningKeys { keys: audits.into_iter().map(|audit| (audit, Digest::blake3(&audit.0).0)).collect() }
             }
-            Effect::OrderAudit { selection, parts, leases } => {
+            Effect::OrderAudit { selection, recipient, parts, leases } => {
                 let audit = selection.audit;
-                self.order_audit(&selection, &parts, leases).await;
+                self.order_audit(&selection, recipient, &parts, leases).await;
                 Input::AuditOrdered { audit }
             }
             Effect::ReadVerdict { audit, validator } => {
@@ -104,9 +105,7 @@ impl Hands {
             }
             Effect::PublishLog { head } => {
                 let bytes = self.put_once(&self.world.run.log_after(head.previous), &*head).await;
-                let office = Expect::Account(&self.world.office.account);
-                let fixed = self.world.plan.scheme.open::<LogHead>(&bytes, &self.world.context, office, None);
-                let fixed = fixed.map_or_else(|_| (*head).clone(), |verified| verified.document);
+                let fixed = self.world.open_office::<LogHead>(&bytes).map_or_else(|_| (*head).clone(), |verified| verified.document);
                 let key = self.world.run.log(fixed.frontier.size());
                 self.persist(|| self.put_bytes_once(&key, bytes.clone())).await;
                 if fixed == *head { Input::LogPublished } else { Input::LogTaken { head: Box::new(fixed) } }
@@ -118,8 +117,7 @@ impl Hands {
             }
             Effect::RecordLeaseEnd { end } => {
                 let bytes = self.put_once(&self.world.run.lease_end(end.lease), &*end).await;
-                let office = Expect::Account(&self.world.office.account);
-                let stored = self.world.plan.scheme.open::<LeaseEnd>(&bytes, &self.world.context, office, None);
+                let stored = self.world.open_office::<LeaseEnd>(&bytes);
                 Input::LeaseEnded { end: stored.map_or(end, |verified| Box::new(verified.document)) }
             }
             Effect::Retire { number, retired } => {
@@ -146,8 +144,7 @@ impl Hands {
     async fn write_page(&self, page: u32, previous: Digest, shards: &[String]) -> StoredPage {
         let document = CatalogPage { page, previous, shards: shards.iter().map(|id| tensors::shard(id, tensors::SHARD_ROWS)).collect() };
         let bytes = self.put_once(&self.world.run.catalog(page), &document).await;
-        let opened =
-            self.world.plan.scheme.open::<CatalogPage>(&bytes, &self.world.context, Expect::Account(&self.world.office.account), None);
+        let opened = self.world.open_office::<CatalogPage>(&bytes);
         StoredPage::new(Digest::blake3(&bytes), &opened.map_or(document, |verified| verified.document))
     }
 
@@ -158,7 +155,7 @@ impl Hands {
         }
         let record = Job { leases: vec![lease.clone()], ..job.clone() };
         let bytes = self.put_once(&self.world.run.lease(lease.id), &record).await;
-        let stored = self.world.plan.scheme.open::<Job>(&bytes, &self.world.context, Expect::Account(&self.world.office.account), None);
+        let stored = self.world.open_office::<Job>(&bytes);
         if stored.is_ok_and(|stored| stored.document.leases == record.leases) {
             self.recorded.borrow_mut().insert(lease.id);
         }
@@ -171,8 +168,12 @@ impl Hands {
             .iter()
             .flat_map(|(fragment, version)| [self.world.run.keyframe(*fragment, *version), self.world.run.state(*fragment, *version)]);
         let payloads = retired.payloads.iter().map(|(slot, t)| self.world.slot_keys(*slot).own.payload(*t));
+        let openings = retired
+            .openings
+            .iter()
+            .flat_map(|(slot, audit)| (0..OPENING_PARTS).map(move |part| self.world.slot_keys(*slot).own.opening(audit, part)));
         let releases = retired.releases.iter().map(|release| self.world.keys.release_manifest(release));
-        for key in versions.chain(payloads).chain(releases) {
+        for key in versions.chain(payloads).chain(openings).chain(releases) {
             self.hold().await;
             self.world.delete(self.id, &key).await;
         }

@@ -1,15 +1,15 @@
 //! Bundles of presigned requests, and the audit orders that carry one.
 
 use bytes::Bytes;
+use protocol::audits::Selection;
 use protocol::documents::{
     AuditOrder, Lease, OpenedPart, PROGRESS_BYTES, SCORES_BYTES, StandingGrants, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES,
 };
 use protocol::envelope::{self, Document};
-use protocol::{AccountId, Digest, GrantBundle, SealedBytes, codec};
+use protocol::{Digest, GrantBundle, SealedBytes};
 use quasar_orchestrator::machine::{Key, Slot, StandingMark, VERDICT_MS, VERSIONS_AHEAD, Want};
-use storage::{ObjectStore, Presign, bundle};
+use storage::{ObjectStore, Presign};
 
-use super::super::paper::Scheme;
 use super::super::world::{BASE_FILE, BASE_RELEASE};
 use super::Hands;
 
@@ -67,28 +67,34 @@ impl Hands {
             }
             let session_epoch = mark.session_epoch;
             let document = |sealed| StandingGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed };
-            self.bundle::<StandingGrants>(&slot.0, &wanted, document)
+            self.bundle::<StandingGrants>(mark.recipient, &wanted, document)
         };
         self.put_latest(&key, revision, make).await;
     }
 
     /// Presigns, seals and signs.
-    pub(super) fn bundle<D: Document>(&self, hotkey: &AccountId, wanted: &[Presign], document: impl Fn(SealedBytes) -> D) -> Bytes {
+    pub(super) fn bundle<D: Document>(
+        &self,
+        recipient: Option<[u8; 32]>,
+        wanted: &[Presign],
+        document: impl Fn(SealedBytes) -> D,
+    ) -> Bytes {
         let requests = wanted.iter().filter_map(|request| self.world.store.presign(request).ok()).collect();
         let grants = GrantBundle { requests };
         let now_ms = self.world.clock_ms(self.id);
         let header = envelope::header_for::<D>(&self.world.context, self.world.office.signer.key(), self.next_sequence(now_ms), now_ms);
-        let sealed = match self.world.plan.scheme {
-            Scheme::Cheap => SealedBytes { encapsulated: [0; 32], ciphertext: codec::encode(&grants) },
-            Scheme::Ed25519 => {
-                let recipient = chain::certificate::recipient(hotkey, None).expect("an Ed25519 hotkey can be sealed to");
-                bundle::seal_to(&self.world.context, D::PURPOSE, &header, &recipient, &grants).expect("a point that is not weak")
-            }
-        };
+        let recipient = recipient.expect("an Ed25519 hotkey can be sealed to");
+        let sealed = self.world.plan.scheme.seal::<D>(&self.world.context, &header, &recipient, &grants);
         Bytes::from(envelope::sign_with_header(header, &document(sealed), &*self.world.office.signer))
     }
 
-    pub(super) async fn order_audit(&self, selection: &protocol::audits::Selection, parts: &[(u64, Digest)], leases: Vec<Lease>) {
+    pub(super) async fn order_audit(
+        &self,
+        selection: &Selection,
+        recipient: Option<[u8; 32]>,
+        parts: &[(u64, Digest)],
+        leases: Vec<Lease>,
+    ) {
         let key = self.world.run.audit(&selection.validator, &selection.audit);
         let (hotkey, slot) = (selection.hotkey, selection.slot);
         self.persist(|| async {
@@ -117,7 +123,7 @@ impl Hands {
                 sealed,
                 opening_key: SealedBytes { encapsulated: [0; 32], ciphertext: Vec::new() },
             };
-            let bytes = self.bundle::<AuditOrder>(&selection.validator, &wanted, document);
+            let bytes = self.bundle::<AuditOrder>(recipient, &wanted, document);
             self.put_bytes_once(&key, bytes).await.map(drop)
         })
         .await;

@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use protocol::documents::{WRITER_LEASE_MS, WriterLease};
-use protocol::envelope::{Expect, Verified};
+use protocol::envelope::Verified;
 use quasar_orchestrator::lease::{Candidate, Claim, Moment, Next, Trust, Wait, is_still, renewed};
 use storage::{PutCondition, StoreError};
 
@@ -31,8 +31,7 @@ impl Hands {
         match self.world.get(self.id, &self.world.run.writer_lease(), None).await {
             Ok(object) => {
                 let object = object?;
-                let office = Expect::Account(&self.world.office.account);
-                let lease = self.world.plan.scheme.open::<WriterLease>(&object.bytes, &self.world.context, office, None).ok()?;
+                let lease = self.world.open_office::<WriterLease>(&object.bytes).ok()?;
                 Some(Some((lease, object.etag.unwrap_or_default())))
             }
             Err(StoreError::NotFound { .. }) => Some(None),

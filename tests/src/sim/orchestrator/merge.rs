@@ -1,7 +1,6 @@
 //! A merge from its tape, and a release from the newest states.
 
 use protocol::documents::{Contribution, FragmentManifest, MergeManifest, Release, ReleaseRef, Tape};
-use protocol::envelope::Expect;
 use protocol::{Digest, FileRecord, Reason, codec};
 
 use super::super::tensors;
@@ -13,7 +12,11 @@ impl Hands {
         let mut manifest = MergeManifest::unmoved(&tape, previous.0, rejected);
         let mut keyframe_length = previous.1;
         let state = match tape.restores {
-            Some(earlier) => self.state(fragment, earlier).await,
+            Some(earlier) => {
+                let state = self.state(fragment, earlier).await;
+                self.world.watch.borrow_mut().restored(&self.world, &tape, state.is_some());
+                state
+            }
             None if tape.inputs.is_empty() => None,
             None => {
                 let base = self.persist(|| self.state(fragment, tape.base_version)).await;
@@ -53,9 +56,7 @@ impl Hands {
         manifest.contributions.sort_by_key(|contribution| (contribution.hotkey, contribution.slot));
         let bytes = self.put_once(&self.world.run.merge(tape.t), &manifest).await;
         let mut id = Digest::blake3(&bytes);
-        if let Ok(stored) =
-            self.world.plan.scheme.open::<MergeManifest>(&bytes, &self.world.context, Expect::Account(&self.world.office.account), None)
-        {
+        if let Ok(stored) = self.world.open_office::<MergeManifest>(&bytes) {
             (manifest, id) = (stored.document, stored.id);
         }
         (manifest, id, keyframe_length)

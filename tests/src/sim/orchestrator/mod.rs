@@ -327,7 +327,10 @@ impl World {
             }
             machine.handle(now_ms, input);
             while let Some(effect) = machine.poll_effect() {
-                node.waiting.push_back(effect);
+                match node.waiting.iter_mut().find(|waiting| Orchestrator::replaces(&effect, waiting)) {
+                    Some(waiting) => *waiting = effect,
+                    None => node.waiting.push_back(effect),
+                }
             }
         }
         if node.since_snapshot >= self.plan.snapshot_every {
@@ -439,7 +442,6 @@ impl World {
 /// A number for the trace.
 fn kind_of(input: &Input) -> u64 {
     match input {
-        Input::Started => 1,
         Input::Tick => 2,
         Input::Block { number } => 3 + (number << 8),
         Input::Metagraph { guests } => 4 + ((guests.len() as u64) << 8),
@@ -456,7 +458,6 @@ fn kind_of(input: &Input) -> u64 {
         Input::AuditOrdered { audit } | Input::Verdict { audit, .. } => 14 + (u64::from(audit.0[0]) << 8),
         Input::LogPublished => 15,
         Input::Released { .. } => 16,
-        Input::Drain => 17,
         Input::Claimed { epoch } => 19 + (epoch << 8),
         Input::Recovered { .. } => 20,
         Input::LogTaken { .. } => 21,

@@ -62,8 +62,7 @@ impl Hands {
         while next <= self.world.orders().len() as u64 {
             self.world.executor.sleep(interval_ms).await;
             let Ok(Some(object)) = self.world.get(self.id, &self.world.run.order(next), None).await else { continue };
-            let office = Expect::Account(&self.world.office.account);
-            let opened = self.world.plan.scheme.open::<Order>(&object.bytes, &self.world.context, office, None);
+            let opened = self.world.open_office::<Order>(&object.bytes);
             self.tell(Input::Order { order: StoredOrder::new(next, opened) });
             next += 1;
         }

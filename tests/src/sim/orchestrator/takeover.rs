@@ -6,7 +6,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use daemon::{Failure, Machine};
 use protocol::documents::Head;
-use protocol::envelope::{Document, EnvelopeError, Expect, Verified};
+use protocol::envelope::{Document, EnvelopeError, Verified};
 use quasar_orchestrator::machine::{Input, Orchestrator};
 use quasar_orchestrator::takeover::{Bucket, gather};
 use storage::PutCondition;
@@ -21,7 +21,7 @@ impl Bucket for Hands {
     }
 
     fn open<D: Document>(&self, bytes: &[u8]) -> Result<Verified<D>, EnvelopeError> {
-        self.world.plan.scheme.open(bytes, &self.world.context, Expect::Account(&self.world.office.account), None)
+        self.world.open_office(bytes)
     }
 }
 

@@ -48,11 +48,11 @@ fn what_cannot_join_is_refused_with_the_reason_and_the_next_order_is_taken() {
     world.input(add(1, &["held", "b"]));
     world.input(add(2, &["c"]));
     world.input(add(3, &["d"; CATALOG_PAGE_SHARDS + 1]));
-    world.input(Input::Drain);
-    world.input(add(4, &["e"]));
+    world.input(order(4, Action::Drain));
+    world.input(add(5, &["e"]));
     let outcomes = world.machine.status().outcomes;
-    assert_eq!(outcomes.iter().map(|outcome| outcome.done).collect::<Vec<_>>(), [false, true, false, false], "{outcomes:?}");
-    for (outcome, part) in outcomes.iter().zip(["is held out", "in the run", "257 shards are more", "the run is ending"]) {
+    assert_eq!(outcomes.iter().map(|outcome| outcome.done).collect::<Vec<_>>(), [false, true, false, true, false], "{outcomes:?}");
+    for (outcome, part) in outcomes.iter().zip(["is held out", "in the run", "257 shards are more", "draining", "the run is ending"]) {
         assert!(outcome.text.contains(part), "{outcome:?}");
     }
     assert_eq!((world.pages.len(), world.machine.ledger.shards()), (1, 2));

@@ -1,6 +1,6 @@
 //! Rows at the end of an epoch, and leases that nobody finishes.
 
-use protocol::documents::RowRange;
+use protocol::documents::{ReceiptOffer, RowRange};
 
 use super::*;
 
@@ -41,6 +41,31 @@ fn a_learner_that_is_there_and_does_not_train_keeps_its_rows_until_the_deadline_
     let newer = world.machine.leases.iter().any(|(id, record)| record.slot == slot && !record.ended && *id > first);
     assert!(newer, "it gets others in their place");
     assert!(world.machine.ledger.totals().leased_rows <= 3 * 3 * 2 * 4, "nothing piles up");
+}
+
+#[test]
+fn claims_take_rows_no_faster_than_steps_can_be() {
+    let mut world = World::new(0, 4);
+    world.run(10_000);
+    let slot = world.learners[0].slot;
+    let leased = |world: &World| -> u64 {
+        let of_slot = world.leases.values().filter(|job| job.hotkey == slot.0);
+        of_slot.flat_map(|job| &job.leases).map(|lease| u64::from(lease.steps)).sum()
+    };
+    let (before, from_ms) = (leased(&world), world.now_ms);
+    // It says of each lease that it is used up, and hands in receipts of steps that it did not do.
+    for _ in 0..100 {
+        let newest = world.learners[0].lease_steps.last_key_value().map(|(id, steps)| (*id, *steps)).unwrap();
+        let record = &mut world.learners[0].record;
+        if newest.0 != record.lease {
+            record.receipt = Some(ReceiptOffer { lease: record.lease, length: 100, sha256: Digest::ZERO, uploaded: false });
+        }
+        (record.lease, record.lease_step) = newest;
+        world.run(100);
+    }
+    let steps = (world.now_ms - from_ms) / world.machine.timing.step_ms();
+    let taken = leased(&world) - before;
+    assert!(taken <= 16 * steps + 3 * 24, "{taken} steps of rows in the time of {steps} steps");
 }
 
 #[test]

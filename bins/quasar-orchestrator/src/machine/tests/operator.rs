@@ -1,13 +1,6 @@
 //! Orders of the operator, releases on schedule, and learners that are not as they should be.
 
-use protocol::documents::{Action, Order};
-
 use super::*;
-
-fn order(number: u64, action: Action) -> Input {
-    let order = Ok(Order { number, action, reason: "for the test".into() });
-    Input::Order { order: StoredOrder { number, order } }
-}
 
 #[test]
 fn a_rollback_gives_every_fragment_the_earlier_state_as_a_new_version() {
@@ -36,6 +29,69 @@ fn a_rollback_gives_every_fragment_the_earlier_state_as_a_new_version() {
     let merged = world.tapes.values().filter(|tape| tape.t > restored_last(&world) && !tape.inputs.is_empty()).count();
     assert!(merged > 0, "training goes on from there");
     assert!(world.machine.status().outcomes[0].done);
+}
+
+#[test]
+fn what_a_rollback_goes_back_to_is_not_deleted_meanwhile_and_a_release_follows() {
+    for offset in 0..12 {
+        let mut setup = setup(0);
+        setup.parameters.audit.opening_ms = 3_600_000;
+        let mut world = World::of(setup, 3);
+        world.opens_nothing = Some(world.learners[0].slot);
+        world.run(60_000 + offset * 300);
+        let target = world.machine.rollback_from();
+        assert!(target > 0, "something was deleted before");
+        // Audits come to an end while the order is on its way: what they let go of is deleted with the next merge.
+        world.machine.audits.clear();
+        world.machine.verdicts_awaited.clear();
+        world.machine.audit_cycle += 8;
+        world.input(order(1, Action::Rollback { version: target }));
+        world.run(10_000);
+        let restored: BTreeSet<u16> = world.tapes.values().filter(|tape| tape.restores == Some(target)).map(|tape| tape.fragment).collect();
+        assert_eq!(restored.len(), usize::from(P));
+        assert_eq!(world.released, 1, "the newest release does not hold what was taken back");
+        assert!(world.machine.rollback_from() > target, "afterwards it may go");
+    }
+}
+
+#[test]
+fn a_drain_that_is_ordered_during_a_rollback_has_its_own_closing_round() {
+    let mut world = World::new(0, 3);
+    world.run(20_000);
+    let target = world.machine.fragment_versions().into_iter().min().unwrap() - 1;
+    let machine = &mut world.machine;
+    machine.handle(world.now_ms, order(1, Action::Rollback { version: target }));
+    machine.handle(world.now_ms, order(2, Action::Drain));
+    let effects: Vec<Effect> = std::iter::from_fn(|| machine.poll_effect()).collect();
+    let inputs: Vec<Input> = effects.into_iter().filter_map(|effect| world.execute(effect)).collect();
+    inputs.into_iter().for_each(|input| world.input(input));
+    world.until_complete(60_000);
+    let fragments = |is_of: fn(&&Tape) -> bool| world.tapes.values().filter(is_of).map(|tape| tape.fragment).collect::<BTreeSet<_>>();
+    assert_eq!(fragments(|tape| tape.restores.is_some()).len(), usize::from(P));
+    assert_eq!(fragments(|tape| tape.closing && !tape.inputs.is_empty()).len(), usize::from(P), "each is pulled once more");
+}
+
+#[test]
+fn a_rollback_that_a_predecessor_went_through_is_not_gone_on_with() {
+    let mut world = World::new(0, 3);
+    world.run(20_000);
+    let target = world.machine.fragment_versions().into_iter().min().unwrap() - 1;
+    world.holds_releases = true;
+    world.input(order(1, Action::Rollback { version: target }));
+    let snapshot = world.snapshot.clone();
+    world.run(1_500);
+    assert!(world.machine.restoring.is_none(), "the round is over");
+    let restored = |world: &World| world.tapes.values().filter(|tape| tape.restores.is_some()).count();
+    let before = restored(&world);
+    world.snapshot = snapshot;
+    let recovered = world.recover_from_bucket();
+    assert!(world.machine.restoring.is_some(), "the snapshot is in the middle of it");
+    world.loses_disk = true;
+    world.input(recovered);
+    let newest = world.machine.fragment_versions().into_iter().max().unwrap();
+    assert_eq!(world.machine.rollback_from(), newest + 1 - 8, "what the predecessor may have deleted is not gone back to");
+    world.run(10_000);
+    assert_eq!(restored(&world), before);
 }
 
 fn restored_last(world: &World) -> u64 {
@@ -152,11 +208,11 @@ fn a_release_that_is_under_way_is_asked_for_again_after_a_crash_and_the_last_one
     world.holds_releases = true;
     world.input(order(1, Action::Release));
     assert!(world.machine.releasing.is_some());
-    world.input(Input::Drain);
+    world.input(order(2, Action::Drain));
     world.run(10_000);
     assert_eq!((world.machine.state(), world.released), (RunState::Draining, 0), "the last release waits for the one under way");
     world.holds_releases = false;
-    world.input(Input::Started);
+    world.input(Input::Claimed { epoch: 2 });
     world.until_complete(10_000);
     assert_eq!(world.released, 2);
 }
@@ -193,6 +249,18 @@ fn a_learner_that_counts_its_steps_as_it_likes_moves_no_schedule() {
     let ((before, merges), (after, merges_with_liar)) = (honest(false), honest(true));
     assert!(after * 10 >= before * 8 && after * 10 <= before * 12, "{before} ms became {after} ms");
     assert!(merges_with_liar <= merges * 5 / 4, "H does not collapse: {merges} merges became {merges_with_liar}");
+}
+
+#[test]
+fn a_learner_that_leaves_two_pulls_of_three_unanswered_is_waited_for_no_more_than_one_that_leaves_all() {
+    let mut learner = Learner::of_session(1, 0);
+    let waited = (0..30).filter(|pull| {
+        learner.note_answer(pull % 3 == 2);
+        learner.answers_mostly()
+    });
+    assert!(waited.count() <= 15);
+    (0..3).for_each(|_| learner.note_answer(true));
+    assert!(learner.answers_mostly(), "who answers again is waited for again");
 }
 
 #[test]

@@ -239,6 +239,8 @@ pub(super) struct World {
     pub(super) holds_releases: bool,
     /// Nor do deletions.
     pub(super) holds_deletions: bool,
+    /// This learner opens no audit.
+    pub(super) opens_nothing: Option<Slot>,
     /// This learner counts ten steps for each.
     pub(super) liar: Option<usize>,
     /// Inputs from here on, for a twin.
@@ -279,6 +281,7 @@ impl World {
             bundles: 0,
             holds_releases: false,
             holds_deletions: false,
+            opens_nothing: None,
             liar: None,
             record: None,
         };
@@ -310,7 +313,7 @@ impl World {
                 }
                 let bytes = bincode::serde::encode_to_vec(&self.machine, bincode::config::standard()).unwrap();
                 self.machine = bincode::serde::decode_from_slice(&bytes, bincode::config::standard()).unwrap().0;
-                queue.push_back(Input::Started);
+                queue.push_back(Input::Claimed { epoch: self.machine.epoch() });
                 continue;
             }
             while let Some(effect) = self.machine.poll_effect() {
@@ -403,6 +406,8 @@ impl World {
                 Some(Input::TapeWritten { tape: Box::new(tape) })
             }
             Effect::Merge { tape, rejected, previous_keyframe } => {
+                let source = (tape.fragment, tape.restores.unwrap_or(tape.base_version));
+                assert!(!self.retired.iter().any(|retired| retired.versions.contains(&source)), "{source:?} is deleted");
                 let manifest = self.merges.entry(tape.t).or_insert_with(|| merge(&tape, rejected, previous_keyframe)).clone();
                 self.trace.push(format!("merge {} v{}", manifest.t, manifest.version));
                 let id = Digest::blake3(&codec::encode(&manifest));
@@ -478,6 +483,9 @@ impl World {
 
     pub(super) fn open_audits(&mut self, index: usize, head: &Head) {
         let sim = &mut self.learners[index];
+        if self.opens_nothing == Some(sim.slot) {
+            return;
+        }
         for notice in &head.notices {
             let Notice::OpenAudit { audit, hotkey, key, .. } = notice;
             assert_eq!(*key, audit.0, "the key that was made for this audit");

@@ -1,0 +1,105 @@
+//! Audits that wait for room in the head, and openings that are let go of.
+
+use protocol::audits::Selection;
+use protocol::documents::Notice;
+use protocol::envelope::Purpose;
+
+use super::*;
+
+/// No learner of the small world has it.
+const SLOT: u8 = 7;
+
+fn case(hotkey: u16, cycle: u64) -> (Digest, AuditCase) {
+    let (slot, [low, high]) = (SLOT, hotkey.to_le_bytes());
+    let audit = Digest::derive("audit", &[&[low, high, slot], &cycle.to_le_bytes()]);
+    let hotkey = AccountId(std::array::from_fn(|place| if place == 0 { low } else { high }));
+    let selection = Selection { audit, validator: miner(200), cycle, hotkey, slot, t: cycle * u64::from(P), beacon_block: 1 };
+    (audit, AuditCase { selection, leases: Vec::new(), key: None, deadline_ms: 0, parts: BTreeMap::new(), ordering: false })
+}
+
+#[test]
+fn the_head_has_room_for_the_notices_of_a_whole_subnet_and_the_rest_waits() {
+    let mut world = World::new(0, 2);
+    world.run(1_000);
+    // A hundred slots that have opened nothing for long, and 500 that were selected since.
+    for cycle in 0..20 {
+        world.machine.audits.extend((0..100).map(|hotkey| case(hotkey, cycle)));
+    }
+    for cycle in 20..23 {
+        world.machine.audits.extend((100..600).map(|hotkey| case(hotkey, cycle)));
+    }
+    let size = |world: &World| codec::encode(&world.machine.head()).len();
+    let noticed = |world: &World| -> BTreeMap<AccountId, usize> {
+        let mut of_slots = BTreeMap::new();
+        for notice in world.machine.head().notices {
+            let Notice::OpenAudit { hotkey, .. } = notice;
+            *of_slots.entry(hotkey).or_default() += 1;
+        }
+        of_slots
+    };
+    world.input(Input::Claimed { epoch: 2 });
+    assert!(size(&world) > 128 << 10 && size(&world) <= Purpose::Head.limit(), "{} bytes", size(&world));
+    let first = noticed(&world);
+    assert_eq!(first.len(), 600, "nobody takes the room of the others");
+    assert!(first.values().all(|count| *count <= 4), "{first:?}");
+    // Who waited is noticed when there is room, and has all the time that the others had.
+    let is_shown = |case: &&AuditCase| case.key.is_some() && case.slot().1 == SLOT;
+    let shown: BTreeSet<Digest> = world.machine.audits.values().filter(is_shown).map(|case| case.selection.audit).collect();
+    world.run(20_000);
+    let later: Vec<&AuditCase> = world.machine.audits.values().filter(is_shown).collect();
+    assert_eq!((shown.len(), later.len()), (1_900, 100 * 4));
+    assert!(later.iter().all(|case| !shown.contains(&case.selection.audit) && case.deadline_ms > world.now_ms + 15_000));
+    world.run(80_000);
+    assert!(world.machine.audits.values().all(|case| case.slot().1 != SLOT));
+}
+
+#[test]
+fn of_a_slot_that_opens_nothing_only_so_many_audits_stay_open() {
+    let mut setup = setup(0);
+    setup.parameters.audit.opening_ms = 3_600_000;
+    let mut world = World::of(setup, 3);
+    world.run(5_000);
+    let slot = world.learners[0].slot;
+    world.opens_nothing = Some(slot);
+    world.run(60_000);
+    let open = world.machine.audits.values().filter(|case| case.slot() == slot).count();
+    assert_eq!(open, 8);
+    let ordered = world.orders.iter().filter(|(selection, parts)| selection.hotkey == slot.0 && *parts == 0).count();
+    assert!(ordered > 3, "{ordered} were ordered unopened");
+    assert!(world.orders.iter().all(|(selection, parts)| selection.hotkey == slot.0 || *parts == 3), "the others open theirs");
+    // Its leases stay as long as an order may have to name them.
+    let machine = &world.machine;
+    let needed = machine.audits.values().flat_map(|case| &case.leases);
+    assert!(needed.clone().count() > 0 && needed.clone().all(|id| machine.leases.contains_key(id)));
+}
+
+#[test]
+fn openings_are_deleted_once_each_when_their_verdict_is_there() {
+    let mut world = World::new(0, 3);
+    world.run(60_000);
+    let opened: BTreeSet<Digest> = world.orders.iter().filter(|(_, parts)| *parts > 0).map(|(selection, _)| selection.audit).collect();
+    let deleted: Vec<Digest> = world.retired.iter().flat_map(|retired| retired.openings.iter().map(|(_, audit)| *audit)).collect();
+    let once: BTreeSet<Digest> = deleted.iter().copied().collect();
+    assert!(once.len() > 6 && once.len() == deleted.len() && once.is_subset(&opened), "{} of {}", deleted.len(), opened.len());
+    assert!(opened.len() - once.len() <= 6, "{} are left", opened.len() - once.len());
+}
+
+#[test]
+fn an_order_is_sealed_to_the_key_that_the_machine_knows_also_while_the_chain_is_away() {
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    // A process begins, and nobody answers for the chain: no metagraph comes.
+    world.machine.handle(world.now_ms, Input::Claimed { epoch: 2 });
+    let effects: Vec<Effect> = std::iter::from_fn(|| world.machine.poll_effect()).collect();
+    let of = |slot: &Slot| Some([slot.0.0[0]; 32]);
+    let mut sealed = 0;
+    for effect in &effects {
+        match effect {
+            Effect::PublishPullGrants { slot, recipient, .. } => assert_eq!(*recipient, of(slot)),
+            Effect::PublishStanding { slot, mark, .. } => assert_eq!(mark.recipient, of(slot)),
+            _ => continue,
+        }
+        sealed += 1;
+    }
+    assert!(sealed >= 5, "{effects:?}");
+}
