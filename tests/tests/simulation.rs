@@ -56,7 +56,7 @@ fn long_runs_delete_what_nobody_needs_and_nothing_else() {
         plan.orders.push((at_ms, Action::Rollback { version: 5 + seed % 3 }));
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         let outcome = sim::run(plan);
-        must_hold(seed, 6, &outcome);
+        must_hold(&outcome, &this_test(seed, "releases and a rollback added"));
         assert!(outcome.status["rollback_from"].as_u64() > Some(0), "nothing was deleted");
         let is_done = |order: &&serde_json::Value| order["done"] == true && order["text"].to_string().contains("goes back");
         rollbacks += outcome.status["outcomes"].as_array().map_or(0, |orders| orders.iter().filter(is_done).count());

@@ -15,6 +15,7 @@
 //! stand ([`tensors`]). The same seed gives the same world, event by event.
 
 mod books;
+mod ear;
 pub mod executor;
 mod learner;
 mod net;
