@@ -321,6 +321,8 @@ mod tests {
 
     use super::*;
 
+    type Change = fn(&mut RunParameters);
+
     #[test]
     fn parameters_that_no_run_can_have_are_refused_with_what_to_write_instead() {
         let key = Ed25519Signer::from_seed([1; 32]).key();
@@ -329,21 +331,21 @@ mod tests {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/run-devnet.toml");
         let good = RunFile::read(Path::new(file)).unwrap().parameters;
         check(&good, &root).unwrap();
-        let refused = |change: &dyn Fn(&mut RunParameters)| {
+        let refused = |change: Change| {
             let mut parameters = good.clone();
             change(&mut parameters);
             check(&parameters, &root).unwrap_err().to_string()
         };
-        let changes: [(&dyn Fn(&mut RunParameters), &str); 9] = [
-            (&|p| p.fragments = 0, "1 to 32"),
-            (&|p| p.fragments = 33, "1 to 32"),
-            (&|p| p.slots = 5, "1 to 4"),
-            (&|p| p.inner_steps = 0, "1 or more"),
-            (&|p| p.poll_ms = 0, "1 or more"),
-            (&|p| p.audit.replay_steps = 0, "1 or more"),
-            (&|p| p.lease_steps = LEASE_STEPS_MAX + 1, "at most"),
-            (&|p| p.codec_down = Codec::TopK, "\"int4\""),
-            (&|p| (p.codec_up, p.outer_momentum_ppm) = (Codec::TopK, 1), "outer_momentum_ppm = 0"),
+        let changes: [(Change, &str); 9] = [
+            (|p| p.fragments = 0, "1 to 32"),
+            (|p| p.fragments = 33, "1 to 32"),
+            (|p| p.slots = 5, "1 to 4"),
+            (|p| p.inner_steps = 0, "1 or more"),
+            (|p| p.poll_ms = 0, "1 or more"),
+            (|p| p.audit.replay_steps = 0, "1 or more"),
+            (|p| p.lease_steps = LEASE_STEPS_MAX + 1, "at most"),
+            (|p| p.codec_down = Codec::TopK, "\"int4\""),
+            (|p| (p.codec_up, p.outer_momentum_ppm) = (Codec::TopK, 1), "outer_momentum_ppm = 0"),
         ];
         for (change, hint) in changes {
             let text = refused(change);
