@@ -14,6 +14,7 @@ use protocol::AccountId;
 use protocol::envelope::RunId;
 use storage::client::{GrantClient, PublicReader};
 use storage::discovery::{RunFacts, RunReader};
+use storage::roots::Roots;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use zeroize::Zeroizing;
@@ -166,14 +167,23 @@ impl Miner {
     }
 
     async fn follow(&self, genesis: [u8; 32]) -> Result<Exit, Failure> {
+        let roots = self.roots(genesis)?;
         loop {
-            let Some(reader) = self.discover(genesis).await? else { return Ok(Exit::Done) };
-            match self.serve(genesis, reader).await? {
+            let Some(reader) = self.discover(&roots).await? else { return Ok(Exit::Done) };
+            match self.serve(&roots, reader).await? {
                 End::NextRun => tracing::info!("looking for the next run"),
                 End::Stopped | End::LeasesDone => return Ok(Exit::Done),
                 end => return Err(self.failure(end)),
             }
         }
+    }
+
+    /// The owner's roots, with what this machine has seen of them.
+    fn roots(&self, genesis: [u8; 32]) -> Result<Roots, Failure> {
+        let (memory, journal) = (Memory::new(&genesis, self.netuid, &self.owner), self.journal.clone());
+        let seen = memory.recall(&journal)?;
+        let keep = move |seen: &_| memory.keep(&journal, seen).map_err(|error| error.to_string());
+        Ok(Roots::new(genesis, self.netuid, self.owner, seen, keep))
     }
 
     fn failure(&self, end: End) -> Failure {
@@ -190,15 +200,12 @@ impl Miner {
     }
 
     /// The current run; `None` if a stop comes first.
-    async fn discover(&self, genesis: [u8; 32]) -> Result<Option<RunReader>, Failure> {
+    async fn discover(&self, roots: &Roots) -> Result<Option<RunReader>, Failure> {
         let component = self.health.component("run");
-        let memory = Memory::new(&genesis, self.netuid, &self.owner);
         let mut waiting = Waiting::default();
         loop {
-            let seen = memory.recall(&self.journal)?;
-            match RunReader::discover(self.public.clone(), genesis, self.netuid, self.owner, self.pin, seen, clock::now_ms()).await {
+            match RunReader::discover(self.public.clone(), roots.clone(), self.pin, clock::now_ms()).await {
                 Ok(reader) => {
-                    memory.keep(&self.journal, reader.seen())?;
                     let manifest = &reader.facts().manifest;
                     tracing::info!(run = %manifest.run, name = manifest.name, "run found");
                     component.ready();
@@ -217,7 +224,7 @@ impl Miner {
     }
 
     /// Runs all learners on one run, until the first of them ends, which ends all.
-    async fn serve(&self, genesis: [u8; 32], first: RunReader) -> Result<End, Failure> {
+    async fn serve(&self, roots: &Roots, first: RunReader) -> Result<End, Failure> {
         let facts = first.facts().clone();
         let miner = self.settings.miner();
         let slots = facts.manifest.parameters.slots;
@@ -229,7 +236,7 @@ impl Miner {
         let stop = Shutdown::new();
         let mut readers = vec![first];
         while readers.len() < self.devices.len() {
-            match self.discover(genesis).await? {
+            match self.discover(roots).await? {
                 Some(reader) if reader.facts().context == facts.context => readers.push(reader),
                 Some(_) => return Ok(End::NextRun),
                 None => return Ok(End::Stopped),

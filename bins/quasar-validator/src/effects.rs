@@ -27,7 +27,7 @@ use daemon::{Executor, Journal, clock};
 use fragments::codec::PayloadHeader;
 use protocol::audits::Selection;
 use protocol::documents::{AuditOrder, OPENING_PARTS, PROGRESS_BYTES, Score, Scores, VerdictResult};
-use protocol::envelope::{Document, Expect};
+use protocol::envelope::Document;
 use protocol::{AccountId, Digest};
 use storage::client::{GrantAccess, PublicReader};
 use storage::discovery::{DiscoveryError, RunFacts, RunReader};
@@ -167,7 +167,7 @@ impl Effects {
 
     /// A write-once document of the orchestrator; `None` = absent or unreadable.
     async fn published<D: Document>(&self, key: &str) -> Option<Box<D>> {
-        match self.archive.once::<D>(key, Expect::Any(&self.facts.orchestrators)).await {
+        match self.archive.published::<D>(key).await {
             Ok(document) => document.map(|document| Box::new(document.document)),
             Err(error) => {
                 tracing::warn!(key, error = Trouble::from(error).line(), "a public document could not be read");
@@ -183,7 +183,7 @@ impl Effects {
 
     async fn order(&self, selection: &Selection) -> OrderRead {
         let key = self.facts.run.audit(&self.own, &selection.audit);
-        let order = match self.archive.once::<AuditOrder>(&key, Expect::Any(&self.facts.orchestrators)).await {
+        let order = match self.archive.published::<AuditOrder>(&key).await {
             Ok(Some(order)) => order,
             Ok(None) => return OrderRead::Absent,
             Err(error) => {

@@ -16,6 +16,7 @@ use protocol::envelope::RunId;
 use protocol::{AccountId, FragmentPlan, Reason};
 use storage::client::{GrantClient, PublicReader};
 use storage::discovery::RunReader;
+use storage::roots::Roots;
 
 use crate::audit::Engine;
 use crate::effects::bench::OpenEngine;
@@ -154,9 +155,10 @@ impl Validator {
     }
 
     async fn follow(&self, genesis: [u8; 32]) -> Result<Exit, Failure> {
+        let roots = self.roots(genesis)?;
         loop {
-            let Some(reader) = self.discover(genesis).await? else { return Ok(Exit::Done) };
-            let Some(archive) = self.discover(genesis).await? else { return Ok(Exit::Done) };
+            let Some(reader) = self.discover(&roots).await? else { return Ok(Exit::Done) };
+            let Some(archive) = self.discover(&roots).await? else { return Ok(Exit::Done) };
             if reader.facts().context != archive.facts().context {
                 continue;
             }
@@ -168,16 +170,21 @@ impl Validator {
         }
     }
 
+    /// The owner's roots, with what this machine has seen of them.
+    fn roots(&self, genesis: [u8; 32]) -> Result<Roots, Failure> {
+        let (memory, journal) = (Memory::new(&genesis, self.netuid, &self.owner), self.journal.clone());
+        let seen = memory.recall(&journal)?;
+        let keep = move |seen: &_| memory.keep(&journal, seen).map_err(|error| error.to_string());
+        Ok(Roots::new(genesis, self.netuid, self.owner, seen, keep))
+    }
+
     /// The current run; `None` if a stop comes first.
-    async fn discover(&self, genesis: [u8; 32]) -> Result<Option<RunReader>, Failure> {
+    async fn discover(&self, roots: &Roots) -> Result<Option<RunReader>, Failure> {
         let component = self.health.component("run");
-        let memory = Memory::new(&genesis, self.netuid, &self.owner);
         let mut waiting = Waiting::default();
         loop {
-            let seen = memory.recall(&self.journal)?;
-            match RunReader::discover(self.public.clone(), genesis, self.netuid, self.owner, self.pin, seen, clock::now_ms()).await {
+            match RunReader::discover(self.public.clone(), roots.clone(), self.pin, clock::now_ms()).await {
                 Ok(reader) => {
-                    memory.keep(&self.journal, reader.seen())?;
                     component.ready();
                     return Ok(Some(reader));
                 }

@@ -45,11 +45,14 @@ mod tests {
     fn what_was_seen_is_kept_over_a_restart_for_each_bucket_by_itself() {
         let folder = tempfile::tempdir().unwrap();
         let (owner, other) = (AccountId([1; 32]), AccountId([2; 32]));
-        let seen = Seen { root: 3, ..Seen::default() };
+        let seen = Seen { root: 3, root_digest: Some(Digest([9; 32])), ..Seen::default() };
         {
             let journal = Journal::open(folder.path()).unwrap();
             let memory = Memory::new(&[7; 32], 24, &owner);
             assert_eq!(memory.recall(&journal).unwrap(), Seen::default());
+            // As it was kept before the digest was.
+            journal.put(&memory.key, br#"{"root":2,"guard":{"seen":{}}}"#).unwrap();
+            assert_eq!(memory.recall(&journal).unwrap(), Seen { root: 2, ..Seen::default() });
             memory.keep(&journal, &seen).unwrap();
         }
         let journal = Journal::open(folder.path()).unwrap();

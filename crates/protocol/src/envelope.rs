@@ -307,9 +307,10 @@ pub struct Verified<D> {
     pub id: Digest,
 }
 
-/// The next sequence number: above everything that this signer used, and above what a signer with a lost disk used.
+/// The next sequence number: above everything that this signer used, and above what a signer with a lost disk used. The largest one is
+/// followed by itself: who signs has to stop there.
 pub fn next_sequence(last: u64, now_ms: u64) -> u64 {
-    (last + 1).max(now_ms)
+    last.saturating_add(1).max(now_ms)
 }
 
 /// Header of a document that is about to be signed.
@@ -462,6 +463,9 @@ impl SequenceGuard {
 pub struct Seen {
     /// Newest version of the run root.
     pub root: u32,
+    /// BLAKE3 of its file: no other root takes its place, whoever signed it.
+    #[serde(default)]
+    pub root_digest: Option<Digest>,
     /// Of the pointer to the current run.
     pub guard: SequenceGuard,
 }
@@ -558,7 +562,6 @@ mod tests {
         let signer = signer().key().account();
         assert_eq!(guard.accept("current", &header(5), &other), Err(EnvelopeError::Equivocation { signer, sequence: 5 }));
         assert_eq!(guard.accept("current", &header(4), &one), Err(EnvelopeError::Replayed { got: 4, seen: 5 }));
-        assert_eq!(next_sequence(5, 3), 6);
-        assert_eq!(next_sequence(5, 30), 30);
+        assert_eq!([(5, 3), (5, 30), (u64::MAX, 3)].map(|(last, now)| next_sequence(last, now)), [6, 30, u64::MAX]);
     }
 }

@@ -1,24 +1,22 @@
 //! Finding the active run and following it, through anonymous public reads alone.
 //!
 //! Trust starts at the owner that the user named: root version 1 is signed by it, version N signs version N + 1; the newest root
-//! names the orchestrator's key; everything else is signed by that key and tied together by digests. Nobody sets a run id.
+//! names the orchestrator's key; everything else is signed by that key and tied together by digests. Nobody sets a run id. A reader
+//! that runs follows the roots as well ([`Roots`]): what a newly named key signs counts at once, and what the key before it signs does
+//! not any more.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 use protocol::documents::{CatalogPage, CatalogRef, Codec, CurrentRun, Equivocation, Head, RunManifest, RunRoot};
-use protocol::envelope::{
-    Context, Document, EnvelopeError, Expect, PROTOCOL_VERSION, RunId, Seen, SequenceGuard, Verified, open, open_stored,
-};
+use protocol::envelope::{Context, Document, EnvelopeError, Expect, PROTOCOL_VERSION, RunId, SequenceGuard, Verified, open, open_stored};
 use protocol::paths::{Keys, RunKeys};
-use protocol::{AccountId, Digest, FragmentPlan, KeyRef, ShardManifest};
+use protocol::{Digest, FragmentPlan, ShardManifest};
 
 use crate::StoreError;
 use crate::client::{PublicRead, PublicReader};
-
-/// Most root versions that a client walks.
-const ROOT_VERSIONS_MAX: u32 = 1_000;
+use crate::roots::{Chain, Roots};
 
 #[derive(Debug, thiserror::Error)]
 pub enum DiscoveryError {
@@ -42,6 +40,16 @@ pub enum DiscoveryError {
         "the newest run root in the bucket is version {found}, and version {seen} was seen before\nhint: the bucket was set back, or somebody hides what the owner signed; ask the owner of the run"
     )]
     RootHidden { found: u32, seen: u32 },
+    #[error(
+        "run root {version} in the bucket is another one than was seen before\nhint: somebody who holds the key of an earlier owner has replaced it; ask the owner of the run"
+    )]
+    RootReplaced { version: u32 },
+    #[error("what was seen of the run root cannot be kept: {0}\nhint: check the disk of the state folder; this is retried")]
+    Memory(String),
+    #[error(
+        "{key} is signed by a key that run root {version} does not name any more\nhint: wait until the orchestrator with the key that it names has started"
+    )]
+    Replaced { key: String, version: u32 },
     #[error("{key}: {error}")]
     Envelope { key: String, error: EnvelopeError },
     #[error("{key} is missing\nhint: the run is incomplete in the bucket; its operator has to publish it again")]
@@ -78,6 +86,7 @@ impl DiscoveryError {
 /// What stays for the whole run.
 #[derive(Clone, Debug)]
 pub struct RunFacts {
+    /// The newest one when the run was found: who signs may change, its hosts and bounds do not within a run ([`RunReader::moved`]).
     pub root: RunRoot,
     pub manifest: RunManifest,
     pub plan: FragmentPlan,
@@ -85,10 +94,6 @@ pub struct RunFacts {
     pub context: Context,
     pub keys: Keys,
     pub run: RunKeys,
-    pub orchestrator: KeyRef,
-    /// Every key that a root ever named for the orchestrator, the present one first: write-once documents may be older than a
-    /// rotation.
-    pub orchestrators: Vec<KeyRef>,
 }
 
 /// The run's shards so far, in the order of their pages. Clones show the same ones.
@@ -162,41 +167,29 @@ impl Shards {
 /// Follows one run.
 pub struct RunReader {
     public: PublicReader,
+    roots: Roots,
     facts: Arc<RunFacts>,
     etags: BTreeMap<String, String>,
     guard: SequenceGuard,
     /// What was last accepted at each polled key: one half of a proof, should the other half ever come.
     last: BTreeMap<String, Bytes>,
-    seen: Seen,
 }
 
 impl RunReader {
-    /// Finds the run that is current in the bucket behind `public`, which may show nothing older than what was `seen` there.
-    pub async fn discover(
-        public: PublicReader,
-        genesis: [u8; 32],
-        netuid: u16,
-        owner: AccountId,
-        pin: Option<RunId>,
-        seen: Seen,
-        now_ms: u64,
-    ) -> Result<Self, DiscoveryError> {
-        let keys = Keys::new(netuid);
-        let outside = Context { genesis, netuid, run: RunId::NONE };
-        let (roots, newest, orchestrators) = walk_roots(&public, &keys, &outside, owner).await?;
-        if roots < seen.root {
-            return Err(DiscoveryError::RootHidden { found: roots, seen: seen.root });
-        }
-        let Some((root, root_digest)) = newest else { return Err(DiscoveryError::NoRun) };
-        let orchestrator = root.orchestrator;
+    /// Finds the run that is current in the bucket behind `public`, which may show nothing older than what `roots` have seen there.
+    pub async fn discover(public: PublicReader, roots: Roots, pin: Option<RunId>, now_ms: u64) -> Result<Self, DiscoveryError> {
+        let outside = *roots.outside();
+        let keys = Keys::new(outside.netuid);
+        roots.follow(&public).await?;
 
         let key = keys.current();
         let bytes = read(&public, &key, CurrentRun::PURPOSE.limit()).await?.ok_or(DiscoveryError::NoRun)?;
-        let current = checked::<CurrentRun>(&key, open(&bytes, &outside, Expect::Key(&orchestrator), now_ms))?;
-        let mut guard = seen.guard;
+        let (current, chain) = open_present::<CurrentRun>(&public, &roots, &key, &outside, &bytes, now_ms).await?;
+        let mut guard = roots.seen().guard;
         guard.accept(&key, &current.header, &current.id).map_err(|error| DiscoveryError::Envelope { key: key.clone(), error })?;
         let current = current.document;
-        if current.root_version != roots || current.root_digest != root_digest {
+        // An orchestrator that is still named may not have read the newest root yet.
+        if chain.digest(current.root_version) != Some(current.root_digest) {
             return Err(DiscoveryError::DigestMismatch { key });
         }
         if let Some(pinned) = pin
@@ -204,11 +197,12 @@ impl RunReader {
         {
             return Err(DiscoveryError::Pinned { current: current.run, pinned });
         }
+        let root = &chain.newest;
 
         let context = Context { run: current.run, ..outside };
         let run = keys.run(current.run);
         // Written once, perhaps before a rotation of the key; digests tie all of it to the present one.
-        let expect = Expect::Any(&orchestrators);
+        let expect = Expect::Any(&chain.orchestrators);
         let (manifest, digest) = stored::<RunManifest>(&public, &run.manifest(), &context, expect).await?;
         if digest != current.manifest_digest {
             return Err(DiscoveryError::DigestMismatch { key: run.manifest() });
@@ -235,14 +229,13 @@ impl RunReader {
         if let Some(newest) = manifest.catalog.last() {
             shards.extend(&public, &run, &context, expect, newest).await?;
         }
-        let facts = RunFacts { root, manifest, plan, shards, context, keys, run, orchestrator, orchestrators };
-        let seen = Seen { root: roots, guard: guard.clone() };
-        Ok(Self { public, facts: Arc::new(facts), etags: BTreeMap::new(), guard, last: BTreeMap::new(), seen })
+        roots.keep_guard(&guard)?;
+        let facts = Arc::new(RunFacts { root: root.clone(), manifest, plan, shards, context, keys, run });
+        Ok(Self { public, roots, facts, etags: BTreeMap::new(), guard, last: BTreeMap::new() })
     }
 
-    /// What the next discovery has to know.
-    pub fn seen(&self) -> &Seen {
-        &self.seen
+    pub fn roots(&self) -> &Roots {
+        &self.roots
     }
 
     pub fn facts(&self) -> &Arc<RunFacts> {
@@ -257,8 +250,8 @@ impl RunReader {
         if head.fragments.len() != self.facts.plan.fragments.len() {
             return Err(DiscoveryError::OutOfBounds { key, what: "the number of fragments" });
         }
-        let facts = &self.facts;
-        let extended = facts.shards.extend(&self.public, &facts.run, &facts.context, Expect::Any(&facts.orchestrators), &head.catalog);
+        let (facts, chain) = (&self.facts, self.roots.known()?);
+        let extended = facts.shards.extend(&self.public, &facts.run, &facts.context, Expect::Any(&chain.orchestrators), &head.catalog);
         if let Err(error) = extended.await {
             // The head was not given out: it is not what the next look compares with.
             self.etags.remove(&key);
@@ -273,7 +266,7 @@ impl RunReader {
             PublicRead::Absent | PublicRead::Unchanged => return Ok(None),
             PublicRead::Found(object) => object,
         };
-        let verified = checked::<D>(key, open(&object.bytes, &self.facts.context, Expect::Key(&self.facts.orchestrator), now_ms))?;
+        let (verified, _) = open_present::<D>(&self.public, &self.roots, key, &self.facts.context, &object.bytes, now_ms).await?;
         self.guard.accept(key, &verified.header, &verified.id).map_err(|error| self.explain(key, error, &object.bytes))?;
         self.last.insert(key.to_owned(), object.bytes);
         match object.etag {
@@ -302,42 +295,56 @@ impl RunReader {
         }
     }
 
-    /// Whether another run is current by now.
+    /// A write-once public object of the orchestrator, from before or after a rotation of its key; `None` while it is absent.
+    pub async fn published<D: Document>(&self, key: &str) -> Result<Option<Verified<D>>, DiscoveryError> {
+        let Some(bytes) = read(&self.public, key, D::PURPOSE.limit()).await? else { return Ok(None) };
+        let attempt = |chain: Arc<Chain>| open_stored(&bytes, &self.facts.context, Expect::Any(&chain.orchestrators));
+        match attempt(self.roots.known()?) {
+            Err(EnvelopeError::Signer { .. }) => checked(key, attempt(self.roots.follow(&self.public).await?)).map(Some),
+            result => checked(key, result).map(Some),
+        }
+    }
+
+    /// Whether another run is current by now, or this one has to be found anew because the owner names other hosts or bounds. Follows the
+    /// roots in any case: a key that lost its power has none over a reader that runs.
     pub async fn moved(&mut self, now_ms: u64) -> Result<bool, DiscoveryError> {
+        self.roots.follow(&self.public).await?;
         let key = self.facts.keys.current();
         let Some(bytes) = read(&self.public, &key, CurrentRun::PURPOSE.limit()).await? else { return Ok(false) };
         let outside = self.facts.context.without_run();
-        let current = checked::<CurrentRun>(&key, open(&bytes, &outside, Expect::Key(&self.facts.orchestrator), now_ms))?;
+        let (current, chain) = open_present::<CurrentRun>(&self.public, &self.roots, &key, &outside, &bytes, now_ms).await?;
         self.guard.accept(&key, &current.header, &current.id).map_err(|error| DiscoveryError::Envelope { key, error })?;
-        Ok(current.document.run != self.facts.context.run)
+        let (root, then) = (&chain.newest, &self.facts.root);
+        let is_elsewhere = (&root.store_hosts, &root.bounds) != (&then.store_hosts, &then.bounds);
+        Ok(is_elsewhere || current.document.run != self.facts.context.run)
     }
 }
 
-/// Number of root versions, the newest one with its file's digest, and all keys of the orchestrator, newest first.
-async fn walk_roots(
+/// Opens what the orchestrator signs again and again: with the key that the newest root names, and no other. Where the signer does not
+/// fit, the owner may have named another one meanwhile. Gives the roots that it was checked against as well.
+async fn open_present<D: Document>(
     public: &PublicReader,
-    keys: &Keys,
-    outside: &Context,
-    owner: AccountId,
-) -> Result<(u32, Option<(RunRoot, Digest)>, Vec<KeyRef>), DiscoveryError> {
-    let mut newest: Option<(RunRoot, Digest)> = None;
-    let mut orchestrators = Vec::new();
-    for version in 1..=ROOT_VERSIONS_MAX {
-        let key = keys.root(version);
-        let Some(bytes) = read(public, &key, RunRoot::PURPOSE.limit()).await? else { return Ok((version - 1, newest, orchestrators)) };
-        let root = match &newest {
-            None => checked::<RunRoot>(&key, open_stored(&bytes, outside, Expect::Account(&owner)))?.document,
-            Some((previous, _)) => checked::<RunRoot>(&key, open_stored(&bytes, outside, Expect::Key(&previous.owner)))?.document,
-        };
-        let previous = newest.as_ref().map_or(Digest::ZERO, |(_, digest)| *digest);
-        if root.version != version || root.previous != previous {
-            return Err(DiscoveryError::DigestMismatch { key });
-        }
-        orchestrators.retain(|key| *key != root.orchestrator);
-        orchestrators.insert(0, root.orchestrator);
-        newest = Some((root, Digest::blake3(&bytes)));
+    roots: &Roots,
+    key: &str,
+    context: &Context,
+    bytes: &[u8],
+    now_ms: u64,
+) -> Result<(Verified<D>, Arc<Chain>), DiscoveryError> {
+    let attempt = |chain: &Chain| open::<D>(bytes, context, Expect::Key(&chain.newest.orchestrator), now_ms);
+    let mut chain = roots.known()?;
+    let mut result = attempt(&chain);
+    if matches!(result, Err(EnvelopeError::Signer { .. })) {
+        chain = roots.follow(public).await?;
+        result = attempt(&chain);
     }
-    Ok((ROOT_VERSIONS_MAX, newest, orchestrators))
+    match result {
+        Ok(verified) => Ok((verified, chain)),
+        // Signed before the rotation, and nobody with the new key was there since.
+        Err(EnvelopeError::Signer { .. }) if open_stored::<D>(bytes, context, Expect::Any(&chain.orchestrators)).is_ok() => {
+            Err(DiscoveryError::Replaced { key: key.to_owned(), version: chain.newest.version })
+        }
+        Err(error) => Err(DiscoveryError::Envelope { key: key.to_owned(), error }),
+    }
 }
 
 async fn read(public: &PublicReader, key: &str, limit: usize) -> Result<Option<bytes::Bytes>, DiscoveryError> {

@@ -6,7 +6,8 @@
 //!   [`MemoryStore`] for simulations.
 //! - [`client`] is what everybody else sees: [`GrantClient`](client::GrantClient) redeems presigned requests,
 //!   [`PublicReader`](client::PublicReader) reads what the world may read.
-//! - [`bundle`] seals grants to a hotkey, [`discovery`] finds the active run and follows it.
+//! - [`bundle`] seals grants to a hotkey, [`roots`] lead from the owner to the key that signs, [`discovery`] finds the active run and
+//!   follows it.
 //! - [`transfer`] downloads large files in verified chunks and goes on where it stopped.
 //! - [`seal`] encrypts grant bundles to one hotkey.
 //! - [`server`] is a small S3 server for one bucket, in memory or on disk, for tests and for the devnet; it can be told to misbehave.
@@ -26,6 +27,7 @@ pub mod memory;
 mod object;
 pub mod policy;
 pub mod presign;
+pub mod roots;
 pub mod s3;
 pub mod seal;
 pub mod seal_stream;

@@ -3,6 +3,8 @@
 
 extern crate quasar_storage as storage;
 
+use std::sync::{Arc, Mutex};
+
 use bytes::Bytes;
 use protocol::documents::{
     AuditParameters, Bounds, CatalogPage, CatalogRef, Codec, CurrentRun, FragmentHead, Head, InnerOptimizer, LrSchedule, ReleaseRef,
@@ -14,6 +16,7 @@ use protocol::paths::Keys;
 use protocol::{DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, ShardManifest, Signer, Slice};
 use storage::client::PublicReader;
 use storage::discovery::{DiscoveryError, RunReader};
+use storage::roots::Roots;
 use storage::server::{Backend, S3Server, ServerSettings};
 use storage::{ObjectStore, PutCondition, S3Settings, S3Store};
 
@@ -118,14 +121,31 @@ impl Bucket {
     }
 
     async fn discover(&self, now_ms: u64) -> Result<RunReader, DiscoveryError> {
-        let public = PublicReader::new(&self.server.endpoint(), "quasar").unwrap();
-        RunReader::discover(public, GENESIS, NETUID, key(1).key().account(), None, Seen::default(), now_ms).await
+        self.discover_with(Roots::unremembered(GENESIS, NETUID, key(1).key().account()), now_ms).await
+    }
+
+    /// As a client that has seen this before.
+    async fn discover_again(&self, seen: &Seen) -> Result<RunReader, DiscoveryError> {
+        self.discover_with(Roots::new(GENESIS, NETUID, key(1).key().account(), seen.clone(), |_| Ok(())), NOW_MS).await
+    }
+
+    async fn discover_with(&self, roots: Roots, now_ms: u64) -> Result<RunReader, DiscoveryError> {
+        RunReader::discover(PublicReader::new(&self.server.endpoint(), "quasar").unwrap(), roots, None, now_ms).await
     }
 
     /// The owner names another online key.
     async fn rotate(&self, orchestrator: &Ed25519Signer, signer: &Ed25519Signer) -> Digest {
         let root = RunRoot { version: 2, previous: self.root_digest(), orchestrator: orchestrator.key(), ..self.root.clone() };
         self.publish(&self.keys.root(2), &self.outside, &root, signer, 2).await
+    }
+
+    /// The orchestrator with the key that a root names takes the run over: it renews the pointer.
+    async fn renew_current(&self, root_version: u32, root_digest: Digest, signer: &Ed25519Signer, sequence: u64) -> Vec<u8> {
+        let manifest = self.store.get(&self.keys.run(self.context.run).manifest(), 1 << 20).await.unwrap().bytes;
+        let manifest_digest = Digest::blake3(&manifest);
+        let current = CurrentRun { root_version, root_digest, run: self.context.run, manifest_digest };
+        self.publish(&self.keys.current(), &self.outside, &current, signer, sequence).await;
+        self.store.get(&self.keys.current(), 1 << 20).await.unwrap().bytes.to_vec()
     }
 }
 
@@ -219,17 +239,155 @@ async fn a_rotated_key_signs_what_changes_and_what_was_written_once_before_still
     let bucket = Bucket::new().await;
     assert!(bucket.discover(NOW_MS).await.is_ok());
     let root_digest = bucket.rotate(&key(5), &key(1)).await;
-    // Until the new key has signed the current run, there is none.
-    assert!(matches!(of_envelope(bucket.discover(NOW_MS).await.err().unwrap()), EnvelopeError::Signer { .. }));
-    let manifest = bucket.store.get(&bucket.keys.run(bucket.context.run).manifest(), 1 << 20).await.unwrap().bytes;
-    let current = CurrentRun { root_version: 2, root_digest, run: bucket.context.run, manifest_digest: Digest::blake3(&manifest) };
-    bucket.publish(&bucket.keys.current(), &bucket.outside, &current, &key(5), 11).await;
+    // Until the new key has signed the current run, there is none; whoever starts meanwhile waits for it, also where it has expired.
+    for now_ms in [NOW_MS, NOW_MS + 3_600_000] {
+        let error = bucket.discover(now_ms).await.err().unwrap();
+        assert!(matches!(&error, DiscoveryError::Replaced { key, version: 2 } if *key == bucket.keys.current()), "{error}");
+        assert!(!error.is_final());
+    }
+    bucket.renew_current(2, root_digest, &key(5), 11).await;
     let mut reader = bucket.discover(NOW_MS).await.unwrap();
-    assert_eq!(reader.facts().orchestrators, [key(5).key(), key(2).key()]);
+    assert_eq!(reader.roots().known().unwrap().orchestrators, [key(5).key(), key(2).key()]);
     // The old key, stolen perhaps, moves no head any more.
-    assert!(matches!(of_envelope(reader.head(NOW_MS).await.unwrap_err()), EnvelopeError::Signer { .. }));
+    assert!(matches!(reader.head(NOW_MS).await, Err(DiscoveryError::Replaced { .. })));
     bucket.publish(&bucket.keys.run(bucket.context.run).head(), &bucket.context, &head(2), &key(5), 12).await;
     assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 2);
+    // A key that no root ever named is for a person to look at.
+    bucket.renew_current(2, root_digest, &key(9), 12).await;
+    assert!(bucket.discover(NOW_MS).await.is_err_and(|error| error.is_final()));
+}
+
+#[tokio::test]
+async fn a_reader_that_runs_follows_a_rotation_and_keeps_it_before_anything_signed_by_the_new_key_counts() {
+    let bucket = Bucket::new().await;
+    let (run, kept) = (bucket.keys.run(bucket.context.run), Arc::new(Mutex::new(Vec::new())));
+    let keep = {
+        let kept = kept.clone();
+        move |seen: &Seen| {
+            kept.lock().unwrap().push((seen.root, seen.root_digest));
+            Ok(())
+        }
+    };
+    let roots = Roots::new(GENESIS, NETUID, key(1).key().account(), Seen::default(), keep);
+    let mut reader = bucket.discover_with(roots.clone(), NOW_MS).await.unwrap();
+    let archive = bucket.discover_with(roots, NOW_MS).await.unwrap();
+    assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 1);
+    assert!(kept.lock().unwrap().iter().all(|(version, _)| *version == 1));
+
+    // The first thing that this reader meets is a head of the new key.
+    let root_digest = bucket.rotate(&key(5), &key(1)).await;
+    bucket.publish(&run.head(), &bucket.context, &head(2), &key(5), 3).await;
+    assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 2);
+    assert_eq!(kept.lock().unwrap().last(), Some(&(2, Some(root_digest))));
+    // From then on the old one moves nothing, neither here nor at a reader beside it, and what it wrote once stays.
+    bucket.publish(&run.head(), &bucket.context, &head(3), &key(2), u64::MAX).await;
+    assert!(matches!(reader.head(NOW_MS).await, Err(DiscoveryError::Replaced { version: 2, .. })));
+    assert!(matches!(reader.moved(NOW_MS).await, Err(DiscoveryError::Replaced { .. })));
+    assert!(archive.published::<CatalogPage>(&run.catalog(0)).await.unwrap().is_some());
+    bucket.publish(&run.catalog(1), &bucket.context, &first_page(), &key(5), 4).await;
+    assert!(archive.published::<CatalogPage>(&run.catalog(1)).await.unwrap().is_some());
+    bucket.renew_current(2, root_digest, &key(5), 5).await;
+    assert!(!reader.moved(NOW_MS).await.unwrap(), "it is the same run");
+    bucket.publish(&run.head(), &bucket.context, &head(4), &key(5), 6).await;
+    assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 4);
+}
+
+#[tokio::test]
+async fn a_revoked_key_loses_its_power_over_a_reader_that_runs_even_where_nobody_signs_with_the_new_one() {
+    let bucket = Bucket::new().await;
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    bucket.rotate(&key(5), &key(1)).await;
+    assert!(matches!(reader.moved(NOW_MS).await, Err(DiscoveryError::Replaced { .. })));
+    assert!(matches!(reader.head(NOW_MS).await, Err(DiscoveryError::Replaced { .. })));
+    // Whoever hides the root again does not lead a running reader back.
+    bucket.store.delete(&bucket.keys.root(2)).await.unwrap();
+    assert!(matches!(reader.head(NOW_MS).await, Err(DiscoveryError::Replaced { .. })));
+}
+
+#[tokio::test]
+async fn a_root_that_cannot_be_kept_is_not_followed() {
+    let bucket = Bucket::new().await;
+    let keep = |seen: &Seen| if seen.root > 1 { Err("the disk is full".to_owned()) } else { Ok(()) };
+    let roots = Roots::new(GENESIS, NETUID, key(1).key().account(), Seen::default(), keep);
+    let mut reader = bucket.discover_with(roots.clone(), NOW_MS).await.unwrap();
+    bucket.rotate(&key(5), &key(1)).await;
+    let error = reader.moved(NOW_MS).await.unwrap_err();
+    assert!(matches!(&error, DiscoveryError::Memory(why) if why == "the disk is full") && !error.is_final(), "{error}");
+    assert_eq!((roots.known().unwrap().newest.version, roots.seen().root), (1, 1));
+}
+
+#[tokio::test]
+async fn an_owner_that_handed_over_signs_no_further_root_and_none_in_the_place_of_one_that_was_seen() {
+    let bucket = Bucket::new().await;
+    let at = |version| bucket.keys.root(version);
+    // Owner 1 hands over to owner 6; the orchestrator stays, and has not read it yet.
+    let second = RunRoot { version: 2, previous: bucket.root_digest(), owner: key(6).key(), ..bucket.root.clone() };
+    let digest = bucket.publish(&at(2), &bucket.outside, &second, &key(1), 2).await;
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    assert_eq!(reader.roots().known().unwrap().newest.owner, key(6).key());
+    assert!(!reader.moved(NOW_MS).await.unwrap());
+    let seen = reader.roots().seen();
+
+    // The old owner goes on signing.
+    let third = RunRoot { version: 3, previous: digest, orchestrator: key(9).key(), ..second.clone() };
+    bucket.publish(&at(3), &bucket.outside, &third, &key(1), 3).await;
+    assert!(matches!(of_envelope(bucket.discover(NOW_MS).await.err().unwrap()), EnvelopeError::Signer { .. }));
+    assert!(matches!(of_envelope(reader.moved(NOW_MS).await.unwrap_err()), EnvelopeError::Signer { .. }));
+    assert!(reader.head(NOW_MS).await.is_ok(), "who is named still counts");
+    bucket.store.delete(&at(3)).await.unwrap();
+
+    // He puts another second root in its place, for a key of his: whoever has seen the real one knows, before and after a restart.
+    let other = RunRoot { owner: key(1).key(), orchestrator: key(9).key(), ..second.clone() };
+    let stolen = bucket.publish(&at(2), &bucket.outside, &other, &key(1), 4).await;
+    let (current, current_before) = (bucket.keys.current(), bucket.store.get(&bucket.keys.current(), 1 << 20).await.unwrap().bytes);
+    bucket.renew_current(2, stolen, &key(9), 20).await;
+    assert!(bucket.discover(NOW_MS).await.is_ok(), "a client that comes for the first time cannot know");
+    let error = bucket.discover_again(&seen).await.err().unwrap();
+    assert!(matches!(error, DiscoveryError::RootReplaced { version: 2 }), "{error}");
+    assert!(reader.moved(NOW_MS).await.is_err());
+    // Also where he goes on from there.
+    let further = RunRoot { version: 3, previous: stolen, ..other };
+    bucket.publish(&at(3), &bucket.outside, &further, &key(1), 5).await;
+    assert!(matches!(bucket.discover_again(&seen).await, Err(DiscoveryError::RootReplaced { version: 2 })));
+    assert!(reader.moved(NOW_MS).await.is_err());
+
+    // Put right again, everybody goes on; and the new owner signs.
+    bucket.publish(&at(2), &bucket.outside, &second, &key(1), 2).await;
+    bucket.publish(&at(3), &bucket.outside, &third, &key(6), 6).await;
+    bucket.put(&current, &current_before).await;
+    assert!(matches!(reader.moved(NOW_MS).await, Err(DiscoveryError::Replaced { version: 3, .. })));
+    assert_eq!(reader.roots().seen().root, 3);
+}
+
+#[tokio::test]
+async fn roots_are_numbered_without_a_gap() {
+    let bucket = Bucket::new().await;
+    let next = RunRoot { version: 2, previous: bucket.root_digest(), orchestrator: key(5).key(), ..bucket.root.clone() };
+    // At a key beyond the next one nobody looks.
+    bucket.publish(&bucket.keys.root(3), &bucket.outside, &next, &key(1), 2).await;
+    assert_eq!(bucket.discover(NOW_MS).await.unwrap().roots().known().unwrap().newest.version, 1);
+    // At the next key a document has to be of that version.
+    for version in [0, 1, 3, u32::MAX] {
+        let stray = RunRoot { version, ..next.clone() };
+        bucket.publish(&bucket.keys.root(2), &bucket.outside, &stray, &key(1), 2).await;
+        let refused = bucket.discover(NOW_MS).await;
+        assert!(matches!(refused, Err(DiscoveryError::DigestMismatch { key }) if key == bucket.keys.root(2)), "{version}");
+    }
+    bucket.store.delete(&bucket.keys.root(2)).await.unwrap();
+    assert!(bucket.discover(NOW_MS).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_run_whose_owner_names_other_hosts_is_found_anew() {
+    let bucket = Bucket::new().await;
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    let second =
+        RunRoot { version: 2, previous: bucket.root_digest(), store_hosts: vec!["elsewhere.example:443".into()], ..bucket.root.clone() };
+    bucket.publish(&bucket.keys.root(2), &bucket.outside, &second, &key(1), 2).await;
+    assert!(reader.moved(NOW_MS).await.unwrap());
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    assert_eq!(reader.facts().root.store_hosts, second.store_hosts);
+    assert!(!reader.moved(NOW_MS).await.unwrap());
 }
 
 #[tokio::test]
@@ -270,29 +428,23 @@ async fn a_restarted_client_is_shown_no_older_root_and_no_older_pointer() {
     let old_current = bucket.store.get(&bucket.keys.current(), 1 << 20).await.unwrap().bytes;
     // The owner names another key, and a client sees it.
     let root_digest = bucket.rotate(&key(5), &key(1)).await;
-    let manifest = bucket.store.get(&bucket.keys.run(bucket.context.run).manifest(), 1 << 20).await.unwrap().bytes;
-    let current = CurrentRun { root_version: 2, root_digest, run: bucket.context.run, manifest_digest: Digest::blake3(&manifest) };
-    bucket.publish(&bucket.keys.current(), &bucket.outside, &current, &key(5), 31).await;
-    let new_current = bucket.store.get(&bucket.keys.current(), 1 << 20).await.unwrap().bytes;
-    let seen = bucket.discover(NOW_MS).await.unwrap().seen().clone();
-    assert_eq!(seen.root, 2);
-    let again = async |seen: &Seen| {
-        let public = PublicReader::new(&bucket.server.endpoint(), "quasar").unwrap();
-        RunReader::discover(public, GENESIS, NETUID, key(1).key().account(), None, seen.clone(), NOW_MS).await
-    };
-    assert!(again(&seen).await.is_ok());
+    let new_current = bucket.renew_current(2, root_digest, &key(5), 31).await;
+    let seen = bucket.discover(NOW_MS).await.unwrap().roots().seen();
+    assert_eq!((seen.root, seen.root_digest), (2, Some(root_digest)));
+    assert!(bucket.discover_again(&seen).await.is_ok());
     // Whoever holds the old key hides the second root and shows what he signed before.
     bucket.store.delete(&bucket.keys.root(2)).await.unwrap();
     bucket.put(&bucket.keys.root(1), &old_root).await;
     bucket.put(&bucket.keys.current(), &old_current).await;
-    assert!(again(&Seen::default()).await.is_ok(), "a client that comes for the first time cannot know");
-    assert!(matches!(again(&seen).await, Err(DiscoveryError::RootHidden { found: 1, seen: 2 })));
+    assert!(bucket.discover_again(&Seen::default()).await.is_ok(), "a client that comes for the first time cannot know");
+    assert!(matches!(bucket.discover_again(&seen).await, Err(DiscoveryError::RootHidden { found: 1, seen: 2 })));
     // Or the bucket shows an older pointer of the same key.
     bucket.rotate(&key(5), &key(1)).await;
-    bucket.publish(&bucket.keys.current(), &bucket.outside, &current, &key(5), 40).await;
-    let seen = again(&seen).await.unwrap().seen().clone();
+    bucket.renew_current(2, root_digest, &key(5), 40).await;
+    let seen = bucket.discover_again(&seen).await.unwrap().roots().seen();
     bucket.put(&bucket.keys.current(), &new_current).await;
-    assert!(matches!(again(&seen).await, Err(DiscoveryError::Envelope { error: EnvelopeError::Replayed { got: 31, seen: 40 }, .. })));
+    let refused = bucket.discover_again(&seen).await;
+    assert!(matches!(refused, Err(DiscoveryError::Envelope { error: EnvelopeError::Replayed { got: 31, seen: 40 }, .. })));
 }
 
 #[tokio::test]
@@ -362,10 +514,10 @@ async fn a_stolen_key_that_ran_ahead_with_the_numbers_locks_nobody_out_after_a_r
     bucket.publish(&run.head(), &bucket.context, &head(10), &key(2), 30).await;
     assert!(matches!(of_envelope(reader.head(NOW_MS).await.unwrap_err()), EnvelopeError::Replayed { seen: u64::MAX, .. }));
     let root_digest = bucket.rotate(&key(5), &key(1)).await;
-    let manifest = bucket.store.get(&run.manifest(), 1 << 20).await.unwrap().bytes;
-    let current = CurrentRun { root_version: 2, root_digest, run: bucket.context.run, manifest_digest: Digest::blake3(&manifest) };
-    bucket.publish(&bucket.keys.current(), &bucket.outside, &current, &key(5), 31).await;
+    bucket.renew_current(2, root_digest, &key(5), 31).await;
     bucket.publish(&run.head(), &bucket.context, &head(11), &key(5), 32).await;
+    // Neither those that run nor those that come.
+    assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 11);
     let mut reader = bucket.discover(NOW_MS).await.unwrap();
     assert_eq!(reader.head(NOW_MS).await.unwrap().unwrap().outer_step, 11);
 }

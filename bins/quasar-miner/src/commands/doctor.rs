@@ -10,10 +10,11 @@ use daemon::settings::{CommonArgs, MinerArgs, Role};
 use daemon::{Exit, Failure, Settings, clock, identity, network};
 use model::torch::determinism;
 use model::{TORCH_VERSION, TrainerOptions};
-use protocol::envelope::{SKEW_MS, Seen};
+use protocol::envelope::SKEW_MS;
 use protocol::{KeyRef, Reason};
 use serde::Serialize;
 use storage::discovery::{DiscoveryError, RunReader};
+use storage::roots::Roots;
 
 use crate::{device, run};
 
@@ -248,7 +249,7 @@ async fn run_check(settings: &Settings, genesis: Option<[u8; 32]>) -> Check {
         return Check::failed("run", "the network's genesis is not known\nhint: see the check of the chain");
     };
     let now_ms = clock::now_ms();
-    let mut reader = match RunReader::discover(public, genesis, netuid, owner, None, Seen::default(), now_ms).await {
+    let mut reader = match RunReader::discover(public, Roots::unremembered(genesis, netuid, owner), None, now_ms).await {
         Ok(reader) => reader,
         Err(error @ DiscoveryError::NoRun) => {
             return Check::warning(

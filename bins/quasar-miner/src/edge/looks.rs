@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use daemon::clock;
 use protocol::documents::{Job, PullGrants, StandingGrants};
-use protocol::envelope::{Document, Expect, Header};
+use protocol::envelope::{Document, Header};
 use protocol::{GrantBundle, Reason, SealedBytes};
 use storage::bundle;
 use storage::discovery::{DiscoveryError, RunReader};
@@ -23,9 +23,9 @@ impl Looks {
         Self { reader, complaints: BTreeMap::new() }
     }
 
-    /// A public document that is written once; `None` while it is absent or cannot be had.
-    pub async fn once<D: Document>(&self, key: &str, expect: Expect<'_>) -> Option<D> {
-        match self.reader.once::<D>(key, expect).await {
+    /// A public document of the orchestrator that is written once; `None` while it is absent or cannot be had.
+    pub async fn published<D: Document>(&self, key: &str) -> Option<D> {
+        match self.reader.published::<D>(key).await {
             Ok(found) => found.map(|verified| verified.document),
             Err(error) => {
                 tracing::warn!(key, error = error.to_string().replace('\n', "; "), "a public document could not be read");

@@ -25,7 +25,7 @@ use daemon::evidence::Evidence;
 use daemon::sequence::Sequence;
 use daemon::{JournalError, clock};
 use protocol::documents::{Lease, MergeManifest, Progress, Receipt, encode_progress};
-use protocol::envelope::{self, Document, Expect};
+use protocol::envelope::{self, Document};
 use protocol::{Digest, GrantRequest, Method};
 use storage::client::{GrantAccess, GrantError, PutOutcome};
 use storage::discovery::{RunFacts, RunReader};
@@ -294,7 +294,7 @@ impl Edge {
 
     /// A public document of the orchestrator that is written once; `None` while it is absent or cannot be had.
     async fn published<D: Document>(&self, key: &str) -> Option<D> {
-        self.looks.lock().await.once::<D>(key, Expect::Any(&self.facts.orchestrators)).await
+        self.looks.lock().await.published::<D>(key).await
     }
 
     fn grant(&self, method: Method, key: &str) -> Option<GrantRequest> {

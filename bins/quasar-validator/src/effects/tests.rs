@@ -15,11 +15,12 @@ use fragments::keyframe::{self, KeyframeId};
 use model::{ToyTrainer, TrainError};
 use protocol::audits::select;
 use protocol::documents::*;
-use protocol::envelope::{Context, Document, Expect, RunId, Seen, header_for, open_stored, sign, sign_with_header};
+use protocol::envelope::{Context, Document, Expect, RunId, header_for, open_stored, sign, sign_with_header};
 use protocol::log::{Frontier, LogEntry, LogHead, LogKind, LogRef};
 use protocol::paths::{Keys, RunKeys, public_prefix};
 use protocol::{AccountId, Digest, Ed25519Signer, FileRecord, GrantBundle, GrantRequest, KeyKind, Reason, Signer};
 use storage::client::{GrantClient, PublicReader};
+use storage::roots::Roots;
 use storage::server::{Backend, S3Server, ServerSettings};
 use storage::{ObjectStore, Presign, PutCondition, S3Settings, S3Store, bundle};
 
@@ -361,7 +362,8 @@ impl Published {
 
     async fn reader(&self) -> RunReader {
         let owner = self.owner.key().account();
-        RunReader::discover(self.public.clone(), self.chain.genesis(), NETUID, owner, None, Seen::default(), clock::now_ms()).await.unwrap()
+        let roots = Roots::unremembered(self.chain.genesis(), NETUID, owner);
+        RunReader::discover(self.public.clone(), roots, None, clock::now_ms()).await.unwrap()
     }
 
     async fn effects(&self, open_engine: OpenEngine) -> Effects {
