@@ -142,6 +142,16 @@ impl<M> Recovered<M> {
     }
 }
 
+/// Whether the journal was begun with this machine's layout; `false` if it was not begun yet.
+///
+/// # Errors
+/// It was begun with another one.
+pub fn has_layout<M: Machine>(journal: &Journal) -> Result<bool, DriverError> {
+    let Some(bytes) = journal.get(LAYOUT_KEY)? else { return Ok(false) };
+    let found = bytes.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+    if found == M::LAYOUT { Ok(true) } else { Err(DriverError::Layout { found, expected: M::LAYOUT }) }
+}
+
 /// Rebuilds a machine: newest snapshot, or `fresh()` if there is none, then every later input again with effects muted.
 ///
 /// # Errors
@@ -165,12 +175,7 @@ pub fn recover_observed<M>(
 where
     M: Machine + DeserializeOwned,
 {
-    if let Some(bytes) = journal.get(LAYOUT_KEY)? {
-        let found = bytes.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes));
-        if found != M::LAYOUT {
-            return Err(DriverError::Layout { found, expected: M::LAYOUT });
-        }
-    } else {
+    if !has_layout::<M>(journal)? {
         journal.put(LAYOUT_KEY, &M::LAYOUT.to_le_bytes())?;
     }
     let loaded = journal.load()?;

@@ -54,13 +54,15 @@ pub enum JournalError {
          fault, or this build: report it with the log"
     )]
     TooLarge { bytes: usize, limit: usize },
+    #[error("the numbers of `{name}` are used up: somebody else signed with this key\nhint: name another key (`rotate-key`)")]
+    UsedUp { name: String },
 }
 
 impl JournalError {
     /// The exit code that a supervisor should see: no restart frees a directory or repairs a file.
     pub fn exit(&self) -> crate::Exit {
         match self {
-            Self::InUse { .. } | Self::Damaged { .. } | Self::TooLarge { .. } => crate::Exit::Configuration,
+            Self::InUse { .. } | Self::Damaged { .. } | Self::TooLarge { .. } | Self::UsedUp { .. } => crate::Exit::Configuration,
             Self::DiskFull { .. } | Self::Unusable { .. } => crate::Exit::Unavailable,
         }
     }

@@ -41,9 +41,12 @@ impl Sequence {
     /// The next number.
     ///
     /// # Errors
-    /// The journal cannot be written; no number is given then.
+    /// The journal cannot be written, or the numbers are used up; none is given then.
     pub fn next(&self, now_ms: u64) -> Result<u64, JournalError> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if *last == u64::MAX {
+            return Err(JournalError::UsedUp { name: self.key.clone() });
+        }
         let next = next_sequence(*last, now_ms);
         self.journal.put(&self.key, &next.to_le_bytes())?;
         *last = next;
@@ -75,5 +78,14 @@ mod tests {
         assert_eq!(sequence.next(10).unwrap(), 202, "a floor never lowers");
         sequence.raise(900).unwrap();
         assert_eq!(sequence.next(10).unwrap(), 901);
+    }
+
+    #[test]
+    fn numbers_that_are_used_up_are_an_error_and_none_is_given_twice() {
+        let sequence = Sequence::open(Arc::new(Journal::in_memory().unwrap()), "progress").unwrap();
+        sequence.raise(u64::MAX - 1).unwrap();
+        assert_eq!(sequence.next(10).unwrap(), u64::MAX);
+        let error = sequence.next(10).unwrap_err();
+        assert!(matches!(error, JournalError::UsedUp { .. }) && error.to_string().contains("hint: "), "{error}");
     }
 }

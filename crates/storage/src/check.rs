@@ -5,6 +5,7 @@ use bytes::Bytes;
 use protocol::{Digest, GrantRequest, Method};
 
 use crate::client::{GrantAccess, GrantClient, GrantError, PutOutcome};
+use crate::seal_stream::fresh_secret;
 use crate::{ObjectStore, Presign, PutCondition, StoreError};
 
 /// Writers that race for one write-once key.
@@ -25,10 +26,21 @@ pub enum ConformanceError {
     Grant(#[from] GrantError),
 }
 
+impl ConformanceError {
+    /// Whether the same examination may succeed later without anybody changing anything.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Broken { .. } => false,
+            Self::Store(error) => error.is_retryable(),
+            Self::Grant(error) => error.is_retryable(),
+        }
+    }
+}
+
 /// Each promise of a store, and whether it is kept.
 pub type Report = Vec<(&'static str, bool)>;
 
-/// Examines a store that is reached over HTTP, with keys below `prefix` (ending in `/`), which are removed afterwards.
+/// Examines a store that is reached over HTTP, with keys of its own below `prefix` (ending in `/`), which are removed afterwards.
 ///
 /// # Errors
 /// A promise is broken, or the store could not be asked.
@@ -65,9 +77,12 @@ pub async fn conformance_with(
 }
 
 async fn examine_with(store: &dyn ObjectStore, grants: &dyn GrantAccess, prefix: &str, now_ms: u64) -> Result<Report, ConformanceError> {
-    let examination = Examination { store, grants, prefix, now_ms, report: Vec::new() };
+    // Others may examine the same store at the same time, or have broken off.
+    let number: String = fresh_secret()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    let prefix = format!("{prefix}conformance-{now_ms}-{number}/");
+    let examination = Examination { store, grants, prefix: &prefix, now_ms, report: Vec::new() };
     let result = examination.run().await;
-    for object in store.list(prefix).await? {
+    for object in store.list(&prefix).await? {
         store.delete(&object.key).await?;
     }
     result
@@ -88,8 +103,7 @@ struct Examination<'a> {
 
 impl Examination<'_> {
     fn key(&self, name: &str) -> String {
-        // The time keeps a second examination apart from what a broken-off one left.
-        format!("{}conformance-{}/{name}", self.prefix, self.now_ms)
+        format!("{}{name}", self.prefix)
     }
 
     fn promise(&mut self, kept: bool, promise: &'static str) {

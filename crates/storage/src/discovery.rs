@@ -16,7 +16,7 @@ use protocol::{Digest, FragmentPlan, ShardManifest};
 
 use crate::StoreError;
 use crate::client::{PublicRead, PublicReader};
-use crate::roots::{Chain, Roots};
+use crate::roots::{RootChain, Roots};
 
 #[derive(Debug, thiserror::Error)]
 pub enum DiscoveryError {
@@ -298,7 +298,7 @@ impl RunReader {
     /// A write-once public object of the orchestrator, from before or after a rotation of its key; `None` while it is absent.
     pub async fn published<D: Document>(&self, key: &str) -> Result<Option<Verified<D>>, DiscoveryError> {
         let Some(bytes) = read(&self.public, key, D::PURPOSE.limit()).await? else { return Ok(None) };
-        let attempt = |chain: Arc<Chain>| open_stored(&bytes, &self.facts.context, Expect::Any(&chain.orchestrators));
+        let attempt = |chain: Arc<RootChain>| open_stored(&bytes, &self.facts.context, Expect::Any(&chain.orchestrators));
         match attempt(self.roots.known()?) {
             Err(EnvelopeError::Signer { .. }) => checked(key, attempt(self.roots.follow(&self.public).await?)).map(Some),
             result => checked(key, result).map(Some),
@@ -329,8 +329,8 @@ async fn open_present<D: Document>(
     context: &Context,
     bytes: &[u8],
     now_ms: u64,
-) -> Result<(Verified<D>, Arc<Chain>), DiscoveryError> {
-    let attempt = |chain: &Chain| open::<D>(bytes, context, Expect::Key(&chain.newest.orchestrator), now_ms);
+) -> Result<(Verified<D>, Arc<RootChain>), DiscoveryError> {
+    let attempt = |chain: &RootChain| open::<D>(bytes, context, Expect::Key(&chain.newest.orchestrator), now_ms);
     let mut chain = roots.known()?;
     let mut result = attempt(&chain);
     if matches!(result, Err(EnvelopeError::Signer { .. })) {

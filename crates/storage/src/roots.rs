@@ -22,7 +22,7 @@ const ROOT_VERSIONS_MAX: u32 = 1_000;
 
 /// All roots up to the newest one.
 #[derive(Clone, Debug)]
-pub struct Chain {
+pub struct RootChain {
     pub newest: RunRoot,
     /// BLAKE3 of the files of all versions, from version 1.
     pub digests: Vec<Digest>,
@@ -30,7 +30,7 @@ pub struct Chain {
     pub orchestrators: Vec<KeyRef>,
 }
 
-impl Chain {
+impl RootChain {
     /// Of the file of this version, if there is one.
     pub fn digest(&self, version: u32) -> Option<Digest> {
         self.digests.get(version.checked_sub(1)? as usize).copied()
@@ -70,7 +70,7 @@ impl RootSource for PublicReader {
     }
 }
 
-impl RootSource for Arc<dyn ObjectStore> {
+impl RootSource for dyn ObjectStore + '_ {
     async fn root(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
         match self.get(key, RunRoot::PURPOSE.file_limit()).await {
             Ok(object) => Ok(Some(object.bytes)),
@@ -98,7 +98,7 @@ struct Known {
 
 #[derive(Clone)]
 struct State {
-    chain: Option<Arc<Chain>>,
+    chain: Option<Arc<RootChain>>,
     seen: Seen,
 }
 
@@ -156,7 +156,7 @@ impl Roots {
     ///
     /// # Errors
     /// None was read yet.
-    pub fn known(&self) -> Result<Arc<Chain>, DiscoveryError> {
+    pub fn known(&self) -> Result<Arc<RootChain>, DiscoveryError> {
         self.state().chain.ok_or(DiscoveryError::NoRun)
     }
 
@@ -164,17 +164,17 @@ impl Roots {
     ///
     /// # Errors
     /// There is no root; or one that does not follow from what was seen, and then nothing changes.
-    pub async fn follow(&self, source: &impl RootSource) -> Result<Arc<Chain>, DiscoveryError> {
+    pub async fn follow(&self, source: &(impl RootSource + ?Sized)) -> Result<Arc<RootChain>, DiscoveryError> {
         let _turn = self.0.turn.lock().await;
         let State { chain: before, seen } = self.state();
         let Known { owner, outside, .. } = &*self.0;
         let keys = Keys::new(outside.netuid);
         let mut chain = before.clone();
-        let version = |chain: &Option<Arc<Chain>>| chain.as_ref().map_or(0, |chain| chain.newest.version);
+        let version = |chain: &Option<Arc<RootChain>>| chain.as_ref().map_or(0, |chain| chain.newest.version);
         while version(&chain) < ROOT_VERSIONS_MAX {
             let key = keys.root(version(&chain) + 1);
             let Some(file) = source.root(&key).await? else { break };
-            chain = Some(Arc::new(Chain::extended(chain.as_deref(), owner, outside, key, &file)?));
+            chain = Some(Arc::new(RootChain::extended(chain.as_deref(), owner, outside, key, &file)?));
         }
         if version(&chain) < seen.root {
             return Err(DiscoveryError::RootHidden { found: version(&chain), seen: seen.root });

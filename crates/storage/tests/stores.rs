@@ -243,6 +243,19 @@ async fn every_store_of_ours_passes_the_start_up_examination_and_is_left_clean()
 }
 
 #[tokio::test]
+async fn examinations_at_the_same_time_leave_each_other_and_everything_else_alone() {
+    let (world, time) = (world(false).await, now_ms());
+    world.store.put("q/private/check-of-another", Bytes::from_static(b"x"), PutCondition::Always).await.unwrap();
+    for prefix in ["q/private/check", "q/private/check/"] {
+        let together = futures::future::join_all((0..8).map(|_| conformance(&world.store, prefix, time))).await;
+        for result in together {
+            result.unwrap();
+        }
+    }
+    assert_eq!(world.store.list("").await.unwrap().len(), 1);
+}
+
+#[tokio::test]
 async fn a_store_that_does_not_honour_conditions_or_checksums_is_named_as_such() {
     let world = world(false).await;
     world.server.set_faults(Faults { ignore_conditions: true, ..Faults::default() });
@@ -252,7 +265,12 @@ async fn a_store_that_does_not_honour_conditions_or_checksums_is_named_as_such()
     let Err(ConformanceError::Broken { broken }) = conformance(&world.store, "q/private/", now_ms()).await else { panic!() };
     assert!(broken.contains(&"an upload with another SHA-256 is refused and leaves nothing"), "{broken:?}");
     world.server.set_faults(Faults { refuse: true, ..Faults::default() });
-    assert!(matches!(conformance(&world.store, "q/private/", now_ms()).await, Err(ConformanceError::Store(StoreError::Denied { .. }))));
+    let Err(error) = conformance(&world.store, "q/private/", now_ms()).await else { panic!() };
+    assert!(matches!(&error, ConformanceError::Store(StoreError::Denied { .. })) && !error.is_retryable(), "{error}");
+    // One that is not there may be there later.
+    drop(world.server);
+    let Err(error) = conformance(&world.store, "q/private/", now_ms()).await else { panic!() };
+    assert!(error.is_retryable(), "{error}");
 }
 
 #[tokio::test]

@@ -12,9 +12,13 @@ pub struct CheckArgs {
     json: bool,
 }
 
+/// Where a store is examined.
+pub fn prefix(office: &Office) -> String {
+    format!("{}/private/check/", protocol::paths::prefix(office.context.netuid))
+}
+
 pub async fn check(office: &Office, arguments: &CheckArgs) -> Result<(), Failure> {
-    let prefix = format!("{}/private/check/", protocol::paths::prefix(office.context.netuid));
-    let report = check::examine(&*office.store, &prefix, clock::now_ms()).await.map_err(Failure::unavailable)?;
+    let report = check::examine(&*office.store, &prefix(office), clock::now_ms()).await.map_err(Failure::unavailable)?;
     if arguments.json {
         let promises: Vec<_> = report.iter().map(|(promise, kept)| serde_json::json!({ "promise": promise, "kept": kept })).collect();
         println!("{}", serde_json::json!({ "ok": report.iter().all(|(_, kept)| *kept), "promises": promises }));
