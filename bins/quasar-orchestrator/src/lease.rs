@@ -1,5 +1,6 @@
 //! The rules of the writer lease, without a clock or a store: when it may be taken, and how long its holder may believe in it.
 
+use protocol::KeyRef;
 use protocol::documents::WriterLease;
 use protocol::envelope::Verified;
 use storage::PutCondition;
@@ -32,6 +33,8 @@ pub struct Candidate {
     pub host: String,
     pub lease_ms: u64,
     pub wait: Wait,
+    /// The key that the newest root names. Holders with another one had their time.
+    key: Option<KeyRef>,
     /// Tag of somebody else's lease, and since when it has stayed as it is.
     watched: Option<(String, u64)>,
 }
@@ -61,11 +64,18 @@ pub struct Claim {
 
 impl Candidate {
     pub fn new(instance: [u8; 16], host: String, lease_ms: u64, wait: Wait) -> Self {
-        Self { instance, host, lease_ms, wait, watched: None }
+        Self { instance, host, lease_ms, wait, key: None, watched: None }
+    }
+
+    /// With the key that the newest root names.
+    pub fn named(self, key: KeyRef) -> Self {
+        Self { key: Some(key), ..self }
     }
 
     /// Decides upon the lease that lies there with its tag, read no later than `steady_ms`: it is taken at once if nobody has it,
-    /// if it was given back, or if its holder worked with this very journal; else once it has stayed as it is for its whole time.
+    /// if it was given back, or if its holder worked with this very journal; else once it has stayed as it is for its whole time. One
+    /// that is signed by another key than the root names ends after that time even if it is renewed: its holder has to notice within
+    /// it, or is who the key was changed for.
     pub fn look(&mut self, steady_ms: u64, found: Option<(&Verified<WriterLease>, &str)>) -> Next {
         let lease = |epoch| WriterLease { epoch, instance: self.instance, host: self.host.clone(), renewal: 0, released: false };
         let Some((verified, tag)) = found else {
@@ -73,18 +83,21 @@ impl Candidate {
         };
         let holder = &verified.document;
         let is_own = holder.instance == self.instance;
-        let is_over = self.watched.as_ref().is_some_and(|(known, since_ms)| known == tag && steady_ms >= since_ms + self.lease_ms);
-        if is_own || holder.released || is_over {
-            let sequence_floor = verified.header.sequence + 2 * self.lease_ms;
+        let is_replaced = self.key.is_some_and(|key| key != verified.header.signer);
+        let stayed = |(known, since_ms): &(String, u64)| (is_replaced || known == tag) && steady_ms >= since_ms + self.lease_ms;
+        if is_own || holder.released || self.watched.as_ref().is_some_and(stayed) {
+            // Readers count the numbers of each key by itself.
+            let sequence_floor = if is_replaced { 0 } else { verified.header.sequence.saturating_add(2 * self.lease_ms) };
             let condition = PutCondition::IfMatch(tag.to_owned());
-            return Next::Claim(Claim { lease: lease(holder.epoch + 1), condition, sequence_floor, is_own });
+            return Next::Claim(Claim { lease: lease(holder.epoch.saturating_add(1)), condition, sequence_floor, is_own });
         }
         let is_new = self.watched.as_ref().is_none_or(|(known, _)| known != tag);
-        if is_new && self.watched.is_some() && self.wait == Wait::ForItsEnd {
+        if is_new && !is_replaced && self.watched.is_some() && self.wait == Wait::ForItsEnd {
             return Next::Refused;
         }
         if is_new {
-            self.watched = Some((tag.to_owned(), steady_ms));
+            let since_ms = self.watched.as_ref().filter(|_| is_replaced).map_or(steady_ms, |(_, since_ms)| *since_ms);
+            self.watched = Some((tag.to_owned(), since_ms));
         }
         Next::Wait { is_new }
     }
@@ -110,7 +123,7 @@ impl Trust {
 
 /// The lease of a holder that renews it.
 pub fn renewed(held: &WriterLease) -> WriterLease {
-    WriterLease { renewal: held.renewal + 1, ..held.clone() }
+    WriterLease { renewal: held.renewal.saturating_add(1), ..held.clone() }
 }
 
 /// Whether the lease that lies there is still the holder's, after a write of it met another one than it knew.
@@ -128,13 +141,17 @@ mod tests {
 
     const CONTEXT: Context = Context { genesis: [1; 32], netuid: 24, run: RunId([2; 16]) };
 
+    fn key() -> Ed25519Signer {
+        Ed25519Signer::from_seed([3; 32])
+    }
+
     fn signed(lease: &WriterLease, sequence: u64) -> Verified<WriterLease> {
-        let signer = Ed25519Signer::from_seed([3; 32]);
+        let signer = key();
         open_stored(&sign(lease, &CONTEXT, &signer, sequence, sequence), &CONTEXT, Expect::Key(&signer.key())).unwrap()
     }
 
     fn candidate(wait: Wait) -> Candidate {
-        Candidate::new([9; 16], "host".into(), WRITER_LEASE_MS, wait)
+        Candidate::new([9; 16], "host".into(), WRITER_LEASE_MS, wait).named(key().key())
     }
 
     fn lease() -> WriterLease {
@@ -168,6 +185,28 @@ mod tests {
         let mut refused = candidate(Wait::ForItsEnd);
         assert_eq!(refused.look(0, Some((&held, "a"))), Next::Wait { is_new: true });
         assert_eq!(refused.look(10, Some((&held, "b"))), Next::Refused);
+    }
+
+    #[test]
+    fn the_lease_of_a_replaced_key_is_waited_for_and_ends_after_its_time_however_often_it_is_renewed() {
+        let mut successor = candidate(Wait::ForItsEnd).named(Ed25519Signer::from_seed([4; 32]).key());
+        let held = signed(&WriterLease { epoch: u64::MAX, ..lease() }, u64::MAX);
+        for (at, tag) in ["a", "b", "c"].into_iter().enumerate() {
+            assert_eq!(successor.look(at as u64 * 10_000, Some((&held, tag))), Next::Wait { is_new: true });
+        }
+        let Next::Claim(claim) = successor.look(WRITER_LEASE_MS, Some((&held, "d"))) else { panic!("it is over") };
+        assert_eq!(
+            (claim.lease.epoch, claim.is_own, claim.sequence_floor),
+            (u64::MAX, false, 0),
+            "nothing overflows, nothing is inherited"
+        );
+        // With the same key, a number that cannot be followed is not followed by a small one.
+        let Next::Claim(claim) =
+            candidate(Wait::Standby).look(0, Some((&signed(&WriterLease { released: true, ..lease() }, u64::MAX), "a")))
+        else {
+            panic!("it was given back")
+        };
+        assert_eq!(claim.sequence_floor, u64::MAX);
     }
 
     #[test]

@@ -10,8 +10,9 @@ use daemon::{Failure, Role, clock, identity};
 use protocol::documents::CurrentRun;
 use protocol::envelope::{self, Context, Document, Expect, RunId, Verified, open_stored};
 use protocol::paths::Keys;
-use protocol::{FileRecord, KeyRef, Signer};
+use protocol::{AccountId, FileRecord, KeyRef, Signer};
 use storage::presign::BucketUrl;
+use storage::roots::Roots;
 use storage::{ObjectStore, PutCondition, S3Settings, S3Store, StoreError, transfer};
 
 /// The operator's place: settings, bucket, signing key.
@@ -58,6 +59,15 @@ impl Office {
 
     pub fn key(&self) -> KeyRef {
         Signer::key(&*self.signer)
+    }
+
+    /// Roots of the owner that the settings name, none of which was read yet.
+    pub fn roots(&self) -> Result<Roots, Failure> {
+        Ok(self.roots_of(self.settings.owner_identity()?))
+    }
+
+    pub fn roots_of(&self, owner: AccountId) -> Roots {
+        Roots::unremembered(self.context.genesis, self.context.netuid, owner)
     }
 
     pub fn state_dir(&self) -> Result<PathBuf, Failure> {

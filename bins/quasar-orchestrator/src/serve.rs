@@ -12,6 +12,7 @@ use fragments::codec::PayloadHeader;
 use protocol::documents::{CatalogPage, CurrentRun, FragmentManifest, ReleaseRef, RunManifest};
 use protocol::envelope::{Context, Expect, Purpose, open_stored};
 use protocol::{Digest, FragmentPlan, KeyRef, ShardManifest};
+use storage::roots::RootChain;
 use storage::{PutCondition, StoreError, check};
 use zeroize::Zeroizing;
 
@@ -19,8 +20,7 @@ use crate::effects::fence::{self, Fence, FenceSettings, Wait};
 use crate::effects::{Hands, Service, spawn_pollers};
 use crate::machine::{FragmentSetup, Orchestrator, RunSetup, ShardRows};
 use crate::office::Office;
-use crate::operator::run::Roots;
-use crate::operator::{checkpoint, run};
+use crate::operator::{checkpoint, run, store};
 use crate::takeover;
 
 /// Journaled inputs between snapshots.
@@ -31,11 +31,11 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     let shutdown = Shutdown::on_signals().map_err(Failure::unavailable)?;
     let state_dir = office.state_dir()?;
     let now_ms = clock::now_ms();
-    check::conformance(&*office.store, &format!("{}/private/check", protocol::paths::prefix(office.context.netuid)), now_ms)
-        .await
-        .map_err(Failure::configuration)?;
-    let roots = run::roots_that_name_us(&office).await?;
-    let published = Published::read(&office, &roots).await?;
+    let examined = check::conformance(&*office.store, &store::prefix(&office), now_ms).await;
+    examined.map_err(|error| if error.is_retryable() { Failure::unavailable(error) } else { Failure::configuration(error) })?;
+    let roots = office.roots()?;
+    let named = run::named(&roots, &*office.store, &office.key()).await?;
+    let published = Published::read(&office, &named).await?;
     let Published { context, current, manifest, plan, shards } = published;
     let run_keys = office.keys.run(current.run);
     let folder = state_dir.join("runs").join(current.run.to_string());
@@ -51,17 +51,17 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
             manifest.base_release
         )));
     }
-    let setup = setup(&office, &context, &manifest, &plan, &shards, &roots.orchestrators).await?;
+    let setup = setup(&office, &context, &manifest, &plan, &shards, &named.orchestrators).await?;
     let fresh = Orchestrator::new(setup);
 
     let network = office.settings.network()?;
     let place = ConnectSettings { endpoints: network.endpoints, genesis: Some(office.context.genesis) };
     let chain: Arc<dyn Chain> = Arc::new(SubtensorClient::connect_within(place, deadlines(&office.settings)).await?);
     let lease_key = run_keys.writer_lease();
-    let last = fence::read_lease(&*office.store, &lease_key, &context, &roots.orchestrators).await?;
+    let last = fence::read_lease(&*office.store, &lease_key, &context, &named.orchestrators).await?;
     let (journal, instance) = takeover::open_journal(&folder, last.as_ref().map(|(lease, _)| &lease.document))?;
     let journal = Arc::new(journal);
-    let sequence = Arc::new(Sequence::open(journal.clone(), "orchestrator").map_err(|error| Failure::new(error.exit(), error))?);
+    let sequence = Arc::new(Sequence::open(journal.clone(), &sequence_name(&office)).map_err(|error| Failure::new(error.exit(), error))?);
     let health = Health::new();
     health.probe("chain", {
         let chain = chain.clone();
@@ -78,7 +78,7 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
         key: lease_key,
         context,
         signer: office.signer.clone(),
-        signers: roots.orchestrators.clone(),
+        roots: roots.clone(),
         sequence: sequence.clone(),
         instance,
         host: host(),
@@ -88,54 +88,66 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     let Some(fence) = Fence::acquire(settings, wait, &shutdown).await? else { return Ok(Exit::Done) };
     let fence = Arc::new(fence);
     tokio::spawn(fence.clone().keep(shutdown.clone()));
+    let signers = roots.known().map_err(Failure::configuration)?.orchestrators.clone();
 
-    let opening_secret = opening_secret(&office, &run_keys).await?;
-    let service = Arc::new(Service {
-        store: office.store.clone(),
-        chain: chain.clone(),
-        signer: office.signer.clone(),
-        signers: roots.orchestrators,
-        sequence,
-        fence: fence.clone(),
-        plan_digest: manifest.plan,
-        plan: Arc::new(plan),
-        context,
-        keys: office.keys.clone(),
-        run: run_keys,
-        manifest,
-        current,
-        shards,
-        base_files: base.files,
-        opening_secret,
-        base_tree,
-        state_dir: folder,
-        stopped: Default::default(),
-        shutdown: shutdown.clone(),
-        watched: Default::default(),
-        records: Default::default(),
-        head_etag: Default::default(),
-        outbox: Default::default(),
-        recorded: Default::default(),
-    });
-    let head = service.claim_head(fence.epoch().await).await?;
-    let (recovered, first) = takeover::recover(&service, &journal, head, fresh).await?;
-    tracing::info!(run = %service.context.run, name = %service.manifest.name, replayed = recovered.replayed, "orchestrating");
-    let options = DriverOptions { snapshot_every: SNAPSHOT_EVERY, ..DriverOptions::default() };
-    component.ready();
-    let orders_taken = recovered.machine.orders_taken();
-    let driver = Driver::with_options(recovered, journal, Arc::new(Hands(service.clone())), options).first(first).component(component);
-    spawn_pollers(&service, orders_taken, &driver.inputs(), &shutdown);
-    let (_, exit) = driver.run(&shutdown).await?;
-    if fence.is_lost() {
-        service.stop("another orchestrator writes to this run");
-    }
-    if let Some(why) = *service.stopped.lock().unwrap_or_else(PoisonError::into_inner) {
-        return Err(Failure::configuration(anyhow::anyhow!("{why}"))
-            .hint("a second orchestrator runs as `run --standby`; after a rotation the wallet that the new root names has to run"));
-    }
+    // Whatever ends this, whoever comes next need not wait for the lease.
+    let led = async {
+        let opening_secret = opening_secret(&office, &run_keys).await?;
+        let service = Arc::new(Service {
+            store: office.store.clone(),
+            chain: chain.clone(),
+            signer: office.signer.clone(),
+            roots,
+            signers,
+            sequence,
+            fence: fence.clone(),
+            plan_digest: manifest.plan,
+            plan: Arc::new(plan),
+            context,
+            keys: office.keys.clone(),
+            run: run_keys,
+            manifest,
+            current,
+            shards,
+            base_files: base.files,
+            opening_secret,
+            base_tree,
+            state_dir: folder,
+            stopped: Default::default(),
+            shutdown: shutdown.clone(),
+            watched: Default::default(),
+            records: Default::default(),
+            head_etag: Default::default(),
+            outbox: Default::default(),
+            recorded: Default::default(),
+        });
+        let head = service.claim_head(fence.epoch().await).await?;
+        let (recovered, first) = takeover::recover(&service, &journal, head, fresh).await?;
+        tracing::info!(run = %service.context.run, name = %service.manifest.name, replayed = recovered.replayed, "orchestrating");
+        let options = DriverOptions { snapshot_every: SNAPSHOT_EVERY, ..DriverOptions::default() };
+        component.ready();
+        let orders_taken = recovered.machine.orders_taken();
+        let driver = Driver::with_options(recovered, journal, Arc::new(Hands(service.clone())), options).first(first).component(component);
+        spawn_pollers(&service, orders_taken, &driver.inputs(), &shutdown);
+        let (_, exit) = driver.run(&shutdown).await?;
+        if fence.is_lost() {
+            service.stop("another orchestrator writes to this run");
+        }
+        if let Some(why) = *service.stopped.lock().unwrap_or_else(PoisonError::into_inner) {
+            return Err(Failure::configuration(anyhow::anyhow!("{why}"))
+                .hint("a second orchestrator runs as `run --standby`; after a rotation the wallet that the new root names has to run"));
+        }
+        Ok(exit)
+    };
+    let led: Result<Exit, Failure> = led.await;
     fence.release().await;
     tracing::info!("stopped");
-    Ok(exit)
+    led
+}
+
+/// The numbers of this key in the journal: another key has others.
+fn sequence_name(office: &Office) -> String {
+    format!("orchestrator/{}", office.key().account())
 }
 
 /// This machine, for people.
@@ -155,13 +167,11 @@ struct Published {
 }
 
 impl Published {
-    async fn read(office: &Office, roots: &Roots) -> Result<Self, Failure> {
-        let mut current = current_run(office, &roots.orchestrators).await?;
+    async fn read(office: &Office, roots: &RootChain) -> Result<Self, Failure> {
+        let current = current_run(office, &roots.orchestrators).await?;
         if !roots.digests.contains(&current.root_digest) {
             return Err(Failure::configuration(anyhow::anyhow!("the current run was created under another root")).hint("create a new run"));
         }
-        // After a rotation, the run goes on under the new root.
-        (current.root_version, current.root_digest) = (roots.newest.version, Digest::blake3(&roots.bytes));
         let context = Context { run: current.run, ..office.context };
         let (keys, signers) = (office.keys.run(current.run), &roots.orchestrators);
         let contradiction = |what: String| {

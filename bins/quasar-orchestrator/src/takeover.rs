@@ -25,6 +25,9 @@ const INSTANCE_KEY: &str = "writer/instance";
 
 /// The journal of the folder, with its instance number: the one that is there, if it is new or `last_writer` worked with it; else a
 /// fresh one.
+///
+/// # Errors
+/// The journal cannot be used, or a version of another layout wrote it.
 pub fn open_journal(folder: &Path, last_writer: Option<&WriterLease>) -> Result<(Journal, [u8; 16]), Failure> {
     let failed = |error: daemon::JournalError| Failure::new(error.exit(), error);
     let mut journal = Journal::open(folder).map_err(failed)?;
@@ -45,6 +48,8 @@ pub fn open_journal(folder: &Path, last_writer: Option<&WriterLease>) -> Result<
         // Never the number of a journal that is gone.
         instance = None;
     }
+    // Said before anything is written to the bucket.
+    driver::has_layout::<Orchestrator>(&journal)?;
     if let Some(instance) = instance {
         return Ok((journal, instance));
     }

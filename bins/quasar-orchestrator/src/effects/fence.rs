@@ -3,8 +3,9 @@
 //! The lease is an object that moves by compare-and-swap. Its holder renews it each third of its time; whoever waits for it
 //! watches with its own clock that it stays as it is for the whole time, so no two clocks are compared and a clock that jumps
 //! hands out nothing ([`crate::lease`] holds these rules). A holder that could not renew in time stops writing until it has
-//! (`Fence::hold`); one that finds somebody else's lease there has lost it for good. A write that was on its way meanwhile meets compare-and-swap (head, jobs, grants,
-//! snapshot) or a write-once key whose content the tape fixes.
+//! (`Fence::hold`); one that finds somebody else's lease there has lost it for good. A write that was on its way meanwhile meets
+//! compare-and-swap (head, jobs, grants, snapshot) or a write-once key whose content the tape fixes. Whoever waits ends once the
+//! owner's newest root does not name its key any more.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
@@ -12,15 +13,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use daemon::sequence::Sequence;
-use daemon::{Failure, Shutdown, clock};
+use daemon::{Exit, Failure, Shutdown, clock};
 use protocol::documents::{WRITER_LEASE_MS, WriterLease};
 use protocol::envelope::{self, Context, Document, Expect, Verified, open_stored};
 use protocol::{KeyRef, Signer};
+use storage::roots::Roots;
 use storage::{ObjectStore, PutCondition, StoreError};
 use tokio::time::Instant;
 
 pub use crate::lease::Wait;
 use crate::lease::{Candidate, Claim, Moment, Next, Trust, is_still, renewed};
+use crate::operator::run;
 
 /// Renewals within the time of a lease.
 const RENEWALS: u32 = 3;
@@ -34,8 +37,8 @@ pub struct FenceSettings {
     pub key: String,
     pub context: Context,
     pub signer: Arc<dyn Signer>,
-    /// Keys that leases may be signed with: the signer's, and those before a rotation.
-    pub signers: Vec<KeyRef>,
+    /// The newest names the signer's key; leases may be signed with it, or with one before a rotation.
+    pub roots: Roots,
     pub sequence: Arc<Sequence>,
     /// Of the journal at hand.
     pub instance: [u8; 16],
@@ -92,16 +95,29 @@ pub async fn read_lease(
 
 impl Fence {
     /// Takes the lease: at once if nobody has it, if it was given back, or if its holder worked with this very journal; else
-    /// after its time. `None` if a stop was asked for meanwhile.
+    /// after its time. `None` if a stop was asked for meanwhile. A store that does not answer is asked again.
     ///
     /// # Errors
-    /// The store does not answer; or somebody else goes on holding it and `wait` does not say to stand by.
+    /// Somebody else goes on holding it and `wait` does not say to stand by; or the newest root does not name the signer's key (any
+    /// more).
     pub async fn acquire(settings: FenceSettings, wait: Wait, shutdown: &Shutdown) -> Result<Option<Self>, Failure> {
         let lease_ms = settings.lease.as_millis() as u64;
-        let mut candidate = Candidate::new(settings.instance, settings.host.clone(), lease_ms, wait);
+        let mut candidate = Candidate::new(settings.instance, settings.host.clone(), lease_ms, wait).named(settings.signer.key());
+        // A lease of ours may lie there because only the answer to its claim was lost.
+        let mut was_foreign = false;
         loop {
             let begun = moment();
-            let found = read_lease(&*settings.store, &settings.key, &settings.context, &settings.signers).await?;
+            let found = match settings.look().await {
+                Err(failure) if failure.exit == Exit::Unavailable => {
+                    tracing::warn!("the writer lease cannot be read: {failure}");
+                    if !shutdown.sleep(settings.lease / LOOKS).await {
+                        return Ok(None);
+                    }
+                    continue;
+                }
+                found => found?,
+            };
+            was_foreign |= found.as_ref().is_some_and(|(lease, _)| lease.document.instance != settings.instance);
             let found = found.as_ref().map(|(lease, tag)| (lease, tag.as_str()));
             let claim = match candidate.look(moment().steady_ms, found) {
                 Next::Claim(claim) => claim,
@@ -130,12 +146,16 @@ impl Fence {
                         lost: AtomicBool::new(false),
                         asked: AtomicU64::new(0),
                         answered: AtomicU64::new(0),
-                        is_own,
+                        is_own: is_own && !was_foreign,
                         settings,
                     }));
                 }
                 // Somebody was quicker, or our own answer was lost; both are seen at the next look.
                 Err(StoreError::PreconditionFailed { .. }) => tokio::time::sleep(RETRY).await,
+                Err(error) if error.is_retryable() => {
+                    tracing::warn!("the writer lease cannot be taken: {error}");
+                    tokio::time::sleep(RETRY).await;
+                }
                 Err(error) => return Err(Failure::unavailable(error)),
             }
         }
@@ -234,7 +254,11 @@ impl Fence {
     /// The lease is not as it was left: an answer of ours was lost, or somebody else has it.
     async fn look_again(&self, held: &mut (WriterLease, String)) -> Result<bool, Lost> {
         let settings = &self.settings;
-        match read_lease(&*settings.store, &settings.key, &settings.context, &settings.signers).await {
+        // Whoever has it may be named since by a newer root.
+        if let Err(error) = settings.roots.follow(&*settings.store).await {
+            tracing::warn!("the newest root cannot be read: {error}");
+        }
+        match settings.read().await {
             Ok(Some((lease, etag))) if is_still(&held.0, &lease.document) => {
                 *held = (lease.document, etag);
                 Ok(true)
@@ -261,10 +285,10 @@ impl Fence {
         }
     }
 
-    /// Gives the lease back, so that nobody has to wait for its end.
+    /// Gives the lease back, so that nobody has to wait for its end: nothing is written under it any more.
     pub async fn release(&self) {
         let mut held = self.held.lock().await;
-        if self.is_lost() {
+        if self.lost.swap(true, Ordering::Relaxed) {
             return;
         }
         let last = WriterLease { released: true, ..renewed(&held.0) };
@@ -277,6 +301,17 @@ impl Fence {
 }
 
 impl FenceSettings {
+    /// The lease, for whoever wants to take it: the newest root has to name its key.
+    async fn look(&self) -> Result<Option<(Verified<WriterLease>, String)>, Failure> {
+        run::named(&self.roots, &*self.store, &self.signer.key()).await?;
+        self.read().await
+    }
+
+    async fn read(&self) -> Result<Option<(Verified<WriterLease>, String)>, Failure> {
+        let chain = self.roots.known().map_err(Failure::configuration)?;
+        read_lease(&*self.store, &self.key, &self.context, &chain.orchestrators).await
+    }
+
     fn sign(&self, lease: &WriterLease) -> Result<Bytes, daemon::JournalError> {
         let now_ms = clock::now_ms();
         let sequence = self.sequence.next(now_ms)?;
@@ -292,22 +327,55 @@ fn held_by(host: &str) -> Failure {
 #[cfg(test)]
 mod tests {
     use daemon::Journal;
-    use protocol::Ed25519Signer;
+    use protocol::documents::{Bounds, RunRoot};
     use protocol::envelope::RunId;
+    use protocol::paths::Keys;
+    use protocol::{Digest, Ed25519Signer};
     use storage::MemoryStore;
 
     use super::*;
 
     const LEASE: Duration = Duration::from_millis(300);
 
+    const CONTEXT: Context = Context { genesis: [2; 32], netuid: 24, run: RunId([3; 16]) };
+
+    fn key(seed: u8) -> Ed25519Signer {
+        Ed25519Signer::from_seed([seed; 32])
+    }
+
+    /// A bucket in which the owner (key 7) named key 1.
+    async fn bucket() -> MemoryStore {
+        let store = MemoryStore::new();
+        name(&store, 1, Digest::ZERO, 1).await;
+        store
+    }
+
+    /// The owner signs this version of the root; gives its digest.
+    async fn name(store: &MemoryStore, version: u32, previous: Digest, orchestrator: u8) -> Digest {
+        let root = RunRoot {
+            version,
+            previous,
+            owner: key(7).key(),
+            orchestrator: key(orchestrator).key(),
+            store_hosts: vec!["store.example".into()],
+            bounds: Bounds { fragments_max: 24, slots_max: 8, payload_bytes_max: 1 << 20, checkpoint_bytes_max: 1 << 20 },
+        };
+        let bytes = Bytes::from(envelope::sign(&root, &CONTEXT.without_run(), &key(7), 1, 1));
+        store.put(&Keys::new(CONTEXT.netuid).root(version), bytes.clone(), PutCondition::IfAbsent).await.unwrap();
+        Digest::blake3(&bytes)
+    }
+
     fn settings(store: &MemoryStore, instance: u8) -> FenceSettings {
-        let signer = Arc::new(Ed25519Signer::from_seed([1; 32]));
+        with_key(store, instance, 1)
+    }
+
+    fn with_key(store: &MemoryStore, instance: u8, seed: u8) -> FenceSettings {
         FenceSettings {
             store: Arc::new(store.clone()),
             key: "private/writer.qsr".into(),
-            context: Context { genesis: [2; 32], netuid: 24, run: RunId([3; 16]) },
-            signers: vec![signer.key()],
-            signer,
+            context: CONTEXT,
+            roots: Roots::unremembered(CONTEXT.genesis, CONTEXT.netuid, key(7).key().account()),
+            signer: Arc::new(key(seed)),
             sequence: Arc::new(Sequence::open(Arc::new(Journal::in_memory().unwrap()), "orchestrator").unwrap()),
             instance: [instance; 16],
             host: format!("host-{instance}"),
@@ -321,7 +389,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_same_journal_takes_its_lease_back_at_once_and_the_process_before_is_fenced() {
-        let store = MemoryStore::new();
+        let store = bucket().await;
         let first = take(&store, 1, Wait::ForItsEnd).await.unwrap();
         let begun = Instant::now();
         let second = take(&store, 1, Wait::ForItsEnd).await.unwrap();
@@ -334,7 +402,7 @@ mod tests {
 
     #[tokio::test]
     async fn another_journal_waits_for_the_end_of_a_lease_that_nobody_renews() {
-        let store = MemoryStore::new();
+        let store = bucket().await;
         let first = take(&store, 1, Wait::ForItsEnd).await.unwrap();
         let begun = Instant::now();
         let second = take(&store, 2, Wait::ForItsEnd).await.unwrap();
@@ -345,7 +413,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_second_orchestrator_is_refused_while_the_first_goes_on_unless_it_stands_by() {
-        let store = MemoryStore::new();
+        let store = bucket().await;
         let first = Arc::new(take(&store, 1, Wait::ForItsEnd).await.unwrap());
         let (stop, keeper) = (Shutdown::new(), Shutdown::new());
         let keeping = tokio::spawn(first.clone().keep(keeper.clone()));
@@ -371,10 +439,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_lease_that_was_given_back_is_free_at_once_and_numbers_go_on_above_it() {
-        let store = MemoryStore::new();
+        let store = bucket().await;
         let first = take(&store, 1, Wait::ForItsEnd).await.unwrap();
         first.release().await;
-        let before = read_lease(&store, &first.settings.key, &first.settings.context, &first.settings.signers).await.unwrap().unwrap().0;
+        assert!(!first.is_trusted(), "nothing is written under it any more");
+        let before = first.settings.read().await.unwrap().unwrap().0;
         let begun = Instant::now();
         let second = take(&store, 2, Wait::ForItsEnd).await.unwrap();
         assert!(begun.elapsed() < LEASE / 2);
@@ -383,7 +452,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_lease_of_another_run_is_refused_and_left_alone() {
-        let store = MemoryStore::new();
+        let store = bucket().await;
         take(&store, 1, Wait::ForItsEnd).await.unwrap();
         let mut foreign = settings(&store, 2);
         foreign.context.run = RunId([9; 16]);

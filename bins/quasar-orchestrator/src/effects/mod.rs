@@ -27,9 +27,11 @@ use daemon::driver::{Executor, Inputs};
 use daemon::sequence::Sequence;
 use daemon::{Shutdown, clock};
 use protocol::documents::{CurrentRun, RunManifest};
-use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, Verified, open_stored};
+use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, Header, Verified, open_stored};
 use protocol::paths::{Keys, RunKeys};
 use protocol::{Digest, FragmentPlan, KeyRef, ShardManifest, Signer};
+use storage::discovery::DiscoveryError;
+use storage::roots::Roots;
 use storage::{ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
@@ -50,6 +52,7 @@ pub struct Service {
     pub signer: Arc<dyn Signer>,
     pub sequence: Arc<Sequence>,
     pub fence: Arc<Fence>,
+    pub roots: Roots,
     /// Keys that the orchestrator's documents may be signed with: the signer's, and those before a rotation.
     pub signers: Vec<KeyRef>,
     pub context: Context,
@@ -199,12 +202,27 @@ impl Service {
         };
         self.confirm().await;
         let Some(object) = found else { return Ok(PutCondition::IfAbsent) };
-        if let Ok((envelope, _)) = envelope::verify_as_stated(&object.bytes)
-            && self.signers.contains(&envelope.header.signer)
-        {
-            self.sequence.raise(envelope.header.sequence).map_err(|error| error.to_string())?;
+        if let Ok((envelope, _)) = envelope::verify_as_stated(&object.bytes) {
+            self.follow_numbers(&envelope.header).map_err(|error| error.to_string())?;
         }
         Ok(PutCondition::IfMatch(object.etag.unwrap_or_default()))
+    }
+
+    /// Numbers go on above those of a document that our key has signed. Readers count each key by itself: what a key before it has used, or
+    /// whoever stole that, is nothing to us.
+    fn follow_numbers(&self, header: &Header) -> Result<(), daemon::JournalError> {
+        if header.signer == self.signer.key() { self.sequence.raise(header.sequence) } else { Ok(()) }
+    }
+
+    /// Looks for newer roots. An orchestrator that is named no more stops; the rest is a matter of who signs the next root.
+    pub(crate) async fn follow_roots(&self) -> Result<(), DiscoveryError> {
+        let chain = self.roots.follow(&*self.store).await?;
+        if chain.newest.orchestrator != self.signer.key() {
+            let (version, named) = (chain.newest.version, chain.newest.orchestrator.account());
+            tracing::error!(version, %named, "a newer root names another orchestrator; this one stops and gives the lease back");
+            self.stop("the owner signed a new root, which names another orchestrator");
+        }
+        Ok(())
     }
 
     /// Asks the store whether the lease is still ours; stops everything if it is not.

@@ -1,4 +1,4 @@
-//! Pollers: progress records of watched slots, blocks and metagraph of the chain. They report changes only.
+//! Pollers: progress records of watched slots, blocks and metagraph of the chain, roots and orders. They report changes only.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
@@ -23,10 +23,14 @@ pub(crate) const SILENT_FACTOR: u64 = 10;
 /// The metagraph is read after so many polls of the block.
 const BLOCKS_PER_METAGRAPH: u64 = 10;
 
+/// Looks for a newer root.
+const ROOTS_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Starts all pollers, which end with `shutdown`, and the clearing of what an earlier process left on the disk.
 pub fn spawn_pollers(service: &Arc<Service>, orders_taken: u64, inputs: &Inputs<Input>, shutdown: &Shutdown) {
     tokio::spawn(poll_progress(service.clone(), inputs.clone(), shutdown.clone()));
     tokio::spawn(poll_chain(service.clone(), inputs.clone(), shutdown.clone()));
+    tokio::spawn(poll_roots(service.clone(), shutdown.clone()));
     tokio::spawn(poll_orders(service.clone(), orders_taken, inputs.clone(), shutdown.clone()));
     let service = service.clone();
     tokio::spawn(async move { service.sweep_releases().await });
@@ -131,6 +135,15 @@ async fn poll_chain(service: Arc<Service>, inputs: Inputs<Input>, shutdown: Shut
         round += 1;
         if !shutdown.sleep(interval).await {
             return;
+        }
+    }
+}
+
+/// Notices that the owner named another key.
+async fn poll_roots(service: Arc<Service>, shutdown: Shutdown) {
+    while shutdown.sleep(ROOTS_INTERVAL).await {
+        if let Err(error) = service.follow_roots().await {
+            tracing::warn!("the newest root cannot be read: {}", error.to_string().replace('\n', "; "));
         }
     }
 }

@@ -7,6 +7,7 @@ use daemon::{Failure, clock};
 use protocol::documents::{CurrentRun, Head, Job, Lease, LeaseEnd};
 use protocol::envelope::{self, Expect, Purpose, open_stored};
 use protocol::log::LogHead;
+use storage::discovery::DiscoveryError;
 use storage::{PutCondition, StoreError};
 
 use super::{Service, persist};
@@ -47,10 +48,10 @@ impl Service {
                     found.document.fragments.len(),
                     self.plan.fragments.len()
                 ))
-                .hint("the bucket holds objects of different runs under one id; nothing was changed"));
+                .hint("the bucket holds objects of different runs under one id; nothing was changed but the writer lease"));
             }
             let journal = |error: daemon::JournalError| Failure::new(error.exit(), error);
-            self.sequence.raise(found.header.sequence).map_err(journal)?;
+            self.follow_numbers(&found.header).map_err(journal)?;
             let lost = |lost| Failure::configuration(lost).hint("start again with `run --standby`");
             // What was read may be a successor's already: no clock of this machine tells, the store does.
             self.fence.confirm().await.map_err(lost)?;
@@ -68,19 +69,21 @@ impl Service {
         }
     }
 
+    /// The pointer to this run, which goes on under the newest root.
+    fn current(&self) -> Result<CurrentRun, DiscoveryError> {
+        let chain = self.roots.known()?;
+        let (root_version, root_digest) = (chain.newest.version, chain.digest(chain.newest.version).unwrap_or(self.current.root_digest));
+        Ok(CurrentRun { root_version, root_digest, ..self.current.clone() })
+    }
+
     pub(super) async fn publish_current(&self) {
-        // The owner may have named another key meanwhile.
-        let next_root = self.keys.root(self.current.root_version + 1);
-        if self.store.head(&next_root).await.is_ok() {
-            tracing::error!("the owner signed a new root; this orchestrator stops");
-            return self.stop("the owner signed a new root");
-        }
         let key = self.keys.current();
         let is_ours = persist(&key, || async {
             let condition = match self.store.get(&key, Purpose::CurrentRun.file_limit()).await {
                 Ok(object) => {
                     let outside = self.context.without_run();
-                    let found = open_stored::<CurrentRun>(&object.bytes, &outside, Expect::Any(&self.signers));
+                    // What a key before this one signed is replaced, whatever it names.
+                    let found = open_stored::<CurrentRun>(&object.bytes, &outside, Expect::Key(&self.signer.key()));
                     if found.is_ok_and(|found| found.document.run != self.context.run) {
                         return Ok(false);
                     }
@@ -92,7 +95,8 @@ impl Service {
             self.fence.hold().await;
             let now_ms = clock::now_ms();
             let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
-            let bytes = envelope::sign(&self.current, &self.context.without_run(), &*self.signer, sequence, now_ms);
+            let current = self.current().map_err(|error| error.to_string())?;
+            let bytes = envelope::sign(&current, &self.context.without_run(), &*self.signer, sequence, now_ms);
             self.store.put(&key, Bytes::from(bytes), condition).await.map_err(|error| error.to_string())?;
             Ok(true)
         })

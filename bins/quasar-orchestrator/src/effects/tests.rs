@@ -14,13 +14,16 @@ use fragments::codec::{self, PayloadHeader};
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
-    AuditParameters, CatalogRef, Codec, Commitment, CurrentRun, FragmentHead, FragmentManifest, Head, InnerOptimizer, Job, LearnerState,
-    Lease, LrSchedule, MergeManifest, Progress, ReleaseRef, RowRange, RunManifest, RunParameters, Tape, TapeInput,
+    AuditParameters, Bounds, CatalogRef, Codec, Commitment, CurrentRun, FragmentHead, FragmentManifest, Head, InnerOptimizer, Job,
+    LearnerState, Lease, LrSchedule, MergeManifest, Progress, ReleaseRef, RowRange, RunManifest, RunParameters, RunRoot, Tape, TapeInput,
 };
-use protocol::envelope::{Context, Document, RunId, sign};
+use protocol::envelope::{Context, Document, Expect, RunId, open_stored, sign};
 use protocol::log::{Frontier, LogEntry, LogHead, LogKind};
 use protocol::paths::Keys;
-use protocol::{AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, MergeRule, Reason, ShardManifest, Signer, Slice};
+use protocol::{
+    AccountId, DType, Digest, Ed25519Signer, FileRecord, FragmentPlan, KeyRef, MergeRule, Reason, ShardManifest, Signer, Slice,
+};
+use storage::roots::Roots;
 use storage::{MemoryStore, ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
@@ -30,6 +33,7 @@ use crate::machine::{FragmentSetup, Input, LEASE_EPOCH_SHIFT, Orchestrator, RunS
 use crate::takeover;
 
 mod merges;
+mod rotations;
 mod takeovers;
 mod writers;
 
@@ -161,9 +165,33 @@ impl Bucket {
             bucket.put(&keys.keyframe(fragment, 0), frame).await;
             bucket.publish(&keys.fragment_manifest(fragment, 0), &manifest).await;
         }
+        bucket.rotate(1, Digest::ZERO, bucket.signer.key()).await;
         let head = Head::first(heads, bucket.setup.release.clone(), bucket.setup.catalog);
         bucket.publish(&keys.head(), &head).await;
         bucket
+    }
+
+    fn owner() -> Ed25519Signer {
+        Ed25519Signer::from_seed([7; 32])
+    }
+
+    fn store(&self) -> Arc<dyn ObjectStore> {
+        Arc::new(self.store.clone())
+    }
+
+    /// As a process reads them that begins.
+    fn roots(&self) -> Roots {
+        Roots::unremembered(self.context.genesis, NETUID, Self::owner().key().account())
+    }
+
+    /// The owner signs this version of the root; gives its digest.
+    async fn rotate(&self, version: u32, previous: Digest, orchestrator: KeyRef) -> Digest {
+        let bounds = Bounds { fragments_max: 24, slots_max: 8, payload_bytes_max: 1 << 20, checkpoint_bytes_max: 1 << 20 };
+        let owner = Self::owner().key();
+        let root = RunRoot { version, previous, owner, orchestrator, store_hosts: vec!["store.example".into()], bounds };
+        let bytes = sign(&root, &self.context.without_run(), &Self::owner(), 1, 1_000);
+        self.put(&Keys::new(NETUID).root(version), bytes.clone()).await;
+        Digest::blake3(&bytes)
     }
 
     async fn put(&self, key: &str, bytes: Vec<u8>) {
@@ -176,7 +204,8 @@ impl Bucket {
 
     /// An orchestrator whose state is in `folder`, with the lease.
     async fn orchestrator(&self, folder: &Path) -> (Arc<Service>, Arc<Journal>) {
-        let signers = vec![self.signer.key()];
+        let roots = self.roots();
+        let signers = roots.follow(&*self.store()).await.unwrap().orchestrators.clone();
         let keys = Keys::new(NETUID).run(self.context.run);
         let last = super::fence::read_lease(&self.store, &keys.writer_lease(), &self.context, &signers).await.unwrap();
         let (journal, instance) = takeover::open_journal(folder, last.as_ref().map(|(lease, _)| &lease.document)).unwrap();
@@ -188,7 +217,7 @@ impl Bucket {
             key: keys.writer_lease(),
             context: self.context,
             signer: self.signer.clone(),
-            signers: signers.clone(),
+            roots: roots.clone(),
             sequence: sequence.clone(),
             instance,
             host: folder.display().to_string(),
@@ -205,6 +234,7 @@ impl Bucket {
             signer: self.signer.clone(),
             sequence,
             fence,
+            roots,
             signers,
             context: self.context,
             keys: Keys::new(NETUID),

@@ -105,7 +105,7 @@ pub async fn fetch_to(office: &Office, release: &str, out: &Path) -> Result<(Rel
     let key = office.keys.release_manifest(release);
     let object = office.store.get(&key, 1 << 21).await.map_err(Failure::unavailable)?;
     // Signed by this key, or by one before a rotation.
-    let signers = super::run::roots(office).await.map_or_else(|_| vec![office.key()], |roots| roots.orchestrators);
+    let signers = super::run::roots(office).await.map_or_else(|_| vec![office.key()], |roots| roots.orchestrators.clone());
     let verified = open_stored::<Release>(&object.bytes, &office.context, Expect::Any(&signers)).map_err(Failure::configuration)?;
     std::fs::create_dir_all(out).map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", out.display())))?;
     for file in &verified.document.files {

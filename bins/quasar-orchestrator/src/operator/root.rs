@@ -1,11 +1,13 @@
 //! `root sign`, `rotate-key`: the owner names the orchestrator's online key, the store and hard bounds.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use daemon::Failure;
 use protocol::documents::{Bounds, RunRoot};
-use protocol::envelope::{Document, Expect, open_stored};
 use protocol::{AccountId, Digest, KeyKind, KeyRef};
-use storage::StoreError;
+use storage::discovery::DiscoveryError;
+use storage::roots::RootChain;
 
 use crate::office::Office;
 
@@ -51,8 +53,8 @@ fn key(account: &AccountId, kind: &str) -> KeyRef {
 pub async fn sign(office: &Office, arguments: SignArgs) -> Result<(), Failure> {
     let newest = newest(office).await?;
     let root = RunRoot {
-        version: newest.as_ref().map_or(1, |(root, _)| root.version + 1),
-        previous: newest.map_or(Digest::ZERO, |(_, digest)| digest),
+        version: newest.as_ref().map_or(1, |chain| chain.newest.version + 1),
+        previous: newest.map_or(Digest::ZERO, |chain| digest(&chain)),
         owner: office.key(),
         orchestrator: key(&arguments.orchestrator, &arguments.orchestrator_kind),
         store_hosts: if arguments.store_host.is_empty() { vec![office.store_host.clone()] } else { arguments.store_host },
@@ -67,17 +69,28 @@ pub async fn sign(office: &Office, arguments: SignArgs) -> Result<(), Failure> {
 }
 
 pub async fn rotate(office: &Office, arguments: RotateArgs) -> Result<(), Failure> {
-    let Some((root, previous)) = newest(office).await? else {
+    let Some(chain) = newest(office).await? else {
         return Err(Failure::configuration(anyhow::anyhow!("no run root is published")).hint("sign the first one with `root sign`"));
     };
+    let (root, previous) = (chain.newest.clone(), digest(&chain));
     let orchestrator = key(&arguments.orchestrator, &arguments.orchestrator_kind);
     let owner = arguments.owner.map_or(root.owner, |owner| KeyRef { kind: KeyKind::Ed25519, public: owner.0 });
     if (orchestrator, owner) == (root.orchestrator, root.owner) {
         return Err(Failure::usage(anyhow::anyhow!("root version {} names these keys already", root.version))
             .hint("name the new key; if the rotation was done before, start `run` with its wallet"));
     }
+    let is_same = orchestrator == root.orchestrator;
     publish(office, &RunRoot { version: root.version + 1, previous, owner, orchestrator, ..root }).await?;
-    println!("the orchestrator with the old key stops within four minutes; start `run` with the new wallet, the run goes on");
+    if is_same {
+        println!("the orchestrator, miners and validators go on and need nothing; the new owner signs the next root");
+    } else {
+        println!("1. start `run` with the new wallet: at once on another machine; on the same one, set its service to the new wallet and");
+        println!(
+            "   restart it. It waits for the old orchestrator, which gives the run back within 15 s, and at most 30 s for one that hangs"
+        );
+        println!("2. processes with the old wallet end by themselves with exit code 78, standbys too: give theirs the new wallet as well");
+        println!("Miners and validators follow by themselves and keep what they have trained");
+    }
     Ok(())
 }
 
@@ -87,31 +100,30 @@ async fn publish(office: &Office, root: &RunRoot) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The newest root in the bucket that this wallet may sign the next version of, with the digest of its file.
-async fn newest(office: &Office) -> Result<Option<(RunRoot, Digest)>, Failure> {
-    let mut newest: Option<(RunRoot, Digest)> = None;
-    loop {
-        let version = newest.as_ref().map_or(1, |(root, _)| root.version + 1);
-        let bytes = match office.store.get(&office.keys.root(version), RunRoot::PURPOSE.file_limit()).await {
-            Ok(object) => object.bytes,
-            Err(StoreError::NotFound { .. }) => break,
-            Err(error) => return Err(Failure::unavailable(error)),
-        };
-        let owner = newest.as_ref().map_or(office.key(), |(root, _)| root.owner);
-        // Version 1 is signed by the owner that the settings name, as everybody checks it.
-        let first = office.settings.owner_identity().unwrap_or_else(|_| office.key().account());
-        let expect = if newest.is_some() { Expect::Key(&owner) } else { Expect::Account(&first) };
-        let root = open_stored::<RunRoot>(&bytes, &office.context, expect).map_err(Failure::configuration)?.document;
-        newest = Some((root, Digest::blake3(&bytes)));
-    }
-    match &newest {
-        Some((root, _)) if root.owner != office.key() => Err(Failure::configuration(anyhow::anyhow!(
+/// The roots in the bucket, if this wallet may sign the version after them.
+async fn newest(office: &Office) -> Result<Option<Arc<RootChain>>, Failure> {
+    // Version 1 is signed by the owner that the settings name, as everybody checks it.
+    let first = office.settings.owner_identity().unwrap_or_else(|_| office.key().account());
+    let chain = match office.roots_of(first).follow(&*office.store).await {
+        Ok(chain) => chain,
+        Err(DiscoveryError::NoRun) => return Ok(None),
+        Err(DiscoveryError::Store(error)) => return Err(Failure::unavailable(error)),
+        Err(error) => return Err(Failure::configuration(error)),
+    };
+    let root = &chain.newest;
+    if root.owner != office.key() {
+        return Err(Failure::configuration(anyhow::anyhow!(
             "root version {} belongs to owner {}, this wallet is {}",
             root.version,
             root.owner.account(),
             office.key().account()
         ))
-        .hint("the owner's wallet signs roots")),
-        _ => Ok(newest),
+        .hint("the owner's wallet signs roots"));
     }
+    Ok(Some(chain))
+}
+
+/// Of the newest root's file.
+fn digest(chain: &RootChain) -> Digest {
+    chain.digest(chain.newest.version).unwrap_or(Digest::ZERO)
 }

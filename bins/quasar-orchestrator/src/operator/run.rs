@@ -1,6 +1,7 @@
 //! `run create`: fragment states of version 0, plan, catalog, run manifest, head, current, in this order.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use daemon::{Failure, clock};
@@ -16,7 +17,9 @@ use protocol::documents::{
 use protocol::envelope::{Context, Document, Expect, PROTOCOL_VERSION, RunId, open, open_stored};
 use protocol::{Digest, FileRecord, KeyRef};
 use serde::Deserialize;
-use storage::{PutCondition, StoreError};
+use storage::discovery::DiscoveryError;
+use storage::roots::{RootChain, Roots};
+use storage::{ObjectStore, PutCondition, StoreError};
 
 use super::checkpoint;
 use super::shards::published;
@@ -65,11 +68,12 @@ impl RunFile {
 
 pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failure> {
     let file = RunFile::read(&arguments.config)?;
-    let Roots { newest: root, bytes: root_bytes, orchestrators, .. } = roots_that_name_us(office).await?;
+    let roots = roots_that_name_us(office).await?;
+    let (root, orchestrators) = (&roots.newest, &roots.orchestrators);
     let parameters = file.parameters;
-    check(&parameters, &root)?;
+    check(&parameters, root)?;
     if !arguments.replace {
-        refuse_to_replace(office, &orchestrators).await?;
+        refuse_to_replace(office, orchestrators).await?;
     }
 
     let tree_dir = office.state_dir()?.join("releases").join(&arguments.release);
@@ -77,7 +81,7 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     let tree = CheckpointTree::open(&tree_dir).map_err(Failure::configuration)?;
     let plan = fragments::plan(tree.contract(), usize::from(parameters.fragments)).map_err(Failure::configuration)?;
     let digest = plan.digest();
-    let shards = published(office, &arguments.shards, &orchestrators).await?;
+    let shards = published(office, &arguments.shards, orchestrators).await?;
     if !shards.iter().any(|shard| !shard.held_out) {
         return Err(Failure::configuration(anyhow::anyhow!("no training shard is published")).hint("`data prepare`, then `data publish`"));
     }
@@ -179,7 +183,7 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     office.store.put(&run_keys.head(), Bytes::from(head), PutCondition::IfAbsent).await.map_err(Failure::unavailable)?;
     let current = CurrentRun {
         root_version: root.version,
-        root_digest: Digest::blake3(&root_bytes),
+        root_digest: roots.digest(root.version).unwrap_or(Digest::ZERO),
         run,
         manifest_digest: Digest::blake3(&manifest_bytes),
     };
@@ -262,56 +266,39 @@ fn new_run_id(office: &Office, now_ms: u64, name: &str) -> RunId {
     RunId(std::array::from_fn(|i| digest.0[i]))
 }
 
-/// The roots that the owner signed, walked from the first.
-pub struct Roots {
-    pub newest: RunRoot,
-    /// The newest one's file.
-    pub bytes: Bytes,
-    /// BLAKE3 of the files of all versions, from version 1.
-    pub digests: Vec<Digest>,
-    /// Every key that a root named for the orchestrator, the present one first.
-    pub orchestrators: Vec<KeyRef>,
-}
-
-/// Walks the roots from the owner that the settings name: version N signs version N + 1.
-pub async fn roots(office: &Office) -> Result<Roots, Failure> {
-    let owner = office.settings.owner_identity()?;
-    let mut roots: Option<Roots> = None;
-    for version in 1.. {
-        let key = office.keys.root(version);
-        let object = match office.store.get(&key, 1 << 17).await {
-            Ok(object) => object,
-            Err(StoreError::NotFound { .. }) => break,
-            Err(error) => return Err(Failure::unavailable(error)),
-        };
-        let expect = roots.as_ref().map(|roots| roots.newest.owner);
-        let expect = expect.as_ref().map_or(Expect::Account(&owner), Expect::Key);
-        let root = open_stored::<RunRoot>(&object.bytes, &office.context, expect).map_err(Failure::configuration)?.document;
-        let (mut digests, mut orchestrators) = roots.map_or((Vec::new(), Vec::new()), |roots| (roots.digests, roots.orchestrators));
-        if root.version != version || root.previous != digests.last().copied().unwrap_or(Digest::ZERO) {
-            return Err(Failure::configuration(anyhow::anyhow!("{key} does not follow from the root before it"))
-                .hint("somebody put an object there that the owner did not sign for this place"));
-        }
-        digests.push(Digest::blake3(&object.bytes));
-        orchestrators.retain(|key| *key != root.orchestrator);
-        orchestrators.insert(0, root.orchestrator);
-        roots = Some(Roots { newest: root, bytes: object.bytes, digests, orchestrators });
-    }
-    roots.ok_or_else(|| Failure::configuration(anyhow::anyhow!("no run root is published")).hint("the owner signs one with `root sign`"))
+/// Walks the roots from the owner that the settings name.
+pub async fn roots(office: &Office) -> Result<Arc<RootChain>, Failure> {
+    follow(&office.roots()?, &*office.store).await
 }
 
 /// As [`roots`], for the orchestrator that the newest root names.
-pub async fn roots_that_name_us(office: &Office) -> Result<Roots, Failure> {
-    let roots = roots(office).await?;
-    if roots.newest.orchestrator != office.key() {
+pub async fn roots_that_name_us(office: &Office) -> Result<Arc<RootChain>, Failure> {
+    named(&office.roots()?, &*office.store, &office.key()).await
+}
+
+/// Looks for newer roots; the newest has to name `key`.
+pub async fn named(roots: &Roots, store: &dyn ObjectStore, key: &KeyRef) -> Result<Arc<RootChain>, Failure> {
+    let chain = follow(roots, store).await?;
+    if chain.newest.orchestrator != *key {
         return Err(Failure::configuration(anyhow::anyhow!(
-            "the root names orchestrator {}, this wallet is {}",
-            roots.newest.orchestrator.account(),
-            office.key().account()
+            "root version {} names orchestrator {}, this wallet is {}",
+            chain.newest.version,
+            chain.newest.orchestrator.account(),
+            key.account()
         ))
         .hint("use the wallet that the root names, or sign a new root"));
     }
-    Ok(roots)
+    Ok(chain)
+}
+
+async fn follow(roots: &Roots, store: &dyn ObjectStore) -> Result<Arc<RootChain>, Failure> {
+    roots.follow(store).await.map_err(|error| match error {
+        DiscoveryError::Store(error) => Failure::unavailable(error),
+        DiscoveryError::NoRun => {
+            Failure::configuration(anyhow::anyhow!("no run root is published")).hint("the owner signs one with `root sign`")
+        }
+        error => Failure::configuration(error),
+    })
 }
 
 #[cfg(test)]

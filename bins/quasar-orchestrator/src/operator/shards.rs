@@ -24,9 +24,9 @@ pub struct AddShardsArgs {
 /// Gives an order for each page of them.
 pub async fn add(office: &Office, arguments: AddShardsArgs) -> Result<Exit, Failure> {
     let AddShardsArgs { shards: only, order } = arguments;
-    let signers = roots_that_name_us(office).await?.orchestrators;
-    let known = in_the_run(office, &signers).await?;
-    let published = published(office, &only, &signers).await?;
+    let roots = roots_that_name_us(office).await?;
+    let known = in_the_run(office, &roots.orchestrators).await?;
+    let published = published(office, &only, &roots.orchestrators).await?;
     // What is named is ordered, whatever it is: the answer says what is wrong with it.
     let joins = |shard: &&ShardManifest| !only.is_empty() || !(shard.held_out || known.contains(&shard.id));
     let shards: Vec<ShardManifest> = published.into_iter().filter(|shard| joins(&shard)).collect();

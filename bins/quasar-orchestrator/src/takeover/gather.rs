@@ -15,6 +15,8 @@ use crate::machine::{BucketFacts, Orchestrator, StepFact, StoredOrder, StoredPag
 /// Records that are read at the same time.
 const READS_AT_ONCE: usize = 32;
 
+const BROKEN: &str = "somebody else wrote to this bucket; nothing was changed but the writer lease and the epoch of the head";
+
 /// The bucket as a successor reads it.
 pub trait Bucket {
     /// The object at `key`, of at most `limit` bytes; `None` if there is none.
@@ -55,8 +57,7 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
         let Some((page, file)) = stored::<CatalogPage>(bucket, &key).await? else { break };
         let page = page.document;
         if (page.page, page.previous) != (newest.page + 1, newest.digest) {
-            return Err(Failure::configuration(anyhow::anyhow!("{key} does not follow the page before it"))
-                .hint("somebody else wrote to this bucket; nothing was changed"));
+            return Err(Failure::configuration(anyhow::anyhow!("{key} does not follow the page before it")).hint(BROKEN));
         }
         pages.push(StoredPage::new(file, &page));
     }
@@ -114,21 +115,21 @@ async fn step(bucket: &impl Bucket, keys: &RunKeys, tape: Tape) -> Result<StepFa
         return Ok(StepFact::Taped(tape));
     };
     if (manifest.fragment, manifest.base_version) != (tape.fragment, tape.base_version) {
-        return Err(Failure::configuration(anyhow::anyhow!("the merge manifest of outer step {} contradicts its tape", tape.t))
-            .hint("somebody else wrote to this bucket; nothing was changed"));
+        return Err(
+            Failure::configuration(anyhow::anyhow!("the merge manifest of outer step {} contradicts its tape", tape.t)).hint(BROKEN)
+        );
     }
     let key = keys.fragment_manifest(manifest.fragment, manifest.version);
     let (fragment, _) = document::<FragmentManifest>(bucket, &key).await?.ok_or_else(|| missing(&key))?;
     if fragment.keyframe.blake3 != manifest.keyframe || fragment.state != manifest.state {
-        return Err(Failure::configuration(anyhow::anyhow!("{key} contradicts the merge manifest of outer step {}", tape.t))
-            .hint("somebody else wrote to this bucket; nothing was changed"));
+        return Err(Failure::configuration(anyhow::anyhow!("{key} contradicts the merge manifest of outer step {}", tape.t)).hint(BROKEN));
     }
     Ok(StepFact::Merged { manifest: Box::new(manifest), id, keyframe_length: fragment.keyframe.length })
 }
 
 fn missing(key: &str) -> Failure {
     Failure::configuration(anyhow::anyhow!("{key} is missing, and later objects build on it"))
-        .hint("restore it from a version of the bucket's object; nothing was changed")
+        .hint("restore it from a version of the bucket's object; nothing was changed but the writer lease and the epoch of the head")
 }
 
 /// A document with the id of its envelope.

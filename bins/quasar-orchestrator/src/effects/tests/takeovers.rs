@@ -171,3 +171,21 @@ async fn a_journal_that_others_have_written_past_is_put_aside() {
         std::fs::read_dir(one.path()).unwrap().flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("journal-until-"));
     assert_eq!(aside.count(), 1, "it is kept under another name");
 }
+
+#[tokio::test]
+async fn a_journal_of_another_version_is_refused_before_anybody_asks_for_the_lease() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, journal) = bucket.orchestrator(folder.path()).await;
+    let head = service.claim_head(1).await.unwrap();
+    takeover::recover(&service, &journal, head, bucket.fresh()).await.unwrap();
+    journal.put("driver/layout", &u32::MAX.to_le_bytes()).unwrap();
+    let bytes = bucket.store.get(&service.run.writer_lease(), 1 << 16).await.unwrap().bytes;
+    let last = service.open_own::<protocol::documents::WriterLease>(&bytes).unwrap().document;
+    drop((service, journal));
+    let refused = takeover::open_journal(folder.path(), Some(&last)).err().unwrap();
+    assert_eq!(refused.exit, Exit::Configuration);
+    assert!(refused.to_string().contains("layout"), "{refused}");
+    // Where somebody else wrote since, it is history in any case.
+    let other = protocol::documents::WriterLease { instance: [9; 16], ..last };
+    assert!(takeover::open_journal(folder.path(), Some(&other)).is_ok());
+}

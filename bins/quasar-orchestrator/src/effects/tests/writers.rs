@@ -31,13 +31,24 @@ async fn a_writer_that_lost_its_lease_never_moves_the_head_again() {
     assert!(matches!(bucket.store.head("quasar/job").await, Err(StoreError::NotFound { .. })));
 }
 
-/// A store that answers questions about one key only once it is told to, and fails the next so many writes of leases.
-struct Slow {
-    inner: MemoryStore,
-    key: &'static str,
-    failing: std::sync::atomic::AtomicU32,
-    asked: tokio::sync::Notify,
-    go_on: tokio::sync::Notify,
+/// A store that answers questions about one key only once it is told to, and fails the next so many reads and writes of
+/// leases.
+pub(super) struct Slow {
+    pub inner: MemoryStore,
+    pub key: &'static str,
+    pub failing: std::sync::atomic::AtomicU32,
+    pub asked: tokio::sync::Notify,
+    pub go_on: tokio::sync::Notify,
+}
+
+impl Slow {
+    fn answers(&self, key: &str) -> Result<(), StoreError> {
+        let left = |failing: u32| failing.checked_sub(1);
+        if key.ends_with("writer.qsr") && self.failing.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).is_ok() {
+            return Err(StoreError::Unavailable { key: key.to_owned(), reason: "no answer".into() });
+        }
+        Ok(())
+    }
 }
 
 #[async_trait::async_trait]
@@ -47,6 +58,7 @@ impl ObjectStore for Slow {
             self.asked.notify_one();
             self.go_on.notified().await;
         }
+        self.answers(key)?;
         self.inner.get_if_changed(key, etag, limit).await
     }
 
@@ -59,10 +71,7 @@ impl ObjectStore for Slow {
     }
 
     async fn put(&self, key: &str, bytes: Bytes, condition: PutCondition) -> Result<String, StoreError> {
-        let left = |failing: u32| failing.checked_sub(1);
-        if key.ends_with("writer.qsr") && self.failing.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).is_ok() {
-            return Err(StoreError::Unavailable { key: key.to_owned(), reason: "no answer".into() });
-        }
+        self.answers(key)?;
         self.inner.put(key, bytes, condition).await
     }
 
@@ -135,7 +144,7 @@ async fn a_lease_is_confirmed_by_the_store_and_not_by_its_silence() {
         key: Keys::new(NETUID).run(bucket.context.run).writer_lease(),
         context: bucket.context,
         signer: bucket.signer.clone(),
-        signers: vec![bucket.signer.key()],
+        roots: bucket.roots(),
         sequence: Arc::new(Sequence::open(Arc::new(Journal::open(folder).unwrap()), "orchestrator").unwrap()),
         instance: [1; 16],
         host: "host".into(),
