@@ -36,6 +36,11 @@ impl RootChain {
         self.digests.get(version.checked_sub(1)? as usize).copied()
     }
 
+    /// Of the newest root's file.
+    pub fn newest_digest(&self) -> Digest {
+        self.digests.last().copied().unwrap_or(Digest::ZERO)
+    }
+
     /// `before` and the version after it, whose file lies at `key`.
     fn extended(before: Option<&Self>, owner: &AccountId, outside: &Context, key: String, file: &[u8]) -> Result<Self, DiscoveryError> {
         let expect = before.map_or(Expect::Account(owner), |before| Expect::Key(&before.newest.owner));
@@ -185,7 +190,7 @@ impl Roots {
         }
         if before.is_none_or(|before| before.newest.version < chain.newest.version) {
             self.change(|state| {
-                (state.seen.root, state.seen.root_digest) = (chain.newest.version, chain.digests.last().copied());
+                (state.seen.root, state.seen.root_digest) = (chain.newest.version, Some(chain.newest_digest()));
                 state.chain = Some(chain.clone());
             })?;
         }

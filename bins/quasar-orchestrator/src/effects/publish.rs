@@ -72,8 +72,7 @@ impl Service {
     /// The pointer to this run, which goes on under the newest root.
     fn current(&self) -> Result<CurrentRun, DiscoveryError> {
         let chain = self.roots.known()?;
-        let (root_version, root_digest) = (chain.newest.version, chain.digest(chain.newest.version).unwrap_or(self.current.root_digest));
-        Ok(CurrentRun { root_version, root_digest, ..self.current.clone() })
+        Ok(CurrentRun { root_version: chain.newest.version, root_digest: chain.newest_digest(), ..self.current.clone() })
     }
 
     pub(super) async fn publish_current(&self) {

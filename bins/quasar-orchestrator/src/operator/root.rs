@@ -11,6 +11,13 @@ use storage::roots::RootChain;
 
 use crate::office::Office;
 
+/// What an operator does after the owner named another key.
+const NEXT_STEPS: &str = "\
+1. start `run` with the new wallet: at once on another machine; on the same one, set its service to the new wallet and restart it.
+   It waits until the old orchestrator gives the run back: 15 s, and 30 s at most for one that hangs
+2. processes with the old wallet end by themselves with exit code 78, standbys too: give theirs the new wallet as well
+Miners and validators follow by themselves and keep what they have trained";
+
 /// Sign the run root with the owner's hotkey and publish it
 #[derive(Debug, clap::Args)]
 pub struct SignArgs {
@@ -54,7 +61,7 @@ pub async fn sign(office: &Office, arguments: SignArgs) -> Result<(), Failure> {
     let newest = newest(office).await?;
     let root = RunRoot {
         version: newest.as_ref().map_or(1, |chain| chain.newest.version + 1),
-        previous: newest.map_or(Digest::ZERO, |chain| digest(&chain)),
+        previous: newest.map_or(Digest::ZERO, |chain| chain.newest_digest()),
         owner: office.key(),
         orchestrator: key(&arguments.orchestrator, &arguments.orchestrator_kind),
         store_hosts: if arguments.store_host.is_empty() { vec![office.store_host.clone()] } else { arguments.store_host },
@@ -72,7 +79,7 @@ pub async fn rotate(office: &Office, arguments: RotateArgs) -> Result<(), Failur
     let Some(chain) = newest(office).await? else {
         return Err(Failure::configuration(anyhow::anyhow!("no run root is published")).hint("sign the first one with `root sign`"));
     };
-    let (root, previous) = (chain.newest.clone(), digest(&chain));
+    let (root, previous) = (chain.newest.clone(), chain.newest_digest());
     let orchestrator = key(&arguments.orchestrator, &arguments.orchestrator_kind);
     let owner = arguments.owner.map_or(root.owner, |owner| KeyRef { kind: KeyKind::Ed25519, public: owner.0 });
     if (orchestrator, owner) == (root.orchestrator, root.owner) {
@@ -84,12 +91,7 @@ pub async fn rotate(office: &Office, arguments: RotateArgs) -> Result<(), Failur
     if is_same {
         println!("the orchestrator, miners and validators go on and need nothing; the new owner signs the next root");
     } else {
-        println!("1. start `run` with the new wallet: at once on another machine; on the same one, set its service to the new wallet and");
-        println!(
-            "   restart it. It waits for the old orchestrator, which gives the run back within 15 s, and at most 30 s for one that hangs"
-        );
-        println!("2. processes with the old wallet end by themselves with exit code 78, standbys too: give theirs the new wallet as well");
-        println!("Miners and validators follow by themselves and keep what they have trained");
+        println!("{NEXT_STEPS}");
     }
     Ok(())
 }
@@ -121,9 +123,4 @@ async fn newest(office: &Office) -> Result<Option<Arc<RootChain>>, Failure> {
         .hint("the owner's wallet signs roots"));
     }
     Ok(Some(chain))
-}
-
-/// Of the newest root's file.
-fn digest(chain: &RootChain) -> Digest {
-    chain.digest(chain.newest.version).unwrap_or(Digest::ZERO)
 }

@@ -183,7 +183,7 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     office.store.put(&run_keys.head(), Bytes::from(head), PutCondition::IfAbsent).await.map_err(Failure::unavailable)?;
     let current = CurrentRun {
         root_version: root.version,
-        root_digest: roots.digest(root.version).unwrap_or(Digest::ZERO),
+        root_digest: roots.newest_digest(),
         run,
         manifest_digest: Digest::blake3(&manifest_bytes),
     };
