@@ -1,5 +1,5 @@
-//! A run as its operator makes it, with nobody in it but orchestrators: chain and bucket on loopback in this process, every command
-//! and every orchestrator a process of its own.
+//! A run as its operator makes it, with nobody in it but whom the test starts: chain and bucket on loopback in this process, every
+//! command and every daemon a process of its own.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -23,6 +23,7 @@ const BUCKET: &str = "quasar";
 const ACCESS_KEY: &str = "operator";
 const SECRET_KEY: &str = "of an operator's test";
 const REGION: &str = "us-east-1";
+const VALIDATOR_STAKE: u64 = 1_000_000_000_000;
 const LOOK: Duration = Duration::from_millis(100);
 const CONFIGS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs");
 
@@ -34,7 +35,7 @@ pub struct Office {
     server: S3Server,
     store: S3Store,
     owner: AccountId,
-    /// A registered miner, who never comes.
+    /// A registered miner, who comes where a test lets him.
     pub miner: AccountId,
     run: RunKeys,
     _folder: tempfile::TempDir,
@@ -57,11 +58,12 @@ impl SeenHead {
             && now.outer_step >= then.outer_step
             && now.closed_below >= then.closed_below
             && now.log.size >= then.log.size
-            && self.sequence >= before.sequence
+            // Each key has numbers of its own.
+            && (self.sequence >= before.sequence || self.signer != before.signer)
     }
 }
 
-/// An orchestrator; it is killed with this.
+/// A daemon; it is killed with this.
 pub struct Running {
     pub child: Child,
     log: PathBuf,
@@ -106,6 +108,11 @@ impl Drop for Running {
 impl Office {
     /// From nothing to a run, by the operator's own commands.
     pub fn open() -> Self {
+        Self::open_with(&[])
+    }
+
+    /// As [`Office::open`], with changes of the run's parameters.
+    pub fn open_with(changes: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let root = folder.path().canonicalize().expect("a folder has a path");
         let runtime = Runtime::new().expect("a runtime");
@@ -119,7 +126,11 @@ impl Office {
         wallet("orchestrator-2");
         let (miner, coldkey) = wallet("miner");
         let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-        let neurons = vec![DevNeuron { hotkey: miner, coldkey, stake: 0, validator_permit: false }];
+        let (validator, validators_coldkey) = wallet("validator");
+        let neurons = vec![
+            DevNeuron { hotkey: miner, coldkey, stake: 0, validator_permit: false },
+            DevNeuron { hotkey: validator, coldkey: validators_coldkey, stake: VALIDATOR_STAKE, validator_permit: true },
+        ];
         let settings =
             DevChain { netuid: NETUID, block_ms: 1_000, tempo: 30, weights_rate_limit: 10, min_allowed_weights: 1, neurons, listen };
         let chain = runtime.block_on(DevNode::start(settings)).expect("the chain starts");
@@ -146,11 +157,11 @@ impl Office {
         std::fs::write(root.join("chain.json"), local.to_string()).expect("the folder is writable");
         let run = Keys::new(NETUID).run(RunId::NONE);
         let mut office = Self { root, runtime, _chain: chain, server, store, owner, miner, run, _folder: folder };
-        office.create_run(&orchestrator);
+        office.create_run(&orchestrator, changes);
         office
     }
 
-    fn create_run(&mut self, orchestrator: &AccountId) {
+    fn create_run(&mut self, orchestrator: &AccountId, changes: &[(&str, &str)]) {
         let at = |name: &str| self.root.join(name).to_string_lossy().into_owned();
         let base = at("base");
         let model = format!("{CONFIGS}/devnet-model.json");
@@ -159,7 +170,13 @@ impl Office {
             .output()
             .expect("quasar-miner starts");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        let parameters = format!("{CONFIGS}/run-devnet.toml");
+        let mut text = std::fs::read_to_string(format!("{CONFIGS}/run-devnet.toml")).expect("the file is there");
+        for (from, to) in changes {
+            assert_eq!(text.matches(from).count(), 1, "{from}");
+            text = text.replace(from, to);
+        }
+        let parameters = at("run.toml");
+        std::fs::write(&parameters, text).expect("the folder is writable");
         self.says("owner", &["root", "sign", "--orchestrator", &orchestrator.to_string()]);
         self.says("orchestrator", &["checkpoint", "publish", "--tree", &base, "--release", "base"]);
         self.publish_shard("words");
@@ -213,9 +230,9 @@ impl Office {
         Wallet::new(self.root.join("wallets"), wallet, "default").load_hotkey().expect("the wallet is there").account()
     }
 
-    /// A command of `quasar-orchestrator`, as that wallet's user would type it on a machine of its own.
-    fn command(&self, wallet: &str, machine: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new(binary("quasar-orchestrator"));
+    /// A command of a program, as that wallet's user would type it on a machine of its own.
+    fn command(&self, program: &str, wallet: &str, machine: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(binary(program));
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("QUASAR_") || name.to_string_lossy().starts_with("AWS_") {
                 command.env_remove(&name);
@@ -233,16 +250,19 @@ impl Office {
             .env("QUASAR_S3_BUCKET", BUCKET)
             .env("QUASAR_S3_REGION", REGION)
             .env("QUASAR_S3_ENDPOINT_URL", self.server.endpoint())
-            .env("QUASAR_S3_ACCESS_KEY", ACCESS_KEY)
-            .env("QUASAR_S3_SECRET_KEY", SECRET_KEY)
             .env("QUASAR_STATE_DIR", self.root.join("state").join(machine))
+            .env("QUASAR_MINER_DEVICES", "cpu")
+            .env("QUASAR_VALIDATOR_DEVICE", "cpu")
             .stdin(Stdio::null());
+        if program == "quasar-orchestrator" {
+            command.env("QUASAR_S3_ACCESS_KEY", ACCESS_KEY).env("QUASAR_S3_SECRET_KEY", SECRET_KEY);
+        }
         command
     }
 
     /// Runs a command to its end.
     pub fn run(&self, wallet: &str, arguments: &[&str]) -> Output {
-        self.command(wallet, wallet, arguments).output().expect("quasar-orchestrator starts")
+        self.command("quasar-orchestrator", wallet, wallet, arguments).output().expect("quasar-orchestrator starts")
     }
 
     /// What a command prints that has to succeed.
@@ -261,11 +281,25 @@ impl Office {
 
     /// Starts an orchestrator on a machine of that name: each has a disk of its own.
     pub fn start(&self, wallet: &str, machine: &str, arguments: &[&str]) -> Running {
+        self.start_program("quasar-orchestrator", wallet, machine, arguments)
+    }
+
+    /// Starts the miner, or the validator.
+    pub fn start_client(&self, program: &str, wallet: &str) -> Running {
+        self.start_program(program, wallet, wallet, &["run"])
+    }
+
+    fn start_program(&self, program: &str, wallet: &str, machine: &str, arguments: &[&str]) -> Running {
         let log = self.root.join(format!("{machine}.log"));
         let file = std::fs::File::create(&log).expect("the folder is writable");
         let both = file.try_clone().expect("a file can be shared");
-        let child = self.command(wallet, machine, arguments).stdout(file).stderr(both).spawn().expect("quasar-orchestrator starts");
+        let child = self.command(program, wallet, machine, arguments).stdout(file).stderr(both).spawn().expect("the program starts");
         Running { child, log }
+    }
+
+    /// The folder that the bucket lies in.
+    pub fn bucket(&self) -> PathBuf {
+        self.root.join("bucket")
     }
 
     fn read(&self, key: &str) -> Option<bytes::Bytes> {
