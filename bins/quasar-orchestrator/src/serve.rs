@@ -61,7 +61,7 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     let last = fence::read_lease(&*office.store, &lease_key, &context, &named.orchestrators).await?;
     let (journal, instance) = takeover::open_journal(&folder, last.as_ref().map(|(lease, _)| &lease.document))?;
     let journal = Arc::new(journal);
-    let sequence = Arc::new(Sequence::open(journal.clone(), &sequence_name(&office)).map_err(|error| Failure::new(error.exit(), error))?);
+    let sequence = Arc::new(Sequence::open(journal.clone(), &sequence_name(&office))?);
     let health = Health::new();
     health.probe("chain", {
         let chain = chain.clone();

@@ -29,21 +29,20 @@ const INSTANCE_KEY: &str = "writer/instance";
 /// # Errors
 /// The journal cannot be used, or a version of another layout wrote it.
 pub fn open_journal(folder: &Path, last_writer: Option<&WriterLease>) -> Result<(Journal, [u8; 16]), Failure> {
-    let failed = |error: daemon::JournalError| Failure::new(error.exit(), error);
-    let mut journal = Journal::open(folder).map_err(failed)?;
+    let mut journal = Journal::open(folder)?;
     let mut instance = instance_of(&journal)?;
     if let Some(last) = last_writer
         && instance != Some(last.instance)
     {
-        if !journal.is_empty().map_err(failed)? {
-            let aside = journal.set_aside(clock::now_ms()).map_err(failed)?;
+        if !journal.is_empty()? {
+            let aside = journal.set_aside(clock::now_ms())?;
             tracing::warn!(
                 holder = last.host,
                 epoch = last.epoch,
                 "another orchestrator wrote to this run since; this journal is put aside as {}",
                 aside.display()
             );
-            journal = Journal::open(folder).map_err(failed)?;
+            journal = Journal::open(folder)?;
         }
         // Never the number of a journal that is gone.
         instance = None;
@@ -55,12 +54,12 @@ pub fn open_journal(folder: &Path, last_writer: Option<&WriterLease>) -> Result<
     }
     let secret = storage::seal_stream::fresh_secret();
     let fresh: [u8; 16] = std::array::from_fn(|at| secret[at]);
-    journal.put(INSTANCE_KEY, &fresh).map_err(failed)?;
+    journal.put(INSTANCE_KEY, &fresh)?;
     Ok((journal, fresh))
 }
 
 fn instance_of(journal: &Journal) -> Result<Option<[u8; 16]>, Failure> {
-    let bytes = journal.get(INSTANCE_KEY).map_err(|error| Failure::new(error.exit(), error))?;
+    let bytes = journal.get(INSTANCE_KEY)?;
     Ok(bytes.and_then(|bytes| bytes.try_into().ok()))
 }
 
@@ -73,7 +72,7 @@ pub async fn recover(
     fresh: Orchestrator,
 ) -> Result<(Recovered<Orchestrator>, Input), Failure> {
     let epoch = head.epoch;
-    let is_empty = journal.is_empty().map_err(|error| Failure::new(error.exit(), error))?;
+    let is_empty = journal.is_empty()?;
     if !is_empty && !service.fence.is_own() {
         tracing::warn!("another orchestrator wrote to this run while this one waited for the lease: its journal is history");
     } else if !is_empty {

@@ -29,7 +29,7 @@ use protocol::audits::Selection;
 use protocol::documents::{AuditOrder, OPENING_PARTS, PROGRESS_BYTES, Score, Scores, VerdictResult};
 use protocol::envelope::Document;
 use protocol::{AccountId, Digest};
-use storage::client::{GrantAccess, PublicReader};
+use storage::client::GrantAccess;
 use storage::discovery::{DiscoveryError, RunFacts, RunReader};
 use storage::seal_stream;
 use zeroize::Zeroizing;
@@ -58,8 +58,6 @@ pub struct EffectSettings<'a> {
     pub reader: RunReader,
     /// Reads write-once objects.
     pub archive: RunReader,
-    /// Reads objects as they lie there, signature and all.
-    pub public: PublicReader,
     pub access: Arc<dyn GrantAccess>,
     pub link: Arc<ChainLink>,
     pub hotkey: Arc<Hotkey>,
@@ -97,7 +95,6 @@ impl Effects {
         let EffectSettings {
             reader,
             archive,
-            public,
             access,
             link,
             hotkey,
@@ -113,7 +110,7 @@ impl Effects {
         let (reader, archive) = (Arc::new(tokio::sync::Mutex::new(reader)), Arc::new(archive));
         let proofs = Arc::new(Proofs { folder: state_dir.to_owned(), context: facts.context, finder: hotkey.clone() });
         let grants = Arc::new(Grants::new(reader.clone(), facts.clone(), access, own, secret, proofs.clone()));
-        let log = LogHeads::new(facts.clone(), public, state_dir.join("log-heads").join(facts.context.run.to_string()));
+        let log = LogHeads::new(archive.clone(), state_dir.join("log-heads").join(facts.context.run.to_string()));
         let base = Arc::new(BaseTree::new(facts.clone(), grants.clone(), &state_dir.join("checkpoints")));
         let (runs, folder) = (state_dir.join("runs"), state_dir.join("runs").join(facts.context.run.to_string()));
         base.tidy();

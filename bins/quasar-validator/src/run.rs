@@ -226,7 +226,6 @@ impl Validator {
         let effects = Effects::new(EffectSettings {
             reader,
             archive,
-            public: self.public.clone(),
             access: Arc::new(GrantClient::new(facts.root.store_hosts.clone()).map_err(Failure::configuration)?),
             link: self.link.clone(),
             hotkey: self.hotkey.clone(),

@@ -297,12 +297,19 @@ impl RunReader {
 
     /// A write-once public object of the orchestrator, from before or after a rotation of its key; `None` while it is absent.
     pub async fn published<D: Document>(&self, key: &str) -> Result<Option<Verified<D>>, DiscoveryError> {
+        Ok(self.published_file(key).await?.map(|(verified, _)| verified))
+    }
+
+    /// As [`RunReader::published`], with the file as it was signed.
+    pub async fn published_file<D: Document>(&self, key: &str) -> Result<Option<(Verified<D>, Bytes)>, DiscoveryError> {
         let Some(bytes) = read(&self.public, key, D::PURPOSE.limit()).await? else { return Ok(None) };
         let attempt = |chain: Arc<RootChain>| open_stored(&bytes, &self.facts.context, Expect::Any(&chain.orchestrators));
-        match attempt(self.roots.known()?) {
-            Err(EnvelopeError::Signer { .. }) => checked(key, attempt(self.roots.follow(&self.public).await?)).map(Some),
-            result => checked(key, result).map(Some),
-        }
+        let opened = match attempt(self.roots.known()?) {
+            Err(EnvelopeError::Signer { .. }) => attempt(self.roots.follow(&self.public).await?),
+            opened => opened,
+        };
+        let verified = checked(key, opened)?;
+        Ok(Some((verified, bytes)))
     }
 
     /// Whether another run is current by now, or this one has to be found anew because the owner names other hosts or bounds. Follows the

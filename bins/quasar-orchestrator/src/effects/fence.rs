@@ -134,8 +134,8 @@ impl Fence {
                 }
             };
             let Claim { lease, condition, sequence_floor, is_own } = claim;
-            settings.sequence.raise(sequence_floor).map_err(|error| Failure::new(error.exit(), error))?;
-            let bytes = settings.sign(&lease).map_err(|error| Failure::new(error.exit(), error))?;
+            settings.sequence.raise(sequence_floor)?;
+            let bytes = settings.sign(&lease)?;
             match settings.store.put(&settings.key, bytes, condition).await {
                 Ok(etag) => {
                     tracing::info!(epoch = lease.epoch, "holding the writer lease");

@@ -50,14 +50,13 @@ impl Service {
                 ))
                 .hint("the bucket holds objects of different runs under one id; nothing was changed but the writer lease"));
             }
-            let journal = |error: daemon::JournalError| Failure::new(error.exit(), error);
-            self.follow_numbers(&found.header).map_err(journal)?;
+            self.follow_numbers(&found.header)?;
             let lost = |lost| Failure::configuration(lost).hint("start again with `run --standby`");
             // What was read may be a successor's already: no clock of this machine tells, the store does.
             self.fence.confirm().await.map_err(lost)?;
             let claimed = Head { epoch, ..found.document };
             self.fence.hold().await;
-            let bytes = self.sign(&claimed).map_err(journal)?;
+            let bytes = self.sign(&claimed)?;
             match self.store.put(&key, bytes, PutCondition::IfMatch(object.etag.unwrap_or_default())).await {
                 Ok(fresh) => {
                     *tag = Some(fresh);

@@ -5,10 +5,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use protocol::documents::Head;
-use protocol::envelope::{Document, Expect, Verified, open_stored};
+use protocol::envelope::{Document, Verified};
 use protocol::log::{LogHead, LogRef};
-use storage::client::{PublicRead, PublicReader};
-use storage::discovery::RunFacts;
+use storage::discovery::RunReader;
 
 use super::trouble::Trouble;
 
@@ -17,44 +16,37 @@ const HEADS_KEPT: usize = 1_024;
 
 /// See the module's text.
 pub struct LogHeads {
-    facts: Arc<RunFacts>,
-    public: PublicReader,
+    reader: Arc<RunReader>,
     folder: PathBuf,
     /// What the run's head named last.
     named: Mutex<Option<LogRef>>,
 }
 
 impl LogHeads {
-    pub fn new(facts: Arc<RunFacts>, public: PublicReader, folder: PathBuf) -> Self {
-        Self { facts, public, folder, named: Mutex::default() }
+    pub fn new(reader: Arc<RunReader>, folder: PathBuf) -> Self {
+        Self { reader, folder, named: Mutex::default() }
     }
 
     /// The head at `size`; `None` while it is absent.
     pub async fn read(&self, size: u64) -> Result<Option<LogHead>, Trouble> {
-        self.read_and_keep::<LogHead>(&self.facts.run.log(size), size).await.map(|head| head.map(|head| head.document))
+        self.read_and_keep::<LogHead>(&self.reader.facts().run.log(size), size).await.map(|head| head.map(|head| head.document))
     }
 
     /// The run's head names `log`. One that does not follow what was named before is kept.
     pub async fn is_named(&self, log: LogRef) {
         let before = self.named.lock().unwrap_or_else(PoisonError::into_inner).replace(log);
         if before.is_some_and(|before| log.size < before.size || (log.size == before.size && log != before))
-            && let Err(trouble) = self.read_and_keep::<Head>(&self.facts.run.head(), log.size).await
+            && let Err(trouble) = self.read_and_keep::<Head>(&self.reader.facts().run.head(), log.size).await
         {
             tracing::warn!(error = trouble.line(), "the head could not be kept");
         }
     }
 
     async fn read_and_keep<D: Document>(&self, key: &str, size: u64) -> Result<Option<Verified<D>>, Trouble> {
-        let object = match self.public.get(key, None, D::PURPOSE.file_limit()).await {
-            Ok(PublicRead::Found(object)) => object,
-            Ok(PublicRead::Absent | PublicRead::Unchanged) => return Ok(None),
-            Err(error) => return Err(Trouble::Discovery(error.into())),
-        };
-        let head = open_stored::<D>(&object.bytes, &self.facts.context, Expect::Any(&self.facts.orchestrators))
-            .map_err(|error| Trouble::malformed(key, error))?;
+        let Some((head, bytes)) = self.reader.published_file::<D>(key).await? else { return Ok(None) };
         // The size first, in a width that sorts: two heads of one size lie beside each other.
         let path = self.folder.join(format!("{size:020}-{}.qsr", head.id.short()));
-        if let Err(error) = self.keep(&path, &object.bytes) {
+        if let Err(error) = self.keep(&path, &bytes) {
             tracing::warn!("{} cannot be written: {error}", path.display());
         }
         Ok(Some(head))

@@ -371,7 +371,6 @@ impl Published {
         Effects::new(EffectSettings {
             reader: self.reader().await,
             archive: self.reader().await,
-            public: self.public.clone(),
             access: Arc::new(GrantClient::new(self.hosts.clone()).unwrap()),
             link: Arc::new(ChainLink::connected(Arc::new(self.chain.clone()))),
             hotkey: self.hotkey.clone(),
