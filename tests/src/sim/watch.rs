@@ -435,6 +435,9 @@ impl Watch {
         if !self.batches.is_multiple_of(LEDGER_EVERY) {
             return;
         }
+        if let Err((name, what)) = machine.check_invariants() {
+            self.violated(world, name, what);
+        }
         for (lease, slot) in machine.open_leases().filter(|_| !self.banned.is_empty()).collect::<Vec<_>>() {
             let holds = !self.banned.contains_key(&slot.0);
             self.hold(world, "banned_is_left_out", holds, || format!("{} holds lease {lease}", slot.0.short()));

@@ -11,6 +11,7 @@ mod audits;
 mod catalog;
 mod ending;
 mod facts;
+mod invariants;
 mod learners;
 mod leases;
 mod log;
@@ -324,6 +325,7 @@ impl Orchestrator {
             self.advance_log();
             self.refresh_standing_grants();
             self.watch();
+            debug_assert_eq!(self.check_invariants(), Ok(()));
         } else if std::mem::take(&mut self.pace.pulls_changed) {
             self.close_pulls();
             self.open_pulls();

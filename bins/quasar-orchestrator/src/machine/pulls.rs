@@ -62,7 +62,11 @@ pub enum OfferStage {
 }
 
 impl OfferStage {
-    fn is_pending(self) -> bool {
+    pub(super) fn is_accepted(self) -> bool {
+        self == Self::Accepted
+    }
+
+    pub(super) fn is_pending(self) -> bool {
         matches!(self, Self::Committed | Self::Granted | Self::Checking)
     }
 }
@@ -96,6 +100,11 @@ impl OpenPull {
             PullStage::Open => None,
             PullStage::Taping(tape) | PullStage::Merging(tape) => Some(tape),
         }
+    }
+
+    /// Offers that are accepted, and those that may still be.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.accepted, self.pending)
     }
 
     fn count(&mut self, stage: OfferStage, by: isize) {

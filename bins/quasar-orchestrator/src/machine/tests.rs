@@ -175,6 +175,31 @@ fn each_merged_learner_cycle_is_audited_once_and_opened() {
 }
 
 #[test]
+fn an_invariant_that_does_not_hold_is_named() {
+    let broken = |change: fn(&mut Orchestrator)| {
+        let mut world = World::new(0, 3);
+        // Accepted offers wait for the others.
+        world.withheld = BTreeSet::from([world.learners[0].slot]);
+        while !world.machine.pulls.values().any(|pull| pull.counts().0 > 0) {
+            world.run(100);
+        }
+        assert_eq!(world.machine.check_invariants(), Ok(()));
+        change(&mut world.machine);
+        world.machine.check_invariants().unwrap_err().0
+    };
+    assert_eq!(broken(|machine| drop(machine.ledger.lease(u64::MAX, 1, 1))), "rows_once");
+    assert_eq!(broken(|machine| machine.next_t = 0), "merged_once");
+    assert_eq!(broken(|machine| drop(machine.banned.insert(miner(2), "for the test".into()))), "banned_is_left_out");
+    let forget = |machine: &mut Orchestrator| machine.pulls.values_mut().for_each(|pull| drop(std::mem::take(&mut pull.offers)));
+    assert_eq!(broken(forget), "accepted_is_merged");
+    let double = |machine: &mut Orchestrator| {
+        let (t, pull) = machine.pulls.iter().map(|(t, pull)| (*t, pull.clone())).next_back().unwrap();
+        machine.pulls.insert(t + 1, pull);
+    };
+    assert_eq!(broken(double), "one_pull_per_fragment");
+}
+
+#[test]
 fn who_left_the_subnet_is_forgotten_and_counts_again_when_it_comes_back() {
     let mut world = World::new(0, 3);
     world.run(5_000);
