@@ -96,7 +96,10 @@ impl Orchestrator {
 
     pub(super) fn on_released(&mut self, release: ReleaseRef) {
         let Some(done) = self.releasing.take() else { return };
-        self.log.add(LogKind::Release, release.manifest);
+        // What was released last is released again where nothing was merged since.
+        if self.release != release {
+            self.log.add(LogKind::Release, release.manifest);
+        }
         self.released_version = done.versions.iter().copied().min().unwrap_or(0);
         if self.releases.last() != Some(&release.release) {
             self.releases.push(release.release.clone());

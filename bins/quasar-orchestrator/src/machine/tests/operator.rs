@@ -202,6 +202,21 @@ fn releases_come_on_schedule_while_everybody_trains_and_reset_nobody() {
 }
 
 #[test]
+fn a_release_of_what_was_released_last_is_logged_once() {
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    world.input(order(1, Action::Release));
+    // Nothing was merged meanwhile: the same versions give the same release.
+    let release = world.machine.release.clone();
+    world.holds_releases = true;
+    world.input(order(2, Action::Release));
+    world.input(Input::Released { release: release.clone() });
+    world.run(5_000);
+    let logged = world.log.values().flat_map(|head| &head.entries).filter(|entry| entry.kind == LogKind::Release);
+    assert_eq!((logged.count(), &world.machine.release), (1, &release));
+}
+
+#[test]
 fn a_release_that_is_under_way_is_asked_for_again_after_a_crash_and_the_last_one_waits_for_it() {
     let mut world = World::new(0, 2);
     world.run(5_000);
