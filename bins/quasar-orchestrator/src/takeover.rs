@@ -10,8 +10,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use daemon::driver::{self, Recovered};
 use daemon::{Exit, Failure, Journal, Machine, clock};
-use protocol::documents::{Head, WriterLease};
-use protocol::envelope::{Document, EnvelopeError, Verified};
+use protocol::AccountId;
+use protocol::documents::{Head, Progress, WriterLease};
+use protocol::envelope::{Document, EnvelopeError, Expect, Verified, open_stored};
 use storage::StoreError;
 
 use crate::effects::Service;
@@ -117,5 +118,9 @@ impl Bucket for Service {
 
     fn open<D: Document>(&self, bytes: &[u8]) -> Result<Verified<D>, EnvelopeError> {
         self.open_own(bytes)
+    }
+
+    fn open_record(&self, bytes: &[u8], hotkey: &AccountId) -> Result<Verified<Progress>, EnvelopeError> {
+        open_stored(bytes, &self.context, Expect::Account(hotkey))
     }
 }

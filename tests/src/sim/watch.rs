@@ -425,12 +425,15 @@ impl Watch {
             if pull.stage != PullStage::Open {
                 continue;
             }
-            let accepted = pull.offers.iter().filter(|(_, offer)| offer.stage == OfferStage::Accepted).map(|(slot, _)| *slot);
-            let now: BTreeSet<Slot> = accepted.collect();
+            let of_stage = |stage| pull.offers.iter().filter(move |(_, offer)| offer.stage == stage).map(|(slot, _)| *slot);
+            let sought: BTreeSet<Slot> = of_stage(OfferStage::Sought).collect();
+            let now: BTreeSet<Slot> = of_stage(OfferStage::Accepted).collect();
             let before = self.accepted.entry(*t).or_default();
-            let lost = !before.is_subset(&now);
-            *before = now;
-            self.hold(world, "accepted_is_merged", !lost, || format!("step {t}: an accepted offer is gone"));
+            let lost = before.iter().find(|slot| !now.contains(slot) && !sought.contains(slot)).copied();
+            before.extend(now);
+            let what =
+                || format!("step {t}: what {} offered was accepted and is gone", lost.map_or_else(String::new, |slot| slot.0.short()));
+            self.hold(world, "accepted_is_merged", lost.is_none(), what);
         }
         if !self.batches.is_multiple_of(LEDGER_EVERY) {
             return;
@@ -498,8 +501,8 @@ impl Watch {
         }
     }
 
-    /// A process went on from the bucket, with leases and orders that it found there: what others knew beyond it is gone. Open pulls are
-    /// asked again.
+    /// A process went on from the bucket, with leases and orders that it found there. Open pulls are asked again, and what was accepted for
+    /// them before is looked for.
     pub fn succeeded(&mut self, world: &World, host: usize, machine: &Orchestrator, (leases, orders): &(Vec<Job>, Vec<StoredOrder>)) {
         // Those of its snapshot too, which one that was succeeded may have written.
         let held: BTreeMap<u64, &Lease> = machine.leases().map(|lease| (lease.id, lease)).collect();
@@ -514,7 +517,6 @@ impl Watch {
         }
         orders.iter().for_each(|order| self.take(machine, order));
         self.takeovers += u64::from(self.epoch > 1);
-        self.accepted.clear();
         self.crashed.remove(&host);
     }
 

@@ -1,7 +1,8 @@
 //! What the machine is told: its run, and the inputs.
 
 use protocol::documents::{
-    CatalogPage, CatalogRef, Head, Job, LeaseEnd, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape, VerdictResult,
+    CatalogPage, CatalogRef, Commitment, Head, Job, LeaseEnd, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape,
+    VerdictResult,
 };
 use protocol::envelope::{EnvelopeError, RunId, Verified};
 use protocol::log::LogHead;
@@ -227,6 +228,8 @@ pub struct BucketFacts {
     /// Of the writer that goes on.
     pub epoch: u64,
     pub head: Head,
+    /// Commitments to outer steps that are open.
+    pub commitments: Vec<StoredCommitment>,
     /// Outer steps with a tape, from the first that the snapshot has not closed, by t.
     pub steps: Vec<StepFact>,
     /// Catalog pages written since the snapshot, in their order.
@@ -241,9 +244,27 @@ pub struct BucketFacts {
     pub log: Vec<LogHead>,
 }
 
+/// A commitment that lies write-once in the bucket: its learner was granted the upload.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StoredCommitment {
+    pub slot: Slot,
+    /// Id of the record's envelope.
+    pub id: Digest,
+    pub commitment: Commitment,
+}
+
 /// How far an outer step got.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum StepFact {
     Taped(Tape),
     Merged { manifest: Box<MergeManifest>, id: Digest, keyframe_length: u64 },
+}
+
+impl StepFact {
+    pub fn t(&self) -> u64 {
+        match self {
+            Self::Taped(tape) => tape.t,
+            Self::Merged { manifest, .. } => manifest.t,
+        }
+    }
 }

@@ -34,7 +34,9 @@ use serde::{Deserialize, Serialize};
 
 pub use audits::{AuditCase, VERDICT_MS};
 pub use ending::Retired;
-pub use facts::{BucketFacts, Fragment, FragmentSetup, Guest, Input, RunSetup, ShardRows, Slot, StepFact, StoredOrder, StoredPage};
+pub use facts::{
+    BucketFacts, Fragment, FragmentSetup, Guest, Input, RunSetup, ShardRows, Slot, StepFact, StoredCommitment, StoredOrder, StoredPage,
+};
 pub use learners::{Learner, StandingMark};
 pub use leases::LeaseRecord;
 pub use orders::OrderOutcome;
@@ -273,6 +275,11 @@ impl Orchestrator {
     /// Leases that are not over, with who has them.
     pub fn open_leases(&self) -> impl Iterator<Item = (u64, Slot)> {
         self.leases.iter().filter(|(_, record)| !record.ended).map(|(id, record)| (*id, record.slot))
+    }
+
+    /// Slots that may have answered a pull.
+    pub fn slots(&self) -> BTreeSet<Slot> {
+        self.learners.keys().copied().chain(self.leases.values().map(|record| record.slot)).collect()
     }
 
     /// All leases that are remembered, those that ended last too.

@@ -9,7 +9,7 @@ use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
 use super::leases::LeasedSteps;
-use super::{Effect, Fragment, Key, Learner, Orchestrator, Slot, Want};
+use super::{Effect, Fragment, Key, Learner, Orchestrator, Slot, StoredCommitment, Want};
 
 /// A learner's step is believed to take at least this share of the average, as one part in so many.
 const STEP_MS_SHARE_MIN: u64 = 4;
@@ -27,9 +27,10 @@ pub struct OpenPull {
     pub closed_ms: u64,
     pub offers: BTreeMap<Slot, Offer>,
     pub stage: PullStage,
-    /// Offers that are accepted, and those that may still be.
+    /// Offers that are accepted, those that may still be, and of these those that are sought.
     accepted: usize,
     pending: usize,
+    sought: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +57,8 @@ pub enum OfferStage {
     Committed,
     /// An upload grant is out.
     Granted,
+    /// A predecessor granted the upload, and may have accepted it: its payload is looked for in the bucket.
+    Sought,
     Checking,
     Accepted,
     Rejected(Reason),
@@ -67,7 +70,7 @@ impl OfferStage {
     }
 
     pub(super) fn is_pending(self) -> bool {
-        matches!(self, Self::Committed | Self::Granted | Self::Checking)
+        matches!(self, Self::Committed | Self::Granted | Self::Sought | Self::Checking)
     }
 }
 
@@ -91,6 +94,7 @@ impl OpenPull {
             stage: PullStage::Open,
             accepted: 0,
             pending: 0,
+            sought: 0,
         }
     }
 
@@ -112,6 +116,9 @@ impl OpenPull {
             self.pending = self.pending.saturating_add_signed(by);
         } else if stage == OfferStage::Accepted {
             self.accepted = self.accepted.saturating_add_signed(by);
+        }
+        if stage == OfferStage::Sought {
+            self.sought = self.sought.saturating_add_signed(by);
         }
     }
 
@@ -141,7 +148,7 @@ impl OpenPull {
     /// Nothing that was offered counts.
     pub(super) fn refuse_all(&mut self, reason: Reason) {
         self.offers.values_mut().for_each(|offer| offer.stage = OfferStage::Rejected(reason));
-        (self.accepted, self.pending) = (0, 0);
+        (self.accepted, self.pending, self.sought) = (0, 0, 0);
     }
 }
 
@@ -279,7 +286,13 @@ impl Orchestrator {
         let Some(pull) = self.pulls.get_mut(&t) else { return };
         let Some(offer) = pull.advance(&slot, OfferStage::Committed, OfferStage::Granted) else { return };
         offer.id = id;
-        let commitment = &offer.commitment;
+        let commitment = offer.commitment.clone();
+        self.note_evidence(&commitment, id);
+        self.grants_changed(slot);
+    }
+
+    /// A commitment lies in the bucket.
+    fn note_evidence(&mut self, commitment: &Commitment, id: Digest) {
         if let Some(record) = self.leases.get_mut(&commitment.lease) {
             record.evidence = record.evidence.max(commitment.lease_step.min(record.lease.steps));
             // Several pulls may be answered at one step boundary.
@@ -289,7 +302,26 @@ impl Orchestrator {
             }
         }
         self.log.add(LogKind::Commitment, id);
-        self.grants_changed(slot);
+    }
+
+    /// What a predecessor granted, and may have accepted, counts also if its learner is gone.
+    pub(super) fn adopt_commitment(&mut self, stored: StoredCommitment) {
+        let StoredCommitment { slot, id, commitment } = stored;
+        let Some(pull) = self.pulls.get(&commitment.t).filter(|pull| pull.stage == PullStage::Open) else { return };
+        let known = pull.offers.get(&slot);
+        let is_another = known.is_some_and(|offer| offer.commitment.blake3 != commitment.blake3);
+        if is_another || self.banned.contains_key(&slot.0) || self.refusal(slot, pull, &commitment) != Reason::None {
+            return;
+        }
+        match known.map(|offer| offer.stage) {
+            None | Some(OfferStage::Committed) => self.note_evidence(&commitment, id),
+            Some(OfferStage::Granted | OfferStage::Checking) => {}
+            Some(OfferStage::Sought | OfferStage::Accepted | OfferStage::Rejected(_)) => return,
+        }
+        if let Some(pull) = self.pulls.get_mut(&commitment.t) {
+            pull.remove(&slot);
+            pull.add(slot, Offer { commitment, id, stage: OfferStage::Sought });
+        }
     }
 
     pub(super) fn on_commitment_refused(&mut self, slot: Slot, t: u64) {
@@ -302,8 +334,13 @@ impl Orchestrator {
 
     pub(super) fn on_payload_checked(&mut self, slot: Slot, t: u64, outcome: Reason) {
         let Some(pull) = self.pulls.get_mut(&t) else { return };
+        if outcome == Reason::NotUploaded && pull.advance(&slot, OfferStage::Sought, OfferStage::Granted).is_some() {
+            return self.grants_changed(slot);
+        }
         let stage = if outcome == Reason::None { OfferStage::Accepted } else { OfferStage::Rejected(outcome) };
-        if pull.advance(&slot, OfferStage::Checking, stage).is_some() && outcome != Reason::None {
+        let was_checked =
+            pull.advance(&slot, OfferStage::Checking, stage).is_some() || pull.advance(&slot, OfferStage::Sought, stage).is_some();
+        if was_checked && outcome != Reason::None {
             self.note(slot, outcome);
         }
     }
@@ -324,7 +361,7 @@ impl Orchestrator {
 
     /// A new session answers for itself: what the old one did not finish is dropped, what was accepted stays.
     pub(super) fn withdraw_offers(&mut self, slot: Slot) {
-        self.remove_offers(slot, |offer| offer.stage != OfferStage::Accepted);
+        self.remove_offers(slot, |offer| !matches!(offer.stage, OfferStage::Sought | OfferStage::Accepted));
     }
 
     /// Drops offers to open pulls. Their payloads may lie in the bucket and are in no manifest: they are deleted with those of their step.
@@ -344,7 +381,7 @@ impl Orchestrator {
         let (step_ms, closing_from) = (self.timing.step_ms(), self.closing_from);
         let mut closing = Vec::new();
         for (t, pull) in &mut self.pulls {
-            if pull.stage != PullStage::Open {
+            if pull.stage != PullStage::Open || pull.sought > 0 {
                 continue;
             }
             let (training, eligible) = if closing_from.is_some_and(|from| *t >= from) {
@@ -470,7 +507,7 @@ impl Orchestrator {
                 rest_ppm: 0,
                 outcome: match offer.stage {
                     OfferStage::Rejected(reason) => reason,
-                    OfferStage::Committed | OfferStage::Granted => Reason::NotUploaded,
+                    OfferStage::Committed | OfferStage::Granted | OfferStage::Sought => Reason::NotUploaded,
                     OfferStage::Checking | OfferStage::Accepted => Reason::Late,
                 },
             })
@@ -556,7 +593,7 @@ impl Orchestrator {
                                 let payload = offer.commitment.blake3;
                                 effects.push(Effect::StoreCommitment { slot: *slot, t: *t, id: offer.id, payload });
                             }
-                            OfferStage::Checking => {
+                            OfferStage::Sought | OfferStage::Checking => {
                                 effects.push(Effect::CheckPayload { slot: *slot, t: *t, commitment: offer.commitment.clone() })
                             }
                             OfferStage::Granted | OfferStage::Accepted | OfferStage::Rejected(_) => {}

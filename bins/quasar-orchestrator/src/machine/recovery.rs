@@ -133,6 +133,7 @@ impl Orchestrator {
         }
         self.take_over(&facts.head);
         self.doubt_versions();
+        facts.commitments.into_iter().for_each(|stored| self.adopt_commitment(stored));
         // A predecessor went through the round after the snapshot.
         if self.restoring.as_ref().is_some_and(|restoring| self.next_t >= restoring.until) {
             self.end_rollback();

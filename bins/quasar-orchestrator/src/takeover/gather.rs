@@ -4,13 +4,14 @@ use bytes::Bytes;
 use daemon::Failure;
 use daemon::driver::DriverOptions;
 use futures::{StreamExt, TryStreamExt};
-use protocol::Digest;
-use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, LeaseEnd, MergeManifest, Order, Tape};
+use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, LeaseEnd, MergeManifest, Order, Progress, Tape};
 use protocol::envelope::{Document, EnvelopeError, Verified};
 use protocol::log::LogHead;
 use protocol::paths::RunKeys;
 
-use crate::machine::{BucketFacts, Orchestrator, StepFact, StoredOrder, StoredPage};
+use protocol::{AccountId, Digest};
+
+use crate::machine::{BucketFacts, Orchestrator, Slot, StepFact, StoredCommitment, StoredOrder, StoredPage};
 
 /// Records that are read at the same time.
 const READS_AT_ONCE: usize = 32;
@@ -27,6 +28,12 @@ pub trait Bucket {
     /// # Errors
     /// It is not what its key says.
     fn open<D: Document>(&self, bytes: &[u8]) -> Result<Verified<D>, EnvelopeError>;
+
+    /// Opens a learner's record.
+    ///
+    /// # Errors
+    /// It is none that this hotkey signed.
+    fn open_record(&self, bytes: &[u8], hotkey: &AccountId) -> Result<Verified<Progress>, EnvelopeError>;
 }
 
 /// What the bucket holds beyond `machine`. `head` is the one that the successor has claimed, with its epoch.
@@ -87,6 +94,11 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
         orders.push(StoredOrder::new(number, bucket.open(&bytes)));
         number += 1;
     }
+    let mut slots = machine.slots();
+    slots.extend(leases.iter().map(|job| (job.hotkey, job.slot)));
+    let is_open = |t: &u64| !machine.is_closed(*t) && !steps.iter().any(|step| step.t() == *t);
+    let open = (machine.closed_below()..head.outer_step).filter(is_open);
+    let commitments = commitments(bucket, keys, open.flat_map(|t| slots.iter().map(move |slot| (*slot, t)))).await?;
     let mut log = Vec::new();
     let mut size = head.log.size;
     while size > machine.log_size() {
@@ -107,7 +119,30 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
         log.push(entry);
         size = next;
     }
-    Ok(BucketFacts { epoch: head.epoch, head, steps, pages, leases, lease_ends, orders, log })
+    Ok(BucketFacts { epoch: head.epoch, head, commitments, steps, pages, leases, lease_ends, orders, log })
+}
+
+/// What lies in the bucket as evidence of these answers.
+async fn commitments(
+    bucket: &impl Bucket,
+    keys: &RunKeys,
+    answers: impl Iterator<Item = (Slot, u64)>,
+) -> Result<Vec<StoredCommitment>, Failure> {
+    let reads = answers.map(|(slot, t)| async move {
+        let key = keys.commitment(&slot.0, slot.1, t);
+        let Some(bytes) = bucket.read(&key, Progress::PURPOSE.file_limit()).await? else { return Ok(None) };
+        let record = match bucket.open_record(&bytes, &slot.0) {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::error!("{key} is left out: {error}");
+                return Ok(None);
+            }
+        };
+        let commitment = record.document.commitments.into_iter().find(|commitment| commitment.t == t);
+        Ok::<_, Failure>(commitment.map(|commitment| StoredCommitment { slot, id: record.id, commitment }))
+    });
+    let found: Vec<Option<StoredCommitment>> = futures::stream::iter(reads).buffered(READS_AT_ONCE).try_collect().await?;
+    Ok(found.into_iter().flatten().collect())
 }
 
 async fn step(bucket: &impl Bucket, keys: &RunKeys, tape: Tape) -> Result<StepFact, Failure> {

@@ -5,8 +5,9 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use daemon::{Failure, Machine};
-use protocol::documents::Head;
-use protocol::envelope::{Document, EnvelopeError, Verified};
+use protocol::AccountId;
+use protocol::documents::{Head, Progress};
+use protocol::envelope::{Document, EnvelopeError, Expect, Verified};
 use quasar_orchestrator::machine::{Input, Orchestrator};
 use quasar_orchestrator::takeover::{Bucket, gather};
 use storage::PutCondition;
@@ -22,6 +23,10 @@ impl Bucket for Hands {
 
     fn open<D: Document>(&self, bytes: &[u8]) -> Result<Verified<D>, EnvelopeError> {
         self.world.open_office(bytes)
+    }
+
+    fn open_record(&self, bytes: &[u8], hotkey: &AccountId) -> Result<Verified<Progress>, EnvelopeError> {
+        self.world.plan.scheme.open(bytes, &self.world.context, Expect::Account(hotkey), None)
     }
 }
 

@@ -41,7 +41,19 @@ impl World {
         log.reverse();
         self.machine = machine;
         let orders = Vec::new();
-        Input::Recovered { facts: Box::new(BucketFacts { epoch: self.epoch, head, steps, pages, leases, lease_ends, orders, log }) }
+        let is_open = |t: u64| !self.machine.is_closed(t) && !self.tapes.contains_key(&t) && t < head.outer_step;
+        let commitments = self.commitments.iter().filter(|((t, _), _)| is_open(*t)).map(|(_, stored)| stored.clone()).collect();
+        Input::Recovered {
+            facts: Box::new(BucketFacts { epoch: self.epoch, head, commitments, steps, pages, leases, lease_ends, orders, log }),
+        }
+    }
+
+    /// The disk is gone, and a successor goes on from the bucket.
+    fn succeed(&mut self) {
+        self.loses_disk = true;
+        let recovered = self.recover_from_bucket();
+        self.input(recovered);
+        self.input(Input::Metagraph { guests: self.guests.clone() });
     }
 
     fn check_books(&self) {
@@ -253,6 +265,57 @@ fn a_successor_logs_nothing_twice_and_goes_on_with_the_log() {
     assert_eq!(merges.iter().collect::<BTreeSet<_>>().len(), merges.len(), "each merge once");
     let published: BTreeSet<Digest> = world.merges.values().map(|merge| Digest::blake3(&codec::encode(merge))).collect();
     assert!(merges.len() + 12 >= published.len(), "{} of {} merges are logged", merges.len(), published.len());
+}
+
+#[test]
+fn what_a_predecessor_accepted_is_merged_also_where_its_learner_is_gone() {
+    let mut merged = 0;
+    for _ in 0..8 {
+        let mut world = World::new(0, 4);
+        world.run(5_000);
+        let accepted = |world: &World| -> Option<(u64, Slot)> {
+            let open = world.machine.pulls.iter().filter(|(_, pull)| pull.stage == PullStage::Open);
+            let is_accepted = |(slot, offer): &(&Slot, &Offer)| (offer.stage == OfferStage::Accepted).then_some(**slot);
+            open.filter_map(|(t, pull)| Some((*t, pull.offers.iter().find_map(|offer| is_accepted(&offer))?))).last()
+        };
+        world.run(100 * merged);
+        let (t, slot) = loop {
+            if let Some(found) = accepted(&world) {
+                break found;
+            }
+            world.run(100);
+        };
+        world.learners.iter_mut().find(|sim| sim.slot == slot).unwrap().silent = true;
+        world.succeed();
+        world.run(20_000);
+        assert!(world.tapes[&t].inputs.iter().any(|input| (input.hotkey, input.slot) == slot), "step {t}");
+        let ids: Vec<Digest> = world.log.values().flat_map(|head| &head.entries).map(|entry| entry.document).collect();
+        assert_eq!(ids.iter().filter(|id| **id == world.commitments[&(t, slot)].id).count(), 1, "its evidence is logged once");
+        merged += 1;
+    }
+}
+
+#[test]
+fn a_commitment_whose_payload_was_not_uploaded_is_granted_again_by_the_successor() {
+    let mut world = World::new(0, 3);
+    world.run(5_000);
+    let slot = world.learners[0].slot;
+    // It commits, and does not get to upload before the orchestrator is gone.
+    world.withheld.insert(slot);
+    let granted = |world: &World| {
+        let is_granted = |pull: &OpenPull| pull.offers.get(&slot).is_some_and(|offer| offer.stage == OfferStage::Granted);
+        world.machine.pulls.iter().find(|(_, pull)| is_granted(pull)).map(|(t, _)| *t)
+    };
+    let t = loop {
+        if let Some(t) = granted(&world) {
+            break t;
+        }
+        world.run(100);
+    };
+    world.withheld.clear();
+    world.succeed();
+    world.run(5_000);
+    assert!(world.tapes[&t].inputs.iter().any(|input| (input.hotkey, input.slot) == slot), "{:?}", world.tapes[&t]);
 }
 
 #[test]

@@ -230,6 +230,8 @@ pub(super) struct World {
     /// Lease records, written once.
     pub(super) leases: BTreeMap<u64, Job>,
     pub(super) lease_ends: BTreeMap<u64, LeaseEnd>,
+    /// Evidence of commitments, written once.
+    pub(super) commitments: BTreeMap<(u64, Slot), StoredCommitment>,
     pub(super) retired: Vec<Retired>,
     /// Catalog pages that were added, written once.
     pub(super) pages: Vec<StoredPage>,
@@ -276,6 +278,7 @@ impl World {
             snapshot: None,
             leases: BTreeMap::new(),
             lease_ends: BTreeMap::new(),
+            commitments: BTreeMap::new(),
             retired: Vec::new(),
             pages: Vec::new(),
             bundles: 0,
@@ -375,7 +378,17 @@ impl World {
                 None
             }
             Effect::StoreCommitment { slot, t, .. } if self.answered_before.contains(&slot) => Some(Input::CommitmentRefused { slot, t }),
-            Effect::StoreCommitment { slot, t, id, .. } => Some(Input::CommitmentStored { slot, t, id }),
+            Effect::StoreCommitment { slot, t, id, .. } => {
+                let record = self.learners.iter().find(|sim| sim.slot == slot).map(|sim| &sim.record)?;
+                let commitment = record.commitments.iter().find(|commitment| commitment.t == t)?.clone();
+                let stored = self.commitments.entry((t, slot)).or_insert(StoredCommitment { slot, id, commitment });
+                Some(Input::CommitmentStored { slot, t, id: stored.id })
+            }
+            Effect::CheckPayload { slot, t, .. }
+                if !self.learners.iter().any(|sim| sim.slot == slot && sim.record.uploaded.contains(&t)) =>
+            {
+                Some(Input::PayloadChecked { slot, t, outcome: Reason::NotUploaded })
+            }
             Effect::CheckPayload { slot, t, .. } => {
                 let outcome = self.rejects.get(&slot).copied().unwrap_or(Reason::None);
                 Some(Input::PayloadChecked { slot, t, outcome })
