@@ -383,8 +383,7 @@ impl Orchestrator {
 
     /// The X25519 key that documents for `hotkey` are sealed to; `None` where nothing can be.
     fn recipient(&self, hotkey: &AccountId) -> Option<[u8; 32]> {
-        let place = self.guests.binary_search_by(|guest| guest.hotkey.cmp(hotkey)).ok()?;
-        self.guests[place].recipient
+        guest_of(&self.guests, hotkey)?.recipient
     }
 
     fn on_metagraph(&mut self, mut guests: Vec<Guest>) {
@@ -399,9 +398,13 @@ impl Orchestrator {
         self.guests = guests;
         // Whoever left the subnet is forgotten when its records have grown old.
         self.learners.retain(|slot, learner| learner.live || self.miners.contains(&slot.0));
-        let knows = |hotkey: &AccountId| self.guests.binary_search_by(|guest| guest.hotkey.cmp(hotkey)).is_ok();
-        self.standing.retain(|slot, _| knows(&slot.0));
+        self.standing.retain(|slot, _| guest_of(&self.guests, &slot.0).is_some());
     }
+}
+
+/// Of guests that are sorted by hotkey.
+fn guest_of<'a>(guests: &'a [Guest], hotkey: &AccountId) -> Option<&'a Guest> {
+    guests.binary_search_by(|guest| guest.hotkey.cmp(hotkey)).ok().map(|place| &guests[place])
 }
 
 impl Machine for Orchestrator {
