@@ -6,12 +6,14 @@
 
 use std::net::IpAddr;
 use std::sync::Once;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use protocol::{GrantRequest, Method};
 use reqwest::{Client, RequestBuilder, Response, Url, header, redirect};
 
+use crate::upload::{Parts, Progress, Watched};
 use crate::{Object, StoreError, key, policy};
 
 /// What became of a presigned PUT that reached the store.
@@ -67,6 +69,10 @@ pub trait GrantAccess: Send + Sync + 'static {
 #[derive(Clone)]
 pub struct GrantClient {
     client: Client,
+    /// Without a time-out between the start of a request and its answer.
+    uploads: Client,
+    /// Longest time in which nothing of an upload moves.
+    pub(crate) silence: Duration,
     /// `host` or `host:port`, lower case.
     allowed_hosts: Vec<String>,
 }
@@ -74,8 +80,11 @@ pub struct GrantClient {
 impl GrantClient {
     /// `allowed_hosts` as the run root lists them: `host` for the scheme's usual port, or `host:port`.
     pub fn new(allowed_hosts: Vec<String>) -> Result<Self, GrantError> {
-        let client = http_client().ok_or(GrantError::Forbidden { key: String::new(), reason: "the HTTP client cannot be set up" })?;
-        Ok(Self { client, allowed_hosts: allowed_hosts.iter().map(|host| host.to_ascii_lowercase()).collect() })
+        let broken = || GrantError::Forbidden { key: String::new(), reason: "the HTTP client cannot be set up" };
+        let client = http_client(Some(policy::READ_TIMEOUT)).ok_or_else(broken)?;
+        let uploads = http_client(None).ok_or_else(broken)?;
+        let allowed_hosts = allowed_hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
+        Ok(Self { client, uploads, silence: policy::UPLOAD_SILENCE, allowed_hosts })
     }
 
     /// The grant's URL, if it may be followed.
@@ -134,21 +143,27 @@ impl GrantClient {
 
     async fn put_once(&self, url: &Url, grant: &GrantRequest, bytes: Bytes) -> Result<PutOutcome, GrantError> {
         let length = bytes.len() as u64;
-        let mut request = with_signed_headers(self.client.put(url.clone()), grant).timeout(policy::attempt_timeout(length));
-        if bytes.is_empty() {
-            request = request.header(header::CONTENT_LENGTH, 0);
-        }
         let unavailable = |reason| GrantError::Unavailable { key: grant.key.clone(), reason };
-        let response = send(request.body(bytes)).await.map_err(unavailable)?;
-        let status = response.status().as_u16();
-        // Reading the short answer to its end lets the connection be used again.
-        let _ = read_body(response, policy::LONGEST_ANSWER).await;
+        let progress = Progress::new();
+        let body = Watched { body: Box::pin(Parts(bytes)), progress: progress.clone() };
+        let request = with_signed_headers(self.uploads.put(url.clone()), grant)
+            .timeout(policy::attempt_timeout(length))
+            .header(header::CONTENT_LENGTH, length)
+            .body(reqwest::Body::wrap(body));
+        let sent = async {
+            let response = send(request).await.map_err(unavailable)?;
+            let status = response.status().as_u16();
+            // Reading the short answer to its end lets the connection be used again.
+            Ok((status, read_body(response, policy::LONGEST_ANSWER).await.unwrap_or_default()))
+        };
+        let (status, answer) = progress.watch(self.silence, sent).await.unwrap_or(Err(unavailable("nothing moved any more")))?;
         match status {
             200..=299 => Ok(PutOutcome::Stored),
             412 => Ok(PutOutcome::AlreadyThere),
             403 => Ok(PutOutcome::Expired),
             // A conflicting write is under way: ask again, the answer will be definite.
             409 => Err(unavailable("a conflicting write is under way")),
+            400 if policy::is_slow_upload(&answer) => Err(unavailable("the store waited too long for the next bytes")),
             status if is_transient(status) => Err(unavailable("server error")),
             status => Ok(PutOutcome::Refused { status }),
         }
@@ -205,7 +220,7 @@ impl PublicReader {
         if url.scheme() != "https" && !url.host_str().is_some_and(is_this_machine) {
             return Err(StoreError::invalid("", "the endpoint is neither https nor on this machine\nhint: use https://"));
         }
-        let client = http_client().ok_or_else(|| StoreError::invalid("", "the HTTP client cannot be set up"))?;
+        let client = http_client(Some(policy::READ_TIMEOUT)).ok_or_else(|| StoreError::invalid("", "the HTTP client cannot be set up"))?;
         Ok(Self { client, base: base.object("").trim_end_matches('/').to_owned() })
     }
 
@@ -240,20 +255,24 @@ impl PublicReader {
     }
 }
 
-/// A client that keeps connections, follows no redirects and uses the ring provider; `None` if TLS cannot be set up.
-fn http_client() -> Option<Client> {
+/// A client that keeps connections, follows no redirects and uses the ring provider, and awaits an answer for `read_timeout` from the
+/// start of its request; `None` if TLS cannot be set up.
+fn http_client(read_timeout: Option<Duration>) -> Option<Client> {
     static PROVIDER: Once = Once::new();
     PROVIDER.call_once(|| {
         // Fails if somebody installed a provider before: then that one serves.
         let _ = rustls::crypto::ring::default_provider().install_default();
     });
-    Client::builder()
+    let mut builder = Client::builder();
+    if let Some(read_timeout) = read_timeout {
+        builder = builder.read_timeout(read_timeout);
+    }
+    builder
         .redirect(redirect::Policy::none())
         .no_proxy()
         .referer(false)
         .user_agent(concat!("quasar/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(policy::CONNECT_TIMEOUT)
-        .read_timeout(policy::READ_TIMEOUT)
         .pool_idle_timeout(policy::IDLE_CONNECTION)
         .build()
         .ok()

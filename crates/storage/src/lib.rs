@@ -33,6 +33,7 @@ pub mod seal;
 pub mod seal_stream;
 pub mod server;
 pub mod transfer;
+mod upload;
 
 pub use error::StoreError;
 pub use memory::{MemoryGrants, MemoryStore};

@@ -9,8 +9,10 @@ use std::time::Duration;
 
 /// Time to set up a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest silence while an answer is awaited or read.
+/// Longest silence while the answer to a request without a body is awaited, or any answer is read.
 pub const READ_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest time in which nothing of an upload moves, and from its last byte to the answer: stores hash and copy before they give one.
+pub const UPLOAD_SILENCE: Duration = Duration::from_secs(60);
 /// Longest time for one attempt at a request without a large body.
 pub const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Slowest transfer that is still worth waiting for, bytes per second; lengthens the time-out of large bodies.
@@ -29,6 +31,12 @@ pub const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Time-out of one attempt that moves `bytes`.
 pub fn attempt_timeout(bytes: u64) -> Duration {
     ATTEMPT_TIMEOUT + Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND)
+}
+
+/// Whether an error answer with status 400 says that the store waited for bytes of the body in vain: S3 has no status of its own for it.
+pub fn is_slow_upload(answer: &[u8]) -> bool {
+    const CODE: &[u8] = b"<Code>RequestTimeout</Code>";
+    answer.windows(CODE.len()).any(|window| window == CODE)
 }
 
 /// Runs `request(attempt)` (attempts count from 1) until it succeeds, fails for good, or [`ATTEMPTS`] are used up.

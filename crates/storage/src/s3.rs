@@ -4,6 +4,7 @@
 //! are CRCs in a trailer, where the protocol wants SHA-256; its `rustls` feature drags in a second TLS stack.
 
 use std::path::Path;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use aws_sdk_s3::Client;
@@ -13,18 +14,22 @@ use aws_sdk_s3::config::{
     BehaviorVersion, Credentials, Region, RequestChecksumCalculation, ResponseChecksumValidation, StalledStreamProtectionConfig,
 };
 use aws_sdk_s3::error::{DisplayErrorContext, SdkError};
-use aws_sdk_s3::primitives::ByteStream;
+use aws_sdk_s3::primitives::{ByteStream, SdkBody};
 use aws_smithy_http_client::Builder;
 use aws_smithy_http_client::tls::Provider;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use bytes::{Bytes, BytesMut};
+use hyper::body::Body;
 use protocol::{Digest, FileRecord, GrantRequest};
 
 use crate::presign::{self, BucketUrl, base64_of};
+use crate::upload::{Parts, Progress, Watched};
 use crate::{Object, ObjectMeta, ObjectStore, Presign, PutCondition, StoreError, key, policy};
 
 /// Most objects that one listing returns; a prefix with more is a mistake.
 pub const MAX_LISTED: usize = 1_000_000;
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Most bytes of one PUT, by S3.
 const MAX_PUT_BYTES: u64 = 5 << 30;
@@ -69,6 +74,8 @@ pub struct S3Store {
     settings: S3Settings,
     url: BucketUrl,
     credentials: Option<Credentials>,
+    /// Longest time in which nothing of an upload moves.
+    pub(crate) silence: Duration,
 }
 
 impl S3Store {
@@ -93,7 +100,7 @@ impl S3Store {
             .region(Region::new(settings.region.clone()))
             .force_path_style(settings.path_style)
             .retry_config(RetryConfig::disabled())
-            .timeout_config(TimeoutConfig::builder().connect_timeout(policy::CONNECT_TIMEOUT).read_timeout(policy::READ_TIMEOUT).build())
+            .timeout_config(TimeoutConfig::builder().connect_timeout(policy::CONNECT_TIMEOUT).build())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
@@ -104,7 +111,7 @@ impl S3Store {
             Some(credentials) => config.credentials_provider(credentials.clone()),
             None => config.allow_no_auth(),
         };
-        Ok(Self { client: Client::from_conf(config.build()), settings, url, credentials })
+        Ok(Self { client: Client::from_conf(config.build()), settings, url, credentials, silence: policy::UPLOAD_SILENCE })
     }
 
     /// Where this bucket's objects live on the web; its host belongs into the run root's list of allowed hosts.
@@ -123,7 +130,7 @@ impl S3Store {
     /// The store refuses one of both, or does not answer.
     pub async fn make_public_bucket(&self, prefix: &str) -> Result<(), StoreError> {
         let bucket = &self.settings.bucket;
-        let created = within("", 0, self.client.create_bucket().bucket(bucket).send()).await?;
+        let created = answered("", self.client.create_bucket().bucket(bucket).send()).await?;
         if let Err(error) = created
             // 409: it is there already, ours or somebody else's; in the second case the policy is refused.
             && error.raw_response().is_none_or(|response| response.status().as_u16() != 409)
@@ -133,7 +140,7 @@ impl S3Store {
         let policy = format!(
             r#"{{"Version":"2012-10-17","Statement":[{{"Effect":"Allow","Principal":"*","Action":["s3:GetObject"],"Resource":["arn:aws:s3:::{bucket}/{prefix}*"]}}]}}"#
         );
-        let set = within("", 0, self.client.put_bucket_policy().bucket(bucket).policy(policy).send()).await?;
+        let set = answered("", self.client.put_bucket_policy().bucket(bucket).policy(policy).send()).await?;
         set.map(drop).map_err(|error| self.sort("", Access::Write, error))
     }
 
@@ -161,6 +168,9 @@ impl S3Store {
             416 => StoreError::invalid(key, "the range lies outside of the object"),
             // 409: a conflicting write is under way; trying again gets a definite answer.
             408 | 409 | 429 | 500..=599 => StoreError::unavailable(key, format!("HTTP status {status}")),
+            400 if error.raw_response().and_then(|raw| raw.body().bytes()).is_some_and(policy::is_slow_upload) => {
+                StoreError::unavailable(key, "the store waited too long for the next bytes")
+            }
             200..=299 => StoreError::unavailable(key, "the answer could not be read"),
             _ => {
                 let detail: String = DisplayErrorContext(&error).to_string().chars().take(200).collect();
@@ -171,7 +181,7 @@ impl S3Store {
 
     async fn get_once(&self, key: &str, etag: Option<&str>, limit: u64) -> Result<Option<Object>, StoreError> {
         let sent = self.client.get_object().bucket(&self.settings.bucket).key(key).set_if_none_match(etag.map(str::to_owned)).send();
-        let answer = match within(key, 0, sent).await? {
+        let answer = match answered(key, sent).await? {
             Ok(answer) => answer,
             Err(error) if error.raw_response().is_some_and(|raw| raw.status().as_u16() == 304) => return Ok(None),
             Err(error) => return Err(self.sort(key, Access::Read, error)),
@@ -185,11 +195,13 @@ impl S3Store {
     async fn put_once(
         &self,
         key: &str,
-        body: ByteStream,
+        body: impl Body<Data = Bytes, Error: Into<BoxError>> + Send + Sync + 'static,
         length: u64,
         sha256: &Digest,
         condition: &PutCondition,
     ) -> Result<String, StoreError> {
+        let progress = Progress::new();
+        let body = SdkBody::from_body_1_x(Watched { body: Box::pin(body), progress: progress.clone() });
         let mut request = self
             .client
             .put_object()
@@ -197,7 +209,7 @@ impl S3Store {
             .key(key)
             .content_length(length as i64)
             .checksum_sha256(base64_of(sha256))
-            .body(body);
+            .body(ByteStream::new(body));
         match condition {
             PutCondition::Always => {}
             PutCondition::IfAbsent => request = request.if_none_match("*"),
@@ -205,7 +217,8 @@ impl S3Store {
         }
         // The checksum header is signed, so hashing the payload again for the signature would add nothing.
         let sent = request.customize().disable_payload_signing().send();
-        match within(key, length, sent).await? {
+        let watched = progress.watch(self.silence, within(key, length, sent)).await;
+        match watched.unwrap_or_else(|| Err(StoreError::unavailable(key, "nothing moved any more")))? {
             Ok(answer) => Ok(answer.e_tag().unwrap_or_default().to_owned()),
             Err(error) => Err(match (self.sort(key, Access::Write, error), condition) {
                 // If-Match on a key that is gone: some stores say 404.
@@ -231,7 +244,7 @@ impl ObjectStore for S3Store {
         let range = format!("bytes={start}-{}", end - 1);
         policy::retry(StoreError::is_retryable, |_| async {
             let sent = self.client.get_object().bucket(&self.settings.bucket).key(key).range(&range).send();
-            let answer = within(key, 0, sent).await?.map_err(|error| self.sort(key, Access::Read, error))?;
+            let answer = answered(key, sent).await?.map_err(|error| self.sort(key, Access::Read, error))?;
             let bytes = within(key, end - start, collect(key, answer.body, None, end - start)).await??;
             if bytes.len() as u64 != end - start {
                 return Err(StoreError::invalid(key, format!("the object ends before byte {end}")));
@@ -245,7 +258,7 @@ impl ObjectStore for S3Store {
         key::check(key)?;
         policy::retry(StoreError::is_retryable, |_| async {
             let sent = self.client.head_object().bucket(&self.settings.bucket).key(key).send();
-            let answer = within(key, 0, sent).await?.map_err(|error| self.sort(key, Access::Read, error))?;
+            let answer = answered(key, sent).await?.map_err(|error| self.sort(key, Access::Read, error))?;
             Ok(ObjectMeta {
                 key: key.to_owned(),
                 length: answer.content_length().and_then(|length| u64::try_from(length).ok()).unwrap_or(0),
@@ -260,7 +273,7 @@ impl ObjectStore for S3Store {
         let sha256 = Digest::sha256(&bytes);
         let (bytes, sha256, condition) = (&bytes, &sha256, &condition);
         policy::retry(StoreError::is_retryable, |attempt| async move {
-            let result = self.put_once(key, ByteStream::from(bytes.clone()), bytes.len() as u64, sha256, condition).await;
+            let result = self.put_once(key, Parts(bytes.clone()), bytes.len() as u64, sha256, condition).await;
             if attempt > 1 && matches!(result, Err(StoreError::PreconditionFailed { .. })) {
                 // An earlier attempt may have succeeded without its answer reaching us: our own bytes in place are a success.
                 if let Ok(Some(object)) = self.get_once(key, None, bytes.len() as u64).await
@@ -285,7 +298,7 @@ impl ObjectStore for S3Store {
         policy::retry(StoreError::is_retryable, |_| async {
             let body = ByteStream::from_path(path).await;
             let body = body.map_err(|error| StoreError::invalid(key, format!("{}: {error}", path.display())))?;
-            self.put_once(key, body, file.length, &file.sha256, &PutCondition::IfAbsent).await
+            self.put_once(key, body.into_inner(), file.length, &file.sha256, &PutCondition::IfAbsent).await
         })
         .await
         .map(drop)
@@ -300,7 +313,7 @@ impl ObjectStore for S3Store {
         loop {
             let page = policy::retry(StoreError::is_retryable, |_| async {
                 let request = self.client.list_objects_v2().bucket(&self.settings.bucket).prefix(prefix);
-                within(prefix, 0, request.set_continuation_token(token.clone()).send())
+                answered(prefix, request.set_continuation_token(token.clone()).send())
                     .await?
                     .map_err(|error| self.sort(prefix, Access::List, error))
             })
@@ -327,7 +340,7 @@ impl ObjectStore for S3Store {
         key::check(key)?;
         policy::retry(StoreError::is_retryable, |_| async {
             let sent = self.client.delete_object().bucket(&self.settings.bucket).key(key).send();
-            match within(key, 0, sent).await?.map_err(|error| self.sort(key, Access::Write, error)) {
+            match answered(key, sent).await?.map_err(|error| self.sort(key, Access::Write, error)) {
                 Ok(_) | Err(StoreError::NotFound { .. }) => Ok(()),
                 Err(error) => Err(error),
             }
@@ -341,6 +354,11 @@ impl ObjectStore for S3Store {
         };
         presign::presign(&self.url, &self.settings.region, credentials, request)
     }
+}
+
+/// The answer to a request without a body.
+async fn answered<T>(key: &str, sent: impl Future<Output = T>) -> Result<T, StoreError> {
+    tokio::time::timeout(policy::READ_TIMEOUT, sent).await.map_err(|_| StoreError::unavailable(key, "timed out"))
 }
 
 /// `future`, but at most as long as moving `bytes` may take.
@@ -357,7 +375,7 @@ async fn collect(key: &str, mut body: ByteStream, length: Option<u64>, limit: u6
     let mut first: Option<Bytes> = None;
     let mut rest = BytesMut::new();
     let mut read = 0u64;
-    while let Some(part) = body.next().await {
+    while let Some(part) = answered(key, body.next()).await? {
         let part = part.map_err(|_| StoreError::unavailable(key, "the connection broke while reading"))?;
         read += part.len() as u64;
         if read > limit {
