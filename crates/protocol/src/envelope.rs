@@ -468,6 +468,9 @@ pub struct Seen {
     pub root_digest: Option<Digest>,
     /// Of the pointer to the current run.
     pub guard: SequenceGuard,
+    /// Its file as it was accepted last: one half of a proof, should the other half ever come.
+    #[serde(default, with = "hex::serde")]
+    pub current: Vec<u8>,
 }
 
 #[cfg(test)]

@@ -81,6 +81,27 @@ impl DiscoveryError {
             _ => false,
         }
     }
+
+    /// Why `file`, read from `key`, was not accepted after `last`. Two documents that contradict each other are more than an error:
+    /// together they are a proof.
+    pub(crate) fn refused(key: &str, error: EnvelopeError, last: Option<&[u8]>, file: &[u8]) -> Self {
+        let key = key.to_owned();
+        match (error, last) {
+            (EnvelopeError::Equivocation { .. }, Some(last)) => {
+                let proof = Equivocation { key: key.clone(), first: last.to_vec(), second: file.to_vec() };
+                Self::Equivocation { key, proof: Box::new(proof) }
+            }
+            (error, _) => Self::Envelope { key, error },
+        }
+    }
+
+    /// The proof, where somebody contradicted himself.
+    pub fn proof(&self) -> Option<&Equivocation> {
+        match self {
+            Self::Equivocation { proof, .. } => Some(proof),
+            _ => None,
+        }
+    }
 }
 
 /// What stays for the whole run.
@@ -185,8 +206,7 @@ impl RunReader {
         let key = keys.current();
         let bytes = read(&public, &key, CurrentRun::PURPOSE.limit()).await?.ok_or(DiscoveryError::NoRun)?;
         let (current, chain) = open_present::<CurrentRun>(&public, &roots, &key, &outside, &bytes, now_ms).await?;
-        let mut guard = roots.seen().guard;
-        guard.accept(&key, &current.header, &current.id).map_err(|error| DiscoveryError::Envelope { key: key.clone(), error })?;
+        roots.accept(&key, &current, &bytes)?;
         let current = current.document;
         // An orchestrator that is still named may not have read the newest root yet.
         if chain.digest(current.root_version) != Some(current.root_digest) {
@@ -229,9 +249,8 @@ impl RunReader {
         if let Some(newest) = manifest.catalog.last() {
             shards.extend(&public, &run, &context, expect, newest).await?;
         }
-        roots.keep_guard(&guard)?;
         let facts = Arc::new(RunFacts { root: root.clone(), manifest, plan, shards, context, keys, run });
-        Ok(Self { public, roots, facts, etags: BTreeMap::new(), guard, last: BTreeMap::new() })
+        Ok(Self { public, roots, facts, etags: BTreeMap::new(), guard: SequenceGuard::default(), last: BTreeMap::new() })
     }
 
     pub fn roots(&self) -> &Roots {
@@ -267,24 +286,14 @@ impl RunReader {
             PublicRead::Found(object) => object,
         };
         let (verified, _) = open_present::<D>(&self.public, &self.roots, key, &self.facts.context, &object.bytes, now_ms).await?;
-        self.guard.accept(key, &verified.header, &verified.id).map_err(|error| self.explain(key, error, &object.bytes))?;
+        let accepted = self.guard.accept(key, &verified.header, &verified.id);
+        accepted.map_err(|error| DiscoveryError::refused(key, error, self.last.get(key).map(AsRef::as_ref), &object.bytes))?;
         self.last.insert(key.to_owned(), object.bytes);
         match object.etag {
             Some(etag) => self.etags.insert(key.to_owned(), etag),
             None => self.etags.remove(key),
         };
         Ok(Some(verified))
-    }
-
-    /// Two documents that contradict each other are more than an error: together they are a proof.
-    fn explain(&self, key: &str, error: EnvelopeError, second: &Bytes) -> DiscoveryError {
-        match (error, self.last.get(key)) {
-            (EnvelopeError::Equivocation { .. }, Some(first)) => {
-                let proof = Equivocation { key: key.to_owned(), first: first.to_vec(), second: second.to_vec() };
-                DiscoveryError::Equivocation { key: key.to_owned(), proof: Box::new(proof) }
-            }
-            (error, _) => DiscoveryError::Envelope { key: key.to_owned(), error },
-        }
     }
 
     /// A write-once public object; `None` while it is absent.
@@ -320,7 +329,7 @@ impl RunReader {
         let Some(bytes) = read(&self.public, &key, CurrentRun::PURPOSE.limit()).await? else { return Ok(false) };
         let outside = self.facts.context.without_run();
         let (current, chain) = open_present::<CurrentRun>(&self.public, &self.roots, &key, &outside, &bytes, now_ms).await?;
-        self.guard.accept(&key, &current.header, &current.id).map_err(|error| DiscoveryError::Envelope { key, error })?;
+        self.roots.accept(&key, &current, &bytes)?;
         let (root, then) = (&chain.newest, &self.facts.root);
         let is_elsewhere = (&root.store_hosts, &root.bounds) != (&then.store_hosts, &then.bounds);
         Ok(is_elsewhere || current.document.run != self.facts.context.run)

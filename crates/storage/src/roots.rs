@@ -8,8 +8,8 @@ use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
-use protocol::documents::RunRoot;
-use protocol::envelope::{Context, Document, Expect, RunId, Seen, SequenceGuard, open_stored};
+use protocol::documents::{CurrentRun, RunRoot};
+use protocol::envelope::{Context, Document, Expect, RunId, Seen, Verified, open_stored};
 use protocol::paths::Keys;
 use protocol::{AccountId, Digest, KeyRef};
 
@@ -143,11 +143,13 @@ impl Roots {
     }
 
     /// Changes what is known, once that is kept.
-    fn change(&self, change: impl FnOnce(&mut State)) -> Result<(), DiscoveryError> {
+    fn change(&self, change: impl FnOnce(&mut State) -> Result<(), DiscoveryError>) -> Result<(), DiscoveryError> {
         let mut known = self.0.state.write().unwrap_or_else(PoisonError::into_inner);
         let mut state = known.clone();
-        change(&mut state);
-        (self.0.keep)(&state.seen).map_err(DiscoveryError::Memory)?;
+        change(&mut state)?;
+        if state.seen != known.seen {
+            (self.0.keep)(&state.seen).map_err(DiscoveryError::Memory)?;
+        }
         *known = state;
         Ok(())
     }
@@ -192,13 +194,23 @@ impl Roots {
             self.change(|state| {
                 (state.seen.root, state.seen.root_digest) = (chain.newest.version, Some(chain.newest_digest()));
                 state.chain = Some(chain.clone());
+                Ok(())
             })?;
         }
         Ok(chain)
     }
 
-    /// Keeps the sequences of the pointer to the current run.
-    pub(crate) fn keep_guard(&self, guard: &SequenceGuard) -> Result<(), DiscoveryError> {
-        self.change(|state| state.seen.guard = guard.clone())
+    /// Takes a pointer to the current run, read from `key` as `file`, as the newest one that was seen.
+    ///
+    /// # Errors
+    /// A newer one was seen, or another one with the same sequence: then with the proof.
+    pub(crate) fn accept(&self, key: &str, current: &Verified<CurrentRun>, file: &Bytes) -> Result<(), DiscoveryError> {
+        self.change(|State { seen, .. }| {
+            let accepted = seen.guard.accept(key, &current.header, &current.id);
+            let last = Some(&*seen.current).filter(|last| !last.is_empty());
+            accepted.map_err(|error| DiscoveryError::refused(key, error, last, file))?;
+            seen.current = file.to_vec();
+            Ok(())
+        })
     }
 }

@@ -538,3 +538,32 @@ async fn two_heads_with_one_number_are_kept_as_a_proof_that_convicts_their_signe
     assert_eq!((convicted, sequence), (key(2).key().account(), 20));
     assert_ne!(ids[0], ids[1]);
 }
+
+#[tokio::test]
+async fn two_pointers_to_the_current_run_with_one_number_convict_their_signer_also_over_a_restart() {
+    let bucket = Bucket::new().await;
+    let at = bucket.keys.current();
+    let mut reader = bucket.discover(NOW_MS).await.unwrap();
+    let root_digest = bucket.root_digest();
+    bucket.renew_current(1, root_digest, &key(2), 20).await;
+    assert!(!reader.moved(NOW_MS).await.unwrap());
+    assert!(!reader.moved(NOW_MS).await.unwrap(), "the same document again is nothing");
+    let seen = reader.roots().seen();
+
+    let other = CurrentRun { root_version: 1, root_digest, run: RunId([9; 16]), manifest_digest: Digest::ZERO };
+    bucket.publish(&at, &bucket.outside, &other, &key(2), 20).await;
+    for error in [reader.moved(NOW_MS).await.unwrap_err(), bucket.discover_again(&seen).await.err().unwrap()] {
+        let (convicted, sequence, _) = error.proof().expect("a proof").verify().unwrap();
+        assert_eq!((convicted, sequence), (key(2).key().account(), 20));
+        assert!(!error.is_final());
+    }
+    // What was refused is not what the next look compares with, and an older one is refused as well.
+    assert_eq!(reader.roots().seen(), seen);
+    bucket.renew_current(1, root_digest, &key(2), 19).await;
+    assert_eq!(of_envelope(reader.moved(NOW_MS).await.unwrap_err()), EnvelopeError::Replayed { got: 19, seen: 20 });
+    // A client that kept only the number still refuses it.
+    let before = Seen { current: Vec::new(), ..seen };
+    bucket.publish(&at, &bucket.outside, &other, &key(2), 20).await;
+    let refused = bucket.discover_again(&before).await.err().unwrap();
+    assert!(matches!(of_envelope(refused), EnvelopeError::Equivocation { sequence: 20, .. }));
+}
