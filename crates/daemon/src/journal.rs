@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use protocol::Digest;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
+use tokio::sync::watch;
 
 /// Sequence number to entry record.
 const ENTRIES: TableDefinition<u64, &[u8]> = TableDefinition::new("entries");
@@ -32,7 +33,7 @@ const CACHE_BYTES: usize = 16 << 20;
 /// Leading bytes of a record: number (le64: time of an entry, covered sequence of a snapshot), then eight bytes of check.
 const RECORD_HEAD: usize = 16;
 
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum JournalError {
     #[error(
         "the state directory {} is in use by {}\nhint: stop the other process, or give this one its own --state-dir",
@@ -95,6 +96,8 @@ pub struct Journal {
     path: PathBuf,
     /// Held for its lock only. `None` for a journal on a foreign backend.
     _lock: Option<File>,
+    /// Why it cannot be used any more.
+    failure: watch::Sender<Option<JournalError>>,
 }
 
 impl Journal {
@@ -109,7 +112,7 @@ impl Journal {
         let mut builder = Database::builder();
         builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
         let database = guarded(&path, || builder.create(&path).map_err(redb::Error::from))?;
-        Self::with_tables(Self { database, path, _lock: Some(lock) })
+        Self::with_tables(Self { database, path, _lock: Some(lock), failure: watch::Sender::new(None) })
     }
 
     /// Whether a process has the journal of a state directory open, and may be writing to it.
@@ -127,7 +130,7 @@ impl Journal {
         let mut builder = Database::builder();
         builder.set_cache_size(CACHE_BYTES);
         let database = guarded(&path, || builder.create_with_backend(backend).map_err(redb::Error::from))?;
-        Self::with_tables(Self { database, path, _lock: None })
+        Self::with_tables(Self { database, path, _lock: None, failure: watch::Sender::new(None) })
     }
 
     /// A journal that forgets everything with the process, for simulations.
@@ -244,7 +247,7 @@ impl Journal {
     /// # Errors
     /// See [`JournalError`].
     pub fn set_aside(self, now_ms: u64) -> Result<PathBuf, JournalError> {
-        let Self { database, path, _lock } = self;
+        let Self { database, path, _lock, .. } = self;
         drop(database);
         let aside = path.with_file_name(format!("journal-until-{now_ms}.redb"));
         fs::rename(&path, &aside).map_err(|error| from_io(&path, &error))?;
@@ -276,6 +279,22 @@ impl Journal {
         })
     }
 
+    /// Waits for the first call that failed, and gives why. From then on every call fails, also when the disk has room again: the file has
+    /// to be opened anew, which is to say that the process has to end.
+    pub async fn failed(&self) -> JournalError {
+        let mut failure = self.failure.subscribe();
+        // The sender lives as long as `self`, so waiting cannot fail.
+        let known = failure.wait_for(Option::is_some).await.ok().and_then(|failure| failure.clone());
+        match known {
+            Some(error) => error,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn note(&self, error: &JournalError) {
+        self.failure.send_if_modified(|failure| failure.replace(error.clone()).is_none());
+    }
+
     fn write<T>(&self, body: impl FnOnce(&redb::WriteTransaction) -> Result<T, redb::Error>) -> Result<T, JournalError> {
         guarded(&self.path, || {
             let transaction = self.database.begin_write()?;
@@ -283,10 +302,11 @@ impl Journal {
             transaction.commit()?;
             Ok(value)
         })
+        .inspect_err(|error| self.note(error))
     }
 
     fn read<T>(&self, body: impl FnOnce(&redb::ReadTransaction) -> Result<T, redb::Error>) -> Result<T, JournalError> {
-        guarded(&self.path, || body(&self.database.begin_read()?))
+        guarded(&self.path, || body(&self.database.begin_read()?)).inspect_err(|error| self.note(error))
     }
 
     fn damaged(&self, reason: String) -> JournalError {

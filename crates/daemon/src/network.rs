@@ -55,6 +55,14 @@ pub async fn genesis(link: &ChainLink, shutdown: &Shutdown) -> Result<Option<[u8
     }
 }
 
+/// Connects to the chain; ends only where a person must change something.
+pub async fn connect(link: &ChainLink) -> Failure {
+    match link.connect().await {
+        Err(error) => error.into(),
+        Ok(()) => pending().await,
+    }
+}
+
 /// Connects to the chain and publishes the key certificate that an sr25519 hotkey needs, unless nothing may be written. Ends only
 /// where a person must change something.
 pub async fn attend(link: &ChainLink, hotkey: &Hotkey, netuid: u16, is_dry_run: bool) -> Failure {

@@ -162,3 +162,17 @@ fn a_full_disk_is_an_error_of_its_own_and_nothing_of_the_batch_is_kept() {
         assert_eq!(loaded.entries, vec![entry(1, 1, b"a")]);
     }
 }
+
+#[tokio::test]
+async fn whoever_waits_hears_of_the_first_call_that_failed_and_nobody_of_what_was_refused() {
+    let full = Arc::new(AtomicBool::new(false));
+    let journal = Journal::on_backend(Filling { inner: InMemoryBackend::new(), full: full.clone() }).unwrap();
+    let hears = async || tokio::time::timeout(std::time::Duration::from_millis(20), journal.failed()).await.ok();
+    assert!(journal.put("k", &vec![0; ENTRY_BYTES_MAX + 1]).is_err());
+    assert!(hears().await.is_none(), "too large a record is no failure of the journal");
+    full.store(true, Ordering::SeqCst);
+    assert!(journal.put("k", b"v").is_err());
+    full.store(false, Ordering::SeqCst);
+    assert!(matches!(hears().await, Some(JournalError::DiskFull { .. })));
+    assert!(matches!(hears().await, Some(JournalError::DiskFull { .. })), "also who comes later");
+}
