@@ -226,8 +226,21 @@ impl SlotKeys {
         format!("{}/{t}/commitment.qsr", self.folder)
     }
 
+    /// Everything of one opening.
+    pub fn openings(&self, audit: &Digest) -> String {
+        format!("{}/openings/{audit}/", self.folder)
+    }
+
+    /// The first volume of a part.
     pub fn opening(&self, audit: &Digest, part: u8) -> String {
-        format!("{}/openings/{audit}/{part}", self.folder)
+        self.opening_volume(audit, part, 0)
+    }
+
+    pub fn opening_volume(&self, audit: &Digest, part: u8, volume: u16) -> String {
+        match volume {
+            0 => format!("{}/openings/{audit}/{part}", self.folder),
+            _ => format!("{}/openings/{audit}/{part}.{volume}", self.folder),
+        }
     }
 
     pub fn receipt(&self, lease: u64) -> String {

@@ -1,5 +1,7 @@
 //! Audit orders, openings, verdicts and scores.
 
+use std::ops::Range;
+
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +39,32 @@ pub struct OpenedPart {
 
 /// Parts of an opening: manifest, state, routes.
 pub const OPENING_PARTS: u8 = 3;
+/// Largest part of an opening, in bytes for each element of the model: weights and two moments in f32, and room for the rest.
+const OPENING_BYTES_PER_ELEMENT: u64 = 16;
+const OPENING_BYTES_MIN: u64 = 16 << 20;
+/// Most volumes of a part.
+const OPENING_VOLUMES_MAX: u64 = 256;
+
+/// Most bytes of a part of an opening, before it is sealed, for a model of so many elements.
+pub fn opening_bytes_max(elements: u64) -> u64 {
+    elements.saturating_mul(OPENING_BYTES_PER_ELEMENT).max(OPENING_BYTES_MIN)
+}
+
+/// Bytes of the volumes that the parts of an opening travel in, for a model of so many elements. A part is an object each so many bytes: no
+/// store takes a large model's state in one request, and a volume that arrived is not sent again.
+pub fn opening_volume_bytes(elements: u64) -> u64 {
+    // A sealed part is a little longer than what is in it.
+    (opening_bytes_max(elements) / OPENING_VOLUMES_MAX).saturating_mul(2).max(OPENING_BYTES_MIN)
+}
+
+/// The volumes of a part of `length` bytes, in order: number, and which bytes of the part it holds. There is always one.
+pub fn opening_volumes(length: u64, volume_bytes: u64) -> impl DoubleEndedIterator<Item = (u16, Range<u64>)> {
+    let count = length.div_ceil(volume_bytes).clamp(1, u64::from(u16::MAX));
+    (0..count).map(move |number| {
+        let start = number * volume_bytes;
+        (number as u16, start..length.min(start.saturating_add(volume_bytes)))
+    })
+}
 
 /// Part 0 of an opening; part 1 is the learner's state at `start_step`, part 2 the expert choices of each step.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
@@ -215,5 +243,21 @@ mod tests {
             assert_eq!(sign(&scores, &context, &signer, 1, 1).len() as u64, SCORES_BYTES);
             assert_eq!(scores.scores.first().map(|score| score.weight), count.checked_sub(1));
         }
+    }
+
+    #[test]
+    fn the_volumes_of_a_part_hold_each_of_its_bytes_once_and_fit_into_one_request() {
+        let all = |length, volume| opening_volumes(length, volume).collect::<Vec<_>>();
+        assert_eq!(all(0, 10), [(0, 0..0)]);
+        assert_eq!(all(10, 10), [(0, 0..10)]);
+        assert_eq!(all(21, 10), [(0, 0..10), (1, 10..20), (2, 20..21)]);
+        // The model of the main network, and one whose state is a single volume.
+        for (elements, bytes) in [(16_550_000_000, 100_000_000_000), (100_000, 1_200_000)] {
+            let volume = opening_volume_bytes(elements);
+            let volumes = all(bytes, volume);
+            assert!(volumes.len() <= 200 && volume < 5 << 30 && opening_bytes_max(elements) / volume < OPENING_VOLUMES_MAX, "{volume}");
+            assert_eq!(volumes.iter().map(|(_, range)| range.end - range.start).sum::<u64>(), bytes);
+        }
+        assert_eq!(all(1_200_000, opening_volume_bytes(100_000)).len(), 1);
     }
 }
