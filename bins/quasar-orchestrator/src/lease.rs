@@ -30,9 +30,13 @@ pub enum Wait {
 pub struct Candidate {
     /// Of the journal at hand.
     pub instance: [u8; 16],
+    /// Of the journal that comes after it, should this one be history.
+    pub next_instance: [u8; 16],
     pub host: String,
     pub lease_ms: u64,
     pub wait: Wait,
+    /// Somebody else was seen to write: the journal at hand does not hold everything any more, whoever's lease lies there later.
+    is_history: bool,
     /// The key that the newest root names. Holders with another one had their time.
     key: Option<KeyRef>,
     /// Tag of somebody else's lease, and since when it has stayed as it is.
@@ -63,8 +67,9 @@ pub struct Claim {
 }
 
 impl Candidate {
-    pub fn new(instance: [u8; 16], host: String, lease_ms: u64, wait: Wait) -> Self {
-        Self { instance, host, lease_ms, wait, key: None, watched: None }
+    /// `instances` of the journal at hand, and of the one after it.
+    pub fn new([instance, next_instance]: [[u8; 16]; 2], host: String, lease_ms: u64, wait: Wait) -> Self {
+        Self { instance, next_instance, host, lease_ms, wait, is_history: false, key: None, watched: None }
     }
 
     /// With the key that the newest root names.
@@ -76,16 +81,23 @@ impl Candidate {
     /// if it was given back, or if its holder worked with this very journal; else once it has stayed as it is for its whole time. One
     /// that is signed by another key than the root names ends after that time even if it is renewed: its holder has to notice within
     /// it, or is who the key was changed for.
+    ///
+    /// Once somebody else's lease was seen, the lease is taken for the next journal: whoever dies before that one is whole does not take the
+    /// journal at hand for it.
     pub fn look(&mut self, steady_ms: u64, found: Option<(&Verified<WriterLease>, &str)>) -> Next {
-        let lease = |epoch| WriterLease { epoch, instance: self.instance, host: self.host.clone(), renewal: 0, released: false };
+        self.is_history |= found.is_some_and(|(verified, _)| verified.document.instance != self.instance);
+        let instance = if self.is_history { self.next_instance } else { self.instance };
+        let lease = |epoch| WriterLease { epoch, instance, host: self.host.clone(), renewal: 0, released: false };
         let Some((verified, tag)) = found else {
-            return Next::Claim(Claim { lease: lease(1), condition: PutCondition::IfAbsent, sequence_floor: 0, is_own: true });
+            return Next::Claim(Claim { lease: lease(1), condition: PutCondition::IfAbsent, sequence_floor: 0, is_own: !self.is_history });
         };
         let holder = &verified.document;
-        let is_own = holder.instance == self.instance;
+        // Of the next journal is a lease whose claim was answered to nobody.
+        let is_ours = [self.instance, self.next_instance].contains(&holder.instance);
+        let is_own = !self.is_history;
         let is_replaced = self.key.is_some_and(|key| key != verified.header.signer);
         let stayed = |(known, since_ms): &(String, u64)| (is_replaced || known == tag) && steady_ms >= since_ms + self.lease_ms;
-        if is_own || holder.released || self.watched.as_ref().is_some_and(stayed) {
+        if is_ours || holder.released || self.watched.as_ref().is_some_and(stayed) {
             // Readers count the numbers of each key by itself.
             let sequence_floor = if is_replaced { 0 } else { verified.header.sequence.saturating_add(2 * self.lease_ms) };
             let condition = PutCondition::IfMatch(tag.to_owned());
@@ -151,7 +163,7 @@ mod tests {
     }
 
     fn candidate(wait: Wait) -> Candidate {
-        Candidate::new([9; 16], "host".into(), WRITER_LEASE_MS, wait).named(key().key())
+        Candidate::new([[9; 16], [7; 16]], "host".into(), WRITER_LEASE_MS, wait).named(key().key())
     }
 
     fn lease() -> WriterLease {
@@ -177,6 +189,25 @@ mod tests {
         let own = signed(&WriterLease { instance: [9; 16], ..lease() }, 5);
         assert!(matches!(candidate(Wait::ForItsEnd).look(0, Some((&own, "a"))), Next::Claim(Claim { is_own: true, .. })));
         assert!(matches!(candidate(Wait::ForItsEnd).look(0, None), Next::Claim(Claim { is_own: true, .. })));
+    }
+
+    #[test]
+    fn whoever_has_seen_somebody_else_write_takes_the_lease_for_a_journal_that_is_not_there_yet() {
+        let mut standby = candidate(Wait::Standby);
+        let own = signed(&WriterLease { instance: [9; 16], ..lease() }, 5);
+        let Next::Claim(claim) = standby.look(0, Some((&own, "a"))) else { panic!("it was its own") };
+        assert_eq!((claim.lease.instance, claim.is_own), ([9; 16], true));
+        // Another one was quicker, and died.
+        let other = signed(&lease(), 6);
+        assert_eq!(standby.look(10, Some((&other, "b"))), Next::Wait { is_new: true });
+        let Next::Claim(claim) = standby.look(10 + WRITER_LEASE_MS, Some((&other, "b"))) else { panic!("it is over") };
+        assert_eq!((claim.lease.instance, claim.is_own), ([7; 16], false));
+        // The claim was written, and its answer lost.
+        let claimed = signed(&claim.lease, 7);
+        let Next::Claim(claim) = standby.look(20 + WRITER_LEASE_MS, Some((&claimed, "c"))) else { panic!("it is ours") };
+        assert_eq!((claim.lease.instance, claim.is_own), ([7; 16], false));
+        // Started again before the journal was whole: this one is history.
+        assert_eq!(candidate(Wait::Standby).look(0, Some((&signed(&lease(), 8), "d"))), Next::Wait { is_new: true });
     }
 
     #[test]

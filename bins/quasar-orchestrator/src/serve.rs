@@ -1,11 +1,12 @@
 //! `run`: the daemon.
 
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
-use chain::{Chain, ConnectSettings, SubtensorClient};
+use chain::{ChainLink, ConnectSettings};
 use daemon::driver::{Driver, DriverOptions};
 use daemon::health::{self, Health};
-use daemon::network::deadlines;
+use daemon::network;
 use daemon::sequence::Sequence;
 use daemon::{Exit, Failure, Shutdown, clock, supervisor};
 use fragments::codec::PayloadHeader;
@@ -23,6 +24,8 @@ use crate::office::Office;
 use crate::operator::{checkpoint, run, store};
 use crate::takeover;
 
+/// A driver's loop that did not turn for so long is dead.
+const STALE_AFTER: Duration = Duration::from_secs(30);
 /// Journaled inputs between snapshots.
 const SNAPSHOT_EVERY: usize = 2_000;
 
@@ -54,25 +57,25 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     let setup = setup(&office, &context, &manifest, &plan, &shards, &named.orchestrators).await?;
     let fresh = Orchestrator::new(setup);
 
-    let network = office.settings.network()?;
-    let place = ConnectSettings { endpoints: network.endpoints, genesis: Some(office.context.genesis) };
-    let chain: Arc<dyn Chain> = Arc::new(SubtensorClient::connect_within(place, deadlines(&office.settings)).await?);
+    // Training goes on while it is away: grants are sealed by what the machine knows.
+    let place = ConnectSettings { endpoints: office.settings.network()?.endpoints, genesis: Some(office.context.genesis) };
+    let chain = Arc::new(ChainLink::new(place, network::deadlines(&office.settings)));
     let lease_key = run_keys.writer_lease();
     let last = fence::read_lease(&*office.store, &lease_key, &context, &named.orchestrators).await?;
-    let (journal, instance) = takeover::open_journal(&folder, last.as_ref().map(|(lease, _)| &lease.document))?;
+    let (journal, instances) = takeover::open_journal(&folder, last.as_ref().map(|(lease, _)| &lease.document))?;
     let journal = Arc::new(journal);
     let sequence = Arc::new(Sequence::open(journal.clone(), &sequence_name(&office))?);
     let health = Health::new();
     health.probe("chain", {
         let chain = chain.clone();
-        move || Some(chain.health()).filter(|health| !health.is_healthy()).map(|health| health.to_string())
+        move || chain.trouble()
     });
     supervisor::report(&health, &shutdown);
     if let Some(address) = office.settings.health_listen() {
         health::serve(address, health.clone(), shutdown.clone()).await.map_err(Failure::configuration)?;
     }
-    let component = health.component("orchestrator");
-    component.not_ready("waiting for the writer lease");
+    let lease = health.component("writer lease");
+    lease.not_ready("waiting for it");
     let settings = FenceSettings {
         store: office.store.clone(),
         key: lease_key,
@@ -80,7 +83,7 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
         signer: office.signer.clone(),
         roots: roots.clone(),
         sequence: sequence.clone(),
-        instance,
+        instances,
         host: host(),
         lease: FenceSettings::LEASE,
     };
@@ -125,11 +128,22 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
         let (recovered, first) = takeover::recover(&service, &journal, head, fresh).await?;
         tracing::info!(run = %service.context.run, name = %service.manifest.name, replayed = recovered.replayed, "orchestrating");
         let options = DriverOptions { snapshot_every: SNAPSHOT_EVERY, ..DriverOptions::default() };
+        lease.ready();
+        let component = health.watched("driver", STALE_AFTER);
         component.ready();
         let orders_taken = recovered.machine.orders_taken();
         let driver = Driver::with_options(recovered, journal, Arc::new(Hands(service.clone())), options).first(first).component(component);
         spawn_pollers(&service, orders_taken, &driver.inputs(), &shutdown);
-        let (_, exit) = driver.run(&shutdown).await?;
+        let running = driver.run(&shutdown);
+        tokio::pin!(running);
+        let (_, exit) = tokio::select! {
+            ended = &mut running => ended?,
+            refused = network::connect(&chain) => {
+                shutdown.trigger();
+                running.await?;
+                return Err(refused);
+            }
+        };
         if fence.is_lost() {
             service.stop("another orchestrator writes to this run");
         }

@@ -24,12 +24,12 @@ pub use gather::{Bucket, gather};
 
 const INSTANCE_KEY: &str = "writer/instance";
 
-/// The journal of the folder, with its instance number: the one that is there, if it is new or `last_writer` worked with it; else a
-/// fresh one.
+/// The journal of the folder, with its instance number and that of the journal after it: the one that is there, if it is new or
+/// `last_writer` worked with it; else a fresh one.
 ///
 /// # Errors
 /// The journal cannot be used, or a version of another layout wrote it.
-pub fn open_journal(folder: &Path, last_writer: Option<&WriterLease>) -> Result<(Journal, [u8; 16]), Failure> {
+pub fn open_journal(folder: &Path, last_writer: Option<&WriterLease>) -> Result<(Journal, [[u8; 16]; 2]), Failure> {
     let mut journal = Journal::open(folder)?;
     let mut instance = instance_of(&journal)?;
     if let Some(last) = last_writer
@@ -51,12 +51,16 @@ pub fn open_journal(folder: &Path, last_writer: Option<&WriterLease>) -> Result<
     // Said before anything is written to the bucket.
     driver::has_layout::<Orchestrator>(&journal)?;
     if let Some(instance) = instance {
-        return Ok((journal, instance));
+        return Ok((journal, [instance, fresh_instance()]));
     }
-    let secret = storage::seal_stream::fresh_secret();
-    let fresh: [u8; 16] = std::array::from_fn(|at| secret[at]);
+    let fresh = fresh_instance();
     journal.put(INSTANCE_KEY, &fresh)?;
-    Ok((journal, fresh))
+    Ok((journal, [fresh, fresh_instance()]))
+}
+
+fn fresh_instance() -> [u8; 16] {
+    let secret = storage::seal_stream::fresh_secret();
+    std::array::from_fn(|at| secret[at])
 }
 
 fn instance_of(journal: &Journal) -> Result<Option<[u8; 16]>, Failure> {
@@ -104,6 +108,8 @@ pub async fn recover(
     machine.handle(now_ms, Input::Recovered { facts: Box::new(facts) });
     while machine.poll_effect().is_some() {}
     driver::seed(journal, &machine, now_ms)?;
+    // From here on it is the journal that the lease names. Whoever dies before this finds a journal that is history.
+    journal.put(INSTANCE_KEY, &service.fence.instance().await)?;
     Ok((Recovered { machine, replayed: 0, is_new: false, last_ms: now_ms }, Input::Claimed { epoch }))
 }
 

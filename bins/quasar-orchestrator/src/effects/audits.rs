@@ -3,7 +3,9 @@
 use bytes::Bytes;
 use daemon::clock;
 use protocol::audits::Selection;
-use protocol::documents::{AuditOrder, Lease, OpenedPart, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES};
+use protocol::documents::{
+    AuditOrder, Lease, OpenedPart, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES, opening_volume_bytes, opening_volumes,
+};
 use protocol::envelope::{self, Purpose, header_for};
 use protocol::{Digest, GrantBundle, Reason, codec};
 use storage::{Presign, bundle, seal_stream};
@@ -15,7 +17,8 @@ use crate::machine::VERDICT_MS;
 impl Service {
     pub(super) async fn read_beacon(&self, block: u64) -> [u8; 32] {
         persist("reading the beacon", || async {
-            match self.chain.block_hash(block).await {
+            let chain = self.chain.client().await.map_err(|error| error.to_string())?;
+            match chain.block_hash(block).await {
                 Ok(Some(hash)) => Ok(hash),
                 Ok(None) => Err(format!("block {block} is not finalized yet")),
                 Err(error) => Err(error.to_string()),
@@ -50,7 +53,11 @@ impl Service {
                 write(self.run.verdict_commit(&selection.validator, &selection.audit), VERDICT_COMMIT_BYTES),
                 write(self.run.verdict_reveal(&selection.validator, &selection.audit), VERDICT_REVEAL_BYTES),
             ];
-            wanted.extend((0..parts.len()).map(|part| read(self.run.opening(&hotkey, slot, &selection.audit, part as u8))));
+            let (keys, volume_bytes) = (self.run.slot(&hotkey, slot), opening_volume_bytes(self.plan.total_elements()));
+            for (part, (length, _)) in parts.iter().enumerate() {
+                let volumes = opening_volumes(*length, volume_bytes);
+                wanted.extend(volumes.map(|(volume, _)| read(keys.opening_volume(&selection.audit, part as u8, volume))));
+            }
             let mut shards: Vec<&String> = leases.iter().flat_map(|lease| lease.rows.iter().map(|range| &range.shard)).collect();
             shards.sort();
             shards.dedup();

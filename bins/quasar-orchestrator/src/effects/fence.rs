@@ -30,6 +30,10 @@ const RENEWALS: u32 = 3;
 /// Looks at a lease that somebody else holds, within its time.
 const LOOKS: u32 = 15;
 const RETRY: Duration = Duration::from_millis(200);
+/// A request about the lease gets this part of its time: one that hangs must not cost the lease.
+const PATIENCE: u32 = 6;
+/// Pause after a renewal that did not succeed, as part of the lease's time.
+const SOON: u32 = 30;
 
 /// What the lease works with.
 pub struct FenceSettings {
@@ -40,8 +44,8 @@ pub struct FenceSettings {
     /// The newest names the signer's key; leases may be signed with it, or with one before a rotation.
     pub roots: Roots,
     pub sequence: Arc<Sequence>,
-    /// Of the journal at hand.
-    pub instance: [u8; 16],
+    /// Of the journal at hand, and of the one that comes after it if this one is history.
+    pub instances: [[u8; 16]; 2],
     pub host: String,
     pub lease: Duration,
 }
@@ -102,12 +106,11 @@ impl Fence {
     /// more).
     pub async fn acquire(settings: FenceSettings, wait: Wait, shutdown: &Shutdown) -> Result<Option<Self>, Failure> {
         let lease_ms = settings.lease.as_millis() as u64;
-        let mut candidate = Candidate::new(settings.instance, settings.host.clone(), lease_ms, wait).named(settings.signer.key());
-        // A lease of ours may lie there because only the answer to its claim was lost.
-        let mut was_foreign = false;
+        let mut candidate = Candidate::new(settings.instances, settings.host.clone(), lease_ms, wait).named(settings.signer.key());
         loop {
             let begun = moment();
-            let found = match settings.look().await {
+            let look = tokio::time::timeout(settings.lease / PATIENCE, settings.look()).await;
+            let found = match look.unwrap_or_else(|_| Err(Failure::unavailable(anyhow::anyhow!("the store does not answer")))) {
                 Err(failure) if failure.exit == Exit::Unavailable => {
                     tracing::warn!("the writer lease cannot be read: {failure}");
                     if !shutdown.sleep(settings.lease / LOOKS).await {
@@ -117,7 +120,6 @@ impl Fence {
                 }
                 found => found?,
             };
-            was_foreign |= found.as_ref().is_some_and(|(lease, _)| lease.document.instance != settings.instance);
             let found = found.as_ref().map(|(lease, tag)| (lease, tag.as_str()));
             let claim = match candidate.look(moment().steady_ms, found) {
                 Next::Claim(claim) => claim,
@@ -146,7 +148,7 @@ impl Fence {
                         lost: AtomicBool::new(false),
                         asked: AtomicU64::new(0),
                         answered: AtomicU64::new(0),
-                        is_own: is_own && !was_foreign,
+                        is_own,
                         settings,
                     }));
                 }
@@ -171,6 +173,11 @@ impl Fence {
         self.is_own
     }
 
+    /// Of the journal that whoever holds this lease works with.
+    pub async fn instance(&self) -> [u8; 16] {
+        self.held.lock().await.0.instance
+    }
+
     /// The fencing epoch.
     pub async fn epoch(&self) -> u64 {
         self.held.lock().await.0.epoch
@@ -182,7 +189,13 @@ impl Fence {
 
     /// Whether this process may write now.
     pub fn is_trusted(&self) -> bool {
-        !self.is_lost() && self.trust.lock().unwrap_or_else(PoisonError::into_inner).holds(moment())
+        self.is_trusted_for(Duration::ZERO)
+    }
+
+    fn is_trusted_for(&self, time: Duration) -> bool {
+        let (now, time_ms) = (moment(), time.as_millis() as u64);
+        let then = Moment { steady_ms: now.steady_ms + time_ms, wall_ms: now.wall_ms + time_ms };
+        !self.is_lost() && self.trust.lock().unwrap_or_else(PoisonError::into_inner).holds(then)
     }
 
     /// Waits until this process may write. Once the lease is lost, that is never: the stop ends the wait.
@@ -192,6 +205,26 @@ impl Fence {
                 std::future::pending::<()>().await;
             }
             tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Runs a write while this process may write: none of its attempts begins once the lease is over. One that is on its way then meets
+    /// compare-and-swap, or what lies there.
+    ///
+    /// # Errors
+    /// Those of the store; [`StoreError::Unavailable`] where the lease ran out meanwhile.
+    pub async fn write<T>(&self, write: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+        self.hold().await;
+        tokio::pin!(write);
+        loop {
+            tokio::select! {
+                biased;
+                result = &mut write => return result,
+                () = tokio::time::sleep(RETRY) => if !self.is_trusted() {
+                    let reason = "the writer lease could not be renewed meanwhile".to_owned();
+                    return Err(StoreError::Unavailable { key: self.settings.key.clone(), reason });
+                },
+            }
         }
     }
 
@@ -237,15 +270,28 @@ impl Fence {
         let begun = moment();
         let next = renewed(&held.0);
         let Ok(bytes) = self.settings.sign(&next) else { return Ok(false) };
-        match self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone())).await {
-            Ok(etag) => {
+        let patience = self.settings.lease / PATIENCE;
+        let put = self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone()));
+        match tokio::time::timeout(patience, put).await {
+            Ok(Ok(etag)) => {
                 *held = (next, etag);
                 self.trust_from(begun);
                 Ok(true)
             }
-            Err(StoreError::PreconditionFailed { .. }) => self.look_again(held).await,
-            Err(error) => {
+            Ok(Err(StoreError::PreconditionFailed { .. })) => {
+                let looked = tokio::time::timeout(patience, self.look_again(held)).await;
+                looked.unwrap_or_else(|_| {
+                    tracing::warn!("the writer lease cannot be read: the store does not answer");
+                    Ok(false)
+                })
+            }
+            Ok(Err(error)) => {
                 tracing::warn!("the writer lease cannot be renewed: {error}");
+                Ok(false)
+            }
+            // It may be there all the same: the next renewal meets it.
+            Err(_) => {
+                tracing::warn!("the writer lease cannot be renewed: the store does not answer");
                 Ok(false)
             }
         }
@@ -278,10 +324,15 @@ impl Fence {
 
     /// Renews until the stop, which it asks for once the lease is lost.
     pub async fn keep(self: Arc<Self>, shutdown: Shutdown) {
-        while shutdown.sleep(self.settings.lease / RENEWALS).await {
+        let lease = self.settings.lease;
+        let mut pause = lease / RENEWALS;
+        while shutdown.sleep(pause).await {
             if self.renew().await.is_err() {
                 return shutdown.trigger();
             }
+            // As long as the next regular one comes in time, and its patience is over.
+            let is_renewed = self.is_trusted_for(lease / RENEWALS + lease / PATIENCE);
+            pause = if is_renewed { lease / RENEWALS } else { lease / SOON };
         }
     }
 
@@ -293,9 +344,11 @@ impl Fence {
         }
         let last = WriterLease { released: true, ..renewed(&held.0) };
         let Ok(bytes) = self.settings.sign(&last) else { return };
-        match self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone())).await {
-            Ok(etag) => *held = (last, etag),
-            Err(error) => tracing::warn!("the writer lease could not be given back; it ends by itself: {error}"),
+        let put = self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone()));
+        match tokio::time::timeout(self.settings.lease / RENEWALS, put).await {
+            Ok(Ok(etag)) => *held = (last, etag),
+            Ok(Err(error)) => tracing::warn!("the writer lease could not be given back; it ends by itself: {error}"),
+            Err(_) => tracing::warn!("the writer lease could not be given back; it ends by itself: the store does not answer"),
         }
     }
 }
@@ -377,7 +430,7 @@ mod tests {
             roots: Roots::unremembered(CONTEXT.genesis, CONTEXT.netuid, key(7).key().account()),
             signer: Arc::new(key(seed)),
             sequence: Arc::new(Sequence::open(Arc::new(Journal::in_memory().unwrap()), "orchestrator").unwrap()),
-            instance: [instance; 16],
+            instances: [[instance; 16], [instance + 100; 16]],
             host: format!("host-{instance}"),
             lease: LEASE,
         }

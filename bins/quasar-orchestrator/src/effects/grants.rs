@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use daemon::clock;
-use protocol::documents::{Codec, PROGRESS_BYTES, PullGrants, SCORES_BYTES, StandingGrants};
+use protocol::documents::{Codec, PROGRESS_BYTES, PullGrants, SCORES_BYTES, StandingGrants, opening_volume_bytes, opening_volumes};
 use protocol::envelope::{self, Document, Purpose, header_for};
 use protocol::schedule::keyframe_version;
 use protocol::{GrantBundle, SealedBytes};
@@ -78,23 +78,25 @@ impl Service {
         let key = self.run.pull_grants(&slot.0, slot.1);
         self.put_latest(&key, revision, || {
             let now_ms = clock::now_ms();
-            let wanted: Vec<Presign> = wants
-                .iter()
-                .map(|want| match want {
-                    Want::Read { key } => Presign::Get { key: self.spell(key), now_ms, expires_in_ms: ON_DEMAND_MS },
-                    Want::WriteOnce { key, length, sha256 } => Presign::Put {
-                        key: self.spell(key),
-                        length: *length,
-                        sha256: Some(*sha256),
-                        if_absent: true,
-                        now_ms,
-                        expires_in_ms: ON_DEMAND_MS,
-                    },
-                })
-                .collect();
+            let volume_bytes = opening_volume_bytes(self.plan.total_elements());
+            let wanted: Vec<Presign> = wants.iter().flat_map(|want| self.presign_of(want, volume_bytes, now_ms)).collect();
             self.bundle::<PullGrants>(recipient, &wanted, |sealed| PullGrants { hotkey: slot.0, slot: slot.1, session_epoch, sealed })
         })
         .await;
+    }
+
+    /// The requests for what a learner wants: one, or one for each volume. A volume's digest is not granted: who reads the part checks it.
+    pub(super) fn presign_of(&self, want: &Want, volume_bytes: u64, now_ms: u64) -> Vec<Presign> {
+        let put = |key, length, sha256| Presign::Put { key, length, sha256, if_absent: true, now_ms, expires_in_ms: ON_DEMAND_MS };
+        match want {
+            Want::Read { key } => vec![Presign::Get { key: self.spell(key), now_ms, expires_in_ms: ON_DEMAND_MS }],
+            Want::WriteOnce { key: Key::Opening { slot, audit, part }, length, .. } if *length > volume_bytes => {
+                let keys = self.run.slot(&slot.0, slot.1);
+                let volumes = opening_volumes(*length, volume_bytes);
+                volumes.map(|(volume, bytes)| put(keys.opening_volume(audit, *part, volume), bytes.end - bytes.start, None)).collect()
+            }
+            Want::WriteOnce { key, length, sha256 } => vec![put(self.spell(key), *length, Some(*sha256))],
+        }
     }
 
     fn spell(&self, key: &Key) -> String {

@@ -21,6 +21,23 @@ impl Service {
         self.state_dir.join("states").join(format!("{fragment}-{version}.qfs"))
     }
 
+    /// Removes what lies here of versions of a fragment before `version`: also what an earlier process left before others led.
+    fn drop_versions(&self, fragment: u16, version: u64) {
+        let entries = std::fs::read_dir(self.state_dir.join("states")).into_iter().flatten().flatten();
+        for entry in entries {
+            let name = entry.file_name();
+            let parse = || {
+                let (of, rest) = name.to_str()?.split_once('-')?;
+                let (number, ending) = rest.split_once('.')?;
+                let is_version = of.parse() == Ok(fragment) && matches!(ending, "qfs" | "safetensors");
+                number.parse::<u64>().ok().filter(|_| is_version)
+            };
+            if parse().is_some_and(|number| number < version) {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
+
     fn replica_path(&self, fragment: u16, version: u64) -> PathBuf {
         self.state_dir.join("states").join(format!("{fragment}-{version}.safetensors"))
     }
@@ -157,10 +174,7 @@ impl Service {
         }
         let manifest = FragmentManifest { fragment, version, t: tape.t, keyframe, delta, state: state_digest };
         self.put_once(&self.run.fragment_manifest(fragment, version), &manifest).await;
-        if version >= 2 {
-            let _ = std::fs::remove_file(self.state_path(fragment, version - 2));
-            let _ = std::fs::remove_file(self.replica_path(fragment, version - 2));
-        }
+        self.drop_versions(fragment, version.saturating_sub(1));
     }
 
     /// Writes what a tape gives. Everybody who completes it writes the same.

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use chain::Chain;
+use chain::ChainLink;
 use daemon::driver::{Executor, Inputs};
 use daemon::sequence::Sequence;
 use daemon::{Shutdown, clock};
@@ -48,7 +48,7 @@ const RETRY_LONGEST: Duration = Duration::from_secs(15);
 /// Everything that effects work with.
 pub struct Service {
     pub store: Arc<dyn ObjectStore>,
-    pub chain: Arc<dyn Chain>,
+    pub chain: Arc<ChainLink>,
     pub signer: Arc<dyn Signer>,
     pub sequence: Arc<Sequence>,
     pub fence: Arc<Fence>,
@@ -72,13 +72,21 @@ pub struct Service {
     /// Why this process stops, if somebody else made it: another writer, another key. `shutdown` follows.
     pub stopped: Mutex<Option<&'static str>>,
     pub shutdown: Shutdown,
-    pub(crate) watched: Mutex<(Vec<Slot>, Vec<Slot>)>,
+    pub(crate) watched: Mutex<Watched>,
     /// Newest progress envelope of each slot.
     pub(crate) records: Mutex<HashMap<Slot, (Digest, Bytes)>>,
     pub(crate) head_etag: tokio::sync::Mutex<Option<String>>,
     pub(crate) outbox: Outbox,
     /// Leases whose record lies in the bucket.
     pub(crate) recorded: Mutex<HashSet<u64>>,
+}
+
+/// Slots whose records are read, as the newest revision says.
+#[derive(Default)]
+pub(crate) struct Watched {
+    revision: u64,
+    pub(crate) live: Vec<Slot>,
+    pub(crate) silent: Vec<Slot>,
 }
 
 /// Writes to one key happen in order, and a write that was overtaken is left out.
@@ -136,9 +144,8 @@ impl Service {
 
     /// Writes bytes once, or gives those that are there.
     pub(crate) async fn put_bytes_once(&self, key: &str, bytes: Bytes) -> Result<Bytes, StoreError> {
-        self.fence.hold().await;
         let limit = bytes.len() as u64 * 2 + (1 << 20);
-        match self.store.put(key, bytes.clone(), PutCondition::IfAbsent).await {
+        match self.fence.write(self.store.put(key, bytes.clone(), PutCondition::IfAbsent)).await {
             Ok(_) => Ok(bytes),
             Err(StoreError::PreconditionFailed { .. }) => Ok(self.store.get(key, limit).await?.bytes),
             Err(error) => Err(error),
@@ -182,8 +189,7 @@ impl Service {
                 None => self.look_before(key).await?,
             };
             let bytes = make()?;
-            self.fence.hold().await;
-            match self.store.put(key, bytes, condition).await {
+            match self.fence.write(self.store.put(key, bytes, condition)).await {
                 Ok(tag) => return Ok(Some(tag)),
                 // An answer of ours was lost, or somebody else wrote: what lies there now tells, and whose the lease is.
                 Err(StoreError::PreconditionFailed { .. }) => {}
@@ -225,6 +231,14 @@ impl Service {
         Ok(())
     }
 
+    /// Effects begin beside each other: an older list must not take the place of a newer one.
+    fn watch(&self, revision: u64, live: Vec<Slot>, silent: Vec<Slot>) {
+        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        if revision > watched.revision {
+            *watched = Watched { revision, live, silent };
+        }
+    }
+
     /// Asks the store whether the lease is still ours; stops everything if it is not.
     pub(crate) async fn confirm(&self) {
         if self.fence.confirm().await.is_err() {
@@ -254,9 +268,7 @@ impl Executor for Hands {
     async fn execute(&self, effect: Effect, inputs: Inputs<Input>) {
         let service = &self.0;
         match effect {
-            Effect::Watch { live, silent } => {
-                *service.watched.lock().unwrap_or_else(PoisonError::into_inner) = (live, silent);
-            }
+            Effect::Watch { revision, live, silent } => service.watch(revision, live, silent),
             Effect::PublishHead { head } => {
                 service.publish_head(&head).await;
                 service.sweep_payloads(head.closed_below);

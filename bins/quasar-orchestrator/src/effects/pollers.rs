@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use chain::{ChainError, KeyCertificate, certificate};
 use daemon::driver::Inputs;
-use daemon::{Shutdown, clock};
+use daemon::{Shutdown, Waiting, clock};
 use futures::StreamExt;
 use protocol::AccountId;
 use protocol::documents::{Order, Progress};
@@ -18,6 +18,9 @@ use crate::machine::{Guest, Input, Slot, StoredOrder};
 
 /// Reads of progress records that run at the same time.
 const READS_AT_ONCE: usize = 32;
+/// A read of a record takes no longer than this many polls, and not less time than a slow line needs.
+const READ_POLLS: u32 = 2;
+const READ_TIME_MIN: Duration = Duration::from_secs(3);
 /// Silent slots are looked at so many times more rarely than live ones.
 pub(crate) const SILENT_FACTOR: u64 = 10;
 /// The metagraph is read after so many polls of the block.
@@ -47,22 +50,26 @@ async fn poll_progress(service: Arc<Service>, inputs: Inputs<Input>, shutdown: S
     let mut seen = Seen::default();
     let mut round = 0u64;
     while !shutdown.is_triggered() {
-        let slots: Vec<Slot> = {
+        let slots: Vec<(Slot, Option<String>)> = {
             let watched = service.watched.lock().unwrap_or_else(PoisonError::into_inner);
-            let silent = if round.is_multiple_of(SILENT_FACTOR) { watched.1.as_slice() } else { &[] };
-            watched.0.iter().chain(silent).copied().collect()
+            let silent = if round.is_multiple_of(SILENT_FACTOR) { watched.silent.as_slice() } else { &[] };
+            watched.live.iter().chain(silent).map(|slot| (*slot, seen.etags.get(slot).cloned())).collect()
         };
         round += 1;
-        let reads = slots.into_iter().map(|slot| {
+        let reads = slots.into_iter().map(|(slot, etag)| {
             let service = service.clone();
-            let etag = seen.etags.get(&slot).cloned();
             async move {
                 let key = service.run.progress(&slot.0, slot.1);
-                (slot, key.clone(), service.store.get_if_changed(&key, etag.as_deref(), Purpose::Progress.file_limit()).await)
+                let read = service.store.get_if_changed(&key, etag.as_deref(), Purpose::Progress.file_limit());
+                let result = tokio::time::timeout((interval * READ_POLLS).max(READ_TIME_MIN), read).await;
+                let late = || Err(StoreError::Unavailable { key: key.clone(), reason: "timed out".to_owned() });
+                let result = result.unwrap_or_else(|_| late());
+                (slot, key, result)
             }
         });
-        let results: Vec<_> = futures::stream::iter(reads).buffer_unordered(READS_AT_ONCE).collect().await;
-        for (slot, key, result) in results {
+        // Each is told as it comes: a connection that hangs holds up nobody else's record.
+        let mut reads = futures::stream::iter(reads).buffer_unordered(READS_AT_ONCE);
+        while let Some((slot, key, result)) = reads.next().await {
             match result {
                 Ok(Some(object)) => {
                     if let Some(etag) = object.etag {
@@ -98,8 +105,19 @@ async fn poll_chain(service: Arc<Service>, inputs: Inputs<Input>, shutdown: Shut
     let interval = Duration::from_millis((service.manifest.parameters.poll_ms * 5).clamp(500, 6_000));
     let netuid = service.context.netuid;
     let (mut block, mut guests, mut round) = (0, Vec::new(), 0u64);
+    let mut waiting = Waiting::default();
     while !shutdown.is_triggered() {
-        match service.chain.head().await {
+        let chain = match service.chain.client().await {
+            Ok(chain) => chain,
+            Err(error) => {
+                waiting.log(&format!("the chain cannot be reached: {error}"));
+                if !shutdown.sleep(interval).await {
+                    return;
+                }
+                continue;
+            }
+        };
+        match chain.head().await {
             Ok(head) if head.number > block => {
                 block = head.number;
                 inputs.send(Input::Block { number: block }).await;
@@ -108,9 +126,7 @@ async fn poll_chain(service: Arc<Service>, inputs: Inputs<Input>, shutdown: Shut
             Err(error) => tracing::warn!("the chain's head cannot be read: {error}"),
         }
         if round.is_multiple_of(BLOCKS_PER_METAGRAPH) || guests.is_empty() {
-            let read = async {
-                Ok::<_, ChainError>((service.chain.metagraph(netuid).await?, certificate::read_all(&*service.chain, netuid).await?))
-            };
+            let read = async { Ok::<_, ChainError>((chain.metagraph(netuid).await?, certificate::read_all(&*chain, netuid).await?)) };
             match read.await {
                 Ok((metagraph, certificates)) => {
                     let certificates: HashMap<AccountId, KeyCertificate> = certificates.into_iter().collect();

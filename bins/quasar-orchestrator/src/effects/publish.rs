@@ -55,9 +55,8 @@ impl Service {
             // What was read may be a successor's already: no clock of this machine tells, the store does.
             self.fence.confirm().await.map_err(lost)?;
             let claimed = Head { epoch, ..found.document };
-            self.fence.hold().await;
             let bytes = self.sign(&claimed)?;
-            match self.store.put(&key, bytes, PutCondition::IfMatch(object.etag.unwrap_or_default())).await {
+            match self.fence.write(self.store.put(&key, bytes, PutCondition::IfMatch(object.etag.unwrap_or_default()))).await {
                 Ok(fresh) => {
                     *tag = Some(fresh);
                     return Ok(claimed);
@@ -90,12 +89,13 @@ impl Service {
                 Err(StoreError::NotFound { .. }) => PutCondition::IfAbsent,
                 Err(error) => return Err(error.to_string()),
             };
-            self.fence.hold().await;
+            // What was read may be a successor's already, and its numbers are above ours.
+            self.confirm().await;
             let now_ms = clock::now_ms();
             let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
             let current = self.current().map_err(|error| error.to_string())?;
             let bytes = envelope::sign(&current, &self.context.without_run(), &*self.signer, sequence, now_ms);
-            self.store.put(&key, Bytes::from(bytes), condition).await.map_err(|error| error.to_string())?;
+            self.fence.write(self.store.put(&key, Bytes::from(bytes), condition)).await.map_err(|error| error.to_string())?;
             Ok(true)
         })
         .await;
@@ -106,36 +106,33 @@ impl Service {
     }
 
     pub(super) async fn publish_job(&self, revision: u64, job: &Job) {
-        let mut is_new = false;
+        let mut recorded = Vec::new();
         for lease in &job.leases {
-            is_new |= self.record_lease(job, lease).await;
+            recorded.extend(self.record_lease(job, lease).await);
         }
         // A successor that claimed the run before these records were there does not know of them: so nobody may hear of them.
-        if is_new {
+        if !recorded.is_empty() {
             self.confirm().await;
+            self.recorded.lock().unwrap_or_else(PoisonError::into_inner).extend(recorded);
         }
         let key = self.run.job(&job.hotkey, job.slot);
         self.put_latest(&key, revision, || self.sign(job).map_err(|error| error.to_string())).await;
     }
 
-    /// Writes down who got which rows, before anybody is told: a successor gives them to nobody else. Says whether they were not known to
-    /// be written down.
-    async fn record_lease(&self, job: &Job, lease: &Lease) -> bool {
+    /// Writes down who got which rows, before anybody is told: a successor gives them to nobody else. Gives the lease, if it was not known
+    /// to be written down.
+    async fn record_lease(&self, job: &Job, lease: &Lease) -> Option<u64> {
         let is_known = || self.recorded.lock().unwrap_or_else(PoisonError::into_inner).contains(&lease.id);
         if is_known() {
-            return false;
+            return None;
         }
         let record = Job { leases: vec![lease.clone()], ..job.clone() };
         let bytes = self.put_once(&self.run.lease(lease.id), &record).await;
         match self.open_own::<Job>(&bytes) {
-            Ok(stored) if stored.document.leases == record.leases => {
-                self.recorded.lock().unwrap_or_else(PoisonError::into_inner).insert(lease.id);
-            }
-            _ => {
-                tracing::error!(lease = lease.id, "another writer gave out a lease of this number");
-            }
+            Ok(stored) if stored.document.leases == record.leases => {}
+            _ => tracing::error!(lease = lease.id, "another writer gave out a lease of this number"),
         }
-        true
+        Some(lease.id)
     }
 
     /// Writes down how a lease is booked, and gives what lies there: ours, or what another writer has put there first.

@@ -139,8 +139,7 @@ impl Service {
     /// The file is not what was described.
     async fn persist_upload(&self, key: &str, file: &FileRecord, path: &Path) -> Result<(), String> {
         persist(key, || async {
-            self.fence.hold().await;
-            match transfer::upload(&*self.store, key, file, path).await {
+            match self.fence.write(transfer::upload(&*self.store, key, file, path)).await {
                 Ok(()) => Ok(Ok(())),
                 Err(error @ StoreError::Invalid { .. }) => {
                     let (record, path) = (file.clone(), path.to_owned());

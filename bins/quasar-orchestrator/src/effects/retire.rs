@@ -1,6 +1,6 @@
 //! Deletes what nobody needs any more. Tapes, manifests, commitments and receipts stay: they are small, and they are the record.
 
-use protocol::documents::{Codec, OPENING_PARTS};
+use protocol::documents::{Codec, OPENING_PARTS, opening_bytes_max, opening_volume_bytes};
 use storage::StoreError;
 
 use super::{Service, persist};
@@ -15,8 +15,17 @@ impl Service {
                 keys.push(self.run.delta(*fragment, *version));
             }
         }
+        let elements = self.plan.total_elements();
+        let has_volumes = opening_bytes_max(elements) > opening_volume_bytes(elements);
         for ((hotkey, slot), audit) in &retired.openings {
-            keys.extend((0..OPENING_PARTS).map(|part| self.run.opening(hotkey, *slot, audit, part)));
+            let of_slot = self.run.slot(hotkey, *slot);
+            if has_volumes {
+                let prefix = of_slot.openings(audit);
+                let listed = persist(&prefix, || async { self.store.list(&prefix).await }).await;
+                keys.extend(listed.into_iter().map(|meta| meta.key));
+            } else {
+                keys.extend((0..OPENING_PARTS).map(|part| of_slot.opening(audit, part)));
+            }
         }
         keys.extend(retired.payloads.iter().map(|((hotkey, slot), t)| self.run.payload(hotkey, *slot, *t)));
         for release in &retired.releases {
@@ -29,8 +38,7 @@ impl Service {
         }
         for key in &keys {
             persist(key, || async {
-                self.fence.hold().await;
-                match self.store.delete(key).await {
+                match self.fence.write(self.store.delete(key)).await {
                     Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
                     Err(error) => Err(error),
                 }

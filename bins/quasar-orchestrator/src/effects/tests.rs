@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use chain::{Hyperparameters, MemoryChain, MemorySettings};
+use chain::{ChainLink, Hyperparameters, MemoryChain, MemorySettings};
 use daemon::driver::recover;
 use daemon::sequence::Sequence;
 use daemon::{Exit, Journal, Machine, Shutdown};
@@ -208,7 +208,7 @@ impl Bucket {
         let signers = roots.follow(&*self.store()).await.unwrap().orchestrators.clone();
         let keys = Keys::new(NETUID).run(self.context.run);
         let last = super::fence::read_lease(&self.store, &keys.writer_lease(), &self.context, &signers).await.unwrap();
-        let (journal, instance) = takeover::open_journal(folder, last.as_ref().map(|(lease, _)| &lease.document)).unwrap();
+        let (journal, instances) = takeover::open_journal(folder, last.as_ref().map(|(lease, _)| &lease.document)).unwrap();
         let journal = Arc::new(journal);
         let sequence = Arc::new(Sequence::open(journal.clone(), "orchestrator").unwrap());
         let shutdown = Shutdown::new();
@@ -219,7 +219,7 @@ impl Bucket {
             signer: self.signer.clone(),
             roots: roots.clone(),
             sequence: sequence.clone(),
-            instance,
+            instances,
             host: folder.display().to_string(),
             lease: LEASE,
         };
@@ -230,7 +230,7 @@ impl Bucket {
         let plan = plan();
         let service = Service {
             store: Arc::new(self.store.clone()),
-            chain: Arc::new(chain()),
+            chain: Arc::new(ChainLink::connected(Arc::new(chain()))),
             signer: self.signer.clone(),
             sequence,
             fence,

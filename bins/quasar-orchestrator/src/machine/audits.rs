@@ -1,17 +1,15 @@
 //! Audits: selected by the beacon when a cycle is over, announced, opened by their miners, ordered from their validators.
 
 use protocol::audits::{Selection, select};
-use protocol::documents::{MergeManifest, OPENING_PARTS, OpeningPart, Progress, VerdictResult};
+use protocol::documents::{MergeManifest, OPENING_PARTS, OpeningPart, Progress, VerdictResult, opening_bytes_max};
 use protocol::log::LogKind;
 use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use super::{Effect, Key, Orchestrator, Retired, Slot, Want};
 
-/// Largest part of an opening, in bytes for each element of the model: weights and two moments in f32, and room for the rest.
-const OPENING_BYTES_PER_ELEMENT: u64 = 16;
-const OPENING_BYTES_MIN: u64 = 16 << 20;
 /// Notices that the head has room for, of all slots and of one. A slot opens one after the other.
 const NOTICES_MAX: usize = 1_900;
 const NOTICES_OF_SLOT: usize = 4;
@@ -20,6 +18,8 @@ const UNOPENED_MAX: usize = 8;
 /// A verdict is awaited as long as the grants of its audit live, and looked for after so many polls.
 pub const VERDICT_MS: u64 = 6 * 3_600_000;
 const VERDICT_POLLS: u64 = 10;
+/// Most reads of verdicts under way.
+const VERDICTS_AT_ONCE: usize = 256;
 
 /// An audit until its order is published.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -163,7 +163,7 @@ impl Orchestrator {
     /// Takes up announced and uploaded parts of openings.
     pub(super) fn on_openings(&mut self, slot: Slot, record: &Progress) {
         let elements: u64 = self.setup.fragments.iter().map(|fragment| fragment.elements).sum();
-        let limit = (elements * OPENING_BYTES_PER_ELEMENT).max(OPENING_BYTES_MIN);
+        let limit = opening_bytes_max(elements);
         let mut changed = false;
         for part in &record.openings {
             let Some(case) = self.audits.get_mut(&part.audit) else { continue };
@@ -230,12 +230,20 @@ impl Orchestrator {
         }
         self.volatile.verdicts_ms = now_ms;
         self.verdicts_awaited.retain(|_, awaited| awaited.until_ms > now_ms);
-        let reads: Vec<Effect> = self
-            .verdicts_awaited
-            .iter()
-            .map(|(audit, awaited)| Effect::ReadVerdict { audit: *audit, validator: awaited.validator })
-            .collect();
-        self.volatile.effects.extend(reads);
+        // All in turn, and none a second time before the first has answered: a store that is away for a night must not find a night's reads
+        // waiting.
+        let room = VERDICTS_AT_ONCE.saturating_sub(self.volatile.verdicts_asked.len());
+        let last = self.volatile.verdict_asked_last;
+        let behind = self.verdicts_awaited.range((last.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded));
+        let before = last.map(|last| self.verdicts_awaited.range(..=last)).into_iter().flatten();
+        let is_due = |(audit, _): &(&Digest, &AwaitedVerdict)| !self.volatile.verdicts_asked.contains(*audit);
+        let due: Vec<(Digest, AccountId)> =
+            behind.chain(before).filter(is_due).take(room).map(|(audit, awaited)| (*audit, awaited.validator)).collect();
+        for (audit, validator) in due {
+            self.volatile.verdicts_asked.insert(audit);
+            self.volatile.verdict_asked_last = Some(audit);
+            self.emit(Effect::ReadVerdict { audit, validator });
+        }
         self.retire_openings();
     }
 
@@ -248,6 +256,7 @@ impl Orchestrator {
     }
 
     pub(super) fn on_verdict(&mut self, audit: Digest, verdict: Option<(Digest, VerdictResult)>) {
+        self.volatile.verdicts_asked.remove(&audit);
         let Some((id, result)) = verdict else { return };
         let Some(awaited) = self.verdicts_awaited.remove(&audit) else { return };
         if awaited.is_opened

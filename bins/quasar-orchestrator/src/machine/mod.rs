@@ -145,6 +145,9 @@ struct Volatile {
     watched: Option<(Vec<Slot>, Vec<Slot>)>,
     beacon_asked: Option<u64>,
     verdicts_ms: u64,
+    /// Audits whose verdicts are being read, and the one that was asked for last.
+    verdicts_asked: BTreeSet<Digest>,
+    verdict_asked_last: Option<Digest>,
     now_ms: u64,
 }
 
@@ -377,7 +380,8 @@ impl Orchestrator {
         let watched = (live, silent);
         if self.volatile.watched.as_ref() != Some(&watched) {
             self.volatile.watched = Some(watched.clone());
-            self.emit(Effect::Watch { live: watched.0, silent: watched.1 });
+            let revision = self.next_revision();
+            self.emit(Effect::Watch { revision, live: watched.0, silent: watched.1 });
         }
     }
 
@@ -411,7 +415,7 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 7;
+    const LAYOUT: u32 = 8;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         self.volatile.now_ms = now_ms;

@@ -29,6 +29,7 @@ pub enum Key {
 pub enum Effect {
     /// Poll these slots; `live` ones at the poll interval, the others rarely.
     Watch {
+        revision: u64,
         live: Vec<Slot>,
         silent: Vec<Slot>,
     },

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use daemon::Failure;
-use protocol::documents::{Codec, OPENING_PARTS, PROGRESS_BYTES, RunParameters};
+use protocol::documents::{Codec, OPENING_PARTS, PROGRESS_BYTES, RunParameters, opening_volume_bytes};
 use protocol::files::CHUNK_BYTES;
 use serde::Serialize;
 
@@ -16,6 +16,8 @@ const HOUR_S: f64 = 3_600.0;
 /// A ranged read of a large object takes a chunk of its file record at once.
 const CHUNK: f64 = CHUNK_BYTES as f64;
 /// Bytes of small documents: head, sealed grants.
+/// A learner's state for each element of the model, in an opening: weights and both moments.
+const STATE_BYTES: f64 = 6.0;
 const HEAD_BYTES: f64 = 4_096.0;
 const GRANTS_BYTES: f64 = 16_384.0;
 
@@ -199,7 +201,9 @@ pub fn of_a_day(parameters: &RunParameters, scale: &Scale) -> Cost {
     let lease_bytes = f64::from(parameters.lease_steps) * f64::from(parameters.batch_rows) * f64::from(parameters.sequence_length) * 4.0;
     let chunks = |bytes: f64| (bytes / CHUNK).ceil().max(1.0);
     let pieces = (payload / PIECE_BYTES as f64).ceil().max(1.0);
-    let parts = f64::from(OPENING_PARTS);
+    // The state is the one part that may have more than one volume.
+    let volumes = (scale.elements as f64 * STATE_BYTES / opening_volume_bytes(scale.elements) as f64).ceil().max(1.0);
+    let parts = f64::from(OPENING_PARTS) - 1.0 + volumes;
 
     // One learner: its record, at most one each look, a payload each pull, a receipt each lease, openings; the head, its job and grants,
     // fragments, rows, a merge manifest each cycle.

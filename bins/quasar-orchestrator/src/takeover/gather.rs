@@ -2,7 +2,6 @@
 
 use bytes::Bytes;
 use daemon::Failure;
-use daemon::driver::DriverOptions;
 use futures::{StreamExt, TryStreamExt};
 use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, LeaseEnd, MergeManifest, Order, Progress, Tape};
 use protocol::envelope::{Document, EnvelopeError, Verified};
@@ -15,6 +14,11 @@ use crate::machine::{BucketFacts, Orchestrator, Slot, StepFact, StoredCommitment
 
 /// Records that are read at the same time.
 const READS_AT_ONCE: usize = 32;
+/// Lease records that are looked for at a time.
+const LEASES_AT_ONCE: u64 = 128;
+/// Jobs wait for their turn, and a job that waits takes up the later leases of its slot: where a record is missing, those of so many
+/// leases may be missing too, and later ones be there. Four for each hotkey of a full subnet.
+const LEASES_ABSENT_MAX: u64 = 1_024;
 
 const BROKEN: &str = "somebody else wrote to this bucket; nothing was changed but the writer lease and the epoch of the head";
 
@@ -73,12 +77,12 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
         return Err(missing(&keys.catalog(newest.page + 1)));
     }
     let mut leases = Vec::new();
-    // Records are written beside each other, so many at a time: where one is missing, those behind it may be there.
-    let beside = DriverOptions::default().in_flight_max as u64;
     for first in machine.unknown_leases_from(head.epoch) {
-        for from in (first..).step_by(beside as usize) {
-            let found = documents::<Job>(bucket, (from..from + beside).map(|id| keys.lease(id))).await?;
-            if found.is_empty() {
+        let mut absent = 0;
+        for from in (first..).step_by(LEASES_AT_ONCE as usize) {
+            let found = documents::<Job>(bucket, (from..from + LEASES_AT_ONCE).map(|id| keys.lease(id))).await?;
+            absent = if found.is_empty() { absent + LEASES_AT_ONCE } else { 0 };
+            if absent >= LEASES_ABSENT_MAX {
                 break;
             }
             leases.extend(found);

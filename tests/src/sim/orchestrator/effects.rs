@@ -18,7 +18,7 @@ use super::Hands;
 impl Hands {
     pub(super) async fn execute(&self, effect: Effect) -> Option<Input> {
         Some(match effect {
-            Effect::Watch { live, silent } => {
+            Effect::Watch { live, silent, .. } => {
                 *self.watched.borrow_mut() = (live, silent);
                 return None;
             }
@@ -31,12 +31,13 @@ impl Hands {
                 return None;
             }
             Effect::PublishJob { revision, job } => {
-                let mut is_new = false;
+                let mut recorded = Vec::new();
                 for lease in &job.leases {
-                    is_new |= self.record_lease(&job, lease).await;
+                    recorded.extend(self.record_lease(&job, lease).await);
                 }
-                if is_new {
+                if !recorded.is_empty() {
                     self.confirm().await;
+                    self.recorded.borrow_mut().extend(recorded);
                 }
                 let key = self.world.slot_keys((job.hotkey, job.slot)).job.clone();
                 self.put_latest(&key, revision, || self.sign_ours::<Job>(&job, &self.world.context)).await;
@@ -149,17 +150,13 @@ impl Hands {
     }
 
     /// Writes down who got which rows, before anybody is told.
-    pub(super) async fn record_lease(&self, job: &Job, lease: &Lease) -> bool {
+    pub(super) async fn record_lease(&self, job: &Job, lease: &Lease) -> Option<u64> {
         if self.recorded.borrow().contains(&lease.id) {
-            return false;
+            return None;
         }
         let record = Job { leases: vec![lease.clone()], ..job.clone() };
-        let bytes = self.put_once(&self.world.run.lease(lease.id), &record).await;
-        let stored = self.world.open_office::<Job>(&bytes);
-        if stored.is_ok_and(|stored| stored.document.leases == record.leases) {
-            self.recorded.borrow_mut().insert(lease.id);
-        }
-        true
+        self.put_once(&self.world.run.lease(lease.id), &record).await;
+        Some(lease.id)
     }
 
     pub(super) async fn retire(&self, retired: &Retired) {

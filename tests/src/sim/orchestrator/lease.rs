@@ -45,8 +45,8 @@ impl Hands {
     }
 
     /// Stands by until the lease is ours. Gives its epoch, and whether nobody wrote since the journal at hand did.
-    pub(super) async fn acquire(&self, instance: [u8; 16]) -> (u64, bool) {
-        let mut candidate = Candidate::new(instance, format!("host-{}", self.host), WRITER_LEASE_MS, Wait::Standby);
+    pub(super) async fn acquire(&self, instances: [[u8; 16]; 2]) -> (u64, bool) {
+        let mut candidate = Candidate::new(instances, format!("host-{}", self.host), WRITER_LEASE_MS, Wait::Standby);
         loop {
             let begun = self.moment();
             let Some(found) = self.look_at_lease().await else {
@@ -71,6 +71,11 @@ impl Hands {
                 Err(_) => self.world.executor.sleep(RETRY_MS).await,
             }
         }
+    }
+
+    /// Of the journal that whoever holds the lease works with.
+    pub(super) fn instance(&self) -> Option<[u8; 16]> {
+        self.holding.borrow().as_ref().map(|holding| holding.held.instance)
     }
 
     fn is_lost(&self) -> bool {

@@ -48,7 +48,7 @@ pub struct Node {
     pub id: NodeId,
     disk: Disk,
     /// Journals that this host has had.
-    journals: u8,
+    journals: u64,
     /// Of the process that runs, or ran last.
     pub life: Life,
     is_up: bool,
@@ -173,13 +173,16 @@ impl Node {
 
     /// The number of the journal at hand.
     fn instance(&mut self) -> [u8; 16] {
-        let (host, journals) = (self.host as u8, &mut self.journals);
-        *self.disk.instance.get_or_insert_with(|| {
-            *journals += 1;
-            let mut number = [0; 16];
-            (number[0], number[1]) = (host, *journals);
-            number
-        })
+        let fresh = self.fresh_instance();
+        *self.disk.instance.get_or_insert(fresh)
+    }
+
+    fn fresh_instance(&mut self) -> [u8; 16] {
+        self.journals += 1;
+        let mut number = [0; 16];
+        number[0] = self.host as u8;
+        number[8..].copy_from_slice(&self.journals.to_le_bytes());
+        number
     }
 
     /// The process is gone; gives the machine that it had.

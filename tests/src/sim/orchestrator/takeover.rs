@@ -35,14 +35,14 @@ impl World {
     pub(super) async fn lead(self: Rc<Self>, hands: Rc<Hands>, life: Life) {
         let host = hands.host;
         let last = hands.last_writer().await;
-        let instance = {
+        let instances = {
             let mut node = self.orchestrators[host].borrow_mut();
             if last.is_some_and(|last| node.disk.instance != Some(last)) {
                 node.put_journal_aside();
             }
-            node.instance()
+            [node.instance(), node.fresh_instance()]
         };
-        let (epoch, is_own) = hands.acquire(instance).await;
+        let (epoch, is_own) = hands.acquire(instances).await;
         {
             let keeper = hands.clone();
             self.executor.spawn(life, async move { keeper.keep().await });
@@ -67,7 +67,8 @@ impl World {
                 machine.handle(now_ms, Input::Recovered { facts: Box::new(facts) });
                 while machine.poll_effect().is_some() {}
                 let mut node = self.orchestrators[host].borrow_mut();
-                node.disk = Disk { snapshot: Some((now_ms, encode(&machine))), entries: Vec::new(), ..std::mem::take(&mut node.disk) };
+                let snapshot = Some((now_ms, encode(&machine)));
+                node.disk = Disk { snapshot, entries: Vec::new(), instance: hands.instance(), ..std::mem::take(&mut node.disk) };
                 self.watch.borrow_mut().succeeded(&self, host, &machine, &found);
                 machine
             }

@@ -99,8 +99,9 @@ impl Hands {
         let key = self.world.keys.current();
         self.persist(|| async {
             let condition = self.condition_of(&key).await?;
-            self.hold().await;
+            self.confirm().await;
             let bytes = self.sign_ours(&self.world.current, &self.world.context.without_run());
+            self.hold().await;
             self.world.put(self.id, &key, bytes, condition).await.ok().map(drop)
         })
         .await;

@@ -21,7 +21,7 @@ impl Bucket {
             signer,
             roots: self.roots(),
             sequence: Arc::new(Sequence::open(Arc::new(Journal::in_memory().unwrap()), "orchestrator").unwrap()),
-            instance: [instance; 16],
+            instances: [[instance; 16], [instance + 100; 16]],
             host: format!("host-{instance}"),
             lease: LEASE,
         }

@@ -1,6 +1,9 @@
 //! Writers beside each other: leases that are lost, and what they were about to write.
 
+use storage::Presign;
+
 use super::*;
+use crate::machine::{Key, Want};
 
 #[tokio::test]
 async fn a_writer_that_lost_its_lease_never_moves_the_head_again() {
@@ -146,7 +149,7 @@ async fn a_lease_is_confirmed_by_the_store_and_not_by_its_silence() {
         signer: bucket.signer.clone(),
         roots: bucket.roots(),
         sequence: Arc::new(Sequence::open(Arc::new(Journal::open(folder).unwrap()), "orchestrator").unwrap()),
-        instance: [1; 16],
+        instances: [[1; 16], [101; 16]],
         host: "host".into(),
         lease: LEASE,
     };
@@ -197,4 +200,20 @@ async fn an_orchestrator_stops_when_another_run_is_current_and_leaves_the_pointe
     service.publish_current().await;
     assert_eq!(*service.stopped.lock().unwrap(), Some("another run is current"));
     assert_eq!(bucket.store.get(&key, 1 << 20).await.unwrap().bytes, pointer);
+}
+
+#[tokio::test]
+async fn a_large_part_of_an_opening_is_granted_volume_by_volume_and_all_else_with_its_digest() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    let (slot, audit, sha256) = ((AccountId([7; 32]), 1), Digest::blake3(b"audit"), Digest::sha256(b"bytes"));
+    let wants = |key, length| service.presign_of(&Want::WriteOnce { key, length, sha256 }, 10, 1_000);
+    let put = |request: &Presign| match request {
+        Presign::Put { key, length, sha256, if_absent: true, .. } => (key.rsplit_once('/').unwrap().1.to_owned(), *length, *sha256),
+        other => panic!("{other:?}"),
+    };
+    let part = |length| -> Vec<_> { wants(Key::Opening { slot, audit, part: 1 }, length).iter().map(put).collect() };
+    assert_eq!(part(10), [("1".to_owned(), 10, Some(sha256))]);
+    assert_eq!(part(25), [("1".to_owned(), 10, None), ("1.1".to_owned(), 10, None), ("1.2".to_owned(), 5, None)]);
+    assert_eq!(put(&wants(Key::Payload { slot, t: 3 }, 25)[0]).1, 25);
 }

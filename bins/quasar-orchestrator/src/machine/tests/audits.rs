@@ -103,3 +103,39 @@ fn an_order_is_sealed_to_the_key_that_the_machine_knows_also_while_the_chain_is_
     }
     assert!(sealed >= 5, "{effects:?}");
 }
+
+#[test]
+fn verdicts_are_looked_for_in_turn_and_never_twice_at_a_time() {
+    let mut world = World::new(0, 2);
+    world.run(1_000);
+    world.machine.verdicts_awaited.clear();
+    let until_ms = world.now_ms + 10_000_000;
+    for number in 0..1_000u64 {
+        let audit = Digest::derive("audit", &[&number.to_le_bytes()]);
+        world.machine.verdicts_awaited.insert(audit, AwaitedVerdict { validator: miner(200), until_ms, t: 0, is_opened: false });
+    }
+    let reads = |machine: &mut Orchestrator, now_ms: u64| -> Vec<Digest> {
+        machine.handle(now_ms, Input::Tick);
+        let read = |effect| if let Effect::ReadVerdict { audit, .. } = effect { Some(audit) } else { None };
+        std::iter::from_fn(|| machine.poll_effect()).filter_map(read).collect()
+    };
+    // A store that is away for an hour finds no more reads than may be under way.
+    let (mut now_ms, mut asked) = (world.now_ms, Vec::new());
+    for _ in 0..360 {
+        now_ms += 10_000;
+        asked.extend(reads(&mut world.machine, now_ms));
+    }
+    let once: BTreeSet<Digest> = asked.iter().copied().collect();
+    assert_eq!((asked.len(), once.len()), (256, 256));
+    // It is back, and no verdict is there yet: everybody's turn comes.
+    let mut seen = once;
+    for _ in 0..3 {
+        for audit in std::mem::take(&mut asked) {
+            world.machine.handle(now_ms, Input::Verdict { audit, verdict: None });
+        }
+        now_ms += 100_000;
+        asked = reads(&mut world.machine, now_ms);
+        seen.extend(asked.iter().copied());
+    }
+    assert_eq!(seen.len(), 1_000);
+}
