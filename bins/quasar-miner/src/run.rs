@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chain::Hotkey;
+use daemon::evidence::Evidence;
 use daemon::health::{self, Health};
 use daemon::seen::Memory;
 use daemon::sequence::Sequence;
@@ -49,6 +50,8 @@ enum RunError {
     Fenced,
     #[error("the disk is full\nhint: {remedy}", remedy = protocol::Reason::DiskFull.remedy())]
     DiskFull,
+    #[error("the clock of this machine was set back\nhint: start again, and let NTP keep the clock")]
+    ClockSetBack,
     #[error(
         "{0}\nhint: QUASAR_MINER_DEVICE_MEMORY_GIB makes the learner plan for less, QUASAR_MINER_HOST_MEMORY_GIB lends it pinned memory; `plan-memory` shows both"
     )]
@@ -163,6 +166,13 @@ impl Miner {
                 following.await?;
                 Err(failure)
             }
+            // Only a new process can open it again.
+            error = self.journal.failed() => {
+                self.shutdown.trigger();
+                // Whatever that gives comes of this error.
+                let _ = following.await;
+                Err(error.into())
+            }
         }
     }
 
@@ -171,6 +181,11 @@ impl Miner {
         loop {
             let Some(reader) = self.discover(&roots).await? else { return Ok(Exit::Done) };
             match self.serve(&roots, reader).await? {
+                End::NextRun if self.shutdown.is_triggered() => return Ok(Exit::Done),
+                End::NextRun if holds_gpu_memory(&self.devices) => {
+                    tracing::info!("the next run is current; starting anew");
+                    return Ok(Exit::TryLater);
+                }
                 End::NextRun => tracing::info!("looking for the next run"),
                 End::Stopped | End::LeasesDone => return Ok(Exit::Done),
                 end => return Err(self.failure(end)),
@@ -192,6 +207,7 @@ impl Miner {
             End::Fenced { .. } => RunError::Fenced,
             End::Unregistered => RunError::Unregistered(self.hotkey.account()),
             End::DiskFull => RunError::DiskFull,
+            End::ClockSetBack => RunError::ClockSetBack,
             End::OutOfMemory(what) => RunError::OutOfMemory(what),
             End::Broken(what) => RunError::Ended(what),
             End::Stopped | End::LeasesDone | End::NextRun => RunError::Ended("the miner has ended".to_owned()),
@@ -213,6 +229,9 @@ impl Miner {
                 }
                 Err(error) if error.is_final() => return Err(Failure::configuration(error)),
                 Err(error) => {
+                    if let Some(proof) = error.proof() {
+                        Evidence { folder: self.state_dir.clone(), context: *roots.outside(), finder: self.hotkey.clone() }.keep(proof);
+                    }
                     component.not_ready("no run found yet");
                     waiting.log(&error.to_string());
                 }
@@ -259,6 +278,10 @@ impl Miner {
                 },
                 () = self.shutdown.triggered(), if !stop.is_triggered() => stop.trigger(),
             }
+        }
+        // Nobody beats for them until the next run begins.
+        for index in 0..self.devices.len() {
+            self.health.component(&learner_name(miner.first_slot + index as u8)).not_ready("between two runs");
         }
         Ok(outcome.unwrap_or(End::Stopped))
     }
@@ -310,8 +333,7 @@ impl Miner {
             facts.plan.clone(),
         );
         let inner = facts.manifest.parameters.inner.clone();
-        let trainer =
-            TrainerThread::start(format!("learner-{slot}"), open, plane.clone(), inner, inputs.clone()).map_err(Failure::unavailable)?;
+        let trainer = TrainerThread::start(learner_name(slot), open, plane.clone(), inner, inputs.clone()).map_err(Failure::unavailable)?;
         let machine = Learner::new(LearnerSettings {
             worker: miner.worker_name(slot, self.devices.len()),
             hotkey: self.hotkey.account(),
@@ -324,12 +346,22 @@ impl Miner {
             leases_max: miner.max_jobs,
         });
         let edge = Edge::new(shared.clone(), reader, slot, self.secret.clone(), &folder, plane, trainer).map_err(Failure::unavailable)?;
-        let component = self.health.watched(&format!("learner-{slot}"), STALE_AFTER);
-        component.ready();
+        let component = self.health.watched(&learner_name(slot), STALE_AFTER);
         tracing::info!(slot, device, session = session_epoch, "learner started");
         learners.spawn(session::run(slot, machine, Arc::new(edge), inputs, queue, stop.clone(), component));
         Ok(())
     }
+}
+
+/// Whether a process that trained on these devices keeps memory that the next run's learners would miss: libtorch gives none of a GPU's
+/// back before the process ends.
+fn holds_gpu_memory(devices: &[String]) -> bool {
+    devices.iter().any(|device| device != "cpu")
+}
+
+/// Of a learner's thread, and of its part of the health page.
+fn learner_name(slot: u8) -> String {
+    format!("learner-{slot}")
 }
 
 /// Of two ends the one that the process reports: failures before a new run before a plain end.
@@ -343,5 +375,25 @@ fn worse(one: Option<End>, other: End) -> End {
     match one {
         Some(one) if rank(&one) >= rank(&other) => one,
         _ => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_goes_on_with_the_next_run_only_where_it_holds_no_memory_of_a_gpu() {
+        let devices = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        assert!(!holds_gpu_memory(&devices(&["cpu"])));
+        assert!(holds_gpu_memory(&devices(&["cuda:0"])) && holds_gpu_memory(&devices(&["cpu", "cuda:1"])));
+    }
+
+    #[test]
+    fn of_all_ends_a_failure_is_the_one_that_is_reported() {
+        assert_eq!(worse(Some(End::Stopped), End::ClockSetBack), End::ClockSetBack);
+        assert_eq!(worse(Some(End::ClockSetBack), End::NextRun), End::ClockSetBack);
+        assert_eq!(worse(Some(End::NextRun), End::Stopped), End::NextRun);
+        assert_eq!(worse(None, End::LeasesDone), End::LeasesDone);
     }
 }

@@ -29,16 +29,70 @@ const READ_BYTES: usize = 1 << 20;
 const SNAPSHOT_SHARE: u64 = 8;
 /// Bytes of a snapshot for each parameter, at most: weight, both moments, and an exported fragment's.
 const SNAPSHOT_BYTES: u64 = 16;
+/// A trainer that takes a step hangs if it has been at it for longer than this, and for longer than so many of its longest steps.
+const STEP_MAX: Duration = Duration::from_secs(600);
+const STEPS_MAX: u32 = 20;
+/// The same for all else: a base model is opened, a state goes to the disk or comes from it.
+const OTHER_MAX: Duration = Duration::from_secs(3_600);
 
 enum Order {
     Open(PathBuf),
     Pass(Box<Boundary>),
 }
 
+impl Order {
+    /// Whether there is nothing to do but to take versions over and a step: neither the base model nor a disk is waited for.
+    fn is_step(&self) -> bool {
+        match self {
+            Self::Open(_) => false,
+            Self::Pass(boundary) => {
+                boundary.step.is_some() && boundary.restore.is_none() && boundary.snapshot.is_none() && boundary.export.is_empty()
+            }
+        }
+    }
+}
+
+/// What the thread is at, for those who wait for it.
+#[derive(Default)]
+struct Watch {
+    under_way: Option<UnderWay>,
+    longest_step: Duration,
+}
+
+struct UnderWay {
+    is_step: bool,
+    since: Instant,
+    was_told: bool,
+}
+
+impl Watch {
+    fn begin(&mut self, is_step: bool, now: Instant) {
+        self.under_way = Some(UnderWay { is_step, since: now, was_told: false });
+    }
+
+    /// The order is done, with a step of `step_ms` or without one.
+    fn end(&mut self, step_ms: Option<u32>) {
+        self.under_way = None;
+        self.longest_step = self.longest_step.max(Duration::from_millis(step_ms.unwrap_or(0).into()));
+    }
+
+    /// Whether the order under way takes so long that it will not end. Said once in the log.
+    fn hangs(&mut self, now: Instant) -> bool {
+        let Some(order) = &mut self.under_way else { return false };
+        let limit = if order.is_step { STEP_MAX.max(self.longest_step * STEPS_MAX) } else { OTHER_MAX };
+        let passed = now.saturating_duration_since(order.since);
+        if passed > limit && !std::mem::replace(&mut order.was_told, true) {
+            tracing::error!(seconds = passed.as_secs(), "the trainer hangs; hint: look at the device and its driver, then start again");
+        }
+        passed > limit
+    }
+}
+
 /// Handle on the thread of one learner.
 pub struct TrainerThread {
     orders: Mutex<Option<Sender<Order>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    watch: Arc<Mutex<Watch>>,
 }
 
 impl TrainerThread {
@@ -51,9 +105,16 @@ impl TrainerThread {
         inputs: mpsc::Sender<Input>,
     ) -> std::io::Result<Self> {
         let (orders, queue) = channel();
-        let work = move || serve(open, &queue, &plane, &inner, &|input| inputs.blocking_send(input).is_ok());
+        let watch = Arc::new(Mutex::new(Watch::default()));
+        let watched = watch.clone();
+        let work = move || serve(open, &queue, &watched, &plane, &inner, &|input| inputs.blocking_send(input).is_ok());
         let thread = std::thread::Builder::new().name(name).spawn(work)?;
-        Ok(Self { orders: Mutex::new(Some(orders)), thread: Mutex::new(Some(thread)) })
+        Ok(Self { orders: Mutex::new(Some(orders)), thread: Mutex::new(Some(thread)), watch })
+    }
+
+    /// Whether the order under way takes so long that it will not end.
+    pub fn hangs(&self) -> bool {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner).hangs(Instant::now())
     }
 
     fn order(&self, order: Order) {
@@ -82,33 +143,45 @@ impl TrainerThread {
     }
 }
 
-fn serve(open: OpenTrainer, queue: &Receiver<Order>, plane: &Arc<Plane>, inner: &InnerOptimizer, tell: &(dyn Fn(Input) -> bool + Sync)) {
+fn serve(
+    open: OpenTrainer,
+    queue: &Receiver<Order>,
+    watch: &Mutex<Watch>,
+    plane: &Arc<Plane>,
+    inner: &InnerOptimizer,
+    tell: &(dyn Fn(Input) -> bool + Sync),
+) {
+    let watch = || watch.lock().unwrap_or_else(PoisonError::into_inner);
     let mut open = Some(open);
     let mut worker: Option<Worker> = None;
     while let Ok(order) = queue.recv() {
-        let told = match order {
-            Order::Open(tree) => {
-                let Some(open) = open.take() else { continue };
-                match catch_unwind(AssertUnwindSafe(|| Worker::open(open, &tree, plane.clone(), inner.clone()))) {
+        watch().begin(order.is_step(), Instant::now());
+        let done = match order {
+            Order::Open(tree) => open.take().map(|open| {
+                let opened = catch_unwind(AssertUnwindSafe(|| Worker::open(open, &tree, plane.clone(), inner.clone())));
+                Input::TrainerOpened(match opened {
                     Ok(Ok((opened, restored))) => {
                         worker = Some(opened);
-                        tell(Input::TrainerOpened(Ok(restored)))
+                        Ok(restored)
                     }
-                    Ok(Err(error)) => tell(Input::TrainerOpened(Err(train_fault(&error)))),
-                    Err(_) => tell(Input::TrainerOpened(Err(panicked()))),
-                }
-            }
-            Order::Pass(boundary) => {
-                let Some(worker) = &mut worker else { continue };
+                    Ok(Err(error)) => Err(train_fault(&error)),
+                    Err(_) => Err(panicked()),
+                })
+            }),
+            Order::Pass(boundary) => worker.as_mut().map(|worker| {
                 let number = boundary.number;
                 match catch_unwind(AssertUnwindSafe(|| worker.pass(&boundary, tell))) {
-                    Ok(Ok(step)) => tell(Input::Finished { number, step }),
-                    Ok(Err(fault)) => tell(Input::Faulted { number, fault }),
-                    Err(_) => tell(Input::Faulted { number, fault: panicked() }),
+                    Ok(Ok(step)) => Input::Finished { number, step },
+                    Ok(Err(fault)) => Input::Faulted { number, fault },
+                    Err(_) => Input::Faulted { number, fault: panicked() },
                 }
-            }
+            }),
         };
-        if !told {
+        watch().end(match &done {
+            Some(Input::Finished { step, .. }) => step.map(|step| step.step_ms),
+            _ => None,
+        });
+        if done.is_some_and(|done| !tell(done)) {
             break;
         }
     }
@@ -306,4 +379,40 @@ fn feedback_fault(error: &FeedbackError) -> Fault {
 
 fn spool_fault(error: &SpoolError) -> Fault {
     if error.is_disk_full() { Fault::DiskFull } else { Fault::Broken(error.to_string()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Snapshot;
+
+    #[test]
+    fn a_step_hangs_after_ten_minutes_or_twenty_of_its_longest_and_all_else_after_an_hour() {
+        let (mut watch, begun) = (Watch::default(), Instant::now());
+        let hangs = |watch: &mut Watch, minutes: u64| watch.hangs(begun + Duration::from_secs(60 * minutes + 1));
+        assert!(!hangs(&mut watch, 999), "nothing is under way");
+        watch.begin(true, begun);
+        assert!(!hangs(&mut watch, 9) && hangs(&mut watch, 10));
+        watch.end(Some(60_000));
+        assert!(!hangs(&mut watch, 999), "it ended after all");
+        watch.begin(true, begun);
+        assert!(!hangs(&mut watch, 19) && hangs(&mut watch, 20));
+        watch.end(Some(1_000));
+        watch.begin(false, begun);
+        assert!(!hangs(&mut watch, 59) && hangs(&mut watch, 60));
+    }
+
+    #[test]
+    fn an_order_that_waits_for_a_disk_is_more_than_a_step() {
+        let step = Step { local_step: 4, lease: 1, lease_step: 0, lr: 0.1, exchanged: vec![] };
+        let bare = Boundary { number: 1, apply: vec![(0, 1)], step: Some(step), ..Boundary::default() };
+        let is_step = |boundary: Boundary| Order::Pass(Box::new(boundary)).is_step();
+        let export = Export { t: 1, fragment: 1, base_version: 0, start_step: 0, local_step: 4 };
+        assert!(is_step(bare.clone()));
+        assert!(!is_step(Boundary { step: None, ..bare.clone() }));
+        assert!(!is_step(Boundary { restore: Some(0), ..bare.clone() }));
+        assert!(!is_step(Boundary { snapshot: Some(Snapshot { local_step: 4, versions: vec![] }), ..bare.clone() }));
+        assert!(!is_step(Boundary { export: vec![export], ..bare }));
+        assert!(!Order::Open(PathBuf::new()).is_step());
+    }
 }

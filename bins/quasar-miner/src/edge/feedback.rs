@@ -67,6 +67,7 @@ pub struct Feedback {
 impl Feedback {
     pub fn open(folder: PathBuf) -> io::Result<Self> {
         fs::create_dir_all(&folder)?;
+        files::remove_temporary(&folder)?;
         Ok(Self { folder, order: Mutex::new(()) })
     }
 

@@ -21,6 +21,8 @@ use crate::machine::Trouble;
 /// Bytes that are asked for at a time; a broken download goes on behind the last complete piece.
 const PIECE_BYTES: u64 = 16 << 20;
 const ENDING: &str = ".safetensors";
+/// Of keyframes of which the first pieces are here.
+const PARTIAL: &str = ".part";
 
 #[derive(Debug, thiserror::Error)]
 pub enum KeyframeStoreError {
@@ -57,6 +59,7 @@ pub struct Promise {
 impl Keyframes {
     pub fn open(folder: PathBuf, plan: FragmentPlan, (up, down): (Codec, Codec)) -> io::Result<Self> {
         fs::create_dir_all(&folder)?;
+        files::remove_temporary(&folder)?;
         let plan_digest = plan.digest();
         Ok(Self { folder, plan: Arc::new(plan), plan_digest, up, down })
     }
@@ -68,6 +71,10 @@ impl Keyframes {
 
     fn path(&self, fragment: u16, version: u64) -> PathBuf {
         self.folder.join(format!("{fragment}-{version}{ENDING}"))
+    }
+
+    fn partial_path(&self, fragment: u16, version: u64) -> PathBuf {
+        self.folder.join(format!("{fragment}-{version}{PARTIAL}"))
     }
 
     fn id(&self, fragment: u16, version: u64) -> KeyframeId {
@@ -138,8 +145,7 @@ impl Keyframes {
         digest: Option<Digest>,
     ) -> Result<(), Trouble> {
         let grant = (route.grant)(Method::Get, &route.keys.keyframe(fragment, version)).ok_or(Trouble::Grant)?;
-        let path = self.path(fragment, version);
-        let partial = path.with_extension("part");
+        let (path, partial) = (self.path(fragment, version), self.partial_path(fragment, version));
         let mut at = fs::metadata(&partial).map_or(0, |meta| meta.len());
         if at > length {
             fs::remove_file(&partial).map_err(|error| files::trouble(&error))?;
@@ -178,15 +184,17 @@ impl Keyframes {
         Promise { length: bytes.len() as u64, digest: Digest::blake3(&bytes) }
     }
 
-    /// Removes versions of `fragment` older than `version`.
+    /// Removes versions of `fragment` older than `version`, those that were overtaken on their way here included.
     pub fn retire(&self, fragment: u16, version: u64) {
         let older = |stem: &String| {
             let (of, number) = stem.split_once('-')?;
             (of.parse::<u16>().ok()? == fragment && number.parse::<u64>().ok()? < version).then_some(())
         };
-        for stem in files::stems(&self.folder, ENDING).unwrap_or_default() {
-            if older(&stem).is_some() {
-                let _ = fs::remove_file(self.folder.join(format!("{stem}{ENDING}")));
+        for ending in [ENDING, PARTIAL] {
+            for stem in files::stems(&self.folder, ending).unwrap_or_default() {
+                if older(&stem).is_some() {
+                    let _ = fs::remove_file(self.folder.join(format!("{stem}{ending}")));
+                }
             }
         }
     }
@@ -283,6 +291,27 @@ mod tests {
         let route = Route { grant: &nothing, ..route };
         store.retire(1, 4);
         assert_eq!(store.fetch(&route, 1, 3, promises[2]).await, Err(Trouble::Grant));
+    }
+
+    #[test]
+    fn a_newer_version_retires_what_is_here_and_what_was_on_its_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Keyframes::open(folder.path().to_owned(), model::toy_plan(3), (Codec::Bf16, Codec::Bf16)).unwrap();
+        let store = open();
+        for (fragment, version) in [(1, 6), (1, 7), (2, 6)] {
+            fs::write(store.path(fragment, version), b"").unwrap();
+            fs::write(store.partial_path(fragment, version), b"").unwrap();
+        }
+        fs::write(store.path(1, 7).with_extension("safetensors.tmp"), b"killed").unwrap();
+        let left = |ending| {
+            let mut stems = files::stems(folder.path(), ending).unwrap();
+            stems.sort();
+            stems
+        };
+        store.retire(1, 7);
+        assert_eq!([left(ENDING), left(PARTIAL)], [["1-7", "2-6"], ["1-7", "2-6"]]);
+        open();
+        assert_eq!(left("").len(), 4, "what a kill broke off is gone");
     }
 
     #[tokio::test]

@@ -55,7 +55,7 @@ impl Edge {
                 found
             }
             Err(error) => {
-                if let DiscoveryError::Equivocation { proof, .. } = &error {
+                if let Some(proof) = error.proof() {
                     self.evidence.keep(proof);
                 }
                 looks.complain(at, self.slot, &error);

@@ -24,7 +24,7 @@ use chain::Hotkey;
 use daemon::evidence::Evidence;
 use daemon::sequence::Sequence;
 use daemon::{JournalError, clock};
-use protocol::documents::{Lease, MergeManifest, Progress, Receipt, encode_progress};
+use protocol::documents::{Lease, MergeManifest, Progress, Receipt, encode_progress, opening_volume_bytes};
 use protocol::envelope::{self, Document};
 use protocol::{Digest, GrantRequest, Method};
 use storage::client::{GrantAccess, GrantError, PutOutcome};
@@ -147,6 +147,8 @@ impl Edge {
         trainer: TrainerThread,
     ) -> io::Result<Self> {
         let facts = reader.facts().clone();
+        let opening_ms = facts.manifest.parameters.audit.opening_ms;
+        let volume_bytes = opening_volume_bytes(facts.plan.total_elements());
         Ok(Self {
             slot,
             evidence: Evidence { folder: folder.to_owned(), context: facts.context, finder: shared.hotkey.clone() },
@@ -158,9 +160,14 @@ impl Edge {
             looks: tokio::sync::Mutex::new(Looks::new(reader)),
             plane,
             receipts: Announced::default(),
-            openings: OpeningFiles::open(folder.join("openings"))?,
+            openings: OpeningFiles::open(folder.join("openings"), volume_bytes, opening_ms, clock::now_ms())?,
             trainer,
         })
+    }
+
+    /// Whether the trainer has been at one order for so long that it will not end it.
+    pub fn trainer_hangs(&self) -> bool {
+        self.trainer.hangs()
     }
 
     /// Lets the trainer end after the step under way, for which it waits at most so long, and brings the spool to disk.
@@ -253,13 +260,10 @@ impl Edge {
             }
             Effect::PrepareOpening { audit, t, key } => Input::OpeningPrepared { audit, parts: self.prepare_opening(audit, t, key).await },
             Effect::PutOpening { audit, part } => {
-                let put = match self.openings.read(&audit, part) {
-                    Ok(bytes) => self.put(&run.opening(&account, self.slot, &audit, part), bytes.into()).await,
-                    Err(error) => {
-                        tracing::error!(slot = self.slot, audit = %audit.short(), part, %error, "a prepared opening cannot be read");
-                        Put::Unavailable
-                    }
-                };
+                let put = self.put_opening(audit, part).await.unwrap_or_else(|error| {
+                    tracing::error!(slot = self.slot, audit = %audit.short(), part, %error, "a prepared opening cannot be read");
+                    Put::Unavailable
+                });
                 Input::OpeningPut { audit, part, put }
             }
             Effect::DropOpening { audit } => {
@@ -320,6 +324,22 @@ impl Edge {
                 Put::Refused
             }
         }
+    }
+
+    /// Uploads a part volume by volume. What arrived is not sent again, whoever asks for it.
+    async fn put_opening(self: &Arc<Self>, audit: Digest, part: u8) -> std::io::Result<Put> {
+        let keys = self.facts.run.slot(&self.hotkey.account(), self.slot);
+        for (volume, bytes) in self.openings.unsent(&audit, part)? {
+            let this = self.clone();
+            let read = move || this.openings.read(&audit, part, bytes);
+            let bytes = tokio::task::spawn_blocking(read).await.unwrap_or_else(|error| Err(std::io::Error::other(error)))?;
+            let put = self.put(&keys.opening_volume(&audit, part, volume), bytes.into()).await;
+            if !put.is_done() {
+                return Ok(put);
+            }
+            self.openings.sent(&audit, part, volume)?;
+        }
+        Ok(Put::Stored)
     }
 
     async fn put_progress(self: &Arc<Self>, progress: Progress) -> Put {
@@ -383,7 +403,8 @@ impl Edge {
             let sequence = this.shared.sequence.next(now_ms)?;
             let sign = |manifest: &_| envelope::sign(manifest, &this.facts.context, &*this.hotkey, sequence, now_ms);
             let info = |part| this.facts.context.opening_info(&audit, part);
-            let parts = this.openings.prepare((&audit, t, payload.as_ref()), &key, info, &this.plane.spool, sign)?;
+            let spool = (&this.plane.spool, this.facts.plan.total_elements() as usize);
+            let parts = this.openings.prepare((&audit, t, payload.as_ref()), &key, info, spool, sign)?;
             // One payload of a learner and cycle is audited: with this one, nobody asks for the others, nor for earlier ones.
             let fragments = u64::from(this.facts.manifest.parameters.fragments);
             this.plane.spool.release((t / fragments + 1) * fragments)?;

@@ -1,15 +1,18 @@
 //! The parts of openings as files: sealed and written once from the spool, uploaded as often as it takes, removed when the notice is gone.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
-use std::path::PathBuf;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use protocol::Digest;
-use protocol::documents::{OPENING_PARTS, OpeningManifest};
+use protocol::documents::{OPENING_PARTS, OpeningManifest, opening_volumes};
 use sha2::Digest as _;
 
 use storage::seal_stream::{self, StreamError};
 
+use super::files;
 use super::spool::{OpenedSegment, Spool, SpoolError};
 use crate::machine::PreparedPart;
 
@@ -21,12 +24,23 @@ const ROUTES: u8 = 2;
 /// Prepared openings of one learner.
 pub struct OpeningFiles {
     folder: PathBuf,
+    /// A part is uploaded in objects of so many bytes.
+    volume_bytes: u64,
 }
 
 impl OpeningFiles {
-    pub fn open(folder: PathBuf) -> io::Result<Self> {
+    /// A miner may take `opening_ms` for an opening. Those of audits whose notice was gone before this process began are removed: nobody
+    /// tells of these.
+    pub fn open(folder: PathBuf, volume_bytes: u64, opening_ms: u64, now_ms: u64) -> io::Result<Self> {
         fs::create_dir_all(&folder)?;
-        Ok(Self { folder })
+        for entry in fs::read_dir(&folder)? {
+            let path = entry?.path();
+            if path.is_dir() && changed_ms(&path)?.saturating_add(opening_ms.saturating_mul(2)) < now_ms {
+                tracing::info!(folder = %path.display(), "removing an opening that nobody asks for any more");
+                fs::remove_dir_all(&path)?;
+            }
+        }
+        Ok(Self { folder, volume_bytes })
     }
 
     fn folder_of(&self, audit: &Digest) -> PathBuf {
@@ -38,19 +52,19 @@ impl OpeningFiles {
     }
 
     /// Writes the parts of an opening, sealed to `key`, unless an earlier session did; `info` binds each part to its place, `sign`
-    /// gives the bytes of part 0.
+    /// gives the bytes of part 0. The model has `elements` parameters.
     pub fn prepare(
         &self,
         (audit, t, payload): (&Digest, u64, Option<&Digest>),
         key: &[u8; 32],
         info: impl Fn(u8) -> Vec<u8>,
-        spool: &Spool,
+        (spool, elements): (&Spool, usize),
         sign: impl FnOnce(&OpeningManifest) -> Vec<u8>,
     ) -> Result<Vec<PreparedPart>, SpoolError> {
         let fail = |source| SpoolError::Io { path: self.folder.clone(), source };
         // The manifest is written last: where it is, the others are.
         if !self.path(audit, MANIFEST).exists() {
-            let segment = spool.open_segment(t, payload)?;
+            let segment = spool.open_segment(t, payload, elements)?;
             let seal = |part: u8, source: &mut dyn Read| self.seal(audit, part, key, &info(part), source);
             self.write((audit, t), segment, seal, sign).map_err(fail)?;
         }
@@ -66,7 +80,9 @@ impl OpeningFiles {
             error => io::Error::other(error),
         })?;
         sink.into_inner()?.sync_all()?;
-        fs::rename(partial, path)
+        fs::rename(partial, path)?;
+        // What is announced is not sealed a second time: that would give other bytes.
+        files::sync_folder(&self.folder_of(audit))
     }
 
     fn write(
@@ -77,6 +93,7 @@ impl OpeningFiles {
         sign: impl FnOnce(&OpeningManifest) -> Vec<u8>,
     ) -> io::Result<()> {
         fs::create_dir_all(self.folder_of(audit))?;
+        files::sync_folder(&self.folder)?;
         let state = File::open(&segment.state)?;
         match &segment.residual {
             Some(residual) => seal(STATE, &mut state.chain(File::open(residual)?))?,
@@ -108,11 +125,77 @@ impl OpeningFiles {
         Ok(PreparedPart { part, length, sha256: Digest(hasher.finalize().into()) })
     }
 
-    pub fn read(&self, audit: &Digest, part: u8) -> io::Result<Vec<u8>> {
-        fs::read(self.path(audit, part))
+    /// The volumes of a part that are not known to have arrived, with the bytes of it that each holds.
+    pub fn unsent(&self, audit: &Digest, part: u8) -> io::Result<Vec<(u16, Range<u64>)>> {
+        let length = fs::metadata(self.path(audit, part))?.len();
+        let is_unsent = |(volume, _): &(u16, Range<u64>)| !self.mark(audit, part, *volume).exists();
+        Ok(opening_volumes(length, self.volume_bytes).filter(is_unsent).collect())
+    }
+
+    /// A volume has arrived.
+    pub fn sent(&self, audit: &Digest, part: u8, volume: u16) -> io::Result<()> {
+        fs::write(self.mark(audit, part, volume), [])
+    }
+
+    fn mark(&self, audit: &Digest, part: u8, volume: u16) -> PathBuf {
+        self.folder_of(audit).join(format!("{part}.{volume}.sent"))
+    }
+
+    pub fn read(&self, audit: &Digest, part: u8, bytes: Range<u64>) -> io::Result<Vec<u8>> {
+        let mut file = File::open(self.path(audit, part))?;
+        file.seek(SeekFrom::Start(bytes.start))?;
+        let mut read = Vec::new();
+        file.take(bytes.end - bytes.start).read_to_end(&mut read)?;
+        Ok(read)
     }
 
     pub fn remove(&self, audit: &Digest) {
         let _ = fs::remove_dir_all(self.folder_of(audit));
+    }
+}
+
+/// When something in a folder changed last, in Unix milliseconds.
+fn changed_ms(folder: &Path) -> io::Result<u64> {
+    let mut newest = fs::metadata(folder)?.modified()?;
+    for entry in fs::read_dir(folder)? {
+        newest = newest.max(entry?.metadata()?.modified()?);
+    }
+    Ok(newest.duration_since(UNIX_EPOCH).map_or(0, |age| age.as_millis() as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_opening_whose_audit_must_be_over_is_gone_after_the_next_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let audit = Digest::blake3(b"audit");
+        let open = |now_ms| OpeningFiles::open(folder.path().to_owned(), 4, 1_000, now_ms).unwrap();
+        let openings = open(0);
+        fs::create_dir(openings.folder_of(&audit)).unwrap();
+        fs::write(openings.path(&audit, STATE), b"sealed").unwrap();
+        let written_ms = changed_ms(&openings.folder_of(&audit)).unwrap();
+        open(0);
+        open(written_ms + 2_000);
+        assert_eq!(openings.read(&audit, STATE, 0..6).unwrap(), b"sealed");
+        open(written_ms + 2_001);
+        assert!(!openings.folder_of(&audit).exists());
+    }
+
+    #[test]
+    fn a_part_is_sent_volume_by_volume_and_what_arrived_is_not_sent_again_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let audit = Digest::blake3(b"audit");
+        let open = || OpeningFiles::open(folder.path().to_owned(), 4, u64::MAX / 2, 0).unwrap();
+        let openings = open();
+        fs::create_dir(openings.folder_of(&audit)).unwrap();
+        fs::write(openings.path(&audit, STATE), b"0123456789").unwrap();
+        assert_eq!(openings.unsent(&audit, STATE).unwrap(), [(0, 0..4), (1, 4..8), (2, 8..10)]);
+        assert_eq!(openings.read(&audit, STATE, 4..8).unwrap(), b"4567");
+        openings.sent(&audit, STATE, 1).unwrap();
+        assert_eq!(open().unsent(&audit, STATE).unwrap(), [(0, 0..4), (2, 8..10)]);
+        open().remove(&audit);
+        assert!(open().unsent(&audit, STATE).is_err());
     }
 }

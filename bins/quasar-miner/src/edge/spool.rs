@@ -5,10 +5,13 @@
 //! `S-N.state` is the trainer's state before step N, `S-N.segment` describes it and is written after it, `S-N.step` is one
 //! step, `S-T-N.export` is one payload, `S-T.uploaded` marks that one of outer step T reached the store, and `S-T-N.residual` is what the
 //! codec had withheld before it ([`super::feedback`]). A session answers a pull twice if it is opened again after the first answer.
+//!
+//! A learner that opens what a power loss has changed fails its audit; one that opens nothing is not blamed. So states, segments and
+//! exports are flushed to the medium, which steps are too many for, and what is opened is compared with its digest.
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, BufReader};
+use std::io::{self, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,6 +27,8 @@ use super::files;
 const META_BYTES_MAX: usize = 1 << 20;
 /// Writes that may wait for the disk before training does.
 const QUEUE: usize = 4;
+/// Bytes of the BLAKE3 at the end of a step and of a residual.
+const DIGEST_BYTES: usize = 32;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SpoolError {
@@ -57,6 +62,8 @@ struct ExportRecord {
     start_step: u64,
     /// BLAKE3 of the payload.
     payload: Digest,
+    /// Its codec withholds something: without the residual beside it, it cannot be opened.
+    has_residual: bool,
 }
 
 enum Write {
@@ -117,6 +124,7 @@ impl Spool {
     pub fn open(folder: PathBuf, session: u64, outer_steps_kept: u64) -> Result<Self, SpoolError> {
         let fail = |source| SpoolError::Io { path: folder.clone(), source };
         fs::create_dir_all(&folder).map_err(fail)?;
+        remove_leftovers(&folder).map_err(fail)?;
         let (writes, queue) = sync_channel(QUEUE);
         let failure = Arc::new(Mutex::new(None));
         let (spare, buffer) = channel();
@@ -152,14 +160,14 @@ impl Spool {
         saved
     }
 
-    /// The same for a state that may be larger than the memory that is left: it is written at once.
+    /// The same for a state that may be larger than the memory that is left: it is written, and flushed, at once.
     pub fn save_state(
         &self,
         local_step: u64,
         save: impl FnOnce(&mut dyn io::Write) -> Result<Digest, TrainError>,
     ) -> Result<Digest, TrainError> {
         let path = self.folder.join(name((self.session, local_step), ".state"));
-        files::write_with(&path, |file| save(file).map_err(Saving)).map_err(|Saving(error)| error)
+        files::write_lasting_with(&path, |file| save(file).map_err(Saving)).map_err(|Saving(error)| error)
     }
 
     /// Describes the state before step `local_step`, from where a segment begins. As all writes, it reports the failure of an earlier one.
@@ -183,11 +191,12 @@ impl Spool {
         if let Some(residual) = residual {
             let kept = self.folder.join(export_name(at, ".residual"));
             // The residual is replaced whole when it changes, so that a link keeps it; not every file system has links.
-            remove(&kept)
+            files::remove(&kept)
                 .and_then(|()| fs::hard_link(residual, &kept).or_else(|_| fs::copy(residual, &kept).map(drop)))
+                .and_then(|()| fs::File::open(&kept)?.sync_all())
                 .map_err(|source| SpoolError::Io { path: kept, source })?;
         }
-        self.write(Write::Export { at, record: ExportRecord { start_step, payload } })
+        self.write(Write::Export { at, record: ExportRecord { start_step, payload, has_residual: residual.is_some() } })
     }
 
     /// The payload of outer step `t` reached the store.
@@ -202,7 +211,8 @@ impl Spool {
         self.write(Write::Release { below })
     }
 
-    /// Waits until everything that was written so far is on disk.
+    /// Waits until everything that was written so far is on disk: all but steps survives a power loss then, and a step that does not is
+    /// found by its digest.
     pub fn flush(&self) -> Result<(), SpoolError> {
         let (done, wait) = sync_channel(1);
         self.write(Write::Flush(done))?;
@@ -243,30 +253,48 @@ impl Spool {
         segments.iter().rev().find_map(find)
     }
 
-    /// The segment that a payload of outer step `t` is bound to: the one with digest `payload`, if that is known.
-    pub fn open_segment(&self, t: u64, payload: Option<&Digest>) -> Result<OpenedSegment, SpoolError> {
+    /// The segment that a payload of outer step `t` is bound to: the one with digest `payload`, if that is known. Found whole, for a model
+    /// with `elements` parameters: what is damaged is not opened.
+    pub fn open_segment(&self, t: u64, payload: Option<&Digest>, elements: usize) -> Result<OpenedSegment, SpoolError> {
         self.flush()?;
         let missing = || SpoolError::Missing { path: self.folder.clone(), t };
         let io = |source| SpoolError::Io { path: self.folder.clone(), source };
-        let exports: Vec<ExportAt> = exports(&self.folder).map_err(io)?.into_iter().filter(|(_, of, _)| *of == t).collect();
-        // Two sessions may have answered the same pull. Where nobody knows which payload was merged, the one that reached the store counts,
-        // else the first.
+        let exports: Vec<ExportAt> = exports(&self.folder, ".export").map_err(io)?.into_iter().filter(|(_, of, _)| *of == t).collect();
+        // Two sessions may have answered the same pull, and the segment of one answer does not open the other. Where nobody knows which payload
+        // was merged, the one that reached the store counts, else the first.
         let record = |at: &ExportAt| self.meta::<ExportRecord>(&export_name(*at, ".export"));
-        let merged = exports.iter().find(|at| record(at).is_ok_and(|record| Some(&record.payload) == payload));
-        let uploaded = exports.iter().find(|at| self.folder.join(name((at.0, at.1), ".uploaded")).exists());
-        let export_at = *merged.or(uploaded).or(exports.first()).ok_or_else(missing)?;
+        let uploaded = |at: &&ExportAt| self.folder.join(name((at.0, at.1), ".uploaded")).exists();
+        let found = match payload {
+            Some(payload) => exports.iter().find(|at| record(at).is_ok_and(|record| record.payload == *payload)),
+            None => exports.iter().find(uploaded).or(exports.first()),
+        };
+        let export_at = *found.ok_or_else(missing)?;
         let export = record(&export_at)?;
         let start = (export_at.0, export.start_step);
         let segment: Segment = self.meta(&name(start, ".segment")).map_err(|_| missing())?;
         let steps = (export.start_step..export_at.2).map(|step| self.step((export_at.0, step)).map_err(|_| missing()));
-        let residual = Some(self.folder.join(export_name(export_at, ".residual"))).filter(|path| path.exists());
-        Ok(OpenedSegment {
-            start_step: export.start_step,
-            versions: segment.versions,
-            state: self.folder.join(name(start, ".state")),
-            residual,
-            steps: steps.collect::<Result<_, _>>()?,
-        })
+        let steps: Vec<_> = steps.collect::<Result<_, _>>()?;
+        let residual = if export.has_residual { Some(self.residual(export_at)?) } else { None };
+        let state = self.checked(start, elements)?;
+        Ok(OpenedSegment { start_step: export.start_step, versions: segment.versions, state, residual, steps })
+    }
+
+    /// The file with what was withheld before an export, found whole.
+    fn residual(&self, at: ExportAt) -> Result<PathBuf, SpoolError> {
+        let path = self.folder.join(export_name(at, ".residual"));
+        let is_whole = || -> io::Result<bool> {
+            let mut file = fs::File::open(&path)?;
+            let Some(length) = file.metadata()?.len().checked_sub(DIGEST_BYTES as u64) else { return Ok(false) };
+            let (mut hasher, mut digest) = (blake3::Hasher::new(), [0; DIGEST_BYTES]);
+            hasher.update_reader(file.by_ref().take(length))?;
+            file.read_exact(&mut digest)?;
+            Ok(*hasher.finalize().as_bytes() == digest)
+        };
+        match is_whole() {
+            Ok(true) => Ok(path),
+            Ok(false) => Err(SpoolError::Damaged { path }),
+            Err(source) => Err(SpoolError::Io { path, source }),
+        }
     }
 
     fn meta<T: Encode + Decode<()>>(&self, file: &str) -> Result<T, SpoolError> {
@@ -275,12 +303,13 @@ impl Spool {
         codec::decode(&bytes, META_BYTES_MAX).map_err(|_| SpoolError::Damaged { path })
     }
 
-    /// A step file: length of the description (le32), the description, the expert choices (le16 each).
+    /// A step file: length of the description (le32), the description, the expert choices (le16 each), BLAKE3 of all before.
     fn step(&self, at: Moment) -> Result<(OpenedStep, Vec<u16>), SpoolError> {
         let path = self.folder.join(name(at, ".step"));
         let bytes = fs::read(&path).map_err(|source| SpoolError::Io { path: path.clone(), source })?;
         let parse = || {
-            let (length, rest) = bytes.split_first_chunk::<4>()?;
+            let (content, _) = bytes.split_last_chunk::<DIGEST_BYTES>().filter(|(content, end)| Digest::blake3(content).0 == **end)?;
+            let (length, rest) = content.split_first_chunk::<4>()?;
             let (meta, routes) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
             let step: OpenedStep = codec::decode(meta, META_BYTES_MAX).ok()?;
             Some((step, routes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect()))
@@ -297,14 +326,14 @@ fn export_name((session, t, local_step): ExportAt, ending: &str) -> String {
     format!("{session:016}-{t:012}-{local_step:012}{ending}")
 }
 
-/// All exports, in order.
-fn exports(folder: &Path) -> io::Result<BTreeSet<ExportAt>> {
+/// All exports that have a file with this ending, in order.
+fn exports(folder: &Path, ending: &str) -> io::Result<BTreeSet<ExportAt>> {
     let parse = |stem: String| {
         let mut numbers = stem.split('-').map(str::parse::<u64>);
         let at = (numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?);
         numbers.next().is_none().then_some(at)
     };
-    Ok(files::stems(folder, ".export")?.into_iter().filter_map(parse).collect())
+    Ok(files::stems(folder, ending)?.into_iter().filter_map(parse).collect())
 }
 
 /// Moments of all files with this ending, in order.
@@ -316,7 +345,21 @@ fn moments(folder: &Path, ending: &str) -> io::Result<BTreeSet<Moment>> {
     Ok(files::stems(folder, ending)?.into_iter().filter_map(parse).collect())
 }
 
-/// An error on its way out of [`files::write_with`].
+/// Removes what a process left that was killed between two writes: files that are not whole, and those that nothing describes.
+fn remove_leftovers(folder: &Path) -> io::Result<()> {
+    files::remove_temporary(folder)?;
+    let (states, segments) = (moments(folder, ".state")?, moments(folder, ".segment")?);
+    for at in states.difference(&segments) {
+        files::remove(&folder.join(name(*at, ".state")))?;
+    }
+    let (residuals, described) = (exports(folder, ".residual")?, exports(folder, ".export")?);
+    for at in residuals.difference(&described) {
+        files::remove(&folder.join(export_name(*at, ".residual")))?;
+    }
+    Ok(())
+}
+
+/// An error on its way out of [`files::write_lasting_with`].
 struct Saving(TrainError);
 
 impl From<io::Error> for Saving {
@@ -348,7 +391,7 @@ impl Writer {
     fn write(&mut self, write: Write) -> io::Result<()> {
         match write {
             Write::State { at, bytes } => {
-                let written = files::write_whole(&self.folder.join(name(at, ".state")), &[&bytes]);
+                let written = files::write_lasting(&self.folder.join(name(at, ".state")), &[&bytes]);
                 let _ = self.spare.send(bytes);
                 written
             }
@@ -357,15 +400,19 @@ impl Writer {
                 Ok(())
             }
             Write::Segment { at, versions } => {
-                files::write_whole(&self.folder.join(name(at, ".segment")), &[&codec::encode(&Segment { versions })])?;
+                files::write_lasting(&self.folder.join(name(at, ".segment")), &[&codec::encode(&Segment { versions })])?;
                 self.trim()
             }
             Write::Step { at, step, routes } => {
                 let meta = codec::encode(&*step);
+                let length = (meta.len() as u32).to_le_bytes();
                 let routes: Vec<u8> = routes.0.iter().flat_map(|route| route.to_le_bytes()).collect();
-                files::write_whole(&self.folder.join(name(at, ".step")), &[&(meta.len() as u32).to_le_bytes(), &meta, &routes])
+                let mut hasher = blake3::Hasher::new();
+                hasher.update(&length).update(&meta).update(&routes);
+                let digest = *hasher.finalize().as_bytes();
+                files::write_whole(&self.folder.join(name(at, ".step")), &[&length, &meta, &routes, &digest])
             }
-            Write::Export { at, record } => files::write_whole(&self.folder.join(export_name(at, ".export")), &[&codec::encode(&record)]),
+            Write::Export { at, record } => files::write_lasting(&self.folder.join(export_name(at, ".export")), &[&codec::encode(&record)]),
             Write::Release { below } => {
                 self.released = self.released.max(below);
                 self.trim()
@@ -379,7 +426,7 @@ impl Writer {
 
     /// Removes what no audit can ask for any more.
     fn trim(&mut self) -> io::Result<()> {
-        let exports = exports(&self.folder)?;
+        let exports = exports(&self.folder, ".export")?;
         let newest = exports.iter().map(|(_, t, _)| *t).max().unwrap_or(0);
         let mut kept = BTreeSet::new();
         for at in exports {
@@ -390,9 +437,9 @@ impl Writer {
                     kept.insert((at.0, record.start_step));
                 }
                 _ => {
-                    remove(&path)?;
-                    remove(&self.folder.join(name((at.0, at.1), ".uploaded")))?;
-                    remove(&self.folder.join(export_name(at, ".residual")))?;
+                    files::remove(&path)?;
+                    files::remove(&self.folder.join(name((at.0, at.1), ".uploaded")))?;
+                    files::remove(&self.folder.join(export_name(at, ".residual")))?;
                 }
             }
         }
@@ -400,22 +447,15 @@ impl Writer {
         // A restart begins with the newest, and the next export may belong to the one before it.
         kept.extend(segments.iter().rev().take(2));
         for at in segments.difference(&kept) {
-            remove(&self.folder.join(name(*at, ".segment")))?;
-            remove(&self.folder.join(name(*at, ".state")))?;
+            files::remove(&self.folder.join(name(*at, ".segment")))?;
+            files::remove(&self.folder.join(name(*at, ".state")))?;
         }
         // A step belongs to the segment that began last before it.
         let is_kept = |step: &Moment| segments.range(..=*step).next_back().is_none_or(|segment| kept.contains(segment));
         for at in moments(&self.folder, ".step")?.iter().filter(|step| !is_kept(step)) {
-            remove(&self.folder.join(name(*at, ".step")))?;
+            files::remove(&self.folder.join(name(*at, ".step")))?;
         }
         Ok(())
-    }
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }
 
@@ -460,11 +500,53 @@ mod tests {
         spool.flush().unwrap();
         drop(spool);
         let spool = Spool::open(folder.path().join("spool"), 60, 72).unwrap();
-        let opened = spool.open_segment(100, None).unwrap();
+        let opened = spool.open_segment(100, None, 2).unwrap();
         assert_eq!((opened.start_step, opened.versions), (4, vec![9, 4]));
         assert_eq!(opened.steps.iter().map(|(step, routes)| (step.local_step, routes[0])).collect::<Vec<_>>(), [(4, 4), (5, 5), (6, 6)]);
         assert_eq!(fs::read(opened.state).unwrap(), state(4).to_bytes());
-        assert!(matches!(spool.open_segment(101, None), Err(SpoolError::Missing { t: 101, .. })));
+        assert!(matches!(spool.open_segment(101, None, 2), Err(SpoolError::Missing { t: 101, .. })));
+    }
+
+    #[test]
+    fn what_a_power_loss_tore_is_not_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::open(folder.path().to_owned(), 50, 72).unwrap();
+        let residual = folder.path().join("5.residual");
+        fs::write(&residual, [b"withheld".as_slice(), &Digest::blake3(b"withheld").0].concat()).unwrap();
+        fill(&spool, 0..7);
+        spool.put_export(100, (4, 7), Digest::ZERO, Some(&residual)).unwrap();
+        let open = |elements| spool.open_segment(100, None, elements).map(drop);
+        assert!(open(2).is_ok());
+        assert!(matches!(open(3), Err(SpoolError::Damaged { .. })), "a state of another model");
+        let files = [name((50, 4), ".state"), name((50, 5), ".step"), export_name((50, 100, 7), ".residual")];
+        for path in files.map(|file| folder.path().join(file)) {
+            let whole = fs::read(&path).unwrap();
+            let mut changed = whole.clone();
+            changed[whole.len() / 2] ^= 1;
+            for torn in [&whole[..whole.len() / 2], &whole[..0], &changed[..]] {
+                fs::write(&path, torn).unwrap();
+                assert!(matches!(open(2), Err(SpoolError::Damaged { .. } | SpoolError::Missing { .. })), "{}", path.display());
+            }
+            fs::remove_file(&path).unwrap();
+            assert!(open(2).is_err(), "{}", path.display());
+            fs::write(&path, whole).unwrap();
+        }
+        assert!(open(2).is_ok());
+    }
+
+    #[test]
+    fn what_a_kill_left_behind_is_gone_after_the_next_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::open(folder.path().to_owned(), 50, 72).unwrap();
+        fill(&spool, 0..5);
+        drop(spool);
+        // The kill came after a state and after a residual, before what describes them.
+        let left = [name((50, 8), ".state"), name((50, 12), ".state.tmp"), export_name((50, 100, 5), ".residual")];
+        left.iter().for_each(|file| fs::write(folder.path().join(file), b"left").unwrap());
+        let spool = Spool::open(folder.path().to_owned(), 60, 72).unwrap();
+        assert!(left.iter().all(|file| !folder.path().join(file).exists()));
+        assert_eq!(moments(folder.path(), ".state").unwrap().len(), 2);
+        assert_eq!(newest(&spool).step, 4);
     }
 
     #[test]
@@ -477,11 +559,13 @@ mod tests {
         let second = Spool::open(folder.path().to_owned(), 60, 72).unwrap();
         fill(&second, 0..9);
         second.put_export(100, (4, 8), Digest::blake3(b"second"), None).unwrap();
-        assert_eq!(second.open_segment(100, None).unwrap().start_step, 0);
+        assert_eq!(second.open_segment(100, None, 2).unwrap().start_step, 0);
         second.mark_uploaded(100);
-        assert_eq!(second.open_segment(100, None).unwrap().start_step, 4);
-        let of = |payload: &[u8]| second.open_segment(100, Some(&Digest::blake3(payload))).unwrap().start_step;
+        assert_eq!(second.open_segment(100, None, 2).unwrap().start_step, 4);
+        let of = |payload: &[u8]| second.open_segment(100, Some(&Digest::blake3(payload)), 2).unwrap().start_step;
         assert_eq!((of(b"first"), of(b"second")), (0, 4), "whatever was marked");
+        let unknown = second.open_segment(100, Some(&Digest::blake3(b"of a lost disk")), 2);
+        assert!(matches!(unknown, Err(SpoolError::Missing { t: 100, .. })), "another answer's segment would fail the audit");
         // The pull is opened once more, and this session answers it once more.
         second.put_export(100, (8, 9), Digest::blake3(b"third"), None).unwrap();
         assert_eq!((of(b"second"), of(b"third")), (4, 8));
@@ -520,7 +604,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let spool = Spool::open(folder.path().to_owned(), 50, 10).unwrap();
         let residual = folder.path().join("5.residual");
-        fs::write(&residual, b"withheld").unwrap();
+        let withheld = [b"withheld".as_slice(), &Digest::blake3(b"withheld").0].concat();
+        fs::write(&residual, &withheld).unwrap();
         fill(&spool, 0..8);
         spool.put_export(100, (0, 2), Digest::ZERO, Some(&residual)).unwrap();
         files::write_whole(&residual, &[b"something else"]).unwrap();
@@ -529,19 +614,19 @@ mod tests {
         let numbers = |ending| moments(folder.path(), ending).unwrap().into_iter().map(|(_, number)| number).collect::<Vec<_>>();
         assert_eq!(numbers(".state"), [0, 32, 36]);
         assert_eq!(numbers(".step"), [vec![0, 1, 2, 3], (32..40).collect()].concat());
-        let opened = spool.open_segment(100, None).unwrap();
+        let opened = spool.open_segment(100, None, 2).unwrap();
         assert_eq!((opened.start_step, opened.steps.len()), (0, 2));
-        assert_eq!(fs::read(opened.residual.unwrap()).unwrap(), b"withheld");
+        assert_eq!(fs::read(opened.residual.unwrap()).unwrap(), withheld);
         spool.put_export(109, (36, 40), Digest::ZERO, None).unwrap();
         fill(&spool, 40..44);
-        let exports = || super::exports(folder.path()).unwrap().into_iter().map(|(_, t, _)| t).collect::<Vec<_>>();
+        let exports = || super::exports(folder.path(), ".export").unwrap().into_iter().map(|(_, t, _)| t).collect::<Vec<_>>();
         let residuals = || files::stems(folder.path(), ".residual").unwrap().len() - 1;
         assert_eq!((exports(), residuals()), (vec![100, 109], 1));
         spool.put_export(110, (40, 44), Digest::ZERO, None).unwrap();
         fill(&spool, 44..48);
         assert_eq!((exports(), residuals()), (vec![109, 110], 0));
         assert_eq!(numbers(".state"), [36, 40, 44]);
-        assert!(matches!(spool.open_segment(100, None), Err(SpoolError::Missing { t: 100, .. })));
+        assert!(matches!(spool.open_segment(100, None, 2), Err(SpoolError::Missing { t: 100, .. })));
         // The audit of their cycle is drawn, and opened.
         spool.release(110).unwrap();
         spool.flush().unwrap();

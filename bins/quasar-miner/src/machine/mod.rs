@@ -100,6 +100,8 @@ pub enum End {
     OutOfMemory(String),
     /// The trainer failed for good.
     Broken(String),
+    /// By the edge: the wall clock was set back so far that this session's times are of no use.
+    ClockSetBack,
 }
 
 impl End {
@@ -107,7 +109,7 @@ impl End {
         match self {
             Self::Stopped | Self::LeasesDone | Self::NextRun => Exit::Done,
             Self::Fenced { .. } => Exit::Configuration,
-            Self::Unregistered => Exit::TryLater,
+            Self::Unregistered | Self::ClockSetBack => Exit::TryLater,
             Self::DiskFull | Self::OutOfMemory(_) | Self::Broken(_) => Exit::Unavailable,
         }
     }
@@ -215,6 +217,15 @@ impl Learner {
     /// Why the learner is over, once it is.
     pub fn end(&self) -> Option<&End> {
         self.ending.as_ref().filter(|ending| ending.is_over).map(|ending| &ending.end)
+    }
+
+    /// What the learner waits for before it can do anything, for people.
+    pub fn unready(&self) -> Option<&'static str> {
+        match self.registration.unregistered_since_ms {
+            _ if self.grants.has_standing() => None,
+            Some(_) => Some(Reason::NotRegistered.sentence()),
+            None => Some("the orchestrator has not granted anything yet"),
+        }
     }
 
     fn finish(&mut self, end: End, now_ms: u64) {

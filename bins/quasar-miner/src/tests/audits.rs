@@ -138,6 +138,26 @@ fn a_segment_of_an_earlier_session_is_opened_after_a_restart() {
 }
 
 #[test]
+fn a_segment_whose_state_is_torn_leaves_the_record_without_parts_and_training_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::new(folder.path(), START_MS);
+    committed(&mut world);
+    world.plane.spool.flush().unwrap();
+    let files = std::fs::read_dir(folder.path().join("spool")).unwrap().map(|entry| entry.unwrap().path());
+    let states: Vec<_> = files.filter(|path| path.extension().is_some_and(|ending| ending == "state")).collect();
+    assert!(!states.is_empty());
+    for state in states {
+        let bytes = std::fs::read(&state).unwrap();
+        std::fs::write(state, &bytes[..bytes.len() / 2]).unwrap();
+    }
+    world.notice(Digest::blake3(b"audit"), 1);
+    world.run_for(1_000);
+    assert!(world.record().openings.is_empty());
+    let steps = world.record().local_step;
+    train(&mut world, steps + 4);
+}
+
+#[test]
 fn a_segment_that_is_gone_leaves_the_record_without_parts() {
     let folder = tempfile::tempdir().unwrap();
     let mut world = World::new(folder.path(), START_MS);

@@ -264,8 +264,10 @@ fn an_unregistered_hotkey_is_told_so_and_given_up_after_ten_minutes() {
     let (_folder, mut world) = world();
     world.echo = None;
     world.registered = Some(false);
+    assert!(world.machine.unready().unwrap().contains("granted"));
     world.run_for(599_000);
     assert_eq!(world.end(), None);
+    assert!(world.machine.unready().unwrap().contains("not registered"));
     world.run_for(70_000);
     assert_eq!((world.end(), world.machine.exit()), (Some(&End::Unregistered), Some(Exit::TryLater)));
     assert!(world.records.is_empty());
@@ -283,4 +285,5 @@ fn a_registered_hotkey_waits_for_its_grants_as_long_as_it_takes() {
     world.echo = Some(START_MS);
     world.job.leases[0].deadline_ms = u64::MAX;
     train(&mut world, 1);
+    assert_eq!(world.machine.unready(), None);
 }

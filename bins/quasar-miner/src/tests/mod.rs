@@ -4,4 +4,4 @@
 mod audits;
 mod faults;
 mod learning;
-mod world;
+pub(crate) mod world;

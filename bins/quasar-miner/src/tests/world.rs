@@ -267,7 +267,7 @@ impl World {
             dropped: vec![],
             receipts: BTreeMap::new(),
             later: BTreeMap::new(),
-            openings: crate::edge::OpeningFiles::open(folder.join("openings")).unwrap(),
+            openings: crate::edge::OpeningFiles::open(folder.join("openings"), u64::MAX, parameters().audit.opening_ms, now_ms).unwrap(),
         };
         for fragment in 0..FRAGMENTS {
             world.publish(fragment as u16, 0);
@@ -507,12 +507,13 @@ impl World {
 
     fn prepare(&self, audit: Digest, t: u64, key: [u8; 32]) -> Option<Vec<PreparedPart>> {
         let sign = |manifest: &OpeningManifest| protocol::codec::encode(manifest);
-        self.openings.prepare((&audit, t, None), &key, |part| vec![part], &self.plane.spool, sign).ok()
+        let spool = (&self.plane.spool, toy().plan().total_elements() as usize);
+        self.openings.prepare((&audit, t, None), &key, |part| vec![part], spool, sign).ok()
     }
 
     /// A part of a prepared opening, as its validator sees it.
     pub fn opening_part(&self, audit: &Digest, part: u8) -> Vec<u8> {
-        let (sealed, mut plain) = (self.openings.read(audit, part).unwrap(), Vec::new());
+        let (sealed, mut plain) = (self.openings.read(audit, part, 0..u64::MAX).unwrap(), Vec::new());
         seal_stream::open(&opening_key().0, &[part], &mut &sealed[..], &mut plain, 1 << 30).unwrap();
         plain
     }
