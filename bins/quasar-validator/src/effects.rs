@@ -8,6 +8,7 @@ mod files;
 pub mod grants;
 mod heads;
 pub mod keyframes;
+mod openings;
 #[cfg(test)]
 mod tests;
 pub mod tokens;
@@ -18,19 +19,20 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use ::chain::Hotkey;
-use bytes::Bytes;
 use daemon::driver::Inputs;
 use daemon::evidence::Evidence as Proofs;
 use daemon::health::Component;
 use daemon::sequence::Sequence;
 use daemon::{Executor, Journal, clock};
 use fragments::codec::PayloadHeader;
+use protocol::AccountId;
 use protocol::audits::Selection;
-use protocol::documents::{AuditOrder, OPENING_PARTS, PROGRESS_BYTES, Score, Scores, VerdictResult};
+use protocol::documents::{
+    AuditOrder, OPENING_PARTS, PROGRESS_BYTES, Score, Scores, VerdictResult, opening_bytes_max, opening_volume_bytes,
+};
 use protocol::envelope::Document;
-use protocol::{AccountId, Digest};
 use storage::client::GrantAccess;
-use storage::discovery::{DiscoveryError, RunFacts, RunReader};
+use storage::discovery::{RunFacts, RunReader};
 use storage::seal_stream;
 use zeroize::Zeroizing;
 
@@ -43,14 +45,11 @@ use bench::{Bench, OpenEngine};
 use chain::ChainDesk;
 use grants::Grants;
 use heads::LogHeads;
-use keyframes::Keyframes;
+use keyframes::{Keeper, Keyframes};
+use openings::OpenedParts;
 use tokens::TokenCache;
 pub use trouble::Trouble;
 use verdicts::VerdictDesk;
-
-/// Largest opened part in bytes for each element of the model (weights and two moments in f32), and for the rest.
-const OPENING_BYTES_PER_ELEMENT: u64 = 16;
-const OPENING_BYTES_MIN: u64 = 16 << 20;
 
 /// What the effects of one run need.
 pub struct EffectSettings<'a> {
@@ -83,6 +82,9 @@ pub struct Effects {
     grants: Arc<Grants>,
     base: Arc<BaseTree>,
     keyframes: Arc<Keyframes>,
+    openings: OpenedParts,
+    /// Fetches keyframes as long as this lives.
+    _keeper: Keeper,
     bench: Bench,
     verdicts: VerdictDesk,
     chain: ChainDesk,
@@ -107,6 +109,7 @@ impl Effects {
             weights_health,
         } = settings;
         let (facts, own) = (reader.facts().clone(), hotkey.account());
+        let elements = facts.plan.total_elements();
         let (reader, archive) = (Arc::new(tokio::sync::Mutex::new(reader)), Arc::new(archive));
         let proofs = Arc::new(Proofs { folder: state_dir.to_owned(), context: facts.context, finder: hotkey.clone() });
         let grants = Arc::new(Grants::new(reader.clone(), facts.clone(), access, own, secret, proofs.clone()));
@@ -116,6 +119,7 @@ impl Effects {
         base.tidy();
         keyframes::tidy(&runs, &folder);
         let keyframes = Arc::new(Keyframes::new(facts.clone(), grants.clone(), base.clone(), folder));
+        let keeper = keyframes.keeper();
         let tokens = Arc::new(TokenCache::new(facts.clone(), grants.clone(), state_dir.join("tokens")));
         let handle = tokio::runtime::Handle::current();
         let bench = Bench::start(facts.clone(), open_engine, keyframes.clone(), tokens, handle).map_err(Trouble::io(state_dir))?;
@@ -141,7 +145,28 @@ impl Effects {
             kept: Arc::default(),
             genesis: facts.context.genesis,
         };
-        Ok(Self { own, proofs, log, facts, reader, archive, grants, base, keyframes, bench, verdicts, chain, store_health })
+        Ok(Self {
+            own,
+            proofs,
+            log,
+            facts,
+            reader,
+            archive,
+            grants,
+            base,
+            keyframes,
+            openings: OpenedParts::new(state_dir.join("openings"), opening_volume_bytes(elements)),
+            _keeper: keeper,
+            bench,
+            verdicts,
+            chain,
+            store_health,
+        })
+    }
+
+    /// How the thread that audits is doing.
+    pub fn bench_watch(&self) -> bench::Watch {
+        self.bench.watch()
     }
 
     async fn head(&self) -> Option<Box<HeadFacts>> {
@@ -153,7 +178,7 @@ impl Effects {
                 Some(Box::new(HeadFacts::from(head)))
             }
             Err(error) => {
-                if let DiscoveryError::Equivocation { proof, .. } = &error {
+                if let Some(proof) = error.proof() {
                     self.proofs.keep(proof);
                 }
                 self.store_health.not_ready(Trouble::from(error).line());
@@ -212,13 +237,16 @@ impl Effects {
             let tree = self.base.folder().await?.to_owned();
             let evidence = self.evidence(&subject, versions).await?;
             let judgement = self.bench.judge(tree, subject.clone(), evidence).await?;
-            // Own trouble may pass: the machine decides how often that is tried.
+            // The machine decides how often that is tried.
             Ok(match judgement.result {
                 VerdictResult::NotEvaluated => Judged::Failed(judgement.note),
                 _ => Judged::Done(Box::new(judgement)),
             })
         };
-        judge.await.unwrap_or_else(|trouble: Trouble| Judged::Failed(trouble.line()))
+        judge.await.unwrap_or_else(|trouble: Trouble| {
+            let line = trouble.line();
+            if trouble.is_passing() { Judged::Unavailable(line) } else { Judged::Failed(line) }
+        })
     }
 
     async fn evidence(&self, subject: &Subject, versions: Vec<u64>) -> Result<Evidence, Trouble> {
@@ -229,20 +257,22 @@ impl Effects {
         let payload_bytes = PayloadHeader::new(codec, &self.facts.plan, self.facts.manifest.plan, fragment, 0).payload_bytes();
         let commitment = self.grants.get(Some(audit), &run.commitment(hotkey, *slot, *t), PROGRESS_BYTES as u64).await?;
         let payload = self.grants.get(Some(audit), &run.payload(hotkey, *slot, *t), payload_bytes).await?;
-        let limit = (self.facts.plan.total_elements() * OPENING_BYTES_PER_ELEMENT).max(OPENING_BYTES_MIN);
+        let (limit, keys) = (opening_bytes_max(self.facts.plan.total_elements()), run.slot(hotkey, *slot));
         let mut parts = Vec::new();
         for (number, part) in (0..OPENING_PARTS).zip(&order.opening) {
-            let key = run.opening(hotkey, *slot, audit, number);
-            let bytes = self.grants.get(Some(audit), &key, seal_stream::sealed_length(limit).min(part.length)).await?;
-            if Digest::sha256(&bytes) != part.sha256 {
-                return Err(Trouble::Digest { key });
+            let key = keys.opening(audit, number);
+            if part.length > seal_stream::sealed_length(limit) {
+                return Err(Trouble::malformed(key, "longer than any part of an opening of this run"));
             }
+            let fetched = self.openings.fetch(&self.grants, &keys, (audit, number), part).await?;
             let (info, secret) = (self.facts.context.opening_info(audit, number), order.opening_key.clone());
-            let open = move || {
-                let mut plain = Vec::with_capacity(bytes.len());
-                seal_stream::open(&secret, &info, &mut &bytes[..], &mut plain, limit).map(|()| Bytes::from(plain))
+            let open = move || Ok(fetched.is_intact()?.then(|| fetched.unsealed(&secret, &info, limit)));
+            let opened = tokio::task::spawn_blocking(open).await.map_err(|_| Trouble::BenchGone)?;
+            let Some(opened) = opened.map_err(Trouble::io(key.clone()))? else {
+                self.openings.remove(audit);
+                return Err(Trouble::Digest { key });
             };
-            match tokio::task::spawn_blocking(open).await.map_err(|_| Trouble::BenchGone)? {
+            match opened {
                 Ok(part) => parts.push(part),
                 // Whose fault that is cannot be told: the miner may have sealed badly, or the order may name another key. So it
                 // counts as not opened, and not as opened wrongly.
@@ -272,6 +302,9 @@ impl Effects {
         match self.reader.lock().await.moved(clock::now_ms()).await {
             Ok(has_moved) => has_moved,
             Err(error) => {
+                if let Some(proof) = error.proof() {
+                    self.proofs.keep(proof);
+                }
                 tracing::debug!(error = Trouble::from(error).line(), "the current run could not be looked up");
                 false
             }
@@ -287,17 +320,7 @@ impl Executor for Effects {
         let input = match effect {
             Effect::ReadHead => Input::Head(self.head().await),
             Effect::ReadMerge { t } => Input::Merge { t, manifest: self.published(&self.facts.run.merge(t)).await },
-            Effect::Keep(keyframe) => {
-                if let Err(trouble) = self.keyframes.keep(keyframe).await {
-                    tracing::debug!(
-                        fragment = keyframe.fragment,
-                        version = keyframe.version,
-                        error = trouble.line(),
-                        "a keyframe is fetched later"
-                    );
-                }
-                return;
-            }
+            Effect::Keep { keyframe, from } => return self.keyframes.demand(keyframe, from),
             Effect::ReadBlock => Input::Block(Self::of_chain(self.chain.block().await)),
             Effect::ReadChain => Input::Chain(Self::of_chain(self.chain.view().await).map(Box::new)),
             Effect::ReadBeacon { cycle, block } => Input::Beacon { cycle, hash: Self::of_chain(self.chain.beacon(block).await).flatten() },
@@ -305,7 +328,10 @@ impl Executor for Effects {
             Effect::Judge { subject, versions } => {
                 Input::Judged { audit: subject.selection.audit, judged: self.judge(*subject, versions).await }
             }
-            Effect::Commit(verdict) => Input::Committed { audit: verdict.audit, written: self.verdicts.commit(*verdict).await },
+            Effect::Commit(verdict) => {
+                self.openings.remove(&verdict.audit);
+                Input::Committed { audit: verdict.audit, written: self.verdicts.commit(*verdict).await }
+            }
             Effect::Reveal(audit) => Input::Revealed { audit, written: self.verdicts.reveal(audit).await },
             Effect::ReadVerdict(subject) => {
                 let audit = subject.selection.audit;

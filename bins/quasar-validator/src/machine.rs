@@ -27,12 +27,13 @@ use protocol::audits::Selection;
 use protocol::documents::{FragmentHead, Head, MergeManifest, RunParameters, RunState, Score, Verdict};
 use protocol::envelope::RunId;
 use protocol::log::{LogHead, LogRef};
+use protocol::schedule::cycle_of;
 use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
 
 use crate::audit::Subject;
 use audits::{Audits, Judged, OrderRead, Written};
-use cycles::{Cycles, KeyframeRef, VERSIONS_KEPT};
+use cycles::{Cycles, KeyframeRef, VERSIONS_KEPT, VERSIONS_KEPT_MAX};
 use log::LogMonitor;
 use poller::Poller;
 use scores::ScoreLedger;
@@ -149,8 +150,11 @@ pub enum Effect {
     ReadMerge {
         t: u64,
     },
-    /// Fetch a keyframe while its grant lives.
-    Keep(KeyframeRef),
+    /// Fetch a keyframe while its grant lives. No audit needs versions of its fragment below `from` any more.
+    Keep {
+        keyframe: KeyframeRef,
+        from: u64,
+    },
     ReadBlock,
     ReadChain,
     ReadBeacon {
@@ -265,7 +269,7 @@ impl Machine {
         self.ended
     }
 
-    fn on_head(&mut self, head: HeadFacts) {
+    fn on_head(&mut self, head: HeadFacts, now_ms: u64) {
         self.cycles.follow(head.closed_below);
         let contradictions = self.cycles.contradictions(&head.fragments);
         if !contradictions.is_empty() {
@@ -274,7 +278,8 @@ impl Machine {
                 "the head names other keyframes than the merge manifests: the orchestrator contradicts itself"
             );
         }
-        if let Err(fault) = self.log.follow(head.log, head.closed_below + u64::from(self.settings.parameters.overlap) + 1) {
+        let fresh_t = head.closed_below + u64::from(self.settings.parameters.overlap) + 1;
+        if let Err(fault) = self.log.follow(head.log, fresh_t, now_ms) {
             tracing::error!(%fault, "the append-only log was rewritten: the signed heads are kept in the state folder, and prove it");
         }
         self.head = Some(head);
@@ -291,16 +296,24 @@ impl Machine {
                 }
                 Some(fault) => tracing::error!(t = merge.t, %fault, "the merge manifest is faulty: nobody is credited for it"),
             }
-            self.log.expect(merge, now_ms);
+            self.log.expect(merge);
             let newest = self.head.as_ref().and_then(|head| head.fragments.get(usize::from(merge.fragment))).map_or(0, |head| head.version);
-            if merge.version > merge.base_version && merge.version.saturating_add(VERSIONS_KEPT) > newest {
-                self.effects.push_back(Effect::Keep(KeyframeRef {
-                    fragment: merge.fragment,
-                    version: merge.version,
-                    digest: merge.keyframe,
-                }));
+            let kept = self.versions_needed(cycle_of(merge.t, self.settings.parameters.fragments));
+            if merge.version > merge.base_version && merge.version.saturating_add(kept) > newest {
+                let keyframe = KeyframeRef { fragment: merge.fragment, version: merge.version, digest: merge.keyframe };
+                let from = merge.version.saturating_add(1).saturating_sub(kept);
+                self.effects.push_back(Effect::Keep { keyframe, from });
             }
         }
+    }
+
+    /// How many versions of a fragment that is merged in `cycle` audits may need.
+    fn versions_needed(&self, cycle: u64) -> u64 {
+        let waiting = self.cycles.oldest_closed().into_iter().chain(self.audits.oldest_cycle()).min();
+        // A fragment has one version a cycle at most. The segment of a contribution begins up to two cycles before its own, perhaps in
+        // versions of yet another cycle before.
+        let needed = waiting.map_or(0, |oldest| cycle.saturating_sub(oldest).saturating_add(4));
+        needed.clamp(VERSIONS_KEPT, VERSIONS_KEPT_MAX)
     }
 
     fn on_chain(&mut self, view: ChainView, now_ms: u64) {
@@ -368,7 +381,7 @@ impl Machine {
         }
         self.effects.extend(self.verdicts.wanted(now_ms).into_iter().map(|subject| Effect::ReadVerdict(Box::new(subject))));
         self.effects.extend(self.log.wanted(now_ms).map(|size| Effect::ReadLog { size }));
-        for commitment in self.log.overdue(now_ms) {
+        for commitment in self.log.overdue() {
             tracing::error!(%commitment, "a merged commitment is missing in the append-only log");
         }
         let versions = self.cycles.versions();
@@ -380,7 +393,7 @@ impl Machine {
         // Before the manifests are caught up after a restart, scores would be those of an earlier time.
         if let Some(head) = self.head.as_ref().filter(|head| self.cycles.folded_below() >= head.closed_below) {
             let is_final = head.state == RunState::Complete && self.cycles.is_settled() && self.verdicts.is_settled();
-            let cycles = protocol::schedule::cycle_of(self.cycles.folded_below(), self.settings.parameters.fragments);
+            let cycles = cycle_of(self.cycles.folded_below(), self.settings.parameters.fragments);
             // To add them up is too much for each input.
             if std::mem::take(&mut self.has_new_scores) || self.weighed != Some((cycles, is_final)) {
                 self.weighed = Some((cycles, is_final));
@@ -407,7 +420,7 @@ impl daemon::Machine for Machine {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 2;
+    const LAYOUT: u32 = 3;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         match input {
@@ -415,7 +428,7 @@ impl daemon::Machine for Machine {
             Input::Head(head) => {
                 self.head_poll.end(now_ms);
                 if let Some(head) = head {
-                    self.on_head(*head);
+                    self.on_head(*head, now_ms);
                 }
             }
             Input::Merge { t, manifest } => self.on_merge(t, manifest, now_ms),

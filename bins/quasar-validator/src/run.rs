@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use chain::{ChainLink, Hotkey};
 use daemon::driver::{DriverOptions, Recovered};
+use daemon::evidence::Evidence;
 use daemon::health::{self, Health};
 use daemon::seen::Memory;
 use daemon::settings::{CommonArgs, Role, ValidatorArgs, ValidatorSettings};
@@ -151,6 +152,14 @@ impl Validator {
                 following.await?;
                 Err(failure)
             }
+            // It is of no use any more until it is opened anew, and what the driver journals is elsewhere: nothing else would end this
+            // process, in which no verdict is written any more.
+            error = self.journal.failed() => {
+                self.shutdown.trigger();
+                // What else fails now fails for the same reason.
+                let _ = following.await;
+                Err(error.into())
+            }
         }
     }
 
@@ -190,6 +199,9 @@ impl Validator {
                 }
                 Err(error) if error.is_final() => return Err(Failure::configuration(error)),
                 Err(error) => {
+                    if let Some(proof) = error.proof() {
+                        Evidence { folder: self.state_dir.clone(), context: *roots.outside(), finder: self.hotkey.clone() }.keep(proof);
+                    }
                     component.not_ready("no run found yet");
                     waiting.log(&error.to_string());
                 }
@@ -238,6 +250,11 @@ impl Validator {
             weights_health: self.health.component("weights"),
         })
         .map_err(Failure::unavailable)?;
+        // Nothing ends a thread that hangs but the end of its process.
+        self.health.vital_probe("bench", {
+            let watch = effects.bench_watch();
+            move || watch.silence()
+        });
         // Public facts are the machine's memory: it starts fresh, and the driver's journal ends with the process.
         let memory = Arc::new(Journal::in_memory()?);
         let component = self.health.watched("driver", STALE_AFTER);

@@ -176,7 +176,7 @@ impl World {
         Some(match effect {
             Effect::ReadHead => Input::Head(self.read_head(index, id).await),
             Effect::ReadMerge { t } => Input::Merge { t, manifest: self.published::<MergeManifest>(id, &self.run.merge(t)).await },
-            Effect::Keep(_) => return None,
+            Effect::Keep { .. } => return None,
             Effect::ReadBlock => {
                 self.executor.sleep(self.plan.latency_ms).await;
                 Input::Block(self.chain.head().now_or_never().and_then(Result::ok).map(|head| head.number))
@@ -297,14 +297,19 @@ impl World {
         read
     }
 
-    async fn granted(&self, index: usize, id: NodeId, audit: &Digest, key: &str) -> Result<Bytes, String> {
+    async fn granted(&self, index: usize, id: NodeId, audit: &Digest, key: &str) -> Result<Bytes, Judged> {
         let now_ms = self.clock_ms(id);
         let grant = {
             let node = self.validators[index].borrow();
             node.memory.orders.get(audit).and_then(|(_, grants)| grants.find(Method::Get, key, now_ms).cloned())
         };
-        let grant = grant.ok_or_else(|| format!("no grant for {key}"))?;
-        self.redeem_get(id, &grant, 0).await.map_err(|error: GrantError| error.to_string())
+        let grant = grant.ok_or_else(|| Judged::Failed(format!("no grant for {key}")))?;
+        self.redeem_get(id, &grant, 0).await.map_err(|error| match error {
+            GrantError::Expired { .. } | GrantError::Absent { .. } | GrantError::Unavailable { .. } => {
+                Judged::Unavailable(error.to_string())
+            }
+            error => Judged::Failed(error.to_string()),
+        })
     }
 
     async fn judge(&self, index: usize, id: NodeId, subject: &Subject) -> Judged {
@@ -313,23 +318,25 @@ impl World {
                 let measured = Measurements { replayed_steps: 1, ..Measurements::NONE };
                 Judged::Done(Box::new(Judgement { result, reason, measured, note: String::new() }))
             }
-            Err(why) => Judged::Failed(why),
+            Err(judged) => judged,
         }
     }
 
-    /// Replays the opened segment.
-    async fn examine(&self, index: usize, id: NodeId, subject: &Subject) -> Result<(VerdictResult, Reason), String> {
+    /// Replays the opened segment; the error says why nothing could be judged.
+    async fn examine(&self, index: usize, id: NodeId, subject: &Subject) -> Result<(VerdictResult, Reason), Judged> {
+        let failed = |why: &str| Judged::Failed(why.to_owned());
         let Selection { audit, hotkey, slot, t, .. } = &subject.selection;
-        let order = self.validators[index].borrow().memory.orders.get(audit).map(|(order, _)| order.clone()).ok_or("no order")?;
+        let order = self.validators[index].borrow().memory.orders.get(audit).map(|(order, _)| order.clone());
+        let order = order.ok_or_else(|| failed("no order"))?;
         let keys = self.slot_keys((*hotkey, *slot));
         let bytes = self.granted(index, id, audit, &keys.own.commitment(*t)).await?;
-        let record =
-            self.plan.scheme.open::<Progress>(&bytes, &self.context, Expect::Account(hotkey), None).map_err(|error| error.to_string())?;
+        let record = self.plan.scheme.open::<Progress>(&bytes, &self.context, Expect::Account(hotkey), None);
+        let record = record.map_err(|error| failed(&error.to_string()))?;
         if record.id != subject.contribution.commitment {
-            return Err("the stored commitment is not the one that the merge manifest lists".into());
+            return Err(failed("the stored commitment is not the one that the merge manifest lists"));
         }
         let commitment = record.document.commitments.iter().find(|one| one.t == *t && one.blake3 == subject.contribution.payload).cloned();
-        let commitment = commitment.ok_or("the signed record holds no commitment to this contribution")?;
+        let commitment = commitment.ok_or_else(|| failed("the signed record holds no commitment to this contribution"))?;
         let payload = self.granted(index, id, audit, &keys.own.payload(*t)).await?;
         if Digest::blake3(&payload) != commitment.blake3 {
             return Ok((VerdictResult::Inconclusive, Reason::DigestMismatch));
@@ -355,7 +362,7 @@ impl World {
         }
         let keyframe = |fragment, version| self.peek(&self.run.keyframe(fragment, version));
         let Some(replayed) = tensors::replay(state, &manifest.steps, commitment.fragment, commitment.base_version, keyframe) else {
-            return Err("a keyframe is missing".into());
+            return Err(failed("a keyframe is missing"));
         };
         if replayed != payload {
             return mismatch(Reason::ReplayMismatch);

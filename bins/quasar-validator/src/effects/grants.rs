@@ -12,7 +12,7 @@ use protocol::envelope::Verified;
 use protocol::{AccountId, Digest, GrantBundle, GrantRequest, Method};
 use storage::bundle;
 use storage::client::{GrantAccess, PutOutcome};
-use storage::discovery::{DiscoveryError, RunFacts, RunReader};
+use storage::discovery::{RunFacts, RunReader};
 use zeroize::Zeroizing;
 
 use super::trouble::Trouble;
@@ -89,6 +89,14 @@ impl Grants {
         self.lock().orders.remove(audit);
     }
 
+    /// Lets the grants of an audit expire.
+    #[cfg(test)]
+    pub fn expire(&self, audit: &Digest) {
+        if let Some(order) = self.lock().orders.get_mut(audit) {
+            Arc::make_mut(&mut order.bundle).requests.iter_mut().for_each(|request| request.expires_ms = 0);
+        }
+    }
+
     /// A request that has not expired, of the audit if one is named, or standing.
     fn find(&self, audit: Option<&Digest>, method: Method, key: &str) -> Option<GrantRequest> {
         let now_ms = clock::now_ms();
@@ -97,13 +105,23 @@ impl Grants {
         order.into_iter().chain([bundles.standing.as_ref()]).find_map(|bundle| bundle.find(method, key, now_ms).cloned())
     }
 
+    /// Whether the order of the audit had a request for `key`: then nobody brings another one.
+    fn was_ordered(&self, audit: Option<&Digest>, method: Method, key: &str) -> bool {
+        let bundles = self.lock();
+        let order = audit.and_then(|audit| bundles.orders.get(audit));
+        order.is_some_and(|order| order.bundle.requests.iter().any(|request| request.method == method && request.key == key))
+    }
+
     /// The request for `key`; looks for newer standing grants where there is none.
     pub async fn grant(&self, audit: Option<&Digest>, method: Method, key: &str) -> Result<GrantRequest, Trouble> {
         if let Some(grant) = self.find(audit, method, key) {
             return Ok(grant);
         }
         self.refresh().await?;
-        self.find(audit, method, key).ok_or_else(|| Trouble::NoGrant { key: key.to_owned() })
+        self.find(audit, method, key).ok_or_else(|| {
+            let key = key.to_owned();
+            if self.was_ordered(audit, method, &key) { Trouble::OrderExpired { key } } else { Trouble::NoGrant { key } }
+        })
     }
 
     /// Looks for newer standing grants, not too often.
@@ -118,7 +136,7 @@ impl Grants {
         }
         let key = self.facts.run.standing(&self.own, 0);
         let found = self.reader.lock().await.poll::<StandingGrants>(&key, now_ms).await.inspect_err(|error| {
-            if let DiscoveryError::Equivocation { proof, .. } = error {
+            if let Some(proof) = error.proof() {
                 self.proofs.keep(proof);
             }
         });

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,7 @@ use bytes::Bytes;
 use daemon::driver::{DriverOptions, Recovered};
 use daemon::health::Health;
 use daemon::{Driver, Exit, Journal, Shutdown, clock};
+use fragments::delta;
 use fragments::keyframe::{self, KeyframeId};
 use model::{ToyTrainer, TrainError};
 use protocol::audits::select;
@@ -19,7 +22,7 @@ use protocol::envelope::{Context, Document, Expect, RunId, header_for, open_stor
 use protocol::log::{Frontier, LogEntry, LogHead, LogKind, LogRef};
 use protocol::paths::{Keys, RunKeys, public_prefix};
 use protocol::{AccountId, Digest, Ed25519Signer, FileRecord, GrantBundle, GrantRequest, KeyKind, Reason, Signer};
-use storage::client::{GrantClient, PublicReader};
+use storage::client::{GrantClient, GrantError, PublicReader, PutOutcome};
 use storage::roots::Roots;
 use storage::server::{Backend, S3Server, ServerSettings};
 use storage::{ObjectStore, Presign, PutCondition, S3Settings, S3Store, bundle};
@@ -27,6 +30,7 @@ use storage::{ObjectStore, Presign, PutCondition, S3Settings, S3Store, bundle};
 use super::*;
 use crate::audit::Engine;
 use crate::audit::tests::{Case, Cheat, FRAGMENT, T, World, case, signer, token_file};
+use crate::machine::cycles::KeyframeRef;
 use crate::machine::fixture::{contribution, merge};
 use crate::machine::weights::WeightSettings;
 use crate::machine::{Machine, MachineSettings};
@@ -54,6 +58,8 @@ struct Published {
     state: tempfile::TempDir,
     journal: Arc<Journal>,
     sealed_parts: Mutex<HashMap<u8, Bytes>>,
+    /// Keys of volumes behind the first ones, which an order grants as well.
+    volumes: Mutex<Vec<String>>,
 }
 
 /// What the opening is sealed to.
@@ -176,6 +182,7 @@ impl Published {
             case,
             world,
             sealed_parts: Mutex::default(),
+            volumes: Mutex::default(),
         };
         published.publish_run(&merges(published.case.subject.contribution.clone(), Digest::blake3(&keyframe)), &keyframe).await;
         published
@@ -264,27 +271,7 @@ impl Published {
         };
         self.put_document(&self.run.head(), &world.context, &head).await;
 
-        let standing = [
-            keys.release_manifest(RELEASE),
-            keys.release_file(RELEASE, "model.safetensors"),
-            self.run.keyframe(FRAGMENT, 1),
-            keys.shard_tokens("held"),
-        ];
-        let own = self.hotkey.account();
-        let scores = (0..4).map(|epoch| self.put_grant(&self.run.scores(&own, epoch), SCORES_BYTES));
-        let requests = standing.iter().map(|key| self.get_grant(key)).chain(scores).collect();
-        let header = header_for::<StandingGrants>(&world.context, self.orchestrator.key(), 1, clock::now_ms());
-        let sealed = bundle::seal_to(
-            &world.context,
-            protocol::envelope::Purpose::StandingGrants,
-            &header,
-            &self.hotkey.sealing_public(),
-            &GrantBundle { requests },
-        )
-        .unwrap();
-        let grants = StandingGrants { hotkey: own, slot: 0, session_epoch: 0, sealed };
-        self.put(&self.run.standing(&own, 0), sign_with_header(header, &grants, &self.orchestrator)).await;
-
+        self.publish_standing(1, &[]).await;
         let selection = &self.case.subject.selection;
         let evidence = &self.case.evidence;
         self.put(&self.run.payload(&selection.hotkey, 0, T), evidence.payload.clone()).await;
@@ -292,6 +279,24 @@ impl Published {
         for (part, bytes) in self.parts().into_iter().enumerate() {
             self.put(&self.run.opening(&selection.hotkey, 0, &selection.audit, part as u8), bytes).await;
         }
+    }
+
+    /// Publishes standing grants: the usual ones, and for reading `more` keys.
+    async fn publish_standing(&self, sequence: u64, more: &[String]) {
+        let (keys, context, own) = (Keys::new(NETUID), &self.world.context, self.hotkey.account());
+        let usual = [
+            keys.release_manifest(RELEASE),
+            keys.release_file(RELEASE, "model.safetensors"),
+            self.run.keyframe(FRAGMENT, 1),
+            keys.shard_tokens("held"),
+        ];
+        let scores = (0..4).map(|epoch| self.put_grant(&self.run.scores(&own, epoch), SCORES_BYTES));
+        let requests = usual.iter().chain(more).map(|key| self.get_grant(key)).chain(scores).collect();
+        let header = header_for::<StandingGrants>(context, self.orchestrator.key(), sequence, clock::now_ms());
+        let purpose = protocol::envelope::Purpose::StandingGrants;
+        let sealed = bundle::seal_to(context, purpose, &header, &self.hotkey.sealing_public(), &GrantBundle { requests }).unwrap();
+        let grants = StandingGrants { hotkey: own, slot: 0, session_epoch: 0, sealed };
+        self.put(&self.run.standing(&own, 0), sign_with_header(header, &grants, &self.orchestrator)).await;
     }
 
     fn parts(&self) -> Vec<Bytes> {
@@ -332,6 +337,7 @@ impl Published {
         let (hotkey, audit) = (&selection.hotkey, &selection.audit);
         let mut keys = vec![self.run.payload(hotkey, 0, T), self.run.commitment(hotkey, 0, T), Keys::new(NETUID).shard_tokens("train")];
         keys.extend((0..OPENING_PARTS).map(|part| self.run.opening(hotkey, 0, audit, part)));
+        keys.extend(self.volumes.lock().unwrap().iter().cloned());
         let mut requests: Vec<GrantRequest> = keys.iter().map(|key| self.get_grant(key)).collect();
         requests.push(self.put_grant(&self.run.verdict_commit(&own, audit), VERDICT_COMMIT_BYTES));
         if may_reveal {
@@ -544,11 +550,193 @@ async fn an_opening_that_cannot_be_unsealed_counts_as_none_because_nobody_can_te
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_opening_in_volumes_is_judged_as_one_and_a_volume_that_came_is_not_fetched_again() {
+    const VOLUME_BYTES: u64 = 1_000;
+    let published = Published::new(&Cheat::default()).await;
+    let selection = &published.case.subject.selection;
+    let keys = published.run.slot(&selection.hotkey, 0);
+    let key = |part: u8, volume| keys.opening_volume(&selection.audit, part, volume);
+    let mut last = 0;
+    for (part, bytes) in (0..).zip(published.parts()) {
+        for (volume, range) in opening_volumes(bytes.len() as u64, VOLUME_BYTES) {
+            published.put(&key(part, volume), bytes.slice(range.start as usize..range.end as usize)).await;
+            published.volumes.lock().unwrap().extend((volume > 0).then(|| key(part, volume)));
+            last = if part == 1 { volume } else { last };
+        }
+    }
+    assert!(last >= 2, "{last}");
+    published.publish_order(true, |_| {}).await;
+    let mut effects = published.effects(toys(&published.world)).await;
+    effects.openings.volume_bytes = VOLUME_BYTES;
+    assert_eq!(effects.order(selection).await, OrderRead::Fits);
+    let missing = published.store.get(&key(1, last), 1 << 20).await.unwrap().bytes;
+    published.store.delete(&key(1, last)).await.unwrap();
+    let judge = async || effects.judge(published.case.subject.clone(), vec![0, 1, 0]).await;
+    let judged = judge().await;
+    assert!(matches!(judged, Judged::Unavailable(_)), "{judged:?}");
+    // The store has the last one again, and the others no more.
+    published.put(&key(1, last), missing).await;
+    published.store.delete(&key(1, 0)).await.unwrap();
+    let judged = judge().await;
+    assert!(matches!(&judged, Judged::Done(judgement) if judgement.result == VerdictResult::Pass), "{judged:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn models_that_do_not_open_end_as_not_evaluated() {
     let published = Published::new(&Cheat::default()).await;
     published.publish_order(true, |_| {}).await;
     published.live(broken(), false, async |published: &Published| published.reveal().await.is_some()).await;
     assert_eq!(published.reveal().await.unwrap().verdict.result, VerdictResult::NotEvaluated);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_store_lacks_is_waited_for_and_models_that_do_not_open_are_not() {
+    let published = Published::new(&Cheat::default()).await;
+    published.publish_order(true, |_| {}).await;
+    let subject = &published.case.subject;
+    let judge = async |open_engine: OpenEngine| {
+        let effects = published.effects(open_engine).await;
+        assert_eq!(effects.order(&subject.selection).await, OrderRead::Fits);
+        effects.judge(subject.clone(), vec![0, 1, 0]).await
+    };
+    let judged = judge(broken()).await;
+    assert!(matches!(judged, Judged::Failed(_)), "{judged:?}");
+    // The evidence is here, and the rows of the loss test are not.
+    let held_out = Keys::new(NETUID).shard_tokens("held");
+    published.store.delete(&held_out).await.unwrap();
+    let judged = judge(toys(&published.world)).await;
+    assert!(matches!(judged, Judged::Unavailable(_)), "{judged:?}");
+    published.put(&held_out, token_file("held", 6)).await;
+    let judged = judge(toys(&published.world)).await;
+    assert!(matches!(judged, Judged::Done(_)), "{judged:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_grants_of_an_order_that_have_expired_are_not_waited_for() {
+    let published = Published::new(&Cheat::default()).await;
+    published.publish_order(true, |_| {}).await;
+    let effects = published.effects(broken()).await;
+    let selection = &published.case.subject.selection;
+    assert_eq!(effects.order(selection).await, OrderRead::Fits);
+    let key = published.run.payload(&selection.hotkey, 0, T);
+    effects.grants.expire(&selection.audit);
+    assert!(matches!(effects.grants.get(Some(&selection.audit), &key, 1 << 20).await, Err(Trouble::OrderExpired { .. })));
+    assert!(matches!(effects.grants.get(Some(&selection.audit), "another", 1).await, Err(Trouble::NoGrant { .. })));
+}
+
+/// A store that serves some files slowly and counts who reads them. The rest it leaves to another.
+struct Slow {
+    files: HashMap<String, Bytes>,
+    rest: GrantClient,
+    reads: AtomicUsize,
+    reading: AtomicUsize,
+    most: AtomicUsize,
+}
+
+type Answer<'f, T> = Pin<Box<dyn Future<Output = Result<T, GrantError>> + Send + 'f>>;
+
+// Spelt as the trait's macro spells it.
+impl GrantAccess for Slow {
+    fn get<'s, 'g, 'f>(&'s self, grant: &'g GrantRequest, range: Option<(u64, u64)>, limit: u64) -> Answer<'f, Bytes>
+    where
+        's: 'f,
+        'g: 'f,
+        Self: 'f,
+    {
+        Box::pin(async move {
+            let Some(file) = self.files.get(&grant.key) else { return self.rest.get(grant, range, limit).await };
+            self.reads.fetch_add(1, Ordering::SeqCst);
+            let reading = self.reading.fetch_add(1, Ordering::SeqCst) + 1;
+            self.most.fetch_max(reading, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            self.reading.fetch_sub(1, Ordering::SeqCst);
+            Ok(file.clone())
+        })
+    }
+
+    fn put<'s, 'g, 'f>(&'s self, grant: &'g GrantRequest, bytes: Bytes) -> Answer<'f, PutOutcome>
+    where
+        's: 'f,
+        'g: 'f,
+        Self: 'f,
+    {
+        self.rest.put(grant, bytes)
+    }
+}
+
+/// Waits until `is_so`.
+async fn until(mut is_so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < PATIENCE, "it did not get there");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn demanded_versions_are_made_two_at_a_time_each_from_the_one_before_until_the_keeper_goes() {
+    let published = Published::new(&Cheat::default()).await;
+    let world = &published.world;
+    let (mut files, mut refs) = (HashMap::new(), Vec::new());
+    for fragment in 0..3_u16 {
+        let mut replica = world.keyframes[usize::from(fragment)][0].clone();
+        for version in 1..=3 {
+            let base = KeyframeId { plan: world.plan.digest(), fragment: u32::from(fragment), version: version - 1 };
+            let theta: Vec<f32> = replica.iter().map(|value| value + 0.01).collect();
+            let frame = delta::write(&world.plan, &base, &replica, &theta).unwrap();
+            refs.push(KeyframeRef { fragment, version, digest: Digest::blake3(&frame.keyframe) });
+            files.insert(published.run.delta(fragment, version), Bytes::from(frame.bytes));
+            replica = frame.replica;
+        }
+    }
+    published.publish_standing(2, &files.keys().cloned().collect::<Vec<_>>()).await;
+    let slow = Slow {
+        files,
+        rest: GrantClient::new(published.hosts.clone()).unwrap(),
+        reads: AtomicUsize::new(0),
+        reading: AtomicUsize::new(0),
+        most: AtomicUsize::new(0),
+    };
+    let (slow, reader, hotkey) = (Arc::new(slow), published.reader().await, published.hotkey.clone());
+    let mut facts = RunFacts::clone(reader.facts());
+    facts.manifest.parameters.codec_down = Codec::Int4;
+    let (facts, state) = (Arc::new(facts), published.state.path());
+    let proofs = Arc::new(Proofs { folder: state.to_owned(), context: facts.context, finder: hotkey.clone() });
+    let reader = Arc::new(tokio::sync::Mutex::new(reader));
+    let grants = Arc::new(Grants::new(reader, facts.clone(), slow.clone(), hotkey.account(), hotkey.sealing_secret(), proofs));
+    let base = Arc::new(BaseTree::new(facts.clone(), grants.clone(), &state.join("checkpoints")));
+    let folder = state.join("kept");
+    let keyframes = Arc::new(Keyframes::new(facts, grants, base, folder.clone()));
+
+    let keeper = keyframes.keeper();
+    refs.iter().for_each(|one| keyframes.demand(*one, 0));
+    // An audit asks beside that.
+    assert!(keyframes.values(2, 1).await.is_ok());
+    until(|| names_in(&folder).iter().filter(|name| name.ends_with(".safetensors")).count() == refs.len()).await;
+    let count = |of: &AtomicUsize| of.load(Ordering::SeqCst);
+    assert_eq!(count(&slow.reads), refs.len(), "no frame is read twice");
+    assert!(count(&slow.most) <= 2, "{} at a time", count(&slow.most));
+
+    drop(keeper);
+    std::fs::remove_file(folder.join("0-1.safetensors")).unwrap();
+    keyframes.demand(refs[0], 0);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(count(&slow.reads), refs.len(), "nobody works any more");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_lies_on_disk_from_before_a_pause_goes_at_the_start_or_with_the_first_demand() {
+    let published = Published::new(&Cheat::default()).await;
+    let folder = published.state.path().join("runs").join(published.world.context.run.to_string());
+    std::fs::create_dir_all(&folder).unwrap();
+    for name in ["1-2.safetensors", "1-30.safetensors", "1-31.safetensors.9.tmp", "2-2.safetensors"] {
+        std::fs::write(folder.join(name), b"").unwrap();
+    }
+    let effects = published.effects(broken()).await;
+    assert_eq!(names_in(&folder), ["1-2.safetensors", "1-30.safetensors", "2-2.safetensors"]);
+    // Room is made also where the version itself cannot be had.
+    effects.keyframes.demand(KeyframeRef { fragment: 1, version: 37, digest: Digest::ZERO }, 30);
+    until(|| names_in(&folder) == ["1-30.safetensors", "2-2.safetensors"]).await;
 }
 
 impl Published {

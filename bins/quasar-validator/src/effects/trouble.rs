@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use daemon::JournalError;
+use daemon::{Exit, JournalError};
 use model::TrainError;
 use storage::bundle::BundleError;
 use storage::client::GrantError;
@@ -14,6 +14,8 @@ use storage::transfer::TransferError;
 pub enum Trouble {
     #[error("there is no valid grant for `{key}`")]
     NoGrant { key: String },
+    #[error("the audit order's grant for `{key}` has expired, and there is one order only")]
+    OrderExpired { key: String },
     #[error("`{key}` does not have the digest that was signed for it")]
     Digest { key: String },
     #[error("no audit order was read for this audit")]
@@ -52,8 +54,81 @@ impl Trouble {
         Self::Malformed { key: key.into(), what: what.to_string() }
     }
 
+    /// Whether it passes without anybody's help: the store, a grant, the network, the disk. What cannot be told passes.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::NoGrant { .. } | Self::Io { .. } => true,
+            Self::Grant(error) => {
+                matches!(error, GrantError::Expired { .. } | GrantError::Absent { .. } | GrantError::Unavailable { .. })
+            }
+            Self::Transfer(error) => {
+                !matches!(error, TransferError::BadRecord { .. } | TransferError::Corrupt { .. } | TransferError::Refused { .. })
+            }
+            Self::Discovery(error) => !error.is_final(),
+            Self::Journal(error) => error.exit() == Exit::Unavailable,
+            Self::Chain(error) => !error.needs_a_person(),
+            Self::OrderExpired { .. }
+            | Self::Digest { .. }
+            | Self::NoOrder
+            | Self::UnknownKeyframe { .. }
+            | Self::Malformed { .. }
+            | Self::BenchGone
+            | Self::Bundle(_)
+            | Self::Train(_) => false,
+        }
+    }
+
+    /// Whether the disk is at fault: full, or worse.
+    pub fn is_of_disk(&self) -> bool {
+        matches!(self, Self::Io { .. } | Self::Transfer(TransferError::DiskFull { .. } | TransferError::Io { .. }))
+    }
+
     /// One line: error texts carry their hint on a line of its own.
     pub fn line(&self) -> String {
         self.to_string().replace('\n', "; ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_or_time_mend_passes_and_what_is_ours_for_good_does_not() {
+        let (key, path) = (|| "k".to_owned(), || "p".to_owned());
+        let full = || io::Error::from(io::ErrorKind::StorageFull);
+        for trouble in [
+            Trouble::NoGrant { key: key() },
+            GrantError::Unavailable { key: key(), reason: "timed out" }.into(),
+            GrantError::Expired { key: key() }.into(),
+            GrantError::Absent { key: key() }.into(),
+            TransferError::Unavailable { path: path(), reason: "timed out".into() }.into(),
+            TransferError::Expired { path: path() }.into(),
+            DiscoveryError::Store(storage::StoreError::Unavailable { key: key(), reason: "timed out".into() }).into(),
+            JournalError::DiskFull { path: path().into() }.into(),
+            Trouble::io("p")(full()),
+            TransferError::DiskFull { path: path().into() }.into(),
+        ] {
+            assert!(trouble.is_passing(), "{trouble:?}");
+        }
+        for trouble in [
+            Trouble::OrderExpired { key: key() },
+            Trouble::Digest { key: key() },
+            Trouble::UnknownKeyframe { fragment: 1, version: 2 },
+            Trouble::malformed("k", "damaged"),
+            Trouble::BenchGone,
+            GrantError::Refused { key: key(), status: 400 }.into(),
+            TransferError::Corrupt { path: path(), chunk: 0 }.into(),
+            TrainError::Checkpoint("not here".into()).into(),
+        ] {
+            assert!(!trouble.is_passing(), "{trouble:?}");
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_told_from_a_store_that_is_away() {
+        assert!(Trouble::io("p")(io::Error::from(io::ErrorKind::StorageFull)).is_of_disk());
+        assert!(Trouble::from(TransferError::DiskFull { path: "p".into() }).is_of_disk());
+        assert!(!Trouble::from(GrantError::Unavailable { key: "k".into(), reason: "timed out" }).is_of_disk());
     }
 }

@@ -142,7 +142,9 @@ fn belongs(verdict: &Verdict, subject: &Subject) -> bool {
 
 fn written(trouble: &Trouble) -> Written {
     match trouble {
-        Trouble::NoGrant { .. } | Trouble::NoOrder | Trouble::Grant(GrantError::Expired { .. }) => Written::NoGrant,
+        Trouble::NoGrant { .. } | Trouble::OrderExpired { .. } | Trouble::NoOrder | Trouble::Grant(GrantError::Expired { .. }) => {
+            Written::NoGrant
+        }
         Trouble::Grant(GrantError::Forbidden { .. }) => Written::Lost(trouble.line()),
         _ => Written::Unavailable(trouble.line()),
     }

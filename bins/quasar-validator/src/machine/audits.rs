@@ -15,8 +15,10 @@ use super::poller::Poller;
 use super::verdicts::verdict_ms;
 use crate::audit::{Judgement, Subject, learner};
 
-/// Attempts at fetching the evidence before the verdict says that the audit was not evaluated.
+/// Attempts that fail for good before the verdict says that the audit was not evaluated.
 const ATTEMPTS_MAX: u32 = 3;
+/// Longest pause before an audit is tried again that something is missing for.
+const PAUSE_MS_MAX: u64 = 5 * 60_000;
 
 /// What was found at the key of an audit order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,7 +34,9 @@ pub enum OrderRead {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Judged {
     Done(Box<Judgement>),
-    /// Evidence could not be fetched, our models could not be set up: worth another attempt.
+    /// The store, a grant, the network or the disk: that passes, and nobody can say when. Tried again as long as the audit has time.
+    Unavailable(String),
+    /// Models that cannot be set up, damaged inputs: that hardly passes. A few attempts show whether it was bad luck.
     Failed(String),
 }
 
@@ -80,9 +84,13 @@ enum Stage {
 struct Audit {
     subject: Subject,
     stage: Stage,
-    /// Paces order polls and repeated writes.
+    /// Paces order polls, attempts to judge and repeated writes.
     poller: Poller,
+    /// Attempts to judge that failed for good.
     attempts: u32,
+    /// Attempts to judge for which something was missing: each doubles the pause before the next.
+    delays: u32,
+    /// When the time for what it waits for is over.
     until_ms: u64,
 }
 
@@ -90,7 +98,7 @@ struct Audit {
 pub struct Audits {
     own: AccountId,
     every_ms: u64,
-    /// Longest wait for an order, and for the store to take a verdict.
+    /// Longest wait for an order, then for the evidence, and at last for the store to take a verdict.
     patience_ms: u64,
     /// By cycle, then audit: older ones first.
     open: BTreeMap<(u64, Digest), Audit>,
@@ -122,6 +130,7 @@ impl Audits {
             stage: Stage::AwaitingOrder,
             poller: Poller::new(self.every_ms),
             attempts: 0,
+            delays: 0,
             until_ms,
         });
     }
@@ -164,11 +173,15 @@ impl Audits {
     }
 
     pub fn order(&mut self, audit: Digest, read: OrderRead, now_ms: u64) {
+        let patience_ms = self.patience_ms;
         let Some(one) = self.find(&audit) else { return };
         one.poller.end(now_ms);
         match read {
             OrderRead::Absent => {}
-            OrderRead::Fits => one.enter(Stage::Ready, now_ms),
+            OrderRead::Fits => {
+                one.until_ms = now_ms + patience_ms;
+                one.enter(Stage::Ready, now_ms);
+            }
             OrderRead::Differs(what) => {
                 tracing::error!(audit = audit.short(), what, "the audit order differs from the beacon's selection: refused");
                 one.enter(Stage::Committing(Box::new(Judgement::not_evaluated(format!("the order differs: {what}")))), now_ms);
@@ -178,20 +191,50 @@ impl Audits {
 
     pub fn judged(&mut self, audit: Digest, judged: Judged, now_ms: u64) {
         self.is_judging = false;
-        let patience_ms = self.patience_ms;
+        let (every_ms, patience_ms) = (self.every_ms, self.patience_ms);
         let Some(one) = self.find(&audit) else { return };
         one.poller.end(now_ms);
-        one.attempts += 1;
+        let judgement = match judged {
+            Judged::Done(judgement) => judgement,
+            Judged::Unavailable(why) if now_ms < one.until_ms => {
+                let pause_ms = every_ms.saturating_mul(1 << one.delays.min(20)).min(PAUSE_MS_MAX);
+                tracing::warn!(
+                    audit = audit.short(),
+                    why,
+                    pause_s = pause_ms / 1_000,
+                    "something is missing for the audit; it is tried again"
+                );
+                one.delays += 1;
+                one.stage = Stage::Ready;
+                one.poller.rest(now_ms, pause_ms);
+                return;
+            }
+            // Where the audit's time is over, what passes counts like what does not: an audit that waited long for its turn is still
+            // tried more than once.
+            Judged::Unavailable(why) | Judged::Failed(why) => {
+                one.attempts += 1;
+                if one.attempts < ATTEMPTS_MAX {
+                    tracing::warn!(
+                        audit = audit.short(),
+                        attempt = one.attempts,
+                        why,
+                        "the audit could not be finished; it is tried again"
+                    );
+                    one.stage = Stage::Ready;
+                    return;
+                }
+                Box::new(Judgement::not_evaluated(why))
+            }
+        };
         // From here on the store has to take the verdict, for which the time begins anew.
         one.until_ms = now_ms + patience_ms;
-        match judged {
-            Judged::Done(judgement) => one.enter(Stage::Committing(judgement), now_ms),
-            Judged::Failed(why) if one.attempts < ATTEMPTS_MAX => {
-                tracing::warn!(audit = audit.short(), attempt = one.attempts, why, "the audit could not be finished; it is tried again");
-                one.stage = Stage::Ready;
-            }
-            Judged::Failed(why) => one.enter(Stage::Committing(Box::new(Judgement::not_evaluated(why))), now_ms),
-        }
+        one.enter(Stage::Committing(judgement), now_ms);
+    }
+
+    /// The oldest cycle of which evidence is still to be judged.
+    pub fn oldest_cycle(&self) -> Option<u64> {
+        let is_waiting = |one: &Audit| matches!(one.stage, Stage::AwaitingOrder | Stage::Ready | Stage::Judging);
+        self.open.iter().find(|(_, one)| is_waiting(one)).map(|((cycle, _), _)| *cycle)
     }
 
     /// The commitment was written, or not.
@@ -287,6 +330,7 @@ mod tests {
     use super::*;
     use crate::machine::fixture::{account, subject};
     use protocol::SealedBytes;
+    use protocol::documents::{Verdict, VerdictResult};
 
     fn order(selection: &Selection) -> AuditOrder {
         AuditOrder {
@@ -311,7 +355,7 @@ mod tests {
     }
 
     fn pass() -> Judgement {
-        Judgement { result: protocol::documents::VerdictResult::Pass, ..Judgement::not_evaluated("") }
+        Judgement { result: VerdictResult::Pass, ..Judgement::not_evaluated("") }
     }
 
     #[test]
@@ -359,11 +403,11 @@ mod tests {
         effects(&mut audits, 0);
         audits.order(one.selection.audit, OrderRead::Differs("cycle".into()), 10);
         let [Effect::Commit(verdict)] = &effects(&mut audits, 10)[..] else { panic!("a verdict") };
-        assert_eq!((verdict.result, verdict.reason), (protocol::documents::VerdictResult::NotEvaluated, Reason::NotEvaluated));
+        assert_eq!((verdict.result, verdict.reason), (VerdictResult::NotEvaluated, Reason::NotEvaluated));
     }
 
     #[test]
-    fn own_trouble_is_tried_again_and_then_ends_as_not_evaluated() {
+    fn a_bench_that_always_fails_ends_as_not_evaluated_after_three_attempts() {
         let mut audits = Audits::new(account(9), 100, 1_000);
         let one = subject(1, 0);
         audits.take_on(one.clone(), 0);
@@ -372,11 +416,83 @@ mod tests {
         let mut now_ms = 0;
         for _ in 0..ATTEMPTS_MAX {
             assert!(matches!(&effects(&mut audits, now_ms)[..], [Effect::Judge { .. }]));
-            audits.judged(one.selection.audit, Judged::Failed("no network".into()), now_ms);
+            audits.judged(one.selection.audit, Judged::Failed("no models".into()), now_ms);
             now_ms += 100;
         }
         let [Effect::Commit(verdict)] = &effects(&mut audits, now_ms)[..] else { panic!("a verdict") };
-        assert_eq!(verdict.result, protocol::documents::VerdictResult::NotEvaluated);
+        assert_eq!(verdict.result, VerdictResult::NotEvaluated);
+    }
+
+    /// Lets the machine do what it wants until nothing is left to do but to write: `judge` is asked when it judges. Gives the times of the
+    /// attempts and the verdicts.
+    fn play(audits: &mut Audits, mut judge: impl FnMut(u64) -> Judged) -> (Vec<u64>, Vec<Verdict>) {
+        let (mut now_ms, mut attempts, mut verdicts) = (0, Vec::new(), Vec::new());
+        while let Some(due_ms) = audits.deadline() {
+            now_ms = due_ms.max(now_ms);
+            for effect in effects(audits, now_ms) {
+                match effect {
+                    Effect::Judge { subject, .. } => {
+                        attempts.push(now_ms);
+                        audits.judged(subject.selection.audit, judge(now_ms), now_ms);
+                    }
+                    Effect::Commit(verdict) => verdicts.push(*verdict),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        (attempts, verdicts)
+    }
+
+    /// Two audits that are ordered at the beginning.
+    fn ordered(every_ms: u64, opening_ms: u64) -> Audits {
+        let mut audits = Audits::new(account(9), every_ms, opening_ms);
+        let subjects = [subject(1, 0), subject(2, 0)];
+        subjects.iter().for_each(|one| audits.take_on(one.clone(), 0));
+        effects(&mut audits, 0);
+        subjects.iter().for_each(|one| audits.order(one.selection.audit, OrderRead::Fits, 0));
+        audits
+    }
+
+    #[test]
+    fn a_store_that_is_away_for_ten_minutes_loses_no_audit() {
+        let mut audits = ordered(20_000, 3_600_000);
+        let (attempts, verdicts) = play(&mut audits, |now_ms| {
+            if now_ms < 600_000 { Judged::Unavailable("the store is away".into()) } else { Judged::Done(Box::new(pass())) }
+        });
+        // The pauses grow up to five minutes, and no audit waits for the pause of another.
+        let times = [0, 20_000, 60_000, 140_000, 300_000, 600_000];
+        assert_eq!(attempts, times.iter().flat_map(|time| [*time; 2]).collect::<Vec<u64>>());
+        assert!(verdicts.len() == 2 && verdicts.iter().all(|verdict| verdict.result == VerdictResult::Pass), "{verdicts:?}");
+    }
+
+    #[test]
+    fn evidence_that_is_away_until_the_time_of_the_audit_is_over_is_tried_three_times_more() {
+        let mut audits = ordered(100, 1_000);
+        let (attempts, verdicts) = play(&mut audits, |_| Judged::Unavailable("the store is away".into()));
+        let late = attempts.iter().filter(|at_ms| **at_ms >= verdict_ms(1_000)).count();
+        assert_eq!(late, 2 * ATTEMPTS_MAX as usize, "{attempts:?}");
+        assert!(verdicts.len() == 2 && verdicts.iter().all(|verdict| verdict.result == VerdictResult::NotEvaluated), "{verdicts:?}");
+    }
+
+    #[test]
+    fn what_is_missing_does_not_count_towards_the_attempts_that_failed() {
+        let mut audits = ordered(100, 3_600_000);
+        let mut number = 0;
+        let (attempts, verdicts) = play(&mut audits, |_| {
+            number += 1;
+            if number % 4 == 0 { Judged::Failed("no models".into()) } else { Judged::Unavailable("the store is away".into()) }
+        });
+        assert!(attempts.len() > 4 * ATTEMPTS_MAX as usize, "{attempts:?}");
+        assert!(verdicts.iter().all(|verdict| verdict.result == VerdictResult::NotEvaluated));
+    }
+
+    #[test]
+    fn a_cycle_is_waited_for_until_its_last_audit_is_judged() {
+        let mut audits = ordered(100, 1_000);
+        assert_eq!(audits.oldest_cycle(), Some(0));
+        play(&mut audits, |_| Judged::Done(Box::new(pass())));
+        assert!(!audits.is_settled(), "verdicts are still to be written");
+        assert_eq!(audits.oldest_cycle(), None);
     }
 
     #[test]

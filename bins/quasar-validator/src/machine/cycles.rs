@@ -16,6 +16,8 @@ use crate::audit::Subject;
 const READS_MAX: usize = 16;
 /// Versions of each fragment whose keyframes are kept: what audits of the last cycles may still need.
 pub const VERSIONS_KEPT: u64 = 8;
+/// So many while audits of earlier cycles wait: learners may take the time of many cycles to open. More would fill disks.
+pub const VERSIONS_KEPT_MAX: u64 = 24;
 /// A block this far behind the chain's head that a node does not know any more will not come back.
 const FORGOTTEN_BLOCKS: u64 = 1_000;
 
@@ -257,6 +259,11 @@ impl Cycles {
         };
         let pairs = self.latest.iter().zip(fragments).enumerate();
         pairs.filter(|(_, pair)| contradicts(*pair)).map(|(fragment, _)| fragment as u16).collect()
+    }
+
+    /// The oldest complete cycle whose audits are not drawn yet.
+    pub fn oldest_closed(&self) -> Option<u64> {
+        self.closed.keys().next().copied()
     }
 
     /// Version of every fragment after the last folded merge.

@@ -10,8 +10,10 @@ use protocol::documents::MergeManifest;
 use protocol::log::{Frontier, LogFault, LogHead, LogKind, LogRef};
 use serde::{Deserialize, Serialize};
 
-/// A commitment that is merged must be logged within this time.
+/// A commitment that is merged must be logged within this time, of which counts what heads came in.
 const LATE_MS: u64 = 10 * 60_000;
+/// Heads are signed anew each minute. Between two that are further apart than this the store was away, or the orchestrator.
+const APART_MAX_MS: u64 = 2 * 60_000;
 /// Logged commitments that are remembered for the merges that name them.
 const REMEMBERED: usize = 1 << 14;
 /// Heads that are read backwards at most; a watcher that fell further behind begins anew.
@@ -24,6 +26,9 @@ pub struct LogMonitor {
     /// Everything up to here was checked.
     checked: Option<Frontier>,
     newest: Option<LogRef>,
+    /// When the newest head came, and for how long heads have come so far: a silence is no sign of a missing entry.
+    head_ms: Option<u64>,
+    heard_ms: u64,
     /// Heads on the way back from the newest one, newest first.
     backwards: Vec<LogHead>,
     reading: Option<u64>,
@@ -32,7 +37,7 @@ pub struct LogMonitor {
     first_t: u64,
     logged: BTreeSet<Digest>,
     logged_order: VecDeque<Digest>,
-    /// Merged commitments that were not seen in the log, and until when they may come.
+    /// Merged commitments that were not seen in the log, and how long heads may come until they are.
     expected: BTreeMap<Digest, u64>,
 }
 
@@ -42,6 +47,8 @@ impl LogMonitor {
             retry_ms,
             checked: None,
             newest: None,
+            head_ms: None,
+            heard_ms: 0,
             backwards: Vec::new(),
             reading: None,
             not_before_ms: 0,
@@ -53,7 +60,10 @@ impl LogMonitor {
     }
 
     /// The run's head names `log`. Outer steps from `fresh_t` on were not open yet when it did.
-    pub fn follow(&mut self, log: LogRef, fresh_t: u64) -> Result<(), LogFault> {
+    pub fn follow(&mut self, log: LogRef, fresh_t: u64, now_ms: u64) -> Result<(), LogFault> {
+        if let Some(before_ms) = self.head_ms.replace(now_ms) {
+            self.heard_ms += now_ms.saturating_sub(before_ms).min(APART_MAX_MS);
+        }
         if self.newest.is_none() {
             self.first_t = fresh_t;
             if log.size == 0 {
@@ -148,20 +158,29 @@ impl LogMonitor {
     }
 
     /// A merge was published: its commitments belong into the log. One record may commit to several outer steps; it is logged once.
-    pub fn expect(&mut self, merge: &MergeManifest, now_ms: u64) {
+    pub fn expect(&mut self, merge: &MergeManifest) {
         if self.newest.is_none() || merge.t < self.first_t {
             return;
         }
         for contribution in merge.accepted() {
             if !self.logged.contains(&contribution.commitment) {
-                self.expected.insert(contribution.commitment, now_ms + LATE_MS);
+                self.expected.insert(contribution.commitment, self.heard_ms + LATE_MS);
             }
         }
     }
 
+    /// Whether the run's head names a log that was not checked to its end.
+    fn is_behind(&self) -> bool {
+        self.newest.is_some_and(|newest| newest.size > self.checked.as_ref().map_or(0, Frontier::size))
+    }
+
     /// Commitments that should be in the log by now. Each is told once.
-    pub fn overdue(&mut self, now_ms: u64) -> Vec<Digest> {
-        let overdue: Vec<Digest> = self.expected.iter().filter(|(_, until_ms)| **until_ms <= now_ms).map(|(digest, _)| *digest).collect();
+    pub fn overdue(&mut self) -> Vec<Digest> {
+        if self.is_behind() {
+            return Vec::new();
+        }
+        let is_late = |(_, until_ms): &(&Digest, &u64)| **until_ms <= self.heard_ms;
+        let overdue: Vec<Digest> = self.expected.iter().filter(is_late).map(|(digest, _)| *digest).collect();
         for commitment in &overdue {
             self.expected.remove(commitment);
         }
@@ -169,9 +188,7 @@ impl LogMonitor {
     }
 
     pub fn deadline(&self) -> Option<u64> {
-        let is_behind = self.newest.is_some_and(|newest| newest.size > self.checked.as_ref().map_or(0, Frontier::size));
-        let read = (is_behind && self.reading.is_none() && self.not_before_ms > 0).then_some(self.not_before_ms);
-        read.into_iter().chain(self.expected.values().copied()).min()
+        (self.is_behind() && self.reading.is_none() && self.not_before_ms > 0).then_some(self.not_before_ms)
     }
 }
 
@@ -220,9 +237,9 @@ mod tests {
     fn the_watch_follows_head_by_head_however_many_it_missed() {
         let heads = heads(&[3, 1, 5, 2, 9]);
         let mut monitor = LogMonitor::new(100);
-        monitor.follow(named(&heads[0]), 4).unwrap();
+        monitor.follow(named(&heads[0]), 4, 0).unwrap();
         assert_eq!(catch_up(&mut monitor, &heads), Ok(1));
-        monitor.follow(named(&heads[4]), 9).unwrap();
+        monitor.follow(named(&heads[4]), 9, 0).unwrap();
         assert_eq!(catch_up(&mut monitor, &heads), Ok(4));
         assert_eq!(monitor.wanted(0), None);
         assert_eq!(monitor.deadline(), None);
@@ -232,7 +249,7 @@ mod tests {
     fn an_unreadable_head_is_read_again_after_a_pause() {
         let heads = heads(&[3]);
         let mut monitor = LogMonitor::new(100);
-        monitor.follow(named(&heads[0]), 0).unwrap();
+        monitor.follow(named(&heads[0]), 0, 0).unwrap();
         assert_eq!(monitor.wanted(0), Some(3));
         monitor.read(3, None, 50).unwrap();
         assert_eq!((monitor.wanted(149), monitor.deadline()), (None, Some(150)));
@@ -243,22 +260,22 @@ mod tests {
     fn a_log_that_goes_back_forks_or_drops_an_entry_is_told() {
         let honest = heads(&[3, 2, 4]);
         let mut begun = LogMonitor::new(100);
-        begun.follow(named(&honest[1]), 0).unwrap();
+        begun.follow(named(&honest[1]), 0, 0).unwrap();
         catch_up(&mut begun, &honest).unwrap();
 
-        assert_eq!(begun.clone().follow(named(&honest[0]), 0), Err(LogFault::OtherRoot(3)), "it went back");
+        assert_eq!(begun.clone().follow(named(&honest[0]), 0, 0), Err(LogFault::OtherRoot(3)), "it went back");
         let mut forked = Frontier::default();
         (0..5).for_each(|n| forked.append(&LogEntry { kind: LogKind::Merge, document: commitment(n) }));
-        assert_eq!(begun.clone().follow(LogRef::from(&forked), 0), Err(LogFault::OtherRoot(5)), "another root for a known size");
+        assert_eq!(begun.clone().follow(LogRef::from(&forked), 0, 0), Err(LogFault::OtherRoot(5)), "another root for a known size");
 
         let mut other = heads(&[2, 3, 4]);
         other[1].entries.swap(0, 1);
         let mut monitor = begun.clone();
-        monitor.follow(named(&other[2]), 0).unwrap();
+        monitor.follow(named(&other[2]), 0, 0).unwrap();
         assert!(catch_up(&mut monitor, &other).is_ok(), "the same entries in other pieces are the same log");
         let mut dropped = honest.clone();
         dropped[2].entries.remove(1);
-        begun.follow(named(&honest[2]), 0).unwrap();
+        begun.follow(named(&honest[2]), 0, 0).unwrap();
         assert_eq!(catch_up(&mut begun, &dropped), Err(LogFault::NotAnExtension(9)));
     }
 
@@ -266,7 +283,7 @@ mod tests {
     fn a_merged_commitment_must_be_in_the_log_before_or_soon_after() {
         let heads = heads(&[2, 2]);
         let mut monitor = LogMonitor::new(100);
-        monitor.follow(LogRef::from(&Frontier::default()), 3).unwrap();
+        monitor.follow(LogRef::from(&Frontier::default()), 3, 0).unwrap();
         let merged = |t: u64, numbers: &[u64]| {
             let mut one = |number: &u64| {
                 let mut one = contribution(*number as u8, 0, 10, Reason::None);
@@ -275,17 +292,33 @@ mod tests {
             };
             merge(t, 1, numbers.iter().map(&mut one).collect())
         };
-        monitor.expect(&merged(2, &[77]), 0);
-        assert!(monitor.overdue(LATE_MS).is_empty(), "step 2 may have been open before the watch began");
-        monitor.follow(named(&heads[0]), 3).unwrap();
+        monitor.expect(&merged(2, &[77]));
+        monitor.follow(named(&heads[0]), 3, 0).unwrap();
         catch_up(&mut monitor, &heads).unwrap();
-        monitor.expect(&merged(3, &[0, 1, 2]), 0);
-        monitor.expect(&merged(4, &[88]), 0);
-        monitor.follow(named(&heads[1]), 3).unwrap();
+        monitor.expect(&merged(3, &[0, 1, 2]));
+        monitor.expect(&merged(4, &[88]));
+        monitor.follow(named(&heads[1]), 3, 0).unwrap();
         catch_up(&mut monitor, &heads).unwrap();
         // One record that committed to two steps, of which the second is merged later.
-        monitor.expect(&merged(5, &[0, 2]), 0);
-        assert_eq!(monitor.overdue(LATE_MS), [commitment(88)]);
-        assert!(monitor.overdue(LATE_MS).is_empty());
+        monitor.expect(&merged(5, &[0, 2]));
+        // The store is away for an hour: nobody can have seen anything.
+        let mut now_ms = 3_600_000;
+        let mut head = |monitor: &mut LogMonitor, pause_ms| {
+            now_ms += pause_ms;
+            monitor.follow(named(&heads[1]), 3, now_ms).unwrap();
+            monitor.overdue()
+        };
+        assert!(head(&mut monitor, 0).is_empty());
+        for _ in 0..7 {
+            assert!(head(&mut monitor, 60_000).is_empty(), "heads came for less than ten minutes");
+        }
+        // The log was extended, and what came to it is not read yet.
+        let mut longer = heads[1].frontier.clone();
+        longer.append(&LogEntry { kind: LogKind::Commitment, document: commitment(88) });
+        let mut behind = monitor.clone();
+        behind.follow(LogRef::from(&longer), 3, 3_600_000 + 1_000_000).unwrap();
+        assert!(behind.overdue().is_empty());
+        assert_eq!(head(&mut monitor, 60_000), [commitment(88)], "and step 2 may have been open before the watch began");
+        assert!(head(&mut monitor, 60_000).is_empty(), "it is told once");
     }
 }

@@ -28,6 +28,12 @@ impl Poller {
         self.due_ms = now_ms + self.every_ms;
     }
 
+    /// The answer came, and the next question comes after this pause instead of the usual one.
+    pub fn rest(&mut self, now_ms: u64, pause_ms: u64) {
+        self.is_waiting = false;
+        self.due_ms = now_ms + pause_ms;
+    }
+
     /// Asks again as soon as possible.
     pub fn hurry(&mut self, now_ms: u64) {
         self.due_ms = self.due_ms.min(now_ms);
@@ -52,5 +58,7 @@ mod tests {
         poller.end(1_200);
         poller.hurry(1_210);
         assert!(poller.begin(1_210));
+        poller.rest(1_220, 700);
+        assert_eq!((poller.begin(1_919), poller.begin(1_920)), (false, true));
     }
 }

@@ -171,6 +171,35 @@ fn a_restarted_machine_reads_the_same_facts_and_comes_to_the_same_scores() {
     assert!(second.audits.is_settled(), "what is public already is not audited again");
 }
 
+/// The version that the last of so many cycles makes, and from which one on its fragment is kept, where beacons are answered or not.
+fn kept_from(cycles: u64, has_beacons: bool) -> Option<(u64, u64)> {
+    let mut machine = machine();
+    give(&mut machine, 0, Input::Tick);
+    let view = ChainView { block: 20, validators: vec![account(8)], own: Some(OWN) };
+    give(&mut machine, 0, Input::Chain(Some(Box::new(view))));
+    give(&mut machine, 0, head(RunState::Open, 2 * cycles));
+    let mut kept = None;
+    for t in 0..2 * cycles {
+        for effect in give(&mut machine, 0, merged(t)) {
+            match effect {
+                Effect::Keep { keyframe, from } => kept = Some((keyframe.version, from)),
+                Effect::ReadBeacon { cycle, .. } if has_beacons => {
+                    give(&mut machine, 0, Input::Beacon { cycle, hash: Some([4; 32]) });
+                }
+                _ => {}
+            }
+        }
+    }
+    kept
+}
+
+#[test]
+fn the_last_versions_are_kept_and_while_earlier_cycles_wait_those_that_they_may_need_but_not_without_limit() {
+    assert_eq!(kept_from(30, true), Some((30, 30 + 1 - VERSIONS_KEPT)));
+    assert_eq!(kept_from(20, false), Some((20, 0)));
+    assert_eq!(kept_from(30, false), Some((30, 30 + 1 - VERSIONS_KEPT_MAX)));
+}
+
 #[test]
 fn an_unregistered_hotkey_ends_the_process_after_ten_minutes_and_another_run_at_once() {
     let mut machine = machine();
