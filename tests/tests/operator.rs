@@ -31,6 +31,11 @@ fn an_operator_checks_bans_rolls_back_rotates_and_drains() {
     let errors = String::from_utf8_lossy(&early.stderr);
     assert!(early.status.code() == Some(75) && errors.contains("hint: start one with `run`"), "{errors}");
 
+    // A store that does not answer: what starts the daemons tries again.
+    let away = office.run("orchestrator", &["run", "--s3-endpoint-url", "http://127.0.0.1:1"]);
+    let errors = String::from_utf8_lossy(&away.stderr);
+    assert!(away.status.code() == Some(69) && errors.contains("hint: "), "{errors}");
+
     let mut writer = office.start("orchestrator", "first", &["run"]);
     office.head_within(START, |seen| seen.head.epoch == 1, &|| writer.log());
 

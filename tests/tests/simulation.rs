@@ -115,6 +115,24 @@ fn without_faults_everybody_takes_part_in_every_merge_and_every_audit_passes() {
 }
 
 #[test]
+fn a_quarter_of_the_miners_killed_at_once_stalls_nobody() {
+    let outcome = sim::run(Plan::quarter_killed(100, 480_000));
+    must_hold(&outcome, &this_test(1, "a hundred miners, a quarter of which is killed"));
+    let (before_ms, after_ms) = (outcome.longest_stall_before_ms, outcome.longest_stall_ms);
+    assert!(after_ms > 0 && after_ms <= before_ms, "between two merges: {before_ms} ms before, {after_ms} ms after");
+    assert_eq!(outcome.longest_idle_ms, 0, "a time in which nobody trained");
+}
+
+#[test]
+fn learners_that_fail_as_often_as_those_of_decoupled_diloco_lose_no_more() {
+    // Its row of 1,200,000 chips in 8 learners that fail once a year each, of which 88 % of the time is useful.
+    let mean_ms = 365 * 86_400_000 * 8 / 1_200_000;
+    let outcome = sim::run(Plan::failing_learners(8, mean_ms, 15_000, 1_800_000));
+    must_hold(&outcome, &this_test(1, "learners that fail"));
+    assert!(outcome.goodput >= 0.88 && outcome.uptime >= 1.0, "{} of the time useful, {} with a learner", outcome.goodput, outcome.uptime);
+}
+
+#[test]
 fn a_store_that_fails_every_fifth_request_and_loses_every_tenth_answer_loses_no_merge() {
     let mut plan = Plan::calm(5, 6, 2);
     plan.faults = Faults {
@@ -127,6 +145,15 @@ fn a_store_that_fails_every_fifth_request_and_loses_every_tenth_answer_loses_no_
         ..Faults::default()
     };
     must_hold(&sim::run(plan), &this_test(5, "six miners, with the store's faults alone"));
+}
+
+#[test]
+fn a_store_that_is_away_for_many_minutes_costs_time_and_nothing_else() {
+    for seed in 1..=4 {
+        let mut plan = Plan::calm(seed, 6, 2);
+        plan.faults = Faults { until_ms: 48 * plan.step_ms, outage_ms: 60_000, longest_outage_ms: 900_000, ..Faults::default() };
+        must_hold(&sim::run(plan), &this_test(seed, "six miners, with outages of up to a quarter of an hour"));
+    }
 }
 
 #[test]

@@ -52,6 +52,8 @@ pub struct Faults {
     pub partition_ms: u64,
     /// The store answers nobody.
     pub outage_ms: u64,
+    /// Longest outage; 0 is 20 s.
+    pub longest_outage_ms: u64,
     pub chain_stall_ms: u64,
     /// Clocks are off by up to this much.
     pub skew_ms: u64,
@@ -175,6 +177,24 @@ impl Plan {
             is_verbose: false,
             kill_quarter_ms: None,
         }
+    }
+
+    /// A run of `span_ms` without an end in which only learners fail: each after `mean_ms` on average, and its next process begins
+    /// `restart_ms` later.
+    pub fn failing_learners(learners: usize, mean_ms: u64, restart_ms: u64, span_ms: u64) -> Self {
+        const STEP_MS: u64 = 2_000;
+        let mut plan = Self::calm(1, learners, 0);
+        plan.parameters = parameters(24, 0, 1_000, STEP_MS);
+        (plan.step_ms, plan.validators, plan.block_ms) = (STEP_MS, 1, 12_000);
+        plan.faults = Faults { until_ms: span_ms, miner_crash_ms: mean_ms, restart_ms: Some(restart_ms), ..Faults::default() };
+        (plan.limit_ms, plan.is_open_ended) = (span_ms, true);
+        plan
+    }
+
+    /// A run of `span_ms` without an end, in the middle of which a quarter of the miners is killed for good, and nothing else fails.
+    pub fn quarter_killed(miners: usize, span_ms: u64) -> Self {
+        let calm = Self::calm(1, miners, 0);
+        Self { limit_ms: span_ms, is_open_ended: true, kill_quarter_ms: Some(span_ms / 2), ..calm }
     }
 
     /// The world of a seed: sizes and times vary, and about half of all kinds of faults are there, each at a rate of its own.

@@ -141,7 +141,11 @@ fn partition(world: &Rc<World>) {
 }
 
 fn outage(world: &Rc<World>) {
-    let until_ms = world.executor.now_ms() + between(world, 1_000, 20_000);
+    let longest_ms = match world.plan.faults.longest_outage_ms {
+        0 => 20_000,
+        longest_ms => longest_ms,
+    };
+    let until_ms = world.executor.now_ms() + between(world, 1_000, longest_ms);
     world.net.borrow_mut().down_until_ms = until_ms;
 }
 

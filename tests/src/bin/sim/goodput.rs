@@ -11,9 +11,7 @@ use quasar_tests::sim::{self, Outcome, Plan};
 /// One year.
 const MTBI_MS: f64 = 365.25 * 24.0 * 3_600_000.0;
 /// From a failure to the start of the learner's next process.
-pub const RESTART_MS: u64 = 15_000;
-/// Duration of an inner step.
-const STEP_MS: u64 = 2_000;
+const RESTART_MS: u64 = 15_000;
 /// Chips, and the paper's goodput in percent with 8 and with 16 learners.
 const ROWS: [(u64, u64, u64); 5] = [(150_000, 98, 99), (300_000, 96, 98), (600_000, 94, 96), (1_200_000, 88, 93), (2_400_000, 80, 86)];
 
@@ -30,11 +28,7 @@ pub struct Goodput {
 pub fn run(arguments: &Goodput) -> ExitCode {
     let span_ms = arguments.minutes * 60_000;
     println!("goodput: share of all learners' time in steps that were not lost; uptime: share of time in which some learner steps");
-    println!(
-        "a failed learner starts again after {} s and then rejoins; steps of {} s, snapshots every 4 steps",
-        RESTART_MS / 1_000,
-        STEP_MS / 1_000
-    );
+    println!("a failed learner starts again after {} s and then rejoins; steps of 2 s, snapshots every 4 steps", RESTART_MS / 1_000);
     println!("{:>10} {:>3} {:>12} {:>10} {:>8} {:>8} {:>10}", "chips", "M", "failures/h", "goodput %", "paper %", "uptime %", "violations");
     let cases: Vec<(u64, usize, u64)> =
         ROWS.into_iter().flat_map(|(chips, eight, sixteen)| [(chips, 8, eight), (chips, 16, sixteen)]).collect();
@@ -82,7 +76,7 @@ fn measure(cases: &[(u64, usize, u64)], span_ms: u64) -> Vec<Outcome> {
                 loop {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     let Some((chips, learners, _)) = cases.get(index) else { return };
-                    let outcome = sim::run(plan(*learners, mean_ms(*chips, *learners), span_ms));
+                    let outcome = sim::run(Plan::failing_learners(*learners, mean_ms(*chips, *learners), RESTART_MS, span_ms));
                     outcomes.lock().unwrap_or_else(PoisonError::into_inner).insert(index, outcome);
                 }
             });
@@ -91,25 +85,8 @@ fn measure(cases: &[(u64, usize, u64)], span_ms: u64) -> Vec<Outcome> {
     outcomes.into_inner().unwrap_or_else(PoisonError::into_inner).into_values().collect()
 }
 
-/// A world in which only learners fail.
-fn plan(learners: usize, mean_ms: u64, span_ms: u64) -> Plan {
-    let mut plan = Plan::calm(1, learners, 0);
-    plan.parameters = sim::plan::parameters(24, 0, 1_000, STEP_MS);
-    plan.step_ms = STEP_MS;
-    plan.validators = 1;
-    plan.block_ms = 12_000;
-    plan.faults.until_ms = span_ms;
-    plan.faults.miner_crash_ms = mean_ms;
-    plan.faults.restart_ms = Some(RESTART_MS);
-    (plan.limit_ms, plan.is_open_ended) = (span_ms, true);
-    plan
-}
-
 /// Longest times between merges before and after, and the longest pause in which nobody trained.
 fn quarter_killed() -> (u64, u64, u64) {
-    let mut plan = Plan::calm(1, 100, 0);
-    (plan.limit_ms, plan.is_open_ended) = (1_200_000, true);
-    plan.kill_quarter_ms = Some(600_000);
-    let outcome = sim::run(plan);
+    let outcome = sim::run(Plan::quarter_killed(100, 1_200_000));
     (outcome.longest_stall_before_ms, outcome.longest_stall_ms, outcome.longest_idle_ms)
 }
