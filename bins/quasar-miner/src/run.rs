@@ -280,7 +280,7 @@ impl Miner {
             }
         }
         // Nobody beats for them until the next run begins.
-        for index in 0..self.devices.len() {
+        for index in (0..self.devices.len()).filter(|_| outcome == Some(End::NextRun)) {
             self.health.component(&learner_name(miner.first_slot + index as u8)).not_ready("between two runs");
         }
         Ok(outcome.unwrap_or(End::Stopped))

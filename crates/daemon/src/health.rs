@@ -47,6 +47,7 @@ type Probe = Arc<dyn Fn() -> Option<String> + Send + Sync>;
 struct Condition {
     /// `None` while it is ready.
     reason: Option<String>,
+    was_ready: bool,
     /// A part that must give a sign of life at least this often.
     stale_after: Option<Duration>,
     last_beat: Instant,
@@ -106,7 +107,7 @@ impl Health {
     }
 
     fn add(&self, name: &str, stale_after: Option<Duration>) -> Component {
-        let condition = Condition { reason: Some("starting".to_owned()), stale_after, last_beat: Instant::now() };
+        let condition = Condition { reason: Some("starting".to_owned()), was_ready: false, stale_after, last_beat: Instant::now() };
         self.parts().conditions.insert(name.to_owned(), condition);
         Component { health: self.clone(), name: name.to_owned() }
     }
@@ -159,15 +160,18 @@ impl Component {
     }
 
     pub fn ready(&self) {
-        self.update(|condition| condition.reason = None);
+        self.update(|condition| (condition.reason, condition.was_ready) = (None, true));
     }
 
-    /// Not ready, and why; logged when the reason changes.
+    /// Not ready, and why; logged when the reason changes. That a part which begins waits for something is no warning.
     pub fn not_ready(&self, reason: impl Into<String>) {
         let reason = reason.into();
         self.update(|condition| {
             if condition.reason.as_ref() != Some(&reason) {
-                tracing::warn!(part = self.name, reason, "not ready");
+                match condition.was_ready {
+                    true => tracing::warn!(part = self.name, reason, "not ready"),
+                    false => tracing::info!(part = self.name, reason, "not ready yet"),
+                }
                 condition.reason = Some(reason);
             }
         });

@@ -283,6 +283,11 @@ impl Plan {
         if random.chance(250_000) {
             plan.parameters.release_every_cycles = random.between(1, 2) as u32;
         }
+        if random.chance(60_000) {
+            // Long enough for learners to be gone, and for grants and leases to be over.
+            plan.faults.longest_outage_ms = random.between(60_000, 900_000);
+            plan.faults.outage_ms = plan.faults.outage_ms.max(120_000);
+        }
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         plan
     }
