@@ -27,20 +27,6 @@ pub fn write_whole(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
 
 /// The same, with the bytes that `write` writes.
 pub fn write_with<T, E: From<io::Error>>(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<T, E>) -> Result<T, E> {
-    write_beside(path, false, write)
-}
-
-/// The same as [`write_whole`], for what nobody can give back: once this returns, it survives a power loss.
-pub fn write_lasting(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
-    write_lasting_with(path, |file| parts.iter().try_for_each(|part| file.write_all(part)))
-}
-
-/// The same, with the bytes that `write` writes.
-pub fn write_lasting_with<T, E: From<io::Error>>(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<T, E>) -> Result<T, E> {
-    write_beside(path, true, write)
-}
-
-fn write_beside<T, E: From<io::Error>>(path: &Path, is_lasting: bool, write: impl FnOnce(&mut dyn Write) -> Result<T, E>) -> Result<T, E> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(TEMPORARY);
     let temporary = path.with_file_name(name);
@@ -48,14 +34,7 @@ fn write_beside<T, E: From<io::Error>>(path: &Path, is_lasting: bool, write: imp
         let mut file = BufWriter::new(File::create(&temporary)?);
         let done = write(&mut file)?;
         file.flush()?;
-        if is_lasting {
-            // Before the name: a power loss leaves no name of a file that is not whole.
-            file.get_ref().sync_all()?;
-        }
         fs::rename(&temporary, path)?;
-        if let (true, Some(folder)) = (is_lasting, path.parent()) {
-            sync_folder(folder)?;
-        }
         Ok(done)
     })();
     if written.is_err() {
@@ -102,10 +81,10 @@ mod tests {
     fn a_file_is_there_whole_or_not_at_all_and_what_a_kill_broke_off_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let (path, names) = (folder.path().join("a"), |ending| stems(folder.path(), ending).unwrap());
-        write_lasting(&path, &[b"one", b"two"]).unwrap();
+        write_whole(&path, &[b"one", b"two"]).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"onetwo");
         let broken = |file: &mut dyn Write| file.write_all(b"thr").and(Err::<(), _>(io::Error::other("the end")));
-        assert!(write_lasting_with(&path, broken).is_err() && write_with(&path, broken).is_err());
+        assert!(write_with(&path, broken).is_err());
         assert_eq!((fs::read(&path).unwrap(), names("")), (b"onetwo".to_vec(), vec!["a".to_owned()]));
         fs::write(folder.path().join("b.tmp"), b"half").unwrap();
         remove_temporary(folder.path()).unwrap();

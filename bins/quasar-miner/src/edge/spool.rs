@@ -6,8 +6,8 @@
 //! step, `S-T-N.export` is one payload, `S-T.uploaded` marks that one of outer step T reached the store, and `S-T-N.residual` is what the
 //! codec had withheld before it ([`super::feedback`]). A session answers a pull twice if it is opened again after the first answer.
 //!
-//! A learner that opens what a power loss has changed fails its audit; one that opens nothing is not blamed. So states, segments and
-//! exports are flushed to the medium, which steps are too many for, and what is opened is compared with its digest.
+//! A learner that opens what a power loss has changed fails its audit; one that opens nothing is not blamed. So every file has a digest
+//! that is compared before it is opened. To flush them to the medium would hold up fast learners, and save an opening at most.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -167,7 +167,7 @@ impl Spool {
         save: impl FnOnce(&mut dyn io::Write) -> Result<Digest, TrainError>,
     ) -> Result<Digest, TrainError> {
         let path = self.folder.join(name((self.session, local_step), ".state"));
-        files::write_lasting_with(&path, |file| save(file).map_err(Saving)).map_err(|Saving(error)| error)
+        files::write_with(&path, |file| save(file).map_err(Saving)).map_err(|Saving(error)| error)
     }
 
     /// Describes the state before step `local_step`, from where a segment begins. As all writes, it reports the failure of an earlier one.
@@ -193,7 +193,6 @@ impl Spool {
             // The residual is replaced whole when it changes, so that a link keeps it; not every file system has links.
             files::remove(&kept)
                 .and_then(|()| fs::hard_link(residual, &kept).or_else(|_| fs::copy(residual, &kept).map(drop)))
-                .and_then(|()| fs::File::open(&kept)?.sync_all())
                 .map_err(|source| SpoolError::Io { path: kept, source })?;
         }
         self.write(Write::Export { at, record: ExportRecord { start_step, payload, has_residual: residual.is_some() } })
@@ -211,8 +210,7 @@ impl Spool {
         self.write(Write::Release { below })
     }
 
-    /// Waits until everything that was written so far is on disk: all but steps survives a power loss then, and a step that does not is
-    /// found by its digest.
+    /// Waits until everything that was written so far can be read back. What of it a power loss tears is found by its digest.
     pub fn flush(&self) -> Result<(), SpoolError> {
         let (done, wait) = sync_channel(1);
         self.write(Write::Flush(done))?;
@@ -300,22 +298,38 @@ impl Spool {
     fn meta<T: Encode + Decode<()>>(&self, file: &str) -> Result<T, SpoolError> {
         let path = self.folder.join(file);
         let bytes = fs::read(&path).map_err(|source| SpoolError::Io { path: path.clone(), source })?;
-        codec::decode(&bytes, META_BYTES_MAX).map_err(|_| SpoolError::Damaged { path })
+        described(&bytes).ok_or(SpoolError::Damaged { path })
     }
 
-    /// A step file: length of the description (le32), the description, the expert choices (le16 each), BLAKE3 of all before.
+    /// A step file: length of the description (le32), the description, the expert choices (le16 each).
     fn step(&self, at: Moment) -> Result<(OpenedStep, Vec<u16>), SpoolError> {
         let path = self.folder.join(name(at, ".step"));
         let bytes = fs::read(&path).map_err(|source| SpoolError::Io { path: path.clone(), source })?;
         let parse = || {
-            let (content, _) = bytes.split_last_chunk::<DIGEST_BYTES>().filter(|(content, end)| Digest::blake3(content).0 == **end)?;
-            let (length, rest) = content.split_first_chunk::<4>()?;
+            let (length, rest) = content_of(&bytes)?.split_first_chunk::<4>()?;
             let (meta, routes) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
             let step: OpenedStep = codec::decode(meta, META_BYTES_MAX).ok()?;
             Some((step, routes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect()))
         };
         parse().ok_or(SpoolError::Damaged { path })
     }
+}
+
+/// Writes a small file, with the BLAKE3 of what is in it behind it.
+fn write_checked(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
+    let mut hasher = blake3::Hasher::new();
+    parts.iter().for_each(|part| drop(hasher.update(part)));
+    files::write_whole(path, &[parts, &[hasher.finalize().as_bytes()]].concat())
+}
+
+/// What is in such a file, if it is whole.
+fn content_of(bytes: &[u8]) -> Option<&[u8]> {
+    let (content, digest) = bytes.split_last_chunk::<DIGEST_BYTES>()?;
+    (Digest::blake3(content).0 == *digest).then_some(content)
+}
+
+fn described<T: Encode + Decode<()>>(bytes: &[u8]) -> Option<T> {
+    codec::decode(content_of(bytes)?, META_BYTES_MAX).ok()
 }
 
 fn name((session, number): Moment, ending: &str) -> String {
@@ -359,7 +373,7 @@ fn remove_leftovers(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// An error on its way out of [`files::write_lasting_with`].
+/// An error on its way out of [`files::write_with`].
 struct Saving(TrainError);
 
 impl From<io::Error> for Saving {
@@ -391,7 +405,7 @@ impl Writer {
     fn write(&mut self, write: Write) -> io::Result<()> {
         match write {
             Write::State { at, bytes } => {
-                let written = files::write_lasting(&self.folder.join(name(at, ".state")), &[&bytes]);
+                let written = files::write_whole(&self.folder.join(name(at, ".state")), &[&bytes]);
                 let _ = self.spare.send(bytes);
                 written
             }
@@ -400,19 +414,16 @@ impl Writer {
                 Ok(())
             }
             Write::Segment { at, versions } => {
-                files::write_lasting(&self.folder.join(name(at, ".segment")), &[&codec::encode(&Segment { versions })])?;
+                write_checked(&self.folder.join(name(at, ".segment")), &[&codec::encode(&Segment { versions })])?;
                 self.trim()
             }
             Write::Step { at, step, routes } => {
                 let meta = codec::encode(&*step);
                 let length = (meta.len() as u32).to_le_bytes();
                 let routes: Vec<u8> = routes.0.iter().flat_map(|route| route.to_le_bytes()).collect();
-                let mut hasher = blake3::Hasher::new();
-                hasher.update(&length).update(&meta).update(&routes);
-                let digest = *hasher.finalize().as_bytes();
-                files::write_whole(&self.folder.join(name(at, ".step")), &[&length, &meta, &routes, &digest])
+                write_checked(&self.folder.join(name(at, ".step")), &[&length, &meta, &routes])
             }
-            Write::Export { at, record } => files::write_lasting(&self.folder.join(export_name(at, ".export")), &[&codec::encode(&record)]),
+            Write::Export { at, record } => write_checked(&self.folder.join(export_name(at, ".export")), &[&codec::encode(&record)]),
             Write::Release { below } => {
                 self.released = self.released.max(below);
                 self.trim()
@@ -431,7 +442,7 @@ impl Writer {
         let mut kept = BTreeSet::new();
         for at in exports {
             let path = self.folder.join(export_name(at, ".export"));
-            let record = fs::read(&path).ok().and_then(|bytes| codec::decode::<ExportRecord>(&bytes, META_BYTES_MAX).ok());
+            let record = fs::read(&path).ok().and_then(|bytes| described::<ExportRecord>(&bytes));
             match record {
                 Some(record) if at.1 >= self.released && at.1 + self.outer_steps_kept > newest => {
                     kept.insert((at.0, record.start_step));
@@ -518,7 +529,13 @@ mod tests {
         let open = |elements| spool.open_segment(100, None, elements).map(drop);
         assert!(open(2).is_ok());
         assert!(matches!(open(3), Err(SpoolError::Damaged { .. })), "a state of another model");
-        let files = [name((50, 4), ".state"), name((50, 5), ".step"), export_name((50, 100, 7), ".residual")];
+        let files = [
+            name((50, 4), ".state"),
+            name((50, 4), ".segment"),
+            name((50, 5), ".step"),
+            export_name((50, 100, 7), ".export"),
+            export_name((50, 100, 7), ".residual"),
+        ];
         for path in files.map(|file| folder.path().join(file)) {
             let whole = fs::read(&path).unwrap();
             let mut changed = whole.clone();
