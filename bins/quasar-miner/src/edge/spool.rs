@@ -318,7 +318,9 @@ impl Spool {
 /// Writes a small file, with the BLAKE3 of what is in it behind it.
 fn write_checked(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
     let mut hasher = blake3::Hasher::new();
-    parts.iter().for_each(|part| drop(hasher.update(part)));
+    for part in parts {
+        hasher.update(part);
+    }
     files::write_whole(path, &[parts, &[hasher.finalize().as_bytes()]].concat())
 }
 
