@@ -15,9 +15,9 @@ const DAY_S: f64 = 86_400.0;
 const HOUR_S: f64 = 3_600.0;
 /// A ranged read of a large object takes a chunk of its file record at once.
 const CHUNK: f64 = CHUNK_BYTES as f64;
-/// Bytes of small documents: head, sealed grants.
-/// A learner's state for each element of the model, in an opening: weights and both moments.
+/// Bytes of a learner's state for each element of the model, in an opening: weights and both moments.
 const STATE_BYTES: f64 = 6.0;
+/// Bytes of small documents: head, sealed grants.
 const HEAD_BYTES: f64 = 4_096.0;
 const GRANTS_BYTES: f64 = 16_384.0;
 
