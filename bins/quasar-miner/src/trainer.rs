@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use daemon::files;
 use fragments::codec::{self, CodecError};
 use fragments::t0::Committed;
 use model::{Batch, HostValues, Hyper, StateError, TrainError, Trainer};
@@ -16,7 +17,7 @@ use protocol::Digest;
 use protocol::documents::{InnerOptimizer, OpenedStep, PPM, micro_nats};
 use tokio::sync::mpsc;
 
-use crate::edge::{FeedbackError, Plane, SpoolError, files};
+use crate::edge::{FeedbackError, Plane, SpoolError};
 use crate::host;
 use crate::machine::{Boundary, Export, Exported, Fault, Input, Step, StepDone};
 

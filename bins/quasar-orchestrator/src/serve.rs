@@ -8,7 +8,7 @@ use daemon::driver::{Driver, DriverOptions};
 use daemon::health::{self, Health};
 use daemon::network;
 use daemon::sequence::Sequence;
-use daemon::{Exit, Failure, Shutdown, clock, supervisor};
+use daemon::{Exit, Failure, Shutdown, clock, files, supervisor};
 use fragments::codec::PayloadHeader;
 use protocol::documents::{CatalogPage, CurrentRun, FragmentManifest, ReleaseRef, RunManifest};
 use protocol::envelope::{Context, Expect, Purpose, open_stored};
@@ -43,7 +43,9 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     let run_keys = office.keys.run(current.run);
     let folder = state_dir.join("runs").join(current.run.to_string());
     for name in ["payloads", "states", "releases"] {
-        std::fs::create_dir_all(folder.join(name))
+        let folder = folder.join(name);
+        std::fs::create_dir_all(&folder)
+            .and_then(|()| files::remove_leftovers(&folder))
             .map_err(|error| Failure::configuration(anyhow::anyhow!("{}: {error}", folder.display())))?;
     }
     let base_tree = state_dir.join("releases").join(&manifest.base_release);

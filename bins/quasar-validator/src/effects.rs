@@ -4,7 +4,6 @@
 pub mod base;
 pub mod bench;
 pub mod chain;
-mod files;
 pub mod grants;
 mod heads;
 pub mod keyframes;

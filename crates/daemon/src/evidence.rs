@@ -7,11 +7,12 @@ use protocol::Signer;
 use protocol::documents::Equivocation;
 use protocol::envelope::{Context, sign};
 
-use crate::clock;
+use crate::{clock, files};
 
 /// Proofs that are kept. One convicts its signer; whoever makes more of them does not fill the disk.
 const PROOFS_MAX: usize = 32;
 const PREFIX: &str = "equivocation-";
+const SUFFIX: &str = ".qsr";
 
 /// Where one program keeps its proofs, and who signs that they were found.
 pub struct Evidence {
@@ -36,20 +37,17 @@ impl Evidence {
 /// The file cannot be written, the proof proves nothing, or enough are kept.
 pub fn keep(folder: &Path, proof: &Equivocation, context: &Context, finder: &dyn Signer) -> std::io::Result<PathBuf> {
     let name = match proof.verify() {
-        Ok((account, sequence, [first, _])) => format!("{PREFIX}{}-{sequence}-{}.qsr", account.short(), first.short()),
+        Ok((account, sequence, [first, _])) => format!("{PREFIX}{}-{sequence}-{}{SUFFIX}", account.short(), first.short()),
         Err(why) => return Err(std::io::Error::other(why)),
     };
     let path = folder.join(name);
     if !path.exists() {
-        std::fs::create_dir_all(folder)?;
-        let names = std::fs::read_dir(folder)?.filter_map(Result::ok).map(|entry| entry.file_name());
-        if names.filter(|name| name.to_string_lossy().starts_with(PREFIX)).count() >= PROOFS_MAX {
+        let kept = files::stems(folder, SUFFIX)?;
+        if kept.iter().filter(|stem| stem.starts_with(PREFIX)).count() >= PROOFS_MAX {
             return Err(std::io::Error::other(format!("{PROOFS_MAX} are kept already in {}", folder.display())));
         }
         let now_ms = clock::now_ms();
-        let partial = path.with_extension("part");
-        std::fs::write(&partial, sign(proof, context, finder, now_ms, now_ms))?;
-        std::fs::rename(&partial, &path)?;
+        files::write_whole(&path, &[&sign(proof, context, finder, now_ms, now_ms)])?;
         tracing::error!(key = proof.key, file = %path.display(), "a signer contradicts itself; the proof is kept");
     }
     Ok(path)

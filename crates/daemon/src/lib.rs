@@ -8,6 +8,7 @@ pub mod clock;
 pub mod driver;
 pub mod evidence;
 pub mod exit;
+pub mod files;
 pub mod health;
 pub mod identity;
 pub mod inspect;

@@ -10,8 +10,7 @@ use storage::client::GrantAccess;
 use storage::discovery::RunFacts;
 use storage::transfer::{self, TransferError};
 
-use super::files;
-use super::keyframes::grant_trouble;
+use super::keyframes::{file_trouble, grant_trouble};
 use crate::machine::Trouble;
 
 /// Most files in a checkpoint tree.
@@ -52,14 +51,14 @@ impl BaseTrees {
         let limit = Purpose::Release.file_limit();
         let bytes = access.get(&manifest_grant, None, limit).await.map_err(|error| grant_trouble(&error))?;
         let manifest = read_manifest(&bytes, facts)?;
-        fs::create_dir_all(&tree).map_err(|error| files::trouble(&error))?;
+        fs::create_dir_all(&tree).map_err(|error| file_trouble(&error))?;
         for file in &manifest.files {
             let grant = grant(&facts.keys.release_file(release, &file.path)).ok_or(Trouble::Grant)?;
             let done =
                 transfer::download(&(access, &grant), file, &tree.join(&file.path)).await.map_err(|error| transfer_trouble(&error))?;
             tracing::debug!(file = file.path, bytes = file.length, fetched = done.fetched_bytes, "base file ready");
         }
-        fs::write(tree.join(COMPLETE), []).map_err(|error| files::trouble(&error))
+        fs::write(tree.join(COMPLETE), []).map_err(|error| file_trouble(&error))
     }
 }
 

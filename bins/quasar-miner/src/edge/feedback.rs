@@ -10,11 +10,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use daemon::files;
 use fragments::codec::{CodecError, PayloadHeader};
 use fragments::feedback::{BETA, ErrorFeedback, read_residual};
 use protocol::Digest;
-
-use super::files;
 
 const RESIDUAL: &str = ".residual";
 const SENT: &str = ".sent";
@@ -67,7 +66,7 @@ pub struct Feedback {
 impl Feedback {
     pub fn open(folder: PathBuf) -> io::Result<Self> {
         fs::create_dir_all(&folder)?;
-        files::remove_temporary(&folder)?;
+        files::remove_leftovers(&folder)?;
         Ok(Self { folder, order: Mutex::new(()) })
     }
 

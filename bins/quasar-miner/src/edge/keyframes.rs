@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use daemon::files;
 use fragments::codec::PayloadHeader;
 use fragments::delta;
 use fragments::keyframe::{self, KeyframeError, KeyframeId};
@@ -15,7 +16,6 @@ use protocol::schedule::keyframe_version;
 use protocol::{Digest, FragmentPlan, GrantRequest, Method};
 use storage::client::{GrantAccess, GrantError};
 
-use super::files;
 use crate::machine::Trouble;
 
 /// Bytes that are asked for at a time; a broken download goes on behind the last complete piece.
@@ -59,7 +59,7 @@ pub struct Promise {
 impl Keyframes {
     pub fn open(folder: PathBuf, plan: FragmentPlan, (up, down): (Codec, Codec)) -> io::Result<Self> {
         fs::create_dir_all(&folder)?;
-        files::remove_temporary(&folder)?;
+        files::remove_leftovers(&folder)?;
         let plan_digest = plan.digest();
         Ok(Self { folder, plan: Arc::new(plan), plan_digest, up, down })
     }
@@ -127,10 +127,10 @@ impl Keyframes {
                 tracing::error!(fragment, start, version, %error, "a chain of frames does not lead to the version that the head states");
                 Trouble::Corrupt
             };
-            let base = fs::read(&from).map_err(|error| files::trouble(&error))?;
+            let base = fs::read(&from).map_err(|error| file_trouble(&error))?;
             let base = keyframe::read(&plan, &id, &base).map_err(|error| corrupt(&error))?;
             let keyframe = delta::follow(&plan, &id, base, &frames, &digest).map_err(|error| corrupt(&error))?;
-            files::write_whole(&to, &[&keyframe]).map_err(|error| files::trouble(&error))
+            files::write_whole(&to, &[&keyframe]).map_err(|error| file_trouble(&error))
         };
         tokio::task::spawn_blocking(work).await.map_err(|_| Trouble::Unavailable)?
     }
@@ -148,7 +148,7 @@ impl Keyframes {
         let (path, partial) = (self.path(fragment, version), self.partial_path(fragment, version));
         let mut at = fs::metadata(&partial).map_or(0, |meta| meta.len());
         if at > length {
-            fs::remove_file(&partial).map_err(|error| files::trouble(&error))?;
+            fs::remove_file(&partial).map_err(|error| file_trouble(&error))?;
             at = 0;
         }
         while at < length {
@@ -158,7 +158,7 @@ impl Keyframes {
             if bytes.len() as u64 != end - at {
                 return Err(Trouble::Corrupt);
             }
-            append(&partial, &bytes).map_err(|error| files::trouble(&error))?;
+            append(&partial, &bytes).map_err(|error| file_trouble(&error))?;
             at = end;
         }
         if digest.is_some() && digest_of(&partial).await != digest {
@@ -166,7 +166,7 @@ impl Keyframes {
             let _ = fs::remove_file(&partial);
             return Err(Trouble::Corrupt);
         }
-        fs::rename(&partial, &path).map_err(|error| files::trouble(&error))
+        fs::rename(&partial, &path).map_err(|error| file_trouble(&error))
     }
 
     /// Values of a keyframe in slice order.
@@ -186,17 +186,7 @@ impl Keyframes {
 
     /// Removes versions of `fragment` older than `version`, those that were overtaken on their way here included.
     pub fn retire(&self, fragment: u16, version: u64) {
-        let older = |stem: &String| {
-            let (of, number) = stem.split_once('-')?;
-            (of.parse::<u16>().ok()? == fragment && number.parse::<u64>().ok()? < version).then_some(())
-        };
-        for ending in [ENDING, PARTIAL] {
-            for stem in files::stems(&self.folder, ending).unwrap_or_default() {
-                if older(&stem).is_some() {
-                    let _ = fs::remove_file(self.folder.join(format!("{stem}{ending}")));
-                }
-            }
-        }
+        files::remove_versions(&self.folder, &[ENDING, PARTIAL], fragment, version);
     }
 }
 
@@ -217,6 +207,11 @@ async fn digest_of(path: &std::path::Path) -> Option<Digest> {
         }
     };
     tokio::task::spawn_blocking(hash).await.ok()?.ok()
+}
+
+/// What a failed write of a file means to the machine.
+pub fn file_trouble(error: &io::Error) -> Trouble {
+    if files::is_disk_full(error) { Trouble::DiskFull } else { Trouble::Unavailable }
 }
 
 /// What a failed read through a grant means to the machine.

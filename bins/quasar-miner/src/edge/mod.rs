@@ -5,7 +5,6 @@
 mod base;
 mod book;
 mod feedback;
-pub(crate) mod files;
 mod keyframes;
 mod looks;
 mod openings;

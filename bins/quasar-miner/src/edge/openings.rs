@@ -6,13 +6,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use daemon::files;
 use protocol::Digest;
 use protocol::documents::{OPENING_PARTS, OpeningManifest, opening_volumes};
 use sha2::Digest as _;
 
 use storage::seal_stream::{self, StreamError};
 
-use super::files;
 use super::spool::{OpenedSegment, Spool, SpoolError};
 use crate::machine::PreparedPart;
 

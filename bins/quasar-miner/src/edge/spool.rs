@@ -17,11 +17,10 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bincode::{Decode, Encode};
+use daemon::files;
 use model::{Routes, StateError, TrainError};
 use protocol::documents::OpenedStep;
 use protocol::{Digest, codec};
-
-use super::files;
 
 /// Longest description that is read back.
 const META_BYTES_MAX: usize = 1 << 20;
@@ -363,7 +362,7 @@ fn moments(folder: &Path, ending: &str) -> io::Result<BTreeSet<Moment>> {
 
 /// Removes what a process left that was killed between two writes: files that are not whole, and those that nothing describes.
 fn remove_leftovers(folder: &Path) -> io::Result<()> {
-    files::remove_temporary(folder)?;
+    files::remove_leftovers(folder)?;
     let (states, segments) = (moments(folder, ".state")?, moments(folder, ".segment")?);
     for at in states.difference(&segments) {
         files::remove(&folder.join(name(*at, ".state")))?;

@@ -8,13 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use bytes::Bytes;
+use daemon::files;
 use protocol::documents::{Lease, RowRange};
 use protocol::lease::LeaseRows;
 use protocol::{Digest, GrantRequest, ShardManifest};
 use storage::client::GrantAccess;
 
-use super::files;
-use super::keyframes::grant_trouble;
+use super::keyframes::{file_trouble, grant_trouble};
 use crate::machine::Trouble;
 
 /// The cache keeps at most so many bytes; the longest unused chunks go first.
@@ -93,7 +93,7 @@ impl ChunkCache {
                         tracing::error!(shard = shard.id, chunk = index, "a chunk does not have the digest that the catalog states");
                         return Err(Trouble::Corrupt);
                     }
-                    self.put(digest, &bytes).map_err(|error| files::trouble(&error))?;
+                    self.put(digest, &bytes).map_err(|error| file_trouble(&error))?;
                     bytes
                 }
             };

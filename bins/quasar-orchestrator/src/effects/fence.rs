@@ -109,8 +109,7 @@ impl Fence {
         let mut candidate = Candidate::new(settings.instances, settings.host.clone(), lease_ms, wait).named(settings.signer.key());
         loop {
             let begun = moment();
-            let look = tokio::time::timeout(settings.lease / PATIENCE, settings.look()).await;
-            let found = match look.unwrap_or_else(|_| Err(Failure::unavailable(anyhow::anyhow!("the store does not answer")))) {
+            let found = match settings.in_time(settings.look()).await.map_err(Failure::unavailable).flatten() {
                 Err(failure) if failure.exit == Exit::Unavailable => {
                     tracing::warn!("the writer lease cannot be read: {failure}");
                     if !shutdown.sleep(settings.lease / LOOKS).await {
@@ -138,7 +137,7 @@ impl Fence {
             let Claim { lease, condition, sequence_floor, is_own } = claim;
             settings.sequence.raise(sequence_floor)?;
             let bytes = settings.sign(&lease)?;
-            match settings.store.put(&settings.key, bytes, condition).await {
+            match settings.in_time(settings.store.put(&settings.key, bytes, condition)).await.flatten() {
                 Ok(etag) => {
                     tracing::info!(epoch = lease.epoch, "holding the writer lease");
                     let trust = Mutex::new(Trust::from(begun, lease_ms));
@@ -267,31 +266,19 @@ impl Fence {
     }
 
     async fn ask_store(&self, held: &mut (WriterLease, String)) -> Result<bool, Lost> {
-        let begun = moment();
-        let next = renewed(&held.0);
-        let Ok(bytes) = self.settings.sign(&next) else { return Ok(false) };
-        let patience = self.settings.lease / PATIENCE;
-        let put = self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone()));
-        match tokio::time::timeout(patience, put).await {
-            Ok(Ok(etag)) => {
+        let (settings, begun, next) = (&self.settings, moment(), renewed(&held.0));
+        let Ok(bytes) = settings.sign(&next) else { return Ok(false) };
+        let put = settings.store.put(&settings.key, bytes, PutCondition::IfMatch(held.1.clone()));
+        match settings.in_time(put).await.flatten() {
+            Ok(etag) => {
                 *held = (next, etag);
                 self.trust_from(begun);
                 Ok(true)
             }
-            Ok(Err(StoreError::PreconditionFailed { .. })) => {
-                let looked = tokio::time::timeout(patience, self.look_again(held)).await;
-                looked.unwrap_or_else(|_| {
-                    tracing::warn!("the writer lease cannot be read: the store does not answer");
-                    Ok(false)
-                })
-            }
-            Ok(Err(error)) => {
-                tracing::warn!("the writer lease cannot be renewed: {error}");
-                Ok(false)
-            }
+            Err(StoreError::PreconditionFailed { .. }) => self.look_again(held).await,
             // It may be there all the same: the next renewal meets it.
-            Err(_) => {
-                tracing::warn!("the writer lease cannot be renewed: the store does not answer");
+            Err(error) => {
+                tracing::warn!("the writer lease cannot be renewed: {error}");
                 Ok(false)
             }
         }
@@ -300,11 +287,14 @@ impl Fence {
     /// The lease is not as it was left: an answer of ours was lost, or somebody else has it.
     async fn look_again(&self, held: &mut (WriterLease, String)) -> Result<bool, Lost> {
         let settings = &self.settings;
-        // Whoever has it may be named since by a newer root.
-        if let Err(error) = settings.roots.follow(&*settings.store).await {
-            tracing::warn!("the newest root cannot be read: {error}");
-        }
-        match settings.read().await {
+        let look = settings.in_time(async {
+            // Whoever has it may be named since by a newer root.
+            if let Err(error) = settings.roots.follow(&*settings.store).await {
+                tracing::warn!("the newest root cannot be read: {error}");
+            }
+            settings.read().await
+        });
+        match look.await.map_err(Failure::unavailable).flatten() {
             Ok(Some((lease, etag))) if is_still(&held.0, &lease.document) => {
                 *held = (lease.document, etag);
                 Ok(true)
@@ -345,10 +335,9 @@ impl Fence {
         let last = WriterLease { released: true, ..renewed(&held.0) };
         let Ok(bytes) = self.settings.sign(&last) else { return };
         let put = self.settings.store.put(&self.settings.key, bytes, PutCondition::IfMatch(held.1.clone()));
-        match tokio::time::timeout(self.settings.lease / RENEWALS, put).await {
-            Ok(Ok(etag)) => *held = (last, etag),
-            Ok(Err(error)) => tracing::warn!("the writer lease could not be given back; it ends by itself: {error}"),
-            Err(_) => tracing::warn!("the writer lease could not be given back; it ends by itself: the store does not answer"),
+        match self.settings.in_time(put).await.flatten() {
+            Ok(etag) => *held = (last, etag),
+            Err(error) => tracing::warn!("the writer lease could not be given back; it ends by itself: {error}"),
         }
     }
 }
@@ -363,6 +352,12 @@ impl FenceSettings {
     async fn read(&self) -> Result<Option<(Verified<WriterLease>, String)>, Failure> {
         let chain = self.roots.known().map_err(Failure::configuration)?;
         read_lease(&*self.store, &self.key, &self.context, &chain.orchestrators).await
+    }
+
+    /// What the store answers to a request about the lease, as long as the lease can wait for it.
+    async fn in_time<T>(&self, request: impl Future<Output = T>) -> Result<T, StoreError> {
+        let unanswered = |_| StoreError::Unavailable { key: self.key.clone(), reason: "the store does not answer".to_owned() };
+        tokio::time::timeout(self.lease / PATIENCE, request).await.map_err(unanswered)
     }
 
     fn sign(&self, lease: &WriterLease) -> Result<Bytes, daemon::JournalError> {

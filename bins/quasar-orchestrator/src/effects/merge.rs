@@ -1,10 +1,10 @@
 //! Tapes and merges: the edge around [`super::arithmetic`]. Everything is written in the order of the protocol, so that whoever finds
 //! a tape can complete its step.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use daemon::files;
 use fragments::delta;
 use fragments::keyframe::{self, KeyframeId};
 use fragments::state::{FragmentState, StateHeader};
@@ -16,30 +16,21 @@ use storage::StoreError;
 use super::arithmetic::{Base, Completed, Contributed, Version, complete, encode};
 use super::{Service, persist};
 
+/// How the names of states and of what learners have of a version end.
+const STATE: &str = ".qfs";
+const REPLICA: &str = ".safetensors";
+
 impl Service {
-    pub(super) fn state_path(&self, fragment: u16, version: u64) -> PathBuf {
-        self.state_dir.join("states").join(format!("{fragment}-{version}.qfs"))
+    fn states(&self) -> PathBuf {
+        self.state_dir.join("states")
     }
 
-    /// Removes what lies here of versions of a fragment before `version`: also what an earlier process left before others led.
-    fn drop_versions(&self, fragment: u16, version: u64) {
-        let entries = std::fs::read_dir(self.state_dir.join("states")).into_iter().flatten().flatten();
-        for entry in entries {
-            let name = entry.file_name();
-            let parse = || {
-                let (of, rest) = name.to_str()?.split_once('-')?;
-                let (number, ending) = rest.split_once('.')?;
-                let is_version = of.parse() == Ok(fragment) && matches!(ending, "qfs" | "safetensors");
-                number.parse::<u64>().ok().filter(|_| is_version)
-            };
-            if parse().is_some_and(|number| number < version) {
-                let _ = std::fs::remove_file(entry.path());
-            }
-        }
+    pub(super) fn state_path(&self, fragment: u16, version: u64) -> PathBuf {
+        self.states().join(format!("{fragment}-{version}{STATE}"))
     }
 
     fn replica_path(&self, fragment: u16, version: u64) -> PathBuf {
-        self.state_dir.join("states").join(format!("{fragment}-{version}.safetensors"))
+        self.states().join(format!("{fragment}-{version}{REPLICA}"))
     }
 
     pub(super) fn state_header(&self, fragment: u16, version: u64) -> StateHeader {
@@ -174,7 +165,7 @@ impl Service {
         }
         let manifest = FragmentManifest { fragment, version, t: tape.t, keyframe, delta, state: state_digest };
         self.put_once(&self.run.fragment_manifest(fragment, version), &manifest).await;
-        self.drop_versions(fragment, version.saturating_sub(1));
+        files::remove_versions(&self.states(), &[STATE, REPLICA], fragment, version.saturating_sub(1));
     }
 
     /// Writes what a tape gives. Everybody who completes it writes the same.
@@ -239,9 +230,7 @@ impl Service {
 
 /// Keeps a file for the next merge. It is in the bucket too, so a full disk costs a download, nothing else.
 fn keep(path: &Path, bytes: &[u8]) {
-    let partial = path.with_extension("part");
-    let written: io::Result<()> = std::fs::write(&partial, bytes).and_then(|()| std::fs::rename(&partial, path));
-    if let Err(error) = written {
+    if let Err(error) = files::write_whole(path, &[bytes]) {
         tracing::warn!("{} cannot be written; it is in the bucket: {error}", path.display());
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use chain::{ChainError, ChainLink, Hotkey, setter};
 use daemon::driver::Inputs;
 use daemon::health::Component;
-use daemon::{Journal, JournalError, clock};
+use daemon::{Journal, JournalError, clock, files};
 use protocol::envelope::RunId;
 use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
@@ -184,15 +184,10 @@ impl ChainDesk {
             cycles: from.cycles,
             is_final: from.is_final,
         };
-        if let Err(error) = write(&self.file, &file) {
+        // It is a few kilobytes, and its loss does no harm.
+        let written = serde_json::to_vec_pretty(&file).map_err(Into::into).and_then(|text| files::write_whole(&self.file, &[&text]));
+        if let Err(error) = written {
             tracing::warn!(file = %self.file.display(), %error, "how weights stand cannot be written down");
         }
     }
-}
-
-/// Replaces the file: a reader finds the old or the new one, whole. It is a few kilobytes, and its loss does no harm.
-fn write(path: &std::path::Path, file: &WeightsFile) -> std::io::Result<()> {
-    let fresh = path.with_extension("tmp");
-    std::fs::write(&fresh, serde_json::to_vec_pretty(file)?)?;
-    std::fs::rename(&fresh, path)
 }

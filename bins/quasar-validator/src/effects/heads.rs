@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use daemon::files;
 use protocol::documents::Head;
 use protocol::envelope::{Document, Verified};
 use protocol::log::{LogHead, LogRef};
@@ -56,10 +57,7 @@ impl LogHeads {
         if path.exists() {
             return Ok(());
         }
-        std::fs::create_dir_all(&self.folder)?;
-        let partial = path.with_extension("part");
-        std::fs::write(&partial, bytes)?;
-        std::fs::rename(&partial, path)?;
+        files::write_whole(path, &[bytes])?;
         let mut names: Vec<_> = std::fs::read_dir(&self.folder)?.filter_map(Result::ok).map(|entry| entry.file_name()).collect();
         names.sort();
         let superfluous = names.len().saturating_sub(HEADS_KEPT);

@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use daemon::files;
 use fragments::delta;
 use fragments::keyframe::{self, KeyframeId};
 use protocol::Digest;
@@ -19,7 +20,6 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::task::{Id, JoinHandle, JoinSet};
 
 use super::base::BaseTree;
-use super::files;
 use super::grants::Grants;
 use super::trouble::Trouble;
 use crate::machine::cycles::KeyframeRef;
@@ -153,7 +153,7 @@ impl Keyframes {
     async fn keep(&self, demand: Demand) {
         let Demand { keyframe: KeyframeRef { fragment, version, .. }, from } = demand;
         let folder = self.folder.clone();
-        let _ = tokio::task::spawn_blocking(move || remove_below(&folder, fragment, from)).await;
+        let _ = tokio::task::spawn_blocking(move || files::remove_versions(&folder, &[SUFFIX], fragment, from)).await;
         match self.bytes(demand.keyframe).await {
             Ok(_) => {}
             Err(trouble) if trouble.is_of_disk() => {
@@ -194,7 +194,7 @@ impl Keyframes {
             _ => self.follow(near.unwrap_or(keyframe), one).await?,
         };
         let path = self.path(one.fragment, one.version);
-        files::write_whole(&path, &bytes).map_err(Trouble::io(&path))?;
+        files::write_whole(&path, &[&bytes]).map_err(Trouble::io(&path))?;
         Ok(bytes)
     }
 
@@ -257,23 +257,9 @@ pub fn tidy(runs: &Path, current: &Path) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
-    files::remove_leftovers(current);
-}
-
-/// Removes the files of a fragment's versions below `from`, also of those from before a time in which nothing was kept.
-fn remove_below(folder: &Path, fragment: u16, from: u64) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let kept = entry.file_name().to_str().and_then(kept_as);
-        if kept.is_some_and(|(of, version)| of == fragment && version < from) {
-            let _ = fs::remove_file(entry.path());
-        }
+    if let Err(error) = files::remove_leftovers(current) {
+        tracing::warn!("{} cannot be tidied: {error}", current.display());
     }
-}
-
-/// Fragment and version of a kept file.
-fn kept_as(name: &str) -> Option<(u16, u64)> {
-    let (fragment, version) = name.strip_suffix(SUFFIX)?.split_once('-')?;
-    Some((fragment.parse().ok()?, version.parse().ok()?))
 }
 
 #[cfg(test)]
@@ -314,17 +300,5 @@ mod tests {
             demands.add(demand(0, version, 0));
         }
         assert_eq!((demands.waiting.len(), demands.waiting.front().copied()), (DEMANDS_MAX, Some(demand(0, 5, 0))));
-    }
-
-    #[test]
-    fn all_old_versions_of_the_fragment_go_and_nothing_else() {
-        let folder = tempfile::tempdir().unwrap();
-        for name in ["1-3.safetensors", "1-40.safetensors", "1-41.safetensors", "11-3.safetensors", "1-x.safetensors", "1-4.txt"] {
-            fs::write(folder.path().join(name), b"").unwrap();
-        }
-        remove_below(folder.path(), 1, 41);
-        let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        left.sort();
-        assert_eq!(left, ["1-4.txt", "1-41.safetensors", "1-x.safetensors", "11-3.safetensors"]);
     }
 }

@@ -6,13 +6,13 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use daemon::files;
 use protocol::Digest;
 use protocol::documents::{OpenedPart, opening_volumes};
 use protocol::paths::SlotKeys;
 use sha2::{Digest as _, Sha256};
 use storage::seal_stream::{self, StreamError};
 
-use super::files;
 use super::grants::Grants;
 use super::trouble::Trouble;
 
@@ -63,7 +63,7 @@ impl OpenedParts {
                 return Err(Trouble::Digest { key });
             }
             let target = path.clone();
-            let written = tokio::task::spawn_blocking(move || files::write_whole(&target, &bytes)).await;
+            let written = tokio::task::spawn_blocking(move || files::write_whole(&target, &[&bytes])).await;
             written.map_err(|_| Trouble::BenchGone)?.map_err(Trouble::io(path.clone()))?;
             volumes.push(path);
         }

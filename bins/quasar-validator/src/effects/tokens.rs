@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
+use daemon::files;
 use protocol::{Digest, ShardManifest};
 use storage::discovery::RunFacts;
 
-use super::files;
 use super::grants::Grants;
 use super::trouble::Trouble;
 use crate::audit::RowRef;
@@ -77,7 +77,7 @@ impl TokenCache {
         if Digest::blake3(&bytes) != digest {
             return Err(Trouble::Digest { key });
         }
-        files::write_whole(&path, &bytes).map_err(Trouble::io(&path))?;
+        files::write_whole(&path, &[&bytes]).map_err(Trouble::io(&path))?;
         self.trim();
         Ok(bytes)
     }

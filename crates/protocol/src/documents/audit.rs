@@ -42,8 +42,8 @@ pub const OPENING_PARTS: u8 = 3;
 /// Largest part of an opening, in bytes for each element of the model: weights and two moments in f32, and room for the rest.
 const OPENING_BYTES_PER_ELEMENT: u64 = 16;
 const OPENING_BYTES_MIN: u64 = 16 << 20;
-/// Most volumes of a part.
-const OPENING_VOLUMES_MAX: u64 = 256;
+/// Volumes that the largest part travels in, before it is sealed.
+const OPENING_VOLUMES: u64 = 128;
 
 /// Most bytes of a part of an opening, before it is sealed, for a model of so many elements.
 pub fn opening_bytes_max(elements: u64) -> u64 {
@@ -53,8 +53,7 @@ pub fn opening_bytes_max(elements: u64) -> u64 {
 /// Bytes of the volumes that the parts of an opening travel in, for a model of so many elements. A part is an object each so many bytes: no
 /// store takes a large model's state in one request, and a volume that arrived is not sent again.
 pub fn opening_volume_bytes(elements: u64) -> u64 {
-    // A sealed part is a little longer than what is in it.
-    (opening_bytes_max(elements) / OPENING_VOLUMES_MAX).saturating_mul(2).max(OPENING_BYTES_MIN)
+    opening_bytes_max(elements).div_ceil(OPENING_VOLUMES).max(OPENING_BYTES_MIN)
 }
 
 /// The volumes of a part of `length` bytes, in order: number, and which bytes of the part it holds. There is always one.
@@ -255,7 +254,7 @@ mod tests {
         for (elements, bytes) in [(16_550_000_000, 100_000_000_000), (100_000, 1_200_000)] {
             let volume = opening_volume_bytes(elements);
             let volumes = all(bytes, volume);
-            assert!(volumes.len() <= 200 && volume < 5 << 30 && opening_bytes_max(elements) / volume < OPENING_VOLUMES_MAX, "{volume}");
+            assert!(volume < 5 << 30 && opening_bytes_max(elements).div_ceil(volume) <= OPENING_VOLUMES, "{volume}");
             assert_eq!(volumes.iter().map(|(_, range)| range.end - range.start).sum::<u64>(), bytes);
         }
         assert_eq!(all(1_200_000, opening_volume_bytes(100_000)).len(), 1);
