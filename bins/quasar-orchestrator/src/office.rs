@@ -97,7 +97,7 @@ impl Office {
                 Err(Failure::configuration(anyhow::anyhow!("{key} is there already and is never changed"))
                     .hint("this step was done before; go on with the next one, or choose another name"))
             }
-            Err(error) => Err(Failure::unavailable(error)),
+            Err(error) => Err(unserved(error)),
         }
     }
 
@@ -105,13 +105,19 @@ impl Office {
     pub async fn upload_once(&self, key: &str, file: &FileRecord, path: &Path, hint: &str) -> Result<(), Failure> {
         match transfer::upload(&*self.store, key, file, path).await {
             Err(error @ StoreError::PreconditionFailed { .. }) => Err(Failure::configuration(error).hint(hint)),
-            result => result.map_err(Failure::unavailable),
+            result => result.map_err(unserved),
         }
     }
 
-    /// Reads a document that one of `signers` stored.
+    /// Reads a document that one of `signers` stored and that has to be there.
     pub async fn read<D: Document>(&self, key: &str, context: &Context, signers: &[KeyRef]) -> Result<Verified<D>, Failure> {
-        let object = self.store.get(key, D::PURPOSE.file_limit()).await.map_err(Failure::unavailable)?;
+        let object = match self.store.get(key, D::PURPOSE.file_limit()).await {
+            Err(error @ StoreError::NotFound { .. }) => {
+                let hint = "other objects build on it: restore it from a backup or from an earlier version of the object";
+                return Err(Failure::configuration(error).hint(hint));
+            }
+            result => result.map_err(unserved)?,
+        };
         open_stored(&object.bytes, context, Expect::Any(signers)).map_err(|error| Failure::configuration(error).context(key.to_owned()))
     }
 
@@ -120,4 +126,9 @@ impl Office {
         let bytes = self.sign(current, &self.context);
         self.store.put(&self.keys.current(), Bytes::from(bytes), PutCondition::Always).await.map(drop)
     }
+}
+
+/// What a store that did not do as asked means for a command: whether it may do so later, or a person has to change something first.
+pub fn unserved(error: StoreError) -> Failure {
+    if error.is_retryable() { Failure::unavailable(error) } else { Failure::configuration(error) }
 }

@@ -10,9 +10,9 @@ use daemon::network;
 use daemon::sequence::Sequence;
 use daemon::{Exit, Failure, Shutdown, clock, files, supervisor};
 use fragments::codec::PayloadHeader;
-use protocol::documents::{CatalogPage, CurrentRun, FragmentManifest, ReleaseRef, RunManifest};
+use protocol::documents::{CatalogPage, CurrentRun, FragmentManifest, Head, ReleaseRef, RunManifest};
 use protocol::envelope::{Context, Expect, Purpose, open_stored};
-use protocol::{Digest, FragmentPlan, KeyRef, ShardManifest};
+use protocol::{FragmentPlan, KeyRef, ShardManifest};
 use storage::roots::RootChain;
 use storage::{PutCondition, StoreError, check};
 use zeroize::Zeroizing;
@@ -20,7 +20,7 @@ use zeroize::Zeroizing;
 use crate::effects::fence::{self, Fence, FenceSettings, Wait};
 use crate::effects::{Hands, Service, spawn_pollers};
 use crate::machine::{FragmentSetup, Orchestrator, RunSetup, ShardRows};
-use crate::office::Office;
+use crate::office::{Office, unserved};
 use crate::operator::{checkpoint, run, store};
 use crate::takeover;
 
@@ -35,7 +35,7 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     let state_dir = office.state_dir()?;
     let now_ms = clock::now_ms();
     let examined = check::conformance(&*office.store, &store::prefix(&office), now_ms).await;
-    examined.map_err(|error| if error.is_retryable() { Failure::unavailable(error) } else { Failure::configuration(error) })?;
+    examined.map_err(store::unfit)?;
     let roots = office.roots()?;
     let named = run::named(&roots, &*office.store, &office.key()).await?;
     let published = Published::read(&office, &named).await?;
@@ -51,10 +51,8 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
     let base_tree = state_dir.join("releases").join(&manifest.base_release);
     let (base, base_digest) = checkpoint::fetch_to(&office, &manifest.base_release, &base_tree).await?;
     if base_digest != manifest.base_manifest {
-        return Err(Failure::configuration(anyhow::anyhow!(
-            "release {} is not the one that the run was created from",
-            manifest.base_release
-        )));
+        let key = office.keys.release_manifest(&manifest.base_release);
+        return Err(contradiction(&key, "it is not the release that the run was created from"));
     }
     let setup = setup(&office, &context, &manifest, &plan, &shards, &named.orchestrators).await?;
     let fresh = Orchestrator::new(setup);
@@ -186,36 +184,52 @@ impl Published {
     async fn read(office: &Office, roots: &RootChain) -> Result<Self, Failure> {
         let current = current_run(office, &roots.orchestrators).await?;
         if !roots.digests.contains(&current.root_digest) {
-            return Err(Failure::configuration(anyhow::anyhow!("the current run was created under another root")).hint("create a new run"));
+            let what = "the run was created under a root that is not among the owner's";
+            return Err(Failure::configuration(anyhow::anyhow!("{}: {what}", office.keys.current())).hint("create a new run"));
         }
         let context = Context { run: current.run, ..office.context };
         let (keys, signers) = (office.keys.run(current.run), &roots.orchestrators);
-        let contradiction = |what: String| {
-            Failure::configuration(anyhow::anyhow!(what)).hint("the bucket holds objects that do not belong together; nothing was changed")
-        };
-        let object = office.store.get(&keys.manifest(), Purpose::RunManifest.file_limit()).await.map_err(Failure::unavailable)?;
-        let manifest = office.read::<RunManifest>(&keys.manifest(), &context, signers).await?.document;
-        if Digest::blake3(&object.bytes) != current.manifest_digest {
-            return Err(contradiction(format!("{} is not the manifest that the current run names", keys.manifest())));
+        let manifest = office.read::<RunManifest>(&keys.manifest(), &context, signers).await?;
+        if manifest.id != current.manifest_digest {
+            return Err(contradiction(&keys.manifest(), "it is not the manifest that the current run names"));
         }
-        let plan = office.read::<FragmentPlan>(&keys.plan(&manifest.plan), &context, signers).await?.document;
-        if plan.digest() != manifest.plan || plan.fragments.len() != usize::from(manifest.parameters.fragments) {
-            return Err(contradiction(format!(
-                "the run manifest asks for {} fragments, its plan has {}",
-                manifest.parameters.fragments,
-                plan.fragments.len()
-            )));
-        }
+        let manifest = manifest.document;
+        let asked = usize::from(manifest.parameters.fragments);
         let bounds = &roots.newest.bounds;
         if manifest.parameters.fragments > bounds.fragments_max || manifest.parameters.slots > bounds.slots_max {
-            return Err(contradiction("the run manifest exceeds the bounds of the root".to_owned()));
+            return Err(contradiction(&keys.manifest(), "it exceeds the bounds of the root"));
+        }
+        let plan_key = keys.plan(&manifest.plan);
+        let plan = office.read::<FragmentPlan>(&plan_key, &context, signers).await?.document;
+        if plan.digest() != manifest.plan {
+            return Err(contradiction(&plan_key, "it is not the plan that the run manifest names"));
+        }
+        if plan.fragments.len() != asked {
+            let what = format!("it has {} fragments, and the run manifest asks for {asked}", plan.fragments.len());
+            return Err(contradiction(&plan_key, &what));
         }
         let mut shards: Vec<ShardManifest> = Vec::new();
         for page in &manifest.catalog {
-            shards.extend(office.read::<CatalogPage>(&keys.catalog(page.page), &context, signers).await?.document.shards);
+            let key = keys.catalog(page.page);
+            let found = office.read::<CatalogPage>(&key, &context, signers).await?;
+            if found.id != page.digest {
+                return Err(contradiction(&key, "it is not the page that the run manifest names"));
+            }
+            shards.extend(found.document.shards);
+        }
+        let head = office.read::<Head>(&keys.head(), &context, signers).await?.document;
+        if head.fragments.len() != asked {
+            let what = format!("it names {} fragments, and the run manifest asks for {asked}", head.fragments.len());
+            return Err(contradiction(&keys.head(), &what));
         }
         Ok(Self { context, current, manifest, plan, shards })
     }
+}
+
+/// What a person has to look at, before anything was changed.
+fn contradiction(key: &str, what: &str) -> Failure {
+    Failure::configuration(anyhow::anyhow!("{key}: {what}"))
+        .hint("the bucket holds objects that do not belong together; nothing was changed")
 }
 
 /// The run's secret for the keys of openings. It lies in the private part of the bucket, so that a lost disk loses no audit.
@@ -224,8 +238,8 @@ async fn opening_secret(office: &Office, run_keys: &protocol::paths::RunKeys) ->
     let fresh = storage::seal_stream::fresh_secret();
     let bytes = match office.store.put(&key, bytes::Bytes::copy_from_slice(&*fresh), PutCondition::IfAbsent).await {
         Ok(_) => return Ok(fresh),
-        Err(StoreError::PreconditionFailed { .. }) => office.store.get(&key, 32).await.map_err(Failure::unavailable)?.bytes,
-        Err(error) => return Err(Failure::unavailable(error)),
+        Err(StoreError::PreconditionFailed { .. }) => office.store.get(&key, 32).await.map_err(unserved)?.bytes,
+        Err(error) => return Err(unserved(error)),
     };
     let secret = <[u8; 32]>::try_from(&bytes[..]).map_err(|_| {
         Failure::configuration(anyhow::anyhow!("{key} is not 32 bytes"))
@@ -236,16 +250,17 @@ async fn opening_secret(office: &Office, run_keys: &protocol::paths::RunKeys) ->
 
 /// The run that this orchestrator made current, also where the pointer has expired while nobody renewed it.
 pub(crate) async fn current_run(office: &Office, signers: &[KeyRef]) -> Result<CurrentRun, Failure> {
-    let object = match office.store.get(&office.keys.current(), Purpose::CurrentRun.file_limit()).await {
+    let key = office.keys.current();
+    let object = match office.store.get(&key, Purpose::CurrentRun.file_limit()).await {
         Ok(object) => object,
         Err(StoreError::NotFound { .. }) => {
             return Err(Failure::try_later(anyhow::anyhow!("no run is published yet")).hint("create one with `run create`"));
         }
-        Err(error) => return Err(Failure::unavailable(error)),
+        Err(error) => return Err(unserved(error)),
     };
     open_stored::<CurrentRun>(&object.bytes, &office.context, Expect::Any(signers))
         .map(|verified| verified.document)
-        .map_err(Failure::configuration)
+        .map_err(|error| Failure::configuration(error).context(key))
 }
 
 async fn setup(

@@ -9,14 +9,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use daemon::driver::{self, Recovered};
-use daemon::{Exit, Failure, Journal, Machine, clock};
+use daemon::{Failure, Journal, Machine, clock};
 use protocol::AccountId;
 use protocol::documents::{Head, Progress, WriterLease};
 use protocol::envelope::{Document, EnvelopeError, Expect, Verified, open_stored};
 use storage::StoreError;
 
 use crate::effects::Service;
-use crate::machine::{Input, Orchestrator, SNAPSHOT_BYTES_MAX, SnapshotError};
+use crate::machine::{Input, Orchestrator, SNAPSHOT_BYTES_MAX};
 
 mod gather;
 
@@ -88,10 +88,9 @@ pub async fn recover(
         tracing::warn!("the journal is older than the head: it was restored from a copy, or lost what was written last");
     }
     let (taken_ms, mut machine) = match service.read(&service.run.snapshot(), SNAPSHOT_BYTES_MAX).await? {
-        Some(bytes) => Orchestrator::from_snapshot(&bytes).map_err(|error| {
-            let exit = if matches!(error, SnapshotError::Layout { .. }) { Exit::Configuration } else { Exit::Unavailable };
-            Failure::new(exit, error).context(service.run.snapshot())
-        })?,
+        Some(bytes) => {
+            Orchestrator::from_snapshot(&bytes).map_err(|error| Failure::configuration(error).context(service.run.snapshot()))?
+        }
         None => (0, fresh),
     };
     let facts = gather(service, &service.run, service.manifest.parameters.overlap, &machine, head).await?;

@@ -88,7 +88,11 @@ async fn examine_with(store: &dyn ObjectStore, grants: &dyn GrantAccess, prefix:
     result
 }
 
-fn verdict(report: Report) -> Result<(), ConformanceError> {
+/// Whether all promises are kept.
+///
+/// # Errors
+/// [`ConformanceError::Broken`] with those that are not.
+pub fn verdict(report: Report) -> Result<(), ConformanceError> {
     let broken: Vec<&str> = report.into_iter().filter(|(_, kept)| !kept).map(|(promise, _)| promise).collect();
     if broken.is_empty() { Ok(()) } else { Err(ConformanceError::Broken { broken }) }
 }
@@ -118,15 +122,26 @@ impl Examination<'_> {
         }
     }
 
-    fn upload(&self, key: &str, bytes: &[u8], if_absent: bool) -> Result<GrantRequest, StoreError> {
+    /// A grant for one write of `bytes`, or of as many others.
+    fn upload(&self, key: &str, bytes: &[u8], is_bound: bool) -> Result<GrantRequest, StoreError> {
         self.store.presign(&Presign::Put {
             key: key.to_owned(),
             length: bytes.len() as u64,
-            sha256: Some(Digest::sha256(bytes)),
-            if_absent,
+            sha256: is_bound.then(|| Digest::sha256(bytes)),
+            if_absent: true,
             now_ms: self.now_ms,
             expires_in_ms: 120_000,
         })
+    }
+
+    /// Whether `grant` is refused for `bytes` and leaves nothing at its key, where nothing was.
+    async fn is_refused(&self, grant: &GrantRequest, bytes: &'static [u8]) -> Result<bool, ConformanceError> {
+        let is_refused = does_not_store(self.grants.put(grant, Bytes::from_static(bytes)).await)?;
+        let is_absent = self.is_absent(&grant.key).await?;
+        if !is_absent {
+            self.store.delete(&grant.key).await?;
+        }
+        Ok(is_refused && is_absent)
     }
 
     async fn run(mut self) -> Result<Report, ConformanceError> {
@@ -175,33 +190,24 @@ impl Examination<'_> {
 
     async fn grants(&mut self) -> Result<(), ConformanceError> {
         let grants = self.grants;
-        let refused = |outcome: &Result<PutOutcome, GrantError>| match outcome {
-            Ok(outcome) => *outcome != PutOutcome::Stored,
-            Err(error) => !error.is_retryable(),
-        };
-
         let key = self.key("grant");
         let grant = self.upload(&key, b"granted", true)?;
-        let other_bytes = grants.put(&grant, Bytes::from_static(b"GRANTED")).await;
-        let kept = refused(&other_bytes) && self.is_absent(&key).await?;
+        let kept = self.is_refused(&grant, b"GRANTED").await?;
         self.promise(kept, "an upload with another SHA-256 is refused and leaves nothing");
 
-        let unbound = GrantRequest { length: None, ..grant.clone() };
-        let other_length = grants.put(&unbound, Bytes::from_static(b"granted and more")).await;
-        let kept = refused(&other_length) && self.is_absent(&key).await?;
+        // Records, verdicts and volumes are bound by their length alone. What this client knows of it would keep it from asking.
+        let unbound = GrantRequest { length: None, ..self.upload(&key, b"granted", false)? };
+        let kept = self.is_refused(&unbound, b"granted and more").await? && self.is_refused(&unbound, b"gran").await?;
         self.promise(kept, "an upload of another length is refused and leaves nothing");
 
         let bare_url = grant.url.split('?').next().unwrap_or_default().to_owned();
         let unsigned = GrantRequest { url: bare_url, headers: Vec::new(), length: None, ..grant.clone() };
-        let anonymous = grants.put(&unsigned, Bytes::from_static(b"granted")).await;
-        let kept = refused(&anonymous) && self.is_absent(&key).await?;
+        let kept = self.is_refused(&unsigned, b"granted").await?;
         self.promise(kept, "an unsigned upload is refused and leaves nothing");
 
         // The signature covers the key, the method and the time: none of them can be exchanged for another.
-        let elsewhere = self.key("elsewhere");
-        let other_key = GrantRequest { key: elsewhere.clone(), url: grant.url.replace("/grant?", "/elsewhere?"), ..grant.clone() };
-        let moved = grants.put(&other_key, Bytes::from_static(b"granted")).await;
-        let kept = refused(&moved) && self.is_absent(&elsewhere).await? && other_key.url != grant.url;
+        let other_key = GrantRequest { key: self.key("elsewhere"), url: grant.url.replace("/grant?", "/elsewhere?"), ..grant.clone() };
+        let kept = self.is_refused(&other_key, b"granted").await? && other_key.url != grant.url;
         self.promise(kept, "a grant for one key is refused for another");
         let late = self.store.presign(&Presign::Put {
             key: key.clone(),
@@ -211,8 +217,7 @@ impl Examination<'_> {
             now_ms: self.now_ms.saturating_sub(3_600_000),
             expires_in_ms: 1_000,
         })?;
-        let expired = grants.put(&late, Bytes::from_static(b"granted")).await;
-        let kept = refused(&expired) && self.is_absent(&key).await?;
+        let kept = self.is_refused(&late, b"granted").await?;
         self.promise(kept, "an expired upload grant is refused and leaves nothing");
 
         let stored = grants.put(&grant, Bytes::from_static(b"granted")).await?;
@@ -221,17 +226,30 @@ impl Examination<'_> {
         self.promise(replayed == PutOutcome::AlreadyThere, "a write-once grant works once");
 
         let sign_read = |now_ms, expires_in_ms| self.store.presign(&Presign::Get { key: key.clone(), now_ms, expires_in_ms });
-        let read = grants.get(&sign_read(self.now_ms, 60_000)?, None, LIMIT).await;
-        self.promise(read.is_ok_and(|bytes| bytes == "granted"), "a read grant reads");
+        let read = answered(grants.get(&sign_read(self.now_ms, 60_000)?, None, LIMIT).await)?;
+        self.promise(read.is_some_and(|bytes| bytes == "granted"), "a read grant reads");
         let as_read = GrantRequest { method: Method::Get, headers: Vec::new(), length: None, sha256: None, ..grant.clone() };
-        let other_method = grants.get(&as_read, None, LIMIT).await;
-        self.promise(other_method.is_err(), "an upload grant reads nothing");
+        let other_method = answered(grants.get(&as_read, None, LIMIT).await)?;
+        self.promise(other_method.is_none(), "an upload grant reads nothing");
         let as_write = GrantRequest { method: Method::Put, ..sign_read(self.now_ms, 60_000)? };
         let other_method = grants.put(&as_write, Bytes::from_static(b"overwritten")).await;
-        let kept = refused(&other_method) && self.store.get(&key, LIMIT).await?.bytes == "granted";
+        let kept = does_not_store(other_method)? && self.store.get(&key, LIMIT).await?.bytes == "granted";
         self.promise(kept, "a read grant writes nothing");
-        let expired = grants.get(&sign_read(self.now_ms.saturating_sub(3_600_000), 1_000)?, None, LIMIT).await;
-        self.promise(expired.is_err(), "an expired grant is refused");
+        let expired = answered(grants.get(&sign_read(self.now_ms.saturating_sub(3_600_000), 1_000)?, None, LIMIT).await)?;
+        self.promise(expired.is_none(), "an expired grant is refused");
         Ok(())
     }
+}
+
+/// What a grant gave; `None` where it was refused. A store that did not answer has refused nothing.
+fn answered<T>(result: Result<T, GrantError>) -> Result<Option<T>, GrantError> {
+    match result {
+        Ok(given) => Ok(Some(given)),
+        Err(error) if error.is_retryable() => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
+fn does_not_store(outcome: Result<PutOutcome, GrantError>) -> Result<bool, GrantError> {
+    Ok(answered(outcome)? != Some(PutOutcome::Stored))
 }

@@ -32,7 +32,7 @@ impl BucketUrl {
         let invalid = || {
             StoreError::invalid(
                 "",
-                "the endpoint is not a URL of the form https://host[:port]\nhint: set QUASAR_S3_ENDPOINT or leave it out for AWS",
+                "the endpoint is not a URL of the form https://host[:port]\nhint: set QUASAR_S3_ENDPOINT_URL or leave it out for AWS",
             )
         };
         let parsed = url::Url::parse(&endpoint).map_err(|_| invalid())?;

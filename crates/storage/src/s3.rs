@@ -13,7 +13,7 @@ use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{
     BehaviorVersion, Credentials, Region, RequestChecksumCalculation, ResponseChecksumValidation, StalledStreamProtectionConfig,
 };
-use aws_sdk_s3::error::{DisplayErrorContext, SdkError};
+use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::{ByteStream, SdkBody};
 use aws_smithy_http_client::Builder;
 use aws_smithy_http_client::tls::Provider;
@@ -147,7 +147,7 @@ impl S3Store {
     /// Sorts an SDK error by HTTP status; the status is the only part on which stores agree.
     fn sort<E>(&self, key: &str, access: Access, error: SdkError<E>) -> StoreError
     where
-        E: std::error::Error + Send + Sync + 'static,
+        E: std::error::Error + ProvideErrorMetadata + Send + Sync + 'static,
     {
         let owned = key.to_owned();
         let Some(status) = error.raw_response().map(|response| response.status().as_u16()) else {
@@ -160,6 +160,13 @@ impl S3Store {
             return StoreError::unavailable(key, reason);
         };
         match status {
+            404 if error.code() == Some("NoSuchBucket") => {
+                let bucket = &self.settings.bucket;
+                StoreError::invalid(
+                    key,
+                    format!("there is no bucket `{bucket}` at this store\nhint: check the bucket's name, the endpoint and the region"),
+                )
+            }
             404 => StoreError::NotFound { key: owned },
             // Without permission to list, AWS answers 403 for a missing object.
             403 if self.is_anonymous() && access == Access::Read => StoreError::NotFound { key: owned },

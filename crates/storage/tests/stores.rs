@@ -44,15 +44,18 @@ async fn start(backend: Backend) -> S3Server {
 }
 
 fn store_at(endpoint: &str, secret_key: Option<&str>) -> S3Store {
-    S3Store::new(S3Settings {
+    S3Store::new(settings_at(endpoint, secret_key)).unwrap()
+}
+
+fn settings_at(endpoint: &str, secret_key: Option<&str>) -> S3Settings {
+    S3Settings {
         endpoint: Some(endpoint.to_owned()),
         region: "us-east-1".into(),
         bucket: "quasar".into(),
         access_key: secret_key.map(|_| "access".to_owned()),
         secret_key: secret_key.map(str::to_owned),
         path_style: true,
-    })
-    .unwrap()
+    }
 }
 
 #[expect(clippy::disallowed_methods, reason = "the embedded server judges expiry by the real clock")]
@@ -271,6 +274,90 @@ async fn a_store_that_does_not_honour_conditions_or_checksums_is_named_as_such()
     drop(world.server);
     let Err(error) = conformance(&world.store, "q/private/", now_ms()).await else { panic!() };
     assert!(error.is_retryable(), "{error}");
+}
+
+/// What a store may fail to look at when a grant is redeemed, and the promise that it breaks by it.
+const BLIND_TO: [(&str, &str); 9] = [
+    ("digest", "an upload with another SHA-256 is refused and leaves nothing"),
+    ("length", "an upload of another length is refused and leaves nothing"),
+    ("signature", "an unsigned upload is refused and leaves nothing"),
+    ("key", "a grant for one key is refused for another"),
+    ("time of a write", "an expired upload grant is refused and leaves nothing"),
+    ("what is there", "a write-once grant works once"),
+    ("method of a read", "an upload grant reads nothing"),
+    ("method of a write", "a read grant writes nothing"),
+    ("time of a read", "an expired grant is refused"),
+];
+
+/// A store that looks at everything but one thing.
+struct Blind {
+    store: MemoryStore,
+    grants: MemoryGrants,
+    to: &'static str,
+    now_ms: u64,
+}
+
+#[async_trait::async_trait]
+impl GrantAccess for Blind {
+    async fn get(&self, grant: &protocol::GrantRequest, range: Option<(u64, u64)>, limit: u64) -> Result<Bytes, GrantError> {
+        let wrong = if grant.expires_ms <= self.now_ms { "time of a read" } else { "method of a read" };
+        match self.grants.get(grant, range, limit).await {
+            Err(GrantError::Expired { .. }) if wrong == self.to => Ok(self.store.get(&grant.key, limit).await.unwrap().bytes),
+            given => given,
+        }
+    }
+
+    async fn put(&self, grant: &protocol::GrantRequest, bytes: Bytes) -> Result<PutOutcome, GrantError> {
+        let wrong = match (self.grants.put(grant, bytes.clone()).await?, grant.length) {
+            (PutOutcome::Stored, _) => return Ok(PutOutcome::Stored),
+            (PutOutcome::AlreadyThere, _) => "what is there",
+            (PutOutcome::Refused { .. }, _) => "digest",
+            (PutOutcome::Expired, _) if !grant.url.contains("signature=") => "signature",
+            (PutOutcome::Expired, _) if grant.expires_ms <= self.now_ms => "time of a write",
+            (PutOutcome::Expired, _) if grant.headers.is_empty() => "method of a write",
+            (PutOutcome::Expired, None) => "length",
+            (PutOutcome::Expired, Some(_)) => "key",
+        };
+        if wrong != self.to {
+            return Ok(if wrong == "what is there" { PutOutcome::AlreadyThere } else { PutOutcome::Expired });
+        }
+        self.store.put(&grant.key, bytes, PutCondition::Always).await.unwrap();
+        Ok(PutOutcome::Stored)
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_looks_at_everything_but_one_thing_breaks_that_promise_and_no_other() {
+    const NOW_MS: u64 = 10_000_000;
+    for (to, promise) in BLIND_TO {
+        let store = MemoryStore::new();
+        let grants = Blind { grants: MemoryGrants::new(store.clone(), || NOW_MS), store: store.clone(), to, now_ms: NOW_MS };
+        let Err(ConformanceError::Broken { broken }) = conformance_with(&store, &grants, "q/private/", NOW_MS).await else {
+            panic!("{to}")
+        };
+        assert_eq!(broken, [promise], "blind to the {to}");
+        assert!(store.list("").await.unwrap().is_empty(), "an examination leaves nothing");
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_does_not_answer_a_grant_breaks_no_promise_but_cannot_be_examined() {
+    let world = world(false).await;
+    world.server.set_faults(Faults { only_paths_with: Some("/grant".into()), errors_ppm: 1_000_000, ..Faults::default() });
+    let Err(error) = conformance(&world.store, "q/private/", now_ms()).await else { panic!() };
+    assert!(matches!(&error, ConformanceError::Grant(_)) && error.is_retryable(), "{error}");
+}
+
+#[tokio::test]
+async fn a_bucket_that_is_not_there_is_named_with_what_to_do() {
+    let world = world(false).await;
+    let elsewhere = S3Store::new(S3Settings { bucket: "quasra".into(), ..settings_at(&world.server.endpoint(), Some(SECRET)) }).unwrap();
+    let written = elsewhere.put("q/a", Bytes::from_static(b"a"), PutCondition::IfAbsent).await.unwrap_err();
+    let read = elsewhere.get("q/a", LIMIT).await.unwrap_err();
+    for error in [written, read] {
+        let told = error.to_string();
+        assert!(!error.is_retryable() && told.contains("no bucket `quasra`") && told.contains("hint:"), "{told}");
+    }
 }
 
 #[tokio::test]

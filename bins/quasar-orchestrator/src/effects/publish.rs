@@ -44,7 +44,7 @@ impl Service {
             let found = self.open_own::<Head>(&object.bytes).map_err(|error| Failure::configuration(error).context(key.clone()))?;
             if found.document.fragments.len() != self.plan.fragments.len() {
                 return Err(Failure::configuration(anyhow::anyhow!(
-                    "the head names {} fragments, the plan {}",
+                    "{key}: it names {} fragments, the plan {}",
                     found.document.fragments.len(),
                     self.plan.fragments.len()
                 ))

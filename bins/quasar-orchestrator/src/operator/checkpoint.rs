@@ -11,7 +11,7 @@ use protocol::{Digest, FileRecord};
 use serde_json::json;
 use storage::{PutCondition, StoreError, transfer};
 
-use crate::office::Office;
+use crate::office::{Office, unserved};
 
 /// Publish a Hugging Face tree as a release that runs can start from
 #[derive(Debug, clap::Args)]
@@ -76,10 +76,10 @@ pub async fn upload(office: &Office, tree: &Path, release: &Release) -> Result<D
     match office.store.put(&key, Bytes::from(bytes.clone()), PutCondition::IfAbsent).await {
         Ok(_) => Ok(Digest::blake3(&bytes)),
         Err(StoreError::PreconditionFailed { .. }) => {
-            let object = office.store.get(&key, 1 << 21).await.map_err(Failure::unavailable)?;
+            let object = office.store.get(&key, 1 << 21).await.map_err(unserved)?;
             Ok(Digest::blake3(&object.bytes))
         }
-        Err(error) => Err(Failure::unavailable(error)),
+        Err(error) => Err(unserved(error)),
     }
 }
 
@@ -103,7 +103,12 @@ pub async fn fetch(office: &Office, arguments: FetchArgs) -> Result<(), Failure>
 /// Downloads a release, resuming what is there, and gives its manifest with the digest of the manifest's file.
 pub async fn fetch_to(office: &Office, release: &str, out: &Path) -> Result<(Release, Digest), Failure> {
     let key = office.keys.release_manifest(release);
-    let object = office.store.get(&key, 1 << 21).await.map_err(Failure::unavailable)?;
+    let object = match office.store.get(&key, 1 << 21).await {
+        Err(error @ StoreError::NotFound { .. }) => {
+            return Err(Failure::configuration(error).hint("name a release that is published; `checkpoint publish` publishes one"));
+        }
+        result => result.map_err(unserved)?,
+    };
     // Signed by this key, or by one before a rotation.
     let signers = super::run::roots(office).await.map_or_else(|_| vec![office.key()], |roots| roots.orchestrators.clone());
     let verified = open_stored::<Release>(&object.bytes, &office.context, Expect::Any(&signers)).map_err(Failure::configuration)?;

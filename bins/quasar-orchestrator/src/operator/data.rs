@@ -9,7 +9,7 @@ use data::documents::Documents;
 use data::prepare::{HeldOut, PrepareSettings, prepare as prepare_shards};
 use storage::{PutCondition, StoreError, transfer};
 
-use crate::office::Office;
+use crate::office::{Office, unserved};
 
 /// Turn text, JSONL or folders of them into token shards
 #[derive(Debug, clap::Args)]
@@ -135,7 +135,7 @@ pub async fn publish(office: &Office, arguments: PublishArgs) -> Result<(), Fail
         let manifest = Bytes::from(office.sign(shard, &office.context));
         match office.store.put(&office.keys.shard_manifest(&shard.id), manifest, PutCondition::IfAbsent).await {
             Ok(_) | Err(StoreError::PreconditionFailed { .. }) => {}
-            Err(error) => return Err(Failure::unavailable(error)),
+            Err(error) => return Err(unserved(error)),
         }
         println!("published shard {} ({} rows{})", shard.id, shard.rows, if shard.held_out { ", held out" } else { "" });
     }

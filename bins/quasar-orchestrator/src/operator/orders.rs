@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::run::roots_that_name_us;
 use crate::machine::Status;
-use crate::office::Office;
+use crate::office::{Office, unserved};
 use crate::serve::current_run;
 
 const LOOK: Duration = Duration::from_millis(500);
@@ -86,7 +86,7 @@ pub async fn status_of(office: &Office, keys: &RunKeys) -> Result<Option<Status>
             Failure::unavailable(anyhow::anyhow!("{}: {error}", keys.status())).hint("the orchestrator that wrote it is of another version")
         }),
         Err(StoreError::NotFound { .. }) => Ok(None),
-        Err(error) => Err(Failure::unavailable(error)),
+        Err(error) => Err(unserved(error)),
     }
 }
 
@@ -133,7 +133,7 @@ fn without_outcome(number: u64, taken: u64) -> Failure {
 /// Numbers are taken by write-once: of two operators one gets the next.
 async fn write(office: &Office, context: &Context, keys: &RunKeys, action: Action, reason: &str) -> Result<u64, Failure> {
     let prefix = keys.order(0).trim_end_matches("0.qsr").to_owned();
-    let listed = office.store.list(&prefix).await.map_err(Failure::unavailable)?;
+    let listed = office.store.list(&prefix).await.map_err(unserved)?;
     let numbers = listed.iter().filter_map(|meta| meta.key.strip_prefix(&prefix)?.strip_suffix(".qsr")?.parse::<u64>().ok());
     let mut number = numbers.max().unwrap_or(0) + 1;
     loop {
@@ -142,7 +142,7 @@ async fn write(office: &Office, context: &Context, keys: &RunKeys, action: Actio
         match office.store.put(&keys.order(number), bytes, PutCondition::IfAbsent).await {
             Ok(_) => return Ok(number),
             Err(StoreError::PreconditionFailed { .. }) => number += 1,
-            Err(error) => return Err(Failure::unavailable(error)),
+            Err(error) => return Err(unserved(error)),
         }
     }
 }

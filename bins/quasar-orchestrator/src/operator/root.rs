@@ -9,7 +9,7 @@ use protocol::{AccountId, Digest, KeyKind, KeyRef};
 use storage::discovery::DiscoveryError;
 use storage::roots::RootChain;
 
-use crate::office::Office;
+use crate::office::{Office, unserved};
 
 /// What an operator does after the owner named another key.
 const NEXT_STEPS: &str = "\
@@ -109,7 +109,7 @@ async fn newest(office: &Office) -> Result<Option<Arc<RootChain>>, Failure> {
     let chain = match office.roots_of(first).follow(&*office.store).await {
         Ok(chain) => chain,
         Err(DiscoveryError::NoRun) => return Ok(None),
-        Err(DiscoveryError::Store(error)) => return Err(Failure::unavailable(error)),
+        Err(DiscoveryError::Store(error)) => return Err(unserved(error)),
         Err(error) => return Err(Failure::configuration(error)),
     };
     let root = &chain.newest;

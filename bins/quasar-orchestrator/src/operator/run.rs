@@ -24,7 +24,7 @@ use storage::{ObjectStore, PutCondition, StoreError};
 use super::checkpoint;
 use super::shards::published;
 use crate::effects::fence::read_lease;
-use crate::office::Office;
+use crate::office::{Office, unserved};
 
 /// Largest object that S3 stores take in a single PUT.
 const PUT_BYTES_MAX: u64 = 5 << 30;
@@ -180,14 +180,14 @@ pub async fn create(office: &Office, arguments: CreateArgs) -> Result<(), Failur
     let release = ReleaseRef { release: release.release, manifest: release_digest };
     let head = Head::first(heads, release, newest);
     let head = office.sign(&head, &context);
-    office.store.put(&run_keys.head(), Bytes::from(head), PutCondition::IfAbsent).await.map_err(Failure::unavailable)?;
+    office.store.put(&run_keys.head(), Bytes::from(head), PutCondition::IfAbsent).await.map_err(unserved)?;
     let current = CurrentRun {
         root_version: root.version,
         root_digest: roots.newest_digest(),
         run,
         manifest_digest: Digest::blake3(&manifest_bytes),
     };
-    office.publish_current(&current).await.map_err(Failure::unavailable)?;
+    office.publish_current(&current).await.map_err(unserved)?;
     println!("run {run} is current: {} fragments, {} shards, plan {}", plan.fragments.len(), shards.len(), digest.short());
     Ok(())
 }
@@ -197,7 +197,7 @@ async fn refuse_to_replace(office: &Office, signers: &[KeyRef]) -> Result<(), Fa
     let read = async |key: &str, limit: u64| match office.store.get(key, limit).await {
         Ok(object) => Ok(Some(object.bytes)),
         Err(StoreError::NotFound { .. }) => Ok(None),
-        Err(error) => Err(Failure::unavailable(error)),
+        Err(error) => Err(unserved(error)),
     };
     let refuse = |why: String| Err(Failure::configuration(anyhow::anyhow!(why)).hint("`drain` it and wait, or say --replace"));
     let key = office.keys.current();
@@ -293,7 +293,7 @@ pub async fn named(roots: &Roots, store: &dyn ObjectStore, key: &KeyRef) -> Resu
 
 async fn follow(roots: &Roots, store: &dyn ObjectStore) -> Result<Arc<RootChain>, Failure> {
     roots.follow(store).await.map_err(|error| match error {
-        DiscoveryError::Store(error) => Failure::unavailable(error),
+        DiscoveryError::Store(error) => unserved(error),
         DiscoveryError::NoRun => {
             Failure::configuration(anyhow::anyhow!("no run root is published")).hint("the owner signs one with `root sign`")
         }

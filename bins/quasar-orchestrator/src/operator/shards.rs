@@ -9,7 +9,7 @@ use protocol::{KeyRef, ShardManifest};
 
 use super::orders::{self, OrderArgs, run_of};
 use super::run::roots_that_name_us;
-use crate::office::Office;
+use crate::office::{Office, unserved};
 
 /// Add published training shards to the current run; learners get their rows after those that wait in the same epoch
 #[derive(Debug, clap::Args)]
@@ -60,7 +60,7 @@ async fn in_the_run(office: &Office, signers: &[KeyRef]) -> Result<HashSet<Strin
 pub async fn published(office: &Office, only: &[String], signers: &[KeyRef]) -> Result<Vec<ShardManifest>, Failure> {
     let listing = format!("{}/data/shards/", prefix(office.context.netuid));
     let mut shards = Vec::new();
-    for meta in office.store.list(&listing).await.map_err(Failure::unavailable)? {
+    for meta in office.store.list(&listing).await.map_err(unserved)? {
         if !meta.key.ends_with("/manifest.qsr") {
             continue;
         }

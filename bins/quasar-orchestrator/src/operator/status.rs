@@ -9,7 +9,7 @@ use super::orders::{run_of, status_of};
 use super::run::roots_that_name_us;
 use crate::effects::fence::read_lease;
 use crate::machine::Status;
-use crate::office::Office;
+use crate::office::{Office, unserved};
 
 /// The goal of the incumbent's network.
 const GOAL_TOKENS: u64 = 10_000_000_000_000;
@@ -32,7 +32,7 @@ pub async fn show(office: &Office, arguments: &StatusArgs) -> Result<Exit, Failu
     };
     let lease = read_lease(&*office.store, &keys.writer_lease(), &context, &roots.orchestrators).await?.map(|(lease, _)| lease);
     let now_ms = clock::now_ms();
-    let head = office.store.get(&keys.head(), Head::PURPOSE.file_limit()).await.map_err(Failure::unavailable)?;
+    let head = office.store.get(&keys.head(), Head::PURPOSE.file_limit()).await.map_err(unserved)?;
     let head = open::<Head>(&head.bytes, &context, Expect::Any(&roots.orchestrators), now_ms);
     let head_age_ms = head.as_ref().ok().map(|head| now_ms.saturating_sub(head.header.issued_ms));
     let days = days_to(&status, arguments.goal_tokens);

@@ -1,7 +1,7 @@
 //! `store check`: whether a bucket keeps the promises that a run relies on.
 
 use daemon::{Failure, clock};
-use storage::check;
+use storage::check::{self, ConformanceError};
 
 use crate::office::Office;
 
@@ -17,8 +17,13 @@ pub fn prefix(office: &Office) -> String {
     format!("{}/private/check/", protocol::paths::prefix(office.context.netuid))
 }
 
+/// A store that no run can rely on, or that could not be asked.
+pub fn unfit(error: ConformanceError) -> Failure {
+    if error.is_retryable() { Failure::unavailable(error) } else { Failure::configuration(error) }
+}
+
 pub async fn check(office: &Office, arguments: &CheckArgs) -> Result<(), Failure> {
-    let report = check::examine(&*office.store, &prefix(office), clock::now_ms()).await.map_err(Failure::unavailable)?;
+    let report = check::examine(&*office.store, &prefix(office), clock::now_ms()).await.map_err(unfit)?;
     if arguments.json {
         let promises: Vec<_> = report.iter().map(|(promise, kept)| serde_json::json!({ "promise": promise, "kept": kept })).collect();
         println!("{}", serde_json::json!({ "ok": report.iter().all(|(_, kept)| *kept), "promises": promises }));
@@ -27,10 +32,5 @@ pub async fn check(office: &Office, arguments: &CheckArgs) -> Result<(), Failure
             println!("{}  {promise}", if *kept { "kept  " } else { "BROKEN" });
         }
     }
-    let broken = report.iter().filter(|(_, kept)| !kept).count();
-    if broken == 0 {
-        return Ok(());
-    }
-    Err(Failure::configuration(anyhow::anyhow!("the store does not keep {broken} of {} promises", report.len()))
-        .hint("use a store that honours conditional writes and signed headers (AWS S3, SeaweedFS 4, the embedded server)"))
+    check::verdict(report).map_err(unfit)
 }

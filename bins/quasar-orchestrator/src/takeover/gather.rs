@@ -154,9 +154,8 @@ async fn step(bucket: &impl Bucket, keys: &RunKeys, tape: Tape) -> Result<StepFa
         return Ok(StepFact::Taped(tape));
     };
     if (manifest.fragment, manifest.base_version) != (tape.fragment, tape.base_version) {
-        return Err(
-            Failure::configuration(anyhow::anyhow!("the merge manifest of outer step {} contradicts its tape", tape.t)).hint(BROKEN)
-        );
+        let key = keys.merge(tape.t);
+        return Err(Failure::configuration(anyhow::anyhow!("{key} contradicts the tape of its outer step")).hint(BROKEN));
     }
     let key = keys.fragment_manifest(manifest.fragment, manifest.version);
     let (fragment, _) = document::<FragmentManifest>(bucket, &key).await?.ok_or_else(|| missing(&key))?;

@@ -90,7 +90,7 @@ async fn objects_that_contradict_each_other_are_refused_and_left_alone() {
     let before = bucket.objects().await;
     let refused = takeover::recover(&service, &journal, head.clone(), bucket.fresh()).await.err().unwrap();
     assert_eq!(refused.exit, Exit::Configuration);
-    assert!(refused.to_string().contains("contradicts its tape") && refused.to_string().contains("hint:"), "{refused}");
+    assert!(refused.to_string().contains("contradicts the tape") && refused.to_string().contains("hint:"), "{refused}");
     assert_eq!(bucket.objects().await, before);
     // A snapshot of a newer version, and one that is damaged.
     let mut snapshot = bucket.fresh().to_snapshot(1).unwrap();
@@ -100,7 +100,9 @@ async fn objects_that_contradict_each_other_are_refused_and_left_alone() {
     assert_eq!(refused.exit, Exit::Configuration);
     assert!(refused.to_string().contains("layout"), "{refused}");
     bucket.put(&service.run.snapshot(), b"not a snapshot".to_vec()).await;
-    assert!(takeover::recover(&service, &journal, head, bucket.fresh()).await.is_err());
+    let refused = takeover::recover(&service, &journal, head, bucket.fresh()).await.err().unwrap();
+    assert_eq!(refused.exit, Exit::Configuration);
+    assert!(refused.to_string().contains("damaged") && refused.to_string().contains("hint:"), "{refused}");
     assert!(journal.is_empty().unwrap(), "nothing was begun");
 }
 
