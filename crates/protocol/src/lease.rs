@@ -36,14 +36,22 @@ fn below(stream: &mut blake3::OutputReader, bound: u64) -> u64 {
 /// The rows of every step of a lease, in order: `steps` lists of `batch_rows` rows.
 pub struct LeaseRows {
     ranges: Vec<RowRange>,
+    /// Rows of each range and of those before it.
+    ends: Vec<u64>,
     order: Vec<u32>,
     batch_rows: usize,
 }
 
 impl LeaseRows {
     pub fn new(ranges: &[RowRange], seed: &Digest, batch_rows: u32) -> Self {
-        let rows: u64 = ranges.iter().map(RowRange::rows).sum();
-        Self { ranges: ranges.to_vec(), order: row_order(seed, rows.min(u64::from(u32::MAX)) as u32), batch_rows: batch_rows as usize }
+        let mut rows = 0;
+        let add = |range: &RowRange| {
+            rows += range.rows();
+            rows
+        };
+        let ends: Vec<u64> = ranges.iter().map(add).collect();
+        let rows = rows.min(u64::from(u32::MAX)) as u32;
+        Self { ranges: ranges.to_vec(), ends, order: row_order(seed, rows), batch_rows: batch_rows as usize }
     }
 
     pub fn of(lease: &Lease) -> Self {
@@ -56,14 +64,10 @@ impl LeaseRows {
         self.order.iter().skip(start).take(self.batch_rows).filter_map(|index| self.locate(u64::from(*index))).collect()
     }
 
-    fn locate(&self, mut index: u64) -> Option<Row<'_>> {
-        for range in &self.ranges {
-            if index < range.rows() {
-                return Some(Row { shard: &range.shard, row: range.start + index });
-            }
-            index -= range.rows();
-        }
-        None
+    fn locate(&self, index: u64) -> Option<Row<'_>> {
+        let at = self.ends.partition_point(|end| *end <= index);
+        let (range, end) = (self.ranges.get(at)?, self.ends.get(at)?);
+        Some(Row { shard: &range.shard, row: range.end - (end - index) })
     }
 }
 

@@ -1,8 +1,10 @@
 //! The token ledger: every row of every shard is waiting, leased, done or lost, exactly once in each epoch.
 //!
-//! Shards whose rows are all waiting or all done are one bit; only a shard that leases cut holds detail, a sorted list of runs of
-//! rows in one state. Sums are kept as rows move, so that neither a lease nor a look at the books reads more than the shards that
-//! it touches: ten trillion tokens in 150,000 shards are some ten megabytes, and a lease is a matter of microseconds.
+//! Shards whose rows all wait or are all over are one bit; only a shard that leases cut holds detail, a sorted list of runs of rows in
+//! one state. Once none of its rows waits or is leased any more, it is over until the next epoch, and of its lost rows their number is
+//! enough: however many leases break off in an epoch, they cost nothing but in the shards that are under way (which rows of a lease were
+//! lost is written down where it ended). Sums are kept as rows move, so that neither a lease nor a look at the books reads more than the
+//! shards that it touches: ten trillion tokens in 150,000 shards are some ten megabytes, and a lease is a matter of microseconds.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -74,10 +76,12 @@ pub struct TokenLedger {
     by_id: Vec<u32>,
     /// Shards with waiting rows, by epoch.
     waiting: BTreeMap<u32, Bits>,
-    /// Shards whose rows are all done.
-    finished: Bits,
-    /// Ends ascending; the first run starts at row 0, the last ends at the shard's rows. A shard without an entry is finished,
-    /// or waits as a whole.
+    /// Shards whose rows are all done or lost.
+    over: Bits,
+    /// Of these, the number of rows that were lost, where there are any.
+    lost: BTreeMap<u32, u64>,
+    /// Ends ascending; the first run starts at row 0, the last ends at the shard's rows. A shard without an entry is over, or waits as
+    /// a whole.
     detail: BTreeMap<u32, Vec<Run>>,
     totals: LedgerTotals,
     sources: Vec<(String, LedgerTotals)>,
@@ -129,7 +133,7 @@ impl TokenLedger {
         while missing > 0 && ranges.len() < RANGES_MAX && shards < SHARDS_MAX {
             let Some(index) = self.waiting.values().find_map(Bits::first) else { break };
             shards += 1;
-            for (start, end) in self.runs_in(index, RowState::Waiting) {
+            for (start, end) in self.waiting_in(index) {
                 if missing == 0 || ranges.len() == RANGES_MAX {
                     break;
                 }
@@ -167,26 +171,16 @@ impl TokenLedger {
     /// The next epoch begins in every shard whose rows are all done or lost.
     fn begin_epoch(&mut self) {
         for index in 0..self.shards.len() as u32 {
-            if !self.is_over(index) {
+            if !self.over.has(index) {
                 continue;
             }
-            for state in [RowState::Done, RowState::Lost] {
-                let rows = self.runs_in(index, state).iter().map(|(start, end)| end - start).sum();
-                self.count(index, state, RowState::Waiting, rows);
-            }
-            self.detail.remove(&index);
-            self.finished.clear(index);
+            let lost = self.lost.remove(&index).unwrap_or(0);
+            self.count(index, RowState::Lost, RowState::Waiting, lost);
+            self.count(index, RowState::Done, RowState::Waiting, self.shards[index as usize].rows - lost);
+            self.over.clear(index);
             self.shards[index as usize].epoch += 1;
             let epoch = self.shards[index as usize].epoch;
             self.mark_waiting(index, epoch, true);
-        }
-    }
-
-    /// Whether a shard has rows, and all of them are done or lost.
-    fn is_over(&self, index: u32) -> bool {
-        match self.detail.get(&index) {
-            Some(runs) => runs.iter().all(|run| matches!(run.state, RowState::Done | RowState::Lost)),
-            None => self.finished.has(index),
         }
     }
 
@@ -234,7 +228,7 @@ impl TokenLedger {
     /// Takes rows for a lease that was given out by another writer, and says whether they were there to be taken. Leases are taken up
     /// in the order of their numbers, each with its end; rows that are done or lost then say that the other had begun an epoch.
     pub fn adopt_lease(&mut self, lease: u64, ranges: &[RowRange]) -> bool {
-        if ranges.iter().any(|range| self.find(&range.shard).is_ok_and(|index| self.is_over(index))) {
+        if ranges.iter().any(|range| self.find(&range.shard).is_ok_and(|index| self.over.has(index))) {
             self.begin_epoch();
         }
         let mut rows = 0;
@@ -269,10 +263,11 @@ impl TokenLedger {
     pub fn bytes(&self) -> usize {
         let shards: usize = self.shards.iter().map(|shard| size_of::<Shard>() + shard.id.len()).sum();
         let detail: usize = self.detail.values().map(|runs| 32 + runs.len() * size_of::<Run>()).sum();
-        shards + self.by_id.len() * 4 + detail + self.finished.bytes() + self.waiting.values().map(Bits::bytes).sum::<usize>()
+        let bits = self.over.bytes() + self.waiting.values().map(Bits::bytes).sum::<usize>();
+        shards + self.by_id.len() * 4 + detail + self.lost.len() * size_of::<(u32, u64)>() + bits
     }
 
-    /// State of one row; `None` if there is no such row.
+    /// State of one row; `None` if there is no such row, and in a shard that is over and lost some: which ones is not kept.
     pub fn row(&self, shard: &str, row: u64) -> Option<RowState> {
         let index = self.find(shard).ok()?;
         if row >= self.shards[index as usize].rows {
@@ -280,29 +275,26 @@ impl TokenLedger {
         }
         match self.detail.get(&index) {
             Some(runs) => runs.get(runs.partition_point(|run| run.end <= row)).map(|run| run.state),
-            None if self.finished.has(index) => Some(RowState::Done),
-            None => Some(RowState::Waiting),
+            None if !self.over.has(index) => Some(RowState::Waiting),
+            None => (!self.lost.contains_key(&index)).then_some(RowState::Done),
         }
     }
 
-    /// Ranges of a shard's rows that are in `state`.
-    fn runs_in(&self, index: u32, state: RowState) -> Vec<(u64, u64)> {
-        let Some(runs) = self.detail.get(&index) else {
-            let whole = if self.finished.has(index) { RowState::Done } else { RowState::Waiting };
-            return if whole == state { vec![(0, self.shards[index as usize].rows)] } else { Vec::new() };
-        };
+    /// Ranges of the rows that wait in a shard that is not over.
+    fn waiting_in(&self, index: u32) -> Vec<(u64, u64)> {
+        let Some(runs) = self.detail.get(&index) else { return vec![(0, self.shards[index as usize].rows)] };
         let starts = std::iter::once(0).chain(runs.iter().map(|run| run.end));
-        starts.zip(runs).filter(|(_, run)| run.state == state).map(|(start, run)| (start, run.end)).collect()
+        starts.zip(runs).filter(|(_, run)| run.state == RowState::Waiting).map(|(start, run)| (start, run.end)).collect()
     }
 
-    /// Moves the rows of `[start, end)` that are in state `from` to state `to`; [`TokenLedger::settle`] follows.
+    /// Moves the rows of `[start, end)` that are in state `from`, waiting or leased, to state `to`; [`TokenLedger::settle`] follows.
     fn assign(&mut self, index: u32, start: u64, end: u64, from: RowState, to: RowState) {
         let rows = self.shards[index as usize].rows;
-        let (end, whole) = (end.min(rows), if self.finished.has(index) { RowState::Done } else { RowState::Waiting });
-        if start >= end || from == to {
+        let end = end.min(rows);
+        if start >= end || from == to || self.over.has(index) {
             return;
         }
-        let runs = self.detail.entry(index).or_insert_with(|| vec![Run { end: rows, state: whole }]);
+        let runs = self.detail.entry(index).or_insert_with(|| vec![Run { end: rows, state: RowState::Waiting }]);
         let mut moved = 0;
         let mut at = runs.partition_point(|run| run.end <= start);
         let mut begin = if at == 0 { 0 } else { runs[at - 1].end };
@@ -341,16 +333,16 @@ impl TokenLedger {
             is_same
         });
         let waits = runs.iter().any(|run| run.state == RowState::Waiting);
-        match runs.as_slice() {
-            [Run { state: RowState::Done, .. }] => {
-                self.detail.remove(&index);
-                self.finished.set(index);
+        if runs.iter().all(|run| matches!(run.state, RowState::Done | RowState::Lost)) {
+            let starts = std::iter::once(0).chain(runs.iter().map(|run| run.end));
+            let lost: u64 = starts.zip(runs.iter()).filter(|(_, run)| run.state == RowState::Lost).map(|(start, run)| run.end - start).sum();
+            if lost > 0 {
+                self.lost.insert(index, lost);
             }
-            [Run { state: RowState::Waiting, .. }] => {
-                self.detail.remove(&index);
-                self.finished.clear(index);
-            }
-            _ => self.finished.clear(index),
+            self.over.set(index);
+            self.detail.remove(&index);
+        } else if matches!(runs.as_slice(), [Run { state: RowState::Waiting, .. }]) {
+            self.detail.remove(&index);
         }
         let epoch = self.shards[index as usize].epoch;
         self.mark_waiting(index, epoch, waits);
