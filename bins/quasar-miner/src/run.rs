@@ -1,6 +1,6 @@
 //! `run`: find the current run, start a learner for each device, and begin again when the next run is current.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use daemon::{Exit, Failure, Journal, Settings, Shutdown, Waiting, clock, identit
 use protocol::AccountId;
 use protocol::envelope::RunId;
 use storage::client::{GrantClient, PublicReader};
-use storage::discovery::{RunFacts, RunReader};
+use storage::discovery::{DiscoveryError, RunFacts, RunReader};
 use storage::roots::Roots;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -104,6 +104,21 @@ pub(crate) fn public_reader(settings: &Settings) -> Result<PublicReader, Failure
     let store = settings.store()?;
     let endpoint = store.endpoint_url.unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", store.region));
     PublicReader::new(&endpoint, &store.bucket).map_err(Failure::configuration)
+}
+
+/// The run that is current now. The proof that somebody named two of them with one sequence is kept in `folder`.
+async fn find(
+    public: &PublicReader,
+    roots: &Roots,
+    pin: Option<RunId>,
+    finder: &Arc<Hotkey>,
+    folder: &Path,
+) -> Result<RunReader, DiscoveryError> {
+    let found = RunReader::discover(public.clone(), roots.clone(), pin, clock::now_ms()).await;
+    if let Some(proof) = found.as_ref().err().and_then(DiscoveryError::proof) {
+        Evidence { folder: folder.to_owned(), context: *roots.outside(), finder: finder.clone() }.keep(proof);
+    }
+    found
 }
 
 impl Miner {
@@ -220,7 +235,7 @@ impl Miner {
         let component = self.health.component("run");
         let mut waiting = Waiting::default();
         loop {
-            match RunReader::discover(self.public.clone(), roots.clone(), self.pin, clock::now_ms()).await {
+            match find(&self.public, roots, self.pin, &self.hotkey, &self.state_dir).await {
                 Ok(reader) => {
                     let manifest = &reader.facts().manifest;
                     tracing::info!(run = %manifest.run, name = manifest.name, "run found");
@@ -229,9 +244,6 @@ impl Miner {
                 }
                 Err(error) if error.is_final() => return Err(Failure::configuration(error)),
                 Err(error) => {
-                    if let Some(proof) = error.proof() {
-                        Evidence { folder: self.state_dir.clone(), context: *roots.outside(), finder: self.hotkey.clone() }.keep(proof);
-                    }
                     component.not_ready("no run found yet");
                     waiting.log(&error.to_string());
                 }
@@ -380,7 +392,22 @@ fn worse(one: Option<End>, other: End) -> End {
 
 #[cfg(test)]
 mod tests {
+    use protocol::Digest;
+    use protocol::documents::CurrentRun;
+
     use super::*;
+    use crate::tests::published::Published;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn two_pointers_to_the_current_run_with_one_sequence_are_kept_as_a_proof_that_inspect_verifies() {
+        let published = Published::new().await;
+        let roots = published.roots();
+        let look = || find(&published.public, &roots, None, &published.hotkey, published.folder.path());
+        assert!(look().await.is_ok());
+        published.contradict::<CurrentRun>(&published.keys.current(), |current| current.manifest_digest = Digest::ZERO).await;
+        assert!(matches!(look().await, Err(DiscoveryError::Equivocation { .. })));
+        published.assert_convicted(1);
+    }
 
     #[test]
     fn a_process_goes_on_with_the_next_run_only_where_it_holds_no_memory_of_a_gpu() {

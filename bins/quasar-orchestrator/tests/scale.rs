@@ -1,5 +1,5 @@
-//! How much one machine bears: inputs in a second, bytes of a learner, the ledger of ten trillion tokens. The numbers are printed;
-//! the bounds that are asserted are far from them, because test machines are busy.
+//! How much one machine bears: inputs in a second, bytes of a learner, the ledger of ten trillion tokens. The numbers are printed.
+//! The bounds of times are some way from them, because test machines are busy; that of bytes is what `docs/reliability.md` says.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -243,57 +243,84 @@ fn a_machine_takes_the_inputs_of_a_thousand_learners() {
     assert!(bytes < 8_192, "{bytes} bytes a learner");
 }
 
+/// Leases that are not over, with their rows.
+type Held = Vec<(u64, Vec<RowRange>)>;
+
+/// Rows of a lease in the run that the mainnet starts from.
+fn mainnet_lease() -> u64 {
+    let run: toml::Table = toml::from_str(include_str!("../../../configs/run-mainnet.toml")).unwrap();
+    let number = |name: &str| run["parameters"][name].as_integer().unwrap().unsigned_abs();
+    number("lease_steps") * number("batch_rows")
+}
+
+/// A hundred learners take and finish 10,000 leases as they do. Microseconds from the giving out of a lease to its end, and what is
+/// held in the end. The median of batches: a process that takes the core meanwhile does not move it.
+fn take_and_finish(ledger: &mut TokenLedger, rows: u64) -> (f64, Held) {
+    const BATCH: u64 = 100;
+    let (mut held, mut batches_us) = (Held::new(), Vec::new());
+    for first in (1_000_000..1_010_000).step_by(BATCH as usize) {
+        let begun = Instant::now();
+        for lease in first..first + BATCH {
+            held.push((lease, ledger.lease(lease, rows, 1)));
+            if held.len() > 100 {
+                let (id, ranges) = held.remove((lease * 7 % 100) as usize);
+                ledger.end_lease_whole(id, &ranges, lease % 50 != 0);
+            }
+        }
+        batches_us.push(begun.elapsed().as_secs_f64() / BATCH as f64 * 1e6);
+    }
+    batches_us.sort_by(f64::total_cmp);
+    (batches_us[batches_us.len() / 2], held)
+}
+
+/// Ends leases in a permutation without order: every row apart from its neighbours, a third done, some lost. Microseconds for each.
+fn end_in_disorder(ledger: &mut TokenLedger, held: &[(u64, Vec<RowRange>)]) -> f64 {
+    let begun = Instant::now();
+    for (id, ranges) in held {
+        let rows: Vec<(&str, u64)> =
+            ranges.iter().flat_map(|range| (range.start..range.end).map(|row| (range.shard.as_str(), row))).collect();
+        let order = (0..rows.len()).map(|place| rows[place * 1_009 % rows.len()]);
+        ledger.end_lease(*id, order, rows.len() as u64 / 3, 96);
+    }
+    begun.elapsed().as_secs_f64() / held.len() as f64 * 1e6
+}
+
 /// Ten trillion tokens in shards of 67 million, of rows of 4,096.
 #[test]
 fn ten_trillion_tokens_are_some_megabytes_and_microseconds() {
     const SHARDS: u64 = 150_000;
     const ROWS: u64 = 16_384;
-    const LEASE: u64 = 24 * 96;
-    let mut ledger = TokenLedger::default();
+    let mut half = TokenLedger::default();
     let begun = Instant::now();
     for shard in 0..SHARDS {
-        ledger.add_shard_of(["web", "code", "books"][(shard % 3) as usize], &format!("corpus-{shard:06}"), ROWS, 4_096);
+        half.add_shard_of(["web", "code", "books"][(shard % 3) as usize], &format!("corpus-{shard:06}"), ROWS, 4_096);
     }
     let filled_ms = begun.elapsed().as_secs_f64() * 1e3;
     // Half of all shards are done.
     let mut id = 0;
-    while ledger.totals().done_rows < SHARDS / 2 * ROWS {
+    while half.totals().done_rows < SHARDS / 2 * ROWS {
         id += 1;
-        let ranges = ledger.lease(id, ROWS * 4, 1);
-        ledger.end_lease_whole(id, &ranges, true);
+        let ranges = half.lease(id, ROWS * 4, 1);
+        half.end_lease_whole(id, &ranges, true);
     }
-    // A hundred learners take and finish leases as they do.
-    let begun = Instant::now();
-    let mut held: Vec<(u64, Vec<RowRange>)> = Vec::new();
-    let mut leases = 0;
-    for lease in 1_000_000..1_010_000u64 {
-        held.push((lease, ledger.lease(lease, LEASE, 1)));
-        leases += 1;
-        if held.len() > 100 {
-            let (id, ranges) = held.remove((lease * 7 % 100) as usize);
-            ledger.end_lease_whole(id, &ranges, lease % 50 != 0);
-        }
-    }
-    let each_us = begun.elapsed().as_secs_f64() / f64::from(leases) * 1e6;
-    let begun = Instant::now();
-    for (id, ranges) in &held {
-        // A permutation without order: every row apart from its neighbours, a third done, some lost.
-        let rows: Vec<(&str, u64)> =
-            ranges.iter().flat_map(|range| (range.start..range.end).map(|row| (range.shard.as_str(), row))).collect();
-        let order = (0..rows.len()).map(|place| rows[place * 1_009 % rows.len()]);
-        ledger.end_lease(*id, order, LEASE / 3, 96);
-    }
-    let ragged_us = begun.elapsed().as_secs_f64() / held.len() as f64 * 1e6;
-    let bytes = ledger.bytes();
-    println!(
-        "ledger of {SHARDS} shards, {:.1} T tokens: {:.1} MB, {} bytes a shard; filled in {filled_ms:.0} ms; a lease given out and ended {each_us:.1} us; \
-         one of {LEASE} rows that ends in disorder {ragged_us:.0} us",
-        (SHARDS * ROWS * 4_096) as f64 / 1e12,
-        bytes as f64 / 1e6,
-        bytes / SHARDS as usize,
-    );
-    let totals = ledger.totals();
-    assert_eq!(totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows, SHARDS * ROWS);
-    assert!(bytes < 20_000_000, "{bytes} bytes");
-    assert!(each_us < 1_000.0, "{each_us} us for a lease");
+    // A lease takes about 1 us, and one of the mainnet, whose rows lie in two or three shards, some 2 us: a tenth of the pace fails.
+    let [bytes, _] = [(24 * 96, 5.0), (mainnet_lease(), 10.0)].map(|(rows, each_us_max)| {
+        let mut ledger = half.clone();
+        let (each_us, held) = take_and_finish(&mut ledger, rows);
+        let ragged_us = end_in_disorder(&mut ledger, &held);
+        let bytes = ledger.bytes();
+        println!(
+            "ledger of {SHARDS} shards, {:.1} T tokens: {:.1} MB, {} bytes a shard; filled in {filled_ms:.0} ms; \
+             a lease of {rows} rows given out and ended {each_us:.1} us; one that ends in disorder {ragged_us:.0} us",
+            (SHARDS * ROWS * 4_096) as f64 / 1e12,
+            bytes as f64 / 1e6,
+            bytes / SHARDS as usize,
+        );
+        let totals = ledger.totals();
+        assert_eq!(totals.waiting_rows + totals.leased_rows + totals.done_rows + totals.lost_rows, SHARDS * ROWS);
+        assert!(each_us < each_us_max, "{each_us} us for a lease of {rows} rows");
+        bytes
+    });
+    let stated = format!("| {:.1} MB, {} bytes a shard |", bytes as f64 / 1e6, bytes / SHARDS as usize);
+    assert!(include_str!("../../../docs/reliability.md").contains(&stated), "docs/reliability.md does not say {stated}");
 }

@@ -16,7 +16,7 @@ use protocol::documents::TrainingOptions;
 use protocol::envelope::RunId;
 use protocol::{AccountId, FragmentPlan, Reason};
 use storage::client::{GrantClient, PublicReader};
-use storage::discovery::RunReader;
+use storage::discovery::{DiscoveryError, RunReader};
 use storage::roots::Roots;
 
 use crate::audit::Engine;
@@ -109,6 +109,21 @@ fn public_reader(settings: &Settings) -> Result<PublicReader, Failure> {
     PublicReader::new(&endpoint, &store.bucket).map_err(Failure::configuration)
 }
 
+/// The run that is current now. The proof that somebody named two of them with one sequence is kept in `folder`.
+pub(crate) async fn find(
+    public: &PublicReader,
+    roots: &Roots,
+    pin: Option<RunId>,
+    finder: &Arc<Hotkey>,
+    folder: &Path,
+) -> Result<RunReader, DiscoveryError> {
+    let found = RunReader::discover(public.clone(), roots.clone(), pin, clock::now_ms()).await;
+    if let Some(proof) = found.as_ref().err().and_then(DiscoveryError::proof) {
+        Evidence { folder: folder.to_owned(), context: *roots.outside(), finder: finder.clone() }.keep(proof);
+    }
+    found
+}
+
 impl Validator {
     async fn start(settings: Settings, device: String, shutdown: Shutdown) -> Result<Self, Failure> {
         let link = Arc::new(network::link(&settings)?);
@@ -192,16 +207,13 @@ impl Validator {
         let component = self.health.component("run");
         let mut waiting = Waiting::default();
         loop {
-            match RunReader::discover(self.public.clone(), roots.clone(), self.pin, clock::now_ms()).await {
+            match find(&self.public, roots, self.pin, &self.hotkey, &self.state_dir).await {
                 Ok(reader) => {
                     component.ready();
                     return Ok(Some(reader));
                 }
                 Err(error) if error.is_final() => return Err(Failure::configuration(error)),
                 Err(error) => {
-                    if let Some(proof) = error.proof() {
-                        Evidence { folder: self.state_dir.clone(), context: *roots.outside(), finder: self.hotkey.clone() }.keep(proof);
-                    }
                     component.not_ready("no run found yet");
                     waiting.log(&error.to_string());
                 }

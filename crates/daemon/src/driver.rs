@@ -9,7 +9,8 @@
 //! with effects muted; the first input of the new process ([`Driver::first`]) is the machine's occasion to ask again for
 //! effects that its last life left open. Effects are idempotent by key, which makes doing one twice harmless.
 
-use std::collections::VecDeque;
+mod lanes;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +23,10 @@ use tokio::time::Instant;
 
 use crate::health::Component;
 use crate::journal::{ENTRY_BYTES_MAX, SNAPSHOT_BYTES_MAX};
+use crate::machine::Lane;
 use crate::{Exit, Journal, JournalError, Machine, Shutdown, clock};
+
+pub use lanes::Lanes;
 
 /// Name of the value that holds [`Machine::LAYOUT`].
 const LAYOUT_KEY: &str = "driver/layout";
@@ -105,7 +109,7 @@ impl<I> Inputs<I> {
 /// Limits of a driver.
 #[derive(Clone, Copy, Debug)]
 pub struct DriverOptions {
-    /// Effects that run at the same time; further ones wait in order.
+    /// Effects that run at the same time in a lane, at most ([`Lanes::new`]); further ones wait in order.
     pub in_flight_max: usize,
     /// Inputs in one durable commit.
     pub batch_max: usize,
@@ -217,8 +221,8 @@ pub struct Driver<M: Machine, E> {
     last: Option<M::Input>,
     time: clock::Steady,
     since_snapshot: usize,
-    pending: VecDeque<M::Effect>,
-    tasks: JoinSet<()>,
+    effects: Lanes<M>,
+    tasks: JoinSet<Lane>,
     sender: mpsc::Sender<M::Input>,
     receiver: mpsc::Receiver<M::Input>,
 }
@@ -246,7 +250,7 @@ where
             last: None,
             time: clock::Steady::new(recovered.last_ms),
             since_snapshot: recovered.replayed,
-            pending: VecDeque::new(),
+            effects: Lanes::new(options.in_flight_max),
             tasks: JoinSet::new(),
             sender,
             receiver,
@@ -301,7 +305,7 @@ where
             let wake = self.next_wake(earliest_tick);
             tokio::select! {
                 () = shutdown.triggered() => break Exit::Done,
-                Some(ended) = self.tasks.join_next() => check_ended(ended)?,
+                Some(ended) = self.tasks.join_next() => self.ended(ended)?,
                 _ = self.receiver.recv_many(&mut batch, self.options.batch_max) => {}
                 () = tokio::time::sleep_until(wake) => {}
             }
@@ -344,10 +348,7 @@ where
         for input in batch.drain(..) {
             self.machine.handle(now_ms, input);
             while let Some(effect) = self.machine.poll_effect() {
-                match self.pending.iter_mut().find(|waiting| M::replaces(&effect, waiting)) {
-                    Some(waiting) => *waiting = effect,
-                    None => self.pending.push_back(effect),
-                }
+                self.effects.push(effect);
             }
         }
         if self.since_snapshot >= self.options.snapshot_every {
@@ -365,13 +366,24 @@ where
     }
 
     fn begin_effects(&mut self) {
-        while self.tasks.len() < self.options.in_flight_max {
-            let Some(effect) = self.pending.pop_front() else { break };
+        while let Some((lane, effect)) = self.effects.begin() {
             let (executor, inputs) = (self.executor.clone(), self.inputs());
-            self.tasks.spawn(async move { executor.execute(effect, inputs).await });
+            self.tasks.spawn(async move {
+                executor.execute(effect, inputs).await;
+                lane
+            });
         }
-        metrics::gauge!("quasar_driver_effects_in_flight").set(self.tasks.len() as f64);
-        metrics::gauge!("quasar_driver_effects_waiting").set(self.pending.len() as f64);
+        metrics::gauge!("quasar_driver_effects_in_flight").set(self.effects.running() as f64);
+        metrics::gauge!("quasar_driver_effects_waiting").set(self.effects.waiting().count() as f64);
+    }
+
+    fn ended(&mut self, ended: Result<Lane, tokio::task::JoinError>) -> Result<(), DriverError> {
+        match ended {
+            Ok(lane) => self.effects.ended(lane),
+            Err(error) if error.is_panic() => return Err(DriverError::EffectPanicked(panic_text(error))),
+            Err(_) => {}
+        }
+        Ok(())
     }
 
     /// Lets begun effects end within the grace, takes what they report, and leaves a snapshot for a quick start.
@@ -395,7 +407,7 @@ where
                 break;
             }
             tokio::select! {
-                Some(ended) = self.tasks.join_next() => check_ended(ended)?,
+                Some(ended) = self.tasks.join_next() => self.ended(ended)?,
                 _ = self.receiver.recv_many(&mut batch, self.options.batch_max) => {}
                 () = tokio::time::sleep_until(end) => {
                     tracing::warn!(effects = self.tasks.len(), "stopping before all effects ended; the next start asks for them again");
@@ -411,13 +423,6 @@ where
         self.commit(&mut batch, now_ms).await?;
         self.snapshot().await?;
         Ok((self.machine, exit))
-    }
-}
-
-fn check_ended(ended: Result<(), tokio::task::JoinError>) -> Result<(), DriverError> {
-    match ended {
-        Err(error) if error.is_panic() => Err(DriverError::EffectPanicked(panic_text(error))),
-        _ => Ok(()),
     }
 }
 

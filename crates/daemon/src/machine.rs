@@ -5,6 +5,21 @@ use serde::de::DeserializeOwned;
 
 use crate::Exit;
 
+/// What an effect may have to wait behind: others of its kind, and nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// What others wait for.
+    Prompt,
+    /// What comes in masses.
+    Many,
+    /// What moves large bodies.
+    Bulk,
+}
+
+impl Lane {
+    pub const ALL: [Self; 3] = [Self::Prompt, Self::Many, Self::Bulk];
+}
+
 /// Facts go in, decisions come out. The same inputs at the same times give the same state and the same effects, which is
 /// what lets [`crate::driver::recover`] rebuild a machine from its journal, and a simulation run many of them in one thread.
 ///
@@ -26,7 +41,12 @@ pub trait Machine {
     /// The next thing to do; called until it gives `None` after each input.
     fn poll_effect(&mut self) -> Option<Self::Effect>;
 
-    /// Whether `new` makes `waiting` superfluous, an effect that has not begun: while the store is away, no more waits than there are
+    /// Where an effect waits until it begins. Between lanes there is no order.
+    fn lane(_effect: &Self::Effect) -> Lane {
+        Lane::Prompt
+    }
+
+    /// Whether `new` makes `waiting` superfluous, an effect of the same lane that has not begun: while the store is away, no more waits than there are
     /// things to write.
     fn replaces(_new: &Self::Effect, _waiting: &Self::Effect) -> bool {
         false

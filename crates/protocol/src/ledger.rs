@@ -335,7 +335,8 @@ impl TokenLedger {
         let waits = runs.iter().any(|run| run.state == RowState::Waiting);
         if runs.iter().all(|run| matches!(run.state, RowState::Done | RowState::Lost)) {
             let starts = std::iter::once(0).chain(runs.iter().map(|run| run.end));
-            let lost: u64 = starts.zip(runs.iter()).filter(|(_, run)| run.state == RowState::Lost).map(|(start, run)| run.end - start).sum();
+            let lost: u64 =
+                starts.zip(runs.iter()).filter(|(_, run)| run.state == RowState::Lost).map(|(start, run)| run.end - start).sum();
             if lost > 0 {
                 self.lost.insert(index, lost);
             }

@@ -81,7 +81,43 @@ pub fn counted_steps(claimed: u32, lease_steps: u32, elapsed_ms: u64, step_ms_mi
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::documents::{AuditParameters, InnerOptimizer, LrSchedule};
     use proptest::prelude::*;
+
+    fn parameters() -> RunParameters {
+        RunParameters {
+            fragments: 24,
+            inner_steps: 24,
+            overlap: 2,
+            grace_ppm: 800_000,
+            cycles: 0,
+            outer_lr_ppm: 1_000_000,
+            outer_momentum_ppm: 0,
+            step_target_ms: 0,
+            poll_ms: 100,
+            slots: 2,
+            quorum_min: 2,
+            pull_deadline_ms: 10_000,
+            learner_ttl_ms: 5_000,
+            sequence_length: 128,
+            batch_rows: 4,
+            lease_steps: 24,
+            codec_up: Codec::Bf16,
+            codec_down: Codec::Bf16,
+            release_every_cycles: 0,
+            inner: InnerOptimizer {
+                lr_nano: 1,
+                beta1_ppm: 1,
+                beta2_ppm: 1,
+                eps_pico: 1,
+                weight_decay_ppm: 0,
+                clip_norm_ppm: 1,
+                schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
+            },
+            audit: AuditParameters { loss_rows: 16, replay_steps: 4, replay_tolerance_ppm: 1, beacon_blocks: 3, opening_ms: 1 },
+            training: Default::default(),
+        }
+    }
 
     fn work(tokens: &[u64]) -> Vec<Work> {
         tokens.iter().map(|tokens| Work { tokens: *tokens, versions_behind: 0 }).collect()
@@ -91,9 +127,60 @@ mod tests {
     fn the_quorum_is_half_of_the_eligible_but_never_more_than_there_are() {
         assert_eq!(quorum(2, 3), 2);
         assert_eq!(quorum(2, 1), 1);
+        assert_eq!(quorum(1, 3), 2);
         assert_eq!(quorum(8, 100), 50);
+        assert_eq!(quorum(8, 101), 51);
+        assert_eq!(quorum(8, 17), 9);
+        assert_eq!(quorum(8, 16), 8);
+        assert_eq!(quorum(8, 9), 8);
         assert_eq!(quorum(8, 4), 4);
         assert_eq!(quorum(8, 0), 0);
+    }
+
+    #[test]
+    fn the_grace_is_a_part_of_what_quorum_and_merge_leave_of_the_window_and_at_most_a_step() {
+        // γ in ppm, τ, ξ, ξ_quorum, ξ_sync; and clamp(γ (τ ξ − ξ_quorum − ξ_sync), 0, ξ) by hand.
+        for (grace_ppm, overlap, step_ms, quorum_ms, sync_ms, expected) in [
+            (800_000, 2, 1_000, 1_500, 300, 160),
+            // Each term moves it.
+            (500_000, 2, 1_000, 1_500, 300, 100),
+            (800_000, 3, 1_000, 1_500, 300, 960),
+            (800_000, 2, 1_100, 1_500, 300, 320),
+            (800_000, 2, 1_000, 1_400, 300, 240),
+            (800_000, 2, 1_000, 1_500, 400, 80),
+            (800_000, 2, 1_000, 1_500, 0, 400),
+            (0, 2, 1_000, 0, 0, 0),
+            // Never above a step.
+            (800_000, 2, 1_000, 751, 0, 999),
+            (800_000, 2, 1_000, 750, 0, 1_000),
+            (800_000, 2, 1_000, 0, 0, 1_000),
+            (800_000, 2, 20_000, 10_000, 4_000, 20_000),
+            // Nor below nothing.
+            (800_000, 2, 1_000, 1_690, 300, 8),
+            (800_000, 2, 1_000, 1_700, 300, 0),
+            (800_000, 2, 1_000, 5_000, 0, 0),
+            (800_000, 2, 1_000, 0, 5_000, 0),
+            (800_000, 1, 1_000, 1_500, 300, 0),
+        ] {
+            let grace = grace_ms(&RunParameters { grace_ppm, overlap, ..parameters() }, step_ms, quorum_ms, sync_ms);
+            assert_eq!(grace, expected, "γ {grace_ppm}, τ {overlap}, ξ {step_ms}, ξ_quorum {quorum_ms}, ξ_sync {sync_ms}");
+        }
+    }
+
+    #[test]
+    fn pulls_are_h_xi_by_p_apart_where_xi_is_the_measured_step_or_a_slower_target() {
+        // H, P, target and measured duration of a step; and H ξ / P by hand.
+        for (inner_steps, fragments, step_target_ms, step_ms, expected) in [
+            (24, 24, 20_000, 13_000, 20_000),
+            (24, 24, 20_000, 31_000, 31_000),
+            (24, 24, 0, 13_000, 13_000),
+            (30, 4, 0, 100, 750),
+            (2, 4, 1_000, 10, 500),
+        ] {
+            let parameters = RunParameters { inner_steps, fragments, step_target_ms, ..parameters() };
+            let interval = pull_interval_ms(&parameters, step_ms);
+            assert_eq!(interval, expected, "H {inner_steps}, P {fragments}, target {step_target_ms}, measured {step_ms}");
+        }
     }
 
     #[test]

@@ -186,6 +186,7 @@ impl Shards {
 }
 
 /// Follows one run.
+#[derive(Clone)]
 pub struct RunReader {
     public: PublicReader,
     roots: Roots,

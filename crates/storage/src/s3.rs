@@ -174,6 +174,7 @@ impl S3Store {
             412 => StoreError::PreconditionFailed { key: owned },
             416 => StoreError::invalid(key, "the range lies outside of the object"),
             // 409: a conflicting write is under way; trying again gets a definite answer.
+            501 => StoreError::invalid(key, "the store does not implement this request"),
             408 | 409 | 429 | 500..=599 => StoreError::unavailable(key, format!("HTTP status {status}")),
             400 if error.raw_response().and_then(|raw| raw.body().bytes()).is_some_and(policy::is_slow_upload) => {
                 StoreError::unavailable(key, "the store waited too long for the next bytes")

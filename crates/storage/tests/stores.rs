@@ -346,6 +346,13 @@ async fn a_store_that_does_not_answer_a_grant_breaks_no_promise_but_cannot_be_ex
     world.server.set_faults(Faults { only_paths_with: Some("/grant".into()), errors_ppm: 1_000_000, ..Faults::default() });
     let Err(error) = conformance(&world.store, "q/private/", now_ms()).await else { panic!() };
     assert!(matches!(&error, ConformanceError::Grant(_)) && error.is_retryable(), "{error}");
+    // Nor does one that answers now and then, whichever request it leaves out.
+    for seed in 0..8 {
+        world.server.set_faults(Faults { errors_ppm: 450_000, seed, ..Faults::default() });
+        if let Err(error) = conformance(&world.store, "q/private/", now_ms()).await {
+            assert!(error.is_retryable(), "{error}");
+        }
+    }
 }
 
 #[tokio::test]

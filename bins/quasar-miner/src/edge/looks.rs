@@ -1,6 +1,6 @@
 //! Looks at mutable objects: read, verify, open what is sealed to us, and tell the machine what it may know.
 
-use std::collections::BTreeMap;
+use std::time::Duration;
 
 use daemon::clock;
 use protocol::documents::{Job, PullGrants, StandingGrants};
@@ -8,24 +8,46 @@ use protocol::envelope::{Document, Header};
 use protocol::{GrantBundle, Reason, SealedBytes};
 use storage::bundle;
 use storage::discovery::{DiscoveryError, RunReader};
+use tokio::sync::Mutex;
 
 use super::Edge;
 use crate::machine::{Found, Look};
 
-/// The reader of the run, and what its last failure was: the same failure is logged once.
+/// A look takes no longer than this many polls, and not less time than a slow line needs.
+const LOOK_POLLS: u32 = 3;
+const LOOK_TIME_MIN: Duration = Duration::from_secs(3);
+/// After each look that is given up the next one has twice the time, at most so often: a long catalog comes over a slow line too.
+const DOUBLINGS_MAX: u32 = 8;
+
+/// Readers of the run: one for each look, so that none waits for another.
 pub struct Looks {
+    /// Reads what is written once.
+    archive: RunReader,
+    /// By the number of the look.
+    seen: [Mutex<Seen>; Look::ALL.len()],
+    patience: Duration,
+}
+
+/// What is known of one object.
+struct Seen {
+    /// With the object's tag and sequence.
     reader: RunReader,
-    complaints: BTreeMap<Look, String>,
+    /// What the last failure was: the same failure is logged once.
+    complaint: Option<String>,
+    /// Looks in a row that were given up.
+    given_up: u32,
 }
 
 impl Looks {
     pub fn new(reader: RunReader) -> Self {
-        Self { reader, complaints: BTreeMap::new() }
+        let poll = Duration::from_millis(reader.facts().manifest.parameters.poll_ms);
+        let unseen = || Mutex::new(Seen { reader: reader.clone(), complaint: None, given_up: 0 });
+        Self { seen: Look::ALL.map(|_| unseen()), patience: poll.saturating_mul(LOOK_POLLS).max(LOOK_TIME_MIN), archive: reader }
     }
 
     /// A public document of the orchestrator that is written once; `None` while it is absent or cannot be had.
     pub async fn published<D: Document>(&self, key: &str) -> Option<D> {
-        match self.reader.published::<D>(key).await {
+        match self.archive.published::<D>(key).await {
             Ok(found) => found.map(|verified| verified.document),
             Err(error) => {
                 tracing::warn!(key, error = error.to_string().replace('\n', "; "), "a public document could not be read");
@@ -33,24 +55,33 @@ impl Looks {
             }
         }
     }
+}
 
-    fn complain(&mut self, at: Look, slot: u8, error: &DiscoveryError) {
-        let text = error.to_string();
-        if self.complaints.get(&at) != Some(&text) {
-            tracing::warn!(slot, object = ?at, error = text.replace('\n', "; "), "a look failed");
-            self.complaints.insert(at, text);
+impl Seen {
+    fn complain(&mut self, at: Look, slot: u8, complaint: String) {
+        if self.complaint.as_ref() != Some(&complaint) {
+            tracing::warn!(slot, object = ?at, error = complaint.replace('\n', "; "), "a look failed");
+            self.complaint = Some(complaint);
         }
     }
 }
 
 impl Edge {
     pub(super) async fn look(&self, at: Look) -> Found {
-        let mut looks = self.looks.lock().await;
-        let found = self.look_with(&mut looks.reader, at).await;
+        let mut seen = self.looks.seen[at as usize].lock().await;
+        let patience = self.looks.patience.saturating_mul(1 << seen.given_up.min(DOUBLINGS_MAX));
+        // What a look that is given up has read was told to nobody: its tag and sequence are forgotten with its reader.
+        let mut reader = seen.reader.clone();
+        let Ok(found) = tokio::time::timeout(patience, self.look_with(&mut reader, at)).await else {
+            seen.given_up += 1;
+            seen.complain(at, self.slot, "there is no answer in time\nhint: the next look has more time".to_owned());
+            return Found::Failed;
+        };
+        (seen.reader, seen.given_up) = (reader, 0);
         match found {
             Ok(found) => {
                 if found != Found::Nothing {
-                    looks.complaints.remove(&at);
+                    seen.complaint = None;
                 }
                 found
             }
@@ -58,7 +89,7 @@ impl Edge {
                 if let Some(proof) = error.proof() {
                     self.evidence.keep(proof);
                 }
-                looks.complain(at, self.slot, &error);
+                seen.complain(at, self.slot, error.to_string());
                 Found::Failed
             }
         }

@@ -125,7 +125,7 @@ pub struct Edge {
     secret: Zeroizing<[u8; 32]>,
     shared: Arc<Shared>,
     book: GrantBook,
-    looks: tokio::sync::Mutex<Looks>,
+    looks: Looks,
     plane: Arc<Plane>,
     receipts: Announced,
     openings: OpeningFiles,
@@ -156,7 +156,7 @@ impl Edge {
             secret,
             shared,
             book: GrantBook::default(),
-            looks: tokio::sync::Mutex::new(Looks::new(reader)),
+            looks: Looks::new(reader),
             plane,
             receipts: Announced::default(),
             openings: OpeningFiles::open(folder.join("openings"), volume_bytes, opening_ms, clock::now_ms())?,
@@ -297,7 +297,7 @@ impl Edge {
 
     /// A public document of the orchestrator that is written once; `None` while it is absent or cannot be had.
     async fn published<D: Document>(&self, key: &str) -> Option<D> {
-        self.looks.lock().await.published::<D>(key).await
+        self.looks.published::<D>(key).await
     }
 
     fn grant(&self, method: Method, key: &str) -> Option<GrantRequest> {

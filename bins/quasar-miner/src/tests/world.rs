@@ -147,6 +147,25 @@ pub fn token(row: u64, column: usize) -> u32 {
     ((row + 1) * (column as u64 + 3) % 29) as u32
 }
 
+/// The head of a run that has just begun.
+pub fn head() -> Head {
+    Head {
+        epoch: 1,
+        state: RunState::Open,
+        outer_step: 0,
+        closed_below: 0,
+        block: 1,
+        run_step: 0,
+        pulls: vec![],
+        fragments: vec![FragmentHead { version: 0, length: 0, digest: Digest::ZERO }; FRAGMENTS],
+        release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
+        catalog: CatalogRef { page: 0, digest: Digest::ZERO },
+        ledger: Digest::ZERO,
+        log: (&protocol::log::Frontier::default()).into(),
+        notices: vec![],
+    }
+}
+
 /// What the world does with uploads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Store {
@@ -227,21 +246,6 @@ impl World {
             trainer.load(&mut std::fs::File::open(path).unwrap()).unwrap();
         }
         let machine = Learner::new(settings(now_ms, &keys, &run));
-        let head = Head {
-            epoch: 1,
-            state: RunState::Open,
-            outer_step: 0,
-            closed_below: 0,
-            block: 1,
-            run_step: 0,
-            pulls: vec![],
-            fragments: vec![FragmentHead { version: 0, length: 0, digest: Digest::ZERO }; FRAGMENTS],
-            release: ReleaseRef { release: "base".into(), manifest: Digest::ZERO },
-            catalog: CatalogRef { page: 0, digest: Digest::ZERO },
-            ledger: Digest::ZERO,
-            log: (&protocol::log::Frontier::default()).into(),
-            notices: vec![],
-        };
         let mut world = Self {
             now_ms,
             session_epoch: now_ms,
@@ -251,7 +255,7 @@ impl World {
             failures,
             run,
             keys,
-            head,
+            head: head(),
             job: Job { hotkey: US, slot: SLOT, session_epoch: now_ms, leases: vec![lease(1, 6)] },
             echo: Some(now_ms),
             payload_grants: vec![],

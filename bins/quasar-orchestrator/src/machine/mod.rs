@@ -26,6 +26,7 @@ mod wants;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use daemon::machine::Lane;
 use daemon::{Exit, Machine};
 use protocol::documents::{Lease, MergeManifest, ReleaseRef, RunParameters, RunState};
 use protocol::ledger::TokenLedger;
@@ -459,6 +460,14 @@ impl Machine for Orchestrator {
 
     fn poll_effect(&mut self) -> Option<Effect> {
         self.volatile.effects.pop_front()
+    }
+
+    fn lane(effect: &Effect) -> Lane {
+        match effect {
+            Effect::CheckPayload { .. } | Effect::Release { .. } | Effect::Retire { .. } => Lane::Bulk,
+            Effect::PublishStanding { .. } | Effect::ReadVerdict { .. } => Lane::Many,
+            _ => Lane::Prompt,
+        }
     }
 
     /// Of what is overwritten, only the newest counts.

@@ -11,6 +11,7 @@ mod audits;
 mod catalog;
 mod leases;
 mod operator;
+mod pulls;
 mod recovery;
 mod world;
 

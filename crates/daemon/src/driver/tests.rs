@@ -1,3 +1,4 @@
+use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -218,11 +219,12 @@ async fn of_effects_that_replace_each_other_one_waits() {
     let mut driver = Driver::with_options(Recovered::fresh(fresh()), journal(), executor, options);
     let mut batch = vec![Fact::Add(1), Fact::Stopping, Fact::Add(2), Fact::Stopping, Fact::Stopping];
     driver.commit(&mut batch, 1).await.unwrap();
-    assert_eq!(driver.pending, [Todo::Double(1), Todo::Farewell, Todo::Double(2)]);
+    let waiting = |driver: &Driver<Toy, Doubler>| driver.effects.waiting().cloned().collect::<Vec<_>>();
+    assert_eq!(waiting(&driver), [Todo::Double(1), Todo::Farewell, Todo::Double(2)]);
     // What has begun is not taken back.
     driver.begin_effects();
     driver.commit(&mut vec![Fact::Add(1), Fact::Stopping], 2).await.unwrap();
-    assert_eq!(driver.pending, [Todo::Farewell, Todo::Double(2), Todo::Double(1)]);
+    assert_eq!(waiting(&driver), [Todo::Farewell, Todo::Double(2), Todo::Double(1)]);
 }
 
 #[tokio::test]

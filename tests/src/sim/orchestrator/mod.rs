@@ -11,14 +11,16 @@ mod takeover;
 mod writes;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use bytes::Bytes;
 use daemon::Machine;
 use daemon::clock::Steady;
+use daemon::driver::Lanes;
+use daemon::machine::Lane;
 use protocol::Digest;
-use quasar_orchestrator::machine::{Effect, Input, Orchestrator, Slot};
+use quasar_orchestrator::machine::{Input, Orchestrator, Slot};
 
 use super::executor::{Life, WORLD};
 use super::net::Node as NodeId;
@@ -60,8 +62,7 @@ pub struct Node {
     /// Inputs that the journal does not hold yet.
     pending: Vec<Input>,
     is_committing: bool,
-    waiting: VecDeque<Effect>,
-    in_flight: usize,
+    waiting: Lanes<Orchestrator>,
     tick_ms: Option<u64>,
     pub crashes: u64,
     pub lost_disks: u64,
@@ -141,8 +142,7 @@ impl Node {
             since_snapshot: 0,
             pending: Vec::new(),
             is_committing: false,
-            waiting: VecDeque::new(),
-            in_flight: 0,
+            waiting: Lanes::new(EFFECTS_AT_ONCE),
             tick_ms: None,
             crashes: 0,
             lost_disks: 0,
@@ -189,8 +189,7 @@ impl Node {
     fn drop_process(&mut self) -> Option<Orchestrator> {
         self.is_up = false;
         self.is_committing = false;
-        self.waiting.clear();
-        self.in_flight = 0;
+        self.waiting = Lanes::new(EFFECTS_AT_ONCE);
         self.tick_ms = None;
         self.hands = None;
         self.machine.take()
@@ -330,10 +329,7 @@ impl World {
             }
             machine.handle(now_ms, input);
             while let Some(effect) = machine.poll_effect() {
-                match node.waiting.iter_mut().find(|waiting| Orchestrator::replaces(&effect, waiting)) {
-                    Some(waiting) => *waiting = effect,
-                    None => node.waiting.push_back(effect),
-                }
+                node.waiting.push(effect);
             }
         }
         if node.since_snapshot >= self.plan.snapshot_every {
@@ -363,25 +359,23 @@ impl World {
 
     fn begin_effects(&self, node: &mut Node, life: Life) {
         let Some(hands) = node.hands.clone() else { return };
-        while node.in_flight < EFFECTS_AT_ONCE {
-            let Some(effect) = node.waiting.pop_front() else { break };
-            node.in_flight += 1;
+        while let Some((lane, effect)) = node.waiting.begin() {
             self.say(node.id, || format!("begins {effect:?}"));
             let (world, hands) = (self.me(), hands.clone());
             self.executor.spawn(life, async move {
                 let answer = hands.execute(effect).await;
-                world.effect_ended(hands.host, life, answer);
+                world.effect_ended(hands.host, life, lane, answer);
             });
         }
     }
 
-    fn effect_ended(&self, host: usize, life: Life, answer: Option<Input>) {
+    fn effect_ended(&self, host: usize, life: Life, lane: Lane, answer: Option<Input>) {
         {
             let mut node = self.orchestrators[host].borrow_mut();
             if node.life != life || node.machine.is_none() {
                 return;
             }
-            node.in_flight -= 1;
+            node.waiting.ended(lane);
             node.effects += 1;
         }
         if self.crashes_at(host, Boundary::Effect) {

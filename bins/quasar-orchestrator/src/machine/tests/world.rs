@@ -241,6 +241,9 @@ pub(super) struct World {
     pub(super) holds_releases: bool,
     /// Nor do deletions.
     pub(super) holds_deletions: bool,
+    /// Nor do merges: they lie in `held_merges`.
+    pub(super) holds_merges: bool,
+    pub(super) held_merges: Vec<Effect>,
     /// This learner opens no audit.
     pub(super) opens_nothing: Option<Slot>,
     /// This learner counts ten steps for each.
@@ -284,6 +287,8 @@ impl World {
             bundles: 0,
             holds_releases: false,
             holds_deletions: false,
+            holds_merges: false,
+            held_merges: Vec::new(),
             opens_nothing: None,
             liar: None,
             record: None,
@@ -417,6 +422,10 @@ impl World {
             Effect::WriteTape { tape } => {
                 let tape = self.tapes.entry(tape.t).or_insert(*tape).clone();
                 Some(Input::TapeWritten { tape: Box::new(tape) })
+            }
+            Effect::Merge { .. } if self.holds_merges => {
+                self.held_merges.push(effect);
+                None
             }
             Effect::Merge { tape, rejected, previous_keyframe } => {
                 let source = (tape.fragment, tape.restores.unwrap_or(tape.base_version));

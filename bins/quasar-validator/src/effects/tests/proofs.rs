@@ -1,28 +1,75 @@
 //! What is kept of those who contradict themselves.
 
+use protocol::envelope::peek;
+
 use super::*;
+
+impl Published {
+    /// Replaces the orchestrator's document at `key` by another one with its sequence.
+    async fn contradict<D: Document>(&self, key: &str, change: impl FnOnce(&mut D)) {
+        let file = self.store.get(key, D::PURPOSE.file_limit()).await.unwrap().bytes;
+        let header = peek(&file).unwrap().0.header;
+        let context = Context { run: header.run, ..self.world.context };
+        let mut document = open_stored::<D>(&file, &context, Expect::Key(&self.orchestrator.key())).unwrap().document;
+        change(&mut document);
+        self.put(key, sign(&document, &context, &self.orchestrator, header.sequence, clock::now_ms())).await;
+    }
+
+    /// One proof lies in the state folder, and it convicts the orchestrator.
+    fn assert_convicted(&self) {
+        let is_proof = |name: &String| name.starts_with("equivocation-") && name.ends_with(".qsr");
+        let kept: Vec<String> = names_in(self.state.path()).into_iter().filter(is_proof).collect();
+        assert_eq!(kept.len(), 1, "{kept:?}");
+        let shown = daemon::inspect::file(&self.state.path().join(&kept[0])).unwrap();
+        assert_eq!(shown.exit(), Exit::Done, "{}", shown.json["proof"]);
+        assert_eq!(shown.json["proof"]["convicted"], self.orchestrator.key().account().to_string(), "{}", shown.json["proof"]);
+    }
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_grants_with_one_sequence_are_kept_as_a_proof_that_inspect_verifies() {
     let published = Published::new(&Cheat::default()).await;
     let effects = published.effects(broken()).await;
-    let (own, context) = (published.hotkey.account(), &published.world.context);
     assert!(effects.grants.get(None, "nothing", 1).await.is_err(), "the first bundle is looked at");
-    let other = StandingGrants {
-        hotkey: own,
-        slot: 0,
-        session_epoch: 0,
-        sealed: protocol::SealedBytes { encapsulated: [9; 32], ciphertext: vec![9; 400_000] },
-    };
-    let header = header_for::<StandingGrants>(context, published.orchestrator.key(), 1, clock::now_ms());
-    published.put(&published.run.standing(&own, 0), sign_with_header(header, &other, &published.orchestrator)).await;
+    let other = protocol::SealedBytes { encapsulated: [9; 32], ciphertext: vec![9; 400_000] };
+    let key = published.run.standing(&published.hotkey.account(), 0);
+    published.contradict::<StandingGrants>(&key, |grants| grants.sealed = other).await;
     // Looks have a least pause.
     tokio::time::sleep(Duration::from_millis(1_100)).await;
     assert!(effects.grants.get(None, "nothing", 1).await.is_err());
-    let kept: Vec<String> = names_in(published.state.path()).into_iter().filter(|name| name.starts_with("equivocation-")).collect();
-    assert_eq!(kept.len(), 1, "{kept:?}");
-    let shown = daemon::inspect::file(&published.state.path().join(&kept[0])).unwrap();
-    assert_eq!(shown.json["proof"]["convicted"], published.orchestrator.key().account().to_string(), "{}", shown.json["proof"]);
+    published.assert_convicted();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_heads_with_one_sequence_are_kept_as_a_proof_that_inspect_verifies() {
+    let published = Published::new(&Cheat::default()).await;
+    let effects = published.effects(broken()).await;
+    assert!(effects.head().await.is_some());
+    published.contradict::<Head>(&published.run.head(), |head| head.block += 1).await;
+    assert!(effects.head().await.is_none());
+    published.assert_convicted();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_pointers_to_the_current_run_with_one_sequence_are_kept_as_a_proof_while_a_run_is_followed() {
+    let published = Published::new(&Cheat::default()).await;
+    let effects = published.effects(broken()).await;
+    assert!(!effects.moved().await);
+    published.contradict::<CurrentRun>(&Keys::new(NETUID).current(), |current| current.run = RunId([9; 16])).await;
+    assert!(!effects.moved().await, "it counts for nothing");
+    published.assert_convicted();
+}
+
+#[cfg(feature = "libtorch")]
+#[tokio::test(flavor = "multi_thread")]
+async fn two_pointers_to_the_current_run_with_one_sequence_are_kept_as_a_proof_while_a_run_is_looked_for() {
+    let published = Published::new(&Cheat::default()).await;
+    let roots = Roots::unremembered(published.chain.genesis(), NETUID, published.owner.key().account());
+    let look = || crate::run::find(&published.public, &roots, None, &published.hotkey, published.state.path());
+    assert!(look().await.is_ok());
+    published.contradict::<CurrentRun>(&Keys::new(NETUID).current(), |current| current.run = RunId([9; 16])).await;
+    assert!(look().await.is_err());
+    published.assert_convicted();
 }
 
 #[tokio::test(flavor = "multi_thread")]
