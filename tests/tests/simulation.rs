@@ -1,6 +1,10 @@
 //! Simulated worlds: every role's real machine, and everything that can go wrong. `cargo xtask sim` runs more of them.
 
+use std::collections::BTreeSet;
+use std::process::Command;
+
 use protocol::documents::Action;
+use protocol::schedule::pull_interval_ms;
 use quasar_tests::sim::paper::Scheme;
 use quasar_tests::sim::{self, Boundary, CrashPoint, Faults, INVARIANTS, Outcome, Plan};
 
@@ -116,11 +120,16 @@ fn without_faults_everybody_takes_part_in_every_merge_and_every_audit_passes() {
 
 #[test]
 fn a_quarter_of_the_miners_killed_at_once_stalls_nobody() {
-    let outcome = sim::run(Plan::quarter_killed(100, 480_000));
+    let plan = Plan::quarter_killed(100, 480_000);
+    let pulls = plan.limit_ms / pull_interval_ms(&plan.parameters, plan.step_ms);
+    let outcome = sim::run(plan);
     must_hold(&outcome, &this_test(1, "a hundred miners, a quarter of which is killed"));
     let (before_ms, after_ms) = (outcome.longest_stall_before_ms, outcome.longest_stall_ms);
     assert!(after_ms > 0 && after_ms <= before_ms, "between two merges: {before_ms} ms before, {after_ms} ms after");
     assert_eq!(outcome.longest_idle_ms, 0, "a time in which nobody trained");
+    // Merges that stop for good end no time between two of them: half of the run has at most half of the pulls that H ξ / P
+    // allows.
+    assert!(outcome.merges * 4 >= pulls * 3, "{} merges, where {pulls} pulls are allowed", outcome.merges);
 }
 
 #[test]
@@ -169,6 +178,18 @@ fn a_standby_takes_over_from_whoever_is_away_and_a_writer_that_wakes_up_later_mo
         fenced += outcome.fenced;
     }
     assert!(takeovers >= 8 && fenced >= 1, "{takeovers} takeovers, {fenced} fenced");
+}
+
+#[test]
+fn the_simulation_ends_with_one_json_object_of_the_documented_keys() {
+    let output = Command::new(env!("CARGO_BIN_EXE_sim")).args(["--seeds", "2", "--miners", "3", "--json"]).output().expect("it starts");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let summary: serde_json::Value = serde_json::from_str(text.lines().last().expect("a last line")).expect("it is JSON");
+    let keys: BTreeSet<&str> = summary.as_object().expect("an object").keys().map(String::as_str).collect();
+    assert_eq!(keys, BTreeSet::from(["seeds", "violations", "seconds", "failed_seeds"]), "{text}");
+    assert!(output.status.success(), "{text}");
+    assert_eq!((&summary["seeds"], &summary["violations"], &summary["failed_seeds"]), (&2.into(), &0.into(), &serde_json::json!([])));
+    assert!(summary["seconds"].as_f64() > Some(0.0), "{text}");
 }
 
 #[test]

@@ -8,9 +8,9 @@ use chain::Hotkey;
 use daemon::settings::{CommonArgs, Settings};
 use daemon::{Failure, Role, clock, identity};
 use protocol::documents::CurrentRun;
-use protocol::envelope::{self, Context, Document, Expect, RunId, Verified, open_stored};
+use protocol::envelope::{self, Context, Document, Expect, RunId, open_stored};
 use protocol::paths::Keys;
-use protocol::{AccountId, FileRecord, KeyRef, Signer};
+use protocol::{AccountId, Digest, FileRecord, KeyRef, Signer};
 use storage::presign::BucketUrl;
 use storage::roots::Roots;
 use storage::{ObjectStore, PutCondition, S3Settings, S3Store, StoreError, transfer};
@@ -110,7 +110,12 @@ impl Office {
     }
 
     /// Reads a document that one of `signers` stored and that has to be there.
-    pub async fn read<D: Document>(&self, key: &str, context: &Context, signers: &[KeyRef]) -> Result<Verified<D>, Failure> {
+    pub async fn read<D: Document>(&self, key: &str, context: &Context, signers: &[KeyRef]) -> Result<D, Failure> {
+        self.read_file(key, context, signers).await.map(|(document, _)| document)
+    }
+
+    /// [`Office::read`] with the BLAKE3 of the file, by which others name it.
+    pub async fn read_file<D: Document>(&self, key: &str, context: &Context, signers: &[KeyRef]) -> Result<(D, Digest), Failure> {
         let object = match self.store.get(key, D::PURPOSE.file_limit()).await {
             Err(error @ StoreError::NotFound { .. }) => {
                 let hint = "other objects build on it: restore it from a backup or from an earlier version of the object";
@@ -118,7 +123,9 @@ impl Office {
             }
             result => result.map_err(unserved)?,
         };
-        open_stored(&object.bytes, context, Expect::Any(signers)).map_err(|error| Failure::configuration(error).context(key.to_owned()))
+        let verified = open_stored(&object.bytes, context, Expect::Any(signers));
+        let document = verified.map_err(|error| Failure::configuration(error).context(key.to_owned()))?.document;
+        Ok((document, Digest::blake3(&object.bytes)))
     }
 
     /// Writes `current.qsr` anew: it expires after ten minutes, and is renewed by the running orchestrator.

@@ -18,7 +18,7 @@ use storage::{PutCondition, StoreError, check};
 use zeroize::Zeroizing;
 
 use crate::effects::fence::{self, Fence, FenceSettings, Wait};
-use crate::effects::{Hands, Service, spawn_pollers};
+use crate::effects::{Hands, Service, Stop, spawn_pollers};
 use crate::machine::{FragmentSetup, Orchestrator, RunSetup, ShardRows};
 use crate::office::{Office, unserved};
 use crate::operator::{checkpoint, run, store};
@@ -145,11 +145,10 @@ pub async fn serve(office: Office, standby: bool) -> Result<Exit, Failure> {
             }
         };
         if fence.is_lost() {
-            service.stop("another orchestrator writes to this run");
+            service.stop(Stop::Fenced);
         }
-        if let Some(why) = *service.stopped.lock().unwrap_or_else(PoisonError::into_inner) {
-            return Err(Failure::configuration(anyhow::anyhow!("{why}"))
-                .hint("a second orchestrator runs as `run --standby`; after a rotation the wallet that the new root names has to run"));
+        if let Some(why) = service.stopped.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            return Err(Failure::configuration(why));
         }
         Ok(exit)
     };
@@ -189,18 +188,17 @@ impl Published {
         }
         let context = Context { run: current.run, ..office.context };
         let (keys, signers) = (office.keys.run(current.run), &roots.orchestrators);
-        let manifest = office.read::<RunManifest>(&keys.manifest(), &context, signers).await?;
-        if manifest.id != current.manifest_digest {
+        let (manifest, digest) = office.read_file::<RunManifest>(&keys.manifest(), &context, signers).await?;
+        if digest != current.manifest_digest {
             return Err(contradiction(&keys.manifest(), "it is not the manifest that the current run names"));
         }
-        let manifest = manifest.document;
         let asked = usize::from(manifest.parameters.fragments);
         let bounds = &roots.newest.bounds;
         if manifest.parameters.fragments > bounds.fragments_max || manifest.parameters.slots > bounds.slots_max {
             return Err(contradiction(&keys.manifest(), "it exceeds the bounds of the root"));
         }
         let plan_key = keys.plan(&manifest.plan);
-        let plan = office.read::<FragmentPlan>(&plan_key, &context, signers).await?.document;
+        let plan = office.read::<FragmentPlan>(&plan_key, &context, signers).await?;
         if plan.digest() != manifest.plan {
             return Err(contradiction(&plan_key, "it is not the plan that the run manifest names"));
         }
@@ -211,13 +209,13 @@ impl Published {
         let mut shards: Vec<ShardManifest> = Vec::new();
         for page in &manifest.catalog {
             let key = keys.catalog(page.page);
-            let found = office.read::<CatalogPage>(&key, &context, signers).await?;
-            if found.id != page.digest {
+            let (found, digest) = office.read_file::<CatalogPage>(&key, &context, signers).await?;
+            if digest != page.digest {
                 return Err(contradiction(&key, "it is not the page that the run manifest names"));
             }
-            shards.extend(found.document.shards);
+            shards.extend(found.shards);
         }
-        let head = office.read::<Head>(&keys.head(), &context, signers).await?.document;
+        let head = office.read::<Head>(&keys.head(), &context, signers).await?;
         if head.fragments.len() != asked {
             let what = format!("it names {} fragments, and the run manifest asks for {asked}", head.fragments.len());
             return Err(contradiction(&keys.head(), &what));
@@ -277,7 +275,7 @@ async fn setup(
     let mut fragments = Vec::new();
     for fragment in 0..plan.fragments.len() {
         let key = run_keys.fragment_manifest(fragment as u16, 0);
-        let first = office.read::<FragmentManifest>(&key, context, signers).await?.document;
+        let first = office.read::<FragmentManifest>(&key, context, signers).await?;
         fragments.push(FragmentSetup {
             keyframe: first.keyframe.blake3,
             keyframe_length: first.keyframe.length,

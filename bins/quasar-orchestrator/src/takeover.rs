@@ -13,7 +13,6 @@ use daemon::{Failure, Journal, Machine, clock};
 use protocol::AccountId;
 use protocol::documents::{Head, Progress, WriterLease};
 use protocol::envelope::{Document, EnvelopeError, Expect, Verified, open_stored};
-use storage::StoreError;
 
 use crate::effects::Service;
 use crate::machine::{Input, Orchestrator, SNAPSHOT_BYTES_MAX};
@@ -114,11 +113,7 @@ pub async fn recover(
 
 impl Bucket for Service {
     async fn read(&self, key: &str, limit: u64) -> Result<Option<Bytes>, Failure> {
-        match self.store.get(key, limit).await {
-            Ok(object) => Ok(Some(object.bytes)),
-            Err(StoreError::NotFound { .. }) => Ok(None),
-            Err(error) => Err(Failure::unavailable(error)),
-        }
+        self.read_document(key, limit).await.map_err(Failure::unavailable)
     }
 
     fn open<D: Document>(&self, bytes: &[u8]) -> Result<Verified<D>, EnvelopeError> {

@@ -16,6 +16,10 @@ use super::kills::Kills;
 use super::place::Place;
 use crate::machine::Status;
 
+/// From the start of the orchestrator's next process to its first head it takes less than this, in seconds. On an idle machine it takes
+/// well under one; the rest is for a machine that is busy.
+const RECOVERY_SECONDS: f64 = 5.0;
+
 #[derive(Debug, Serialize)]
 pub struct Summary {
     pub ok: bool,
@@ -103,6 +107,7 @@ impl Summary {
         if after.is_nan() || after >= before {
             problems.push("the held-out loss did not fall".to_owned());
         }
+        problems.extend(slow_recovery(kills.slowest_seconds()));
         Ok(Self {
             ok: problems.is_empty(),
             held_out_loss_before: before,
@@ -155,5 +160,24 @@ impl Summary {
             Ok(line) => println!("{line}"),
             Err(error) => eprintln!("error: {error}"),
         }
+    }
+}
+
+/// What is wrong with the longest recovery of the orchestrator from a kill, if anything is; 0 where nobody killed it.
+fn slow_recovery(slowest_seconds: f64) -> Option<String> {
+    let is_slow = slowest_seconds >= RECOVERY_SECONDS;
+    is_slow.then(|| format!("the orchestrator took {slowest_seconds:.2} s to come back from a kill, {RECOVERY_SECONDS} s or more"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_recovery_is_a_problem_and_a_quick_one_or_none_is_not() {
+        assert_eq!([slow_recovery(0.0), slow_recovery(0.66), slow_recovery(4.99)], [None, None, None]);
+        let told = slow_recovery(5.0).unwrap();
+        assert!(told.contains("took 5.00 s"), "{told}");
+        assert!(slow_recovery(61.0).is_some());
     }
 }

@@ -20,6 +20,10 @@ use super::{Service, persist};
 const STATE: &str = ".qfs";
 const REPLICA: &str = ".safetensors";
 
+/// What to do about a result that is not what its tape gives.
+const OTHER_RESULT: &str =
+    "if no merge manifest names it, an orchestrator of another version may have left it: remove it and start again; else restore it";
+
 impl Service {
     fn states(&self) -> PathBuf {
         self.state_dir.join("states")
@@ -164,15 +168,27 @@ impl Service {
             self.put_result(&key, result.keyframe).await;
         }
         let manifest = FragmentManifest { fragment, version, t: tape.t, keyframe, delta, state: state_digest };
-        self.put_once(&self.run.fragment_manifest(fragment, version), &manifest).await;
+        let key = self.run.fragment_manifest(fragment, version);
+        let bytes = self.put_once(&key, &manifest).await;
+        if !self.open_own::<FragmentManifest>(&bytes).is_ok_and(|stored| stored.document == manifest) {
+            self.contradicted(&key, OTHER_RESULT).await
+        }
         files::remove_versions(&self.states(), &[STATE, REPLICA], fragment, version.saturating_sub(1));
     }
 
-    /// Writes what a tape gives. Everybody who completes it writes the same.
+    /// Writes what a tape gives. Everybody who completes it writes the same: where something else lies, nothing may be published that names
+    /// these bytes.
     async fn put_result(&self, key: &str, bytes: Bytes) {
-        let stored = persist(key, || self.put_bytes_once(key, bytes.clone())).await;
-        if stored != bytes {
-            tracing::error!("{key} in the bucket differs from what the tape gives");
+        let is_there = persist(key, || async {
+            match self.put_bytes_once(key, bytes.clone()).await {
+                Ok(stored) => Ok(stored == bytes),
+                Err(StoreError::TooLarge { .. }) => Ok(false),
+                Err(error) => Err(error),
+            }
+        })
+        .await;
+        if !is_there {
+            self.contradicted(key, OTHER_RESULT).await
         }
     }
 

@@ -1,6 +1,6 @@
 //! Effects at the edge: bucket, chain, disk. None of them fails in the eyes of the machine: what the store or the chain cannot do
-//! now is tried again until it can, and everything is idempotent by key. Nothing is written without the writer lease
-//! ([`fence`]).
+//! now is tried again until it can, and everything is idempotent by key. Where a key that is written once holds something else than
+//! what belongs there, the process stops. Nothing is written without the writer lease ([`fence`]).
 
 mod arithmetic;
 mod audits;
@@ -45,6 +45,19 @@ pub use pollers::spawn_pollers;
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_LONGEST: Duration = Duration::from_secs(15);
 
+/// Why a process ends for good: no restart helps.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Stop {
+    #[error("another orchestrator writes to this run\nhint: a second orchestrator runs as `run --standby`")]
+    Fenced,
+    #[error("another run is current\nhint: an orchestrator that is started now goes on with that one")]
+    OtherRun,
+    #[error("the owner signed a new root, which names another orchestrator\nhint: the wallet that the new root names has to run")]
+    Renamed,
+    #[error("{key} holds something else than what this orchestrator writes there\nhint: {hint}")]
+    Contradicted { key: String, hint: &'static str },
+}
+
 /// Everything that effects work with.
 pub struct Service {
     pub store: Arc<dyn ObjectStore>,
@@ -70,7 +83,7 @@ pub struct Service {
     pub base_tree: PathBuf,
     pub state_dir: PathBuf,
     /// Why this process stops, if somebody else made it: another writer, another key. `shutdown` follows.
-    pub stopped: Mutex<Option<&'static str>>,
+    pub stopped: Mutex<Option<Stop>>,
     pub shutdown: Shutdown,
     pub(crate) watched: Mutex<Watched>,
     /// Newest progress envelope of each slot.
@@ -164,6 +177,20 @@ impl Service {
         .await
     }
 
+    /// Reads what should be a document of at most `limit` bytes; `None` if nothing is there. What is longer is none, and no bytes are none
+    /// either: it is read as that, because it stays as it is however often it is read.
+    pub(crate) async fn read_document(&self, key: &str, limit: u64) -> Result<Option<Bytes>, StoreError> {
+        match self.store.get(key, limit).await {
+            Ok(object) => Ok(Some(object.bytes)),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(error @ StoreError::TooLarge { .. }) => {
+                tracing::error!("{error}");
+                Ok(Some(Bytes::new()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Overwrites a mutable key by compare-and-swap with what this process last wrote there.
     pub(crate) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Result<Bytes, String> + Sync) {
         let Some(mut tag) = self.outbox.turn(key, revision).await else { return };
@@ -226,7 +253,7 @@ impl Service {
         if chain.newest.orchestrator != self.signer.key() {
             let (version, named) = (chain.newest.version, chain.newest.orchestrator.account());
             tracing::error!(version, %named, "a newer root names another orchestrator; this one stops and gives the lease back");
-            self.stop("the owner signed a new root, which names another orchestrator");
+            self.stop(Stop::Renamed);
         }
         Ok(())
     }
@@ -242,14 +269,26 @@ impl Service {
     /// Asks the store whether the lease is still ours; stops everything if it is not.
     pub(crate) async fn confirm(&self) {
         if self.fence.confirm().await.is_err() {
-            self.stop("another orchestrator writes to this run");
-            std::future::pending::<()>().await;
+            self.halt(Stop::Fenced).await
         }
     }
 
-    pub(crate) fn stop(&self, why: &'static str) {
+    pub(crate) fn stop(&self, why: Stop) {
         self.stopped.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
         self.shutdown.trigger();
+    }
+
+    /// Stops everything. The effect that asks for it never ends, so nothing follows from what it was about to do.
+    async fn halt<T>(&self, why: Stop) -> T {
+        self.stop(why);
+        std::future::pending().await
+    }
+
+    /// A key that is written once holds something else than what belongs there: no restart helps, a person has to look, and what would
+    /// follow is not written.
+    async fn contradicted<T>(&self, key: &str, hint: &'static str) -> T {
+        tracing::error!("{key} holds something else than what this orchestrator writes there; it stops");
+        self.halt(Stop::Contradicted { key: key.to_owned(), hint }).await
     }
 
     /// A document of the orchestrator from before or after a rotation of its key.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use fragments::codec::{FileSource, PayloadHeader};
+use fragments::codec::{FileSource, PayloadHeader, Source};
 use fragments::t0::{self, Committed};
 use protocol::documents::{Commitment, TapeInput};
 use protocol::{Digest, Reason};
@@ -17,34 +17,29 @@ use crate::machine::Slot;
 pub(crate) const PIECE_BYTES: u64 = 16 << 20;
 
 impl Service {
-    /// Static checks of an upload; the payload stays on the local disk for the merge.
+    /// Static checks of an upload; the payload stays on the local disk for the merge. Only what its bytes are decides: one that the disk
+    /// here does not give back is fetched again.
     pub(super) async fn check_payload(&self, slot: Slot, t: u64, commitment: &Commitment) -> Reason {
         let key = self.run.payload(&slot.0, slot.1, t);
         let path = self.payload_path(t, slot);
-        match self.download(&key, commitment.length, &path).await {
-            Download::Done => {}
-            Download::Absent => return Reason::NotUploaded,
-            Download::OtherLength => return Reason::LengthMismatch,
-        }
         let committed = Committed { length: commitment.length, sha256: commitment.sha256, blake3: commitment.blake3 };
         let header = self.payload_header(commitment.fragment, commitment.base_version);
-        let checked = tokio::task::spawn_blocking(move || {
-            let payload = FileSource::open(&path).map_err(|_| Reason::NotEvaluated)?;
-            let checked = t0::verify(&payload, &committed, &header);
-            if checked.is_err() {
-                let _ = std::fs::remove_file(&path);
+        persist(&key, || async {
+            match self.download(&key, commitment.length, &path).await {
+                Download::Done => {}
+                Download::Absent => return Ok(Reason::NotUploaded),
+                Download::OtherLength => return Ok(Reason::LengthMismatch),
             }
-            checked
-        })
-        .await;
-        match checked {
-            Ok(Ok(())) => Reason::None,
-            Ok(Err(reason)) => {
+            let (file, header) = (path.clone(), header.clone());
+            let judged = tokio::task::spawn_blocking(move || judge(&file, &committed, &header)).await;
+            // A check that panics would do so again.
+            let reason = judged.unwrap_or(Ok(Reason::NotEvaluated)).map_err(|error| format!("{}: {error}", path.display()))?;
+            if reason != Reason::None {
                 tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, t, "upload refused: {reason}");
-                reason
             }
-            Err(_) => Reason::NotEvaluated,
-        }
+            Ok::<_, String>(reason)
+        })
+        .await
     }
 
     pub(super) fn payload_header(&self, fragment: u16, base_version: u64) -> PayloadHeader {
@@ -126,6 +121,25 @@ pub(super) enum Download {
     Done,
     Absent,
     OtherLength,
+}
+
+/// What is to be said of an upload that was fetched to `path`; what is refused is removed.
+///
+/// # Errors
+/// The disk does not give back what was fetched, which says nothing about the upload.
+fn judge(path: &Path, committed: &Committed, header: &PayloadHeader) -> io::Result<Reason> {
+    let payload = FileSource::open(path)?;
+    if payload.length() != committed.length {
+        return Err(io::Error::other("the file is not as long as what was fetched"));
+    }
+    match t0::verify(&payload, committed, header) {
+        Ok(()) => Ok(Reason::None),
+        Err(Reason::NotEvaluated) => Err(io::Error::other("the file cannot be read")),
+        Err(reason) => {
+            let _ = std::fs::remove_file(path);
+            Ok(reason)
+        }
+    }
 }
 
 /// The file, if it is there and has this BLAKE3.

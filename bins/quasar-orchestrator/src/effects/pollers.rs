@@ -1,22 +1,25 @@
 //! Pollers: progress records of watched slots, blocks and metagraph of the chain, roots and orders. They report changes only.
 
-use std::collections::HashMap;
-use std::sync::{Arc, PoisonError};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use chain::{ChainError, KeyCertificate, certificate};
 use daemon::driver::Inputs;
 use daemon::{Shutdown, Waiting, clock};
 use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
 use protocol::AccountId;
 use protocol::documents::{Order, Progress};
 use protocol::envelope::{Expect, Purpose, SequenceGuard, open};
-use storage::StoreError;
+use storage::{Object, StoreError};
+use tokio::time::Instant;
 
-use super::Service;
+use super::{Service, Watched};
 use crate::machine::{Guest, Input, Slot, StoredOrder};
 
-/// Reads of progress records that run at the same time.
+/// Reads of progress records that run at the same time: of live slots, and of silent ones.
 const READS_AT_ONCE: usize = 32;
 /// A read of a record takes no longer than this many polls, and not less time than a slow line needs.
 const READ_POLLS: u32 = 2;
@@ -31,7 +34,7 @@ const ROOTS_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Starts all pollers, which end with `shutdown`, and the clearing of what an earlier process left on the disk.
 pub fn spawn_pollers(service: &Arc<Service>, orders_taken: u64, inputs: &Inputs<Input>, shutdown: &Shutdown) {
-    tokio::spawn(poll_progress(service.clone(), inputs.clone(), shutdown.clone()));
+    spawn_progress(service, inputs, shutdown);
     tokio::spawn(poll_chain(service.clone(), inputs.clone(), shutdown.clone()));
     tokio::spawn(poll_roots(service.clone(), shutdown.clone()));
     tokio::spawn(poll_orders(service.clone(), orders_taken, inputs.clone(), shutdown.clone()));
@@ -39,65 +42,119 @@ pub fn spawn_pollers(service: &Arc<Service>, orders_taken: u64, inputs: &Inputs<
     tokio::spawn(async move { service.sweep_releases().await });
 }
 
+/// Polls the progress records of the watched slots, the silent ones by themselves and more rarely: however many they are, no live one
+/// waits for them.
+pub(super) fn spawn_progress(service: &Arc<Service>, inputs: &Inputs<Input>, shutdown: &Shutdown) {
+    let interval = Duration::from_millis(service.manifest.parameters.poll_ms);
+    let silent_interval = interval * SILENT_FACTOR as u32;
+    let seen: Arc<Mutex<Seen>> = Arc::default();
+    let live = |watched: &Watched| watched.live.clone();
+    let silent = |watched: &Watched| watched.silent.clone();
+    tokio::spawn(poll_progress(service.clone(), seen.clone(), live, interval, inputs.clone(), shutdown.clone()));
+    tokio::spawn(poll_progress(service.clone(), seen, silent, silent_interval, inputs.clone(), shutdown.clone()));
+}
+
+/// What was seen of all slots. One that falls silent, or is heard again, goes on where it was.
 #[derive(Default)]
 struct Seen {
     etags: HashMap<Slot, String>,
     guard: SequenceGuard,
+    /// Slots whose record is being read.
+    reading: HashSet<Slot>,
 }
 
-async fn poll_progress(service: Arc<Service>, inputs: Inputs<Input>, shutdown: Shutdown) {
-    let interval = Duration::from_millis(service.manifest.parameters.poll_ms);
-    let mut seen = Seen::default();
-    let mut round = 0u64;
-    while !shutdown.is_triggered() {
-        let slots: Vec<(Slot, Option<String>)> = {
-            let watched = service.watched.lock().unwrap_or_else(PoisonError::into_inner);
-            let silent = if round.is_multiple_of(SILENT_FACTOR) { watched.silent.as_slice() } else { &[] };
-            watched.live.iter().chain(silent).map(|slot| (*slot, seen.etags.get(slot).cloned())).collect()
-        };
-        round += 1;
-        let reads = slots.into_iter().map(|(slot, etag)| {
-            let service = service.clone();
-            async move {
-                let key = service.run.progress(&slot.0, slot.1);
-                let read = service.store.get_if_changed(&key, etag.as_deref(), Purpose::Progress.file_limit());
-                let result = tokio::time::timeout((interval * READ_POLLS).max(READ_TIME_MIN), read).await;
-                let late = || Err(StoreError::Unavailable { key: key.clone(), reason: "timed out".to_owned() });
-                let result = result.unwrap_or_else(|_| late());
-                (slot, key, result)
+fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the store answered to the read of a slot's record; `None` where it is as it was.
+type Answer = (Slot, Result<Option<Object>, StoreError>);
+
+/// Reads the records of these slots in each interval. Each is told as it comes, and one whose read is still on its way is left out
+/// meanwhile: a connection that hangs holds up nobody else's record.
+async fn poll_progress(
+    service: Arc<Service>,
+    seen: Arc<Mutex<Seen>>,
+    slots: fn(&Watched) -> Vec<Slot>,
+    interval: Duration,
+    inputs: Inputs<Input>,
+    shutdown: Shutdown,
+) {
+    let mut due: VecDeque<Slot> = VecDeque::new();
+    let mut reads: FuturesUnordered<BoxFuture<'static, Answer>> = FuturesUnordered::new();
+    let mut next_round = Instant::now();
+    loop {
+        tokio::select! {
+            () = shutdown.triggered() => return,
+            () = tokio::time::sleep_until(next_round) => {
+                next_round = Instant::now() + interval;
+                let watched = slots(&service.watched.lock().unwrap_or_else(PoisonError::into_inner));
+                due.retain(|slot| watched.contains(slot));
+                let fresh: Vec<Slot> = watched.into_iter().filter(|slot| !due.contains(slot)).collect();
+                due.extend(fresh);
             }
-        });
-        // Each is told as it comes: a connection that hangs holds up nobody else's record.
-        let mut reads = futures::stream::iter(reads).buffer_unordered(READS_AT_ONCE);
-        while let Some((slot, key, result)) = reads.next().await {
-            match result {
-                Ok(Some(object)) => {
-                    if let Some(etag) = object.etag {
-                        seen.etags.insert(slot, etag);
-                    }
-                    let now_ms = clock::now_ms();
-                    match open::<Progress>(&object.bytes, &service.context, Expect::Account(&slot.0), now_ms) {
-                        Ok(verified) if verified.document.is_well_formed(service.plan.fragments.len()) => {
-                            if let Err(error) = seen.guard.accept(&key, &verified.header, &verified.id) {
-                                tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: {error}");
-                                continue;
-                            }
-                            service.records.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, (verified.id, object.bytes));
-                            inputs.send(Input::Progress { slot, id: verified.id, record: Box::new(verified.document) }).await;
-                        }
-                        Ok(_) => {
-                            tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: its lists exceed their bounds")
-                        }
-                        Err(error) => tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: {error}"),
-                    }
+            Some((slot, answer)) = reads.next() => {
+                let news = service.news(&mut lock(&seen), slot, answer);
+                if let Some(input) = news {
+                    inputs.send(input).await;
                 }
-                Ok(None) | Err(StoreError::NotFound { .. }) => {}
-                Err(error) => tracing::debug!("{error}"),
+                // Not before it was told: whoever reads the slot next tells of a later record.
+                lock(&seen).reading.remove(&slot);
             }
         }
-        if !shutdown.sleep(interval).await {
-            return;
+        while reads.len() < READS_AT_ONCE
+            && let Some(slot) = due.pop_front()
+        {
+            let mut seen = lock(&seen);
+            if seen.reading.insert(slot) {
+                let etag = seen.etags.get(&slot).cloned();
+                reads.push(Box::pin(read_progress(service.clone(), slot, etag)));
+            }
         }
+    }
+}
+
+async fn read_progress(service: Arc<Service>, slot: Slot, etag: Option<String>) -> Answer {
+    let key = service.run.progress(&slot.0, slot.1);
+    let patience = (Duration::from_millis(service.manifest.parameters.poll_ms) * READ_POLLS).max(READ_TIME_MIN);
+    let read = service.store.get_if_changed(&key, etag.as_deref(), Purpose::Progress.file_limit());
+    let late = |_| Err(StoreError::Unavailable { key: key.clone(), reason: "timed out".to_owned() });
+    let answer = tokio::time::timeout(patience, read).await.unwrap_or_else(late);
+    (slot, answer)
+}
+
+impl Service {
+    /// What the answer to a read tells of a slot, if that is new.
+    fn news(&self, seen: &mut Seen, slot: Slot, answer: Result<Option<Object>, StoreError>) -> Option<Input> {
+        let object = match answer {
+            Ok(Some(object)) => object,
+            Ok(None) | Err(StoreError::NotFound { .. }) => return None,
+            Err(error) => {
+                tracing::debug!("{error}");
+                return None;
+            }
+        };
+        if let Some(etag) = object.etag {
+            seen.etags.insert(slot, etag);
+        }
+        let verified = match open::<Progress>(&object.bytes, &self.context, Expect::Account(&slot.0), clock::now_ms()) {
+            Ok(verified) => verified,
+            Err(error) => {
+                tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: {error}");
+                return None;
+            }
+        };
+        if !verified.document.is_well_formed(self.plan.fragments.len()) {
+            tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: its lists exceed their bounds");
+            return None;
+        }
+        let key = self.run.progress(&slot.0, slot.1);
+        if let Err(error) = seen.guard.accept(&key, &verified.header, &verified.id) {
+            tracing::warn!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: {error}");
+            return None;
+        }
+        self.records.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, (verified.id, object.bytes));
+        Some(Input::Progress { slot, id: verified.id, record: Box::new(verified.document) })
     }
 }
 
@@ -165,17 +222,17 @@ async fn poll_roots(service: Arc<Service>, shutdown: Shutdown) {
 }
 
 /// Looks for the operator's next order.
-async fn poll_orders(service: Arc<Service>, taken: u64, inputs: Inputs<Input>, shutdown: Shutdown) {
+pub(super) async fn poll_orders(service: Arc<Service>, taken: u64, inputs: Inputs<Input>, shutdown: Shutdown) {
     let interval = Duration::from_millis((service.manifest.parameters.poll_ms * 5).clamp(200, 5_000));
     let mut next = taken + 1;
     while shutdown.sleep(interval).await {
         let key = service.run.order(next);
-        match service.store.get(&key, Purpose::Order.file_limit()).await {
-            Ok(object) => {
-                inputs.send(Input::Order { order: StoredOrder::new(next, service.open_own::<Order>(&object.bytes)) }).await;
+        match service.read_document(&key, Purpose::Order.file_limit()).await {
+            Ok(Some(bytes)) => {
+                inputs.send(Input::Order { order: StoredOrder::new(next, service.open_own::<Order>(&bytes)) }).await;
                 next += 1;
             }
-            Err(StoreError::NotFound { .. }) => {}
+            Ok(None) => {}
             Err(error) => tracing::debug!("{error}"),
         }
     }

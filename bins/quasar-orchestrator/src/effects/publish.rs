@@ -10,7 +10,7 @@ use protocol::log::LogHead;
 use storage::discovery::DiscoveryError;
 use storage::{PutCondition, StoreError};
 
-use super::{Service, persist};
+use super::{Service, Stop, persist};
 use crate::machine::Status;
 
 impl Service {
@@ -101,7 +101,7 @@ impl Service {
         .await;
         if !is_ours {
             tracing::error!("another run was created and is current now; this orchestrator stops");
-            self.stop("another run is current");
+            self.stop(Stop::OtherRun);
         }
     }
 
@@ -120,19 +120,19 @@ impl Service {
     }
 
     /// Writes down who got which rows, before anybody is told: a successor gives them to nobody else. Gives the lease, if it was not known
-    /// to be written down.
+    /// to be written down. Where another one lies under its number, nobody is told of either.
     async fn record_lease(&self, job: &Job, lease: &Lease) -> Option<u64> {
         let is_known = || self.recorded.lock().unwrap_or_else(PoisonError::into_inner).contains(&lease.id);
         if is_known() {
             return None;
         }
         let record = Job { leases: vec![lease.clone()], ..job.clone() };
-        let bytes = self.put_once(&self.run.lease(lease.id), &record).await;
+        let key = self.run.lease(lease.id);
+        let bytes = self.put_once(&key, &record).await;
         match self.open_own::<Job>(&bytes) {
-            Ok(stored) if stored.document.leases == record.leases => {}
-            _ => tracing::error!(lease = lease.id, "another writer gave out a lease of this number"),
+            Ok(stored) if stored.document.leases == record.leases => Some(lease.id),
+            _ => self.contradicted(&key, "somebody else gave out a lease of this number: find out who writes to this run").await,
         }
-        Some(lease.id)
     }
 
     /// Writes down how a lease is booked, and gives what lies there: ours, or what another writer has put there first.

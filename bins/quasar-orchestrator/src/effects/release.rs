@@ -20,6 +20,10 @@ use crate::operator::checkpoint::{describe, is_part_of_release};
 /// Ending of a state that was fetched for a release, beside those that merges keep and remove.
 const FETCHED: &str = "release";
 
+/// What to do about a file of a release that is not the one that these fragment versions give.
+const OTHER_FILE: &str = "if this release has no manifest.qsr, it is half of what an orchestrator of another version began: remove its files \
+                          and start again; else start another run";
+
 impl Service {
     /// Assembles, uploads and signs the release of these fragment versions. The same versions give the same release.
     pub(super) async fn release(&self, versions: Vec<u64>, tokens: u64) -> ReleaseRef {
@@ -125,15 +129,24 @@ impl Service {
         let key = self.keys.release_manifest(name);
         let now_ms = daemon::clock::now_ms();
         let sequence = self.sequence.next(now_ms).map_err(|error| error.to_string())?;
-        let bytes = Bytes::from(envelope::sign(&release, &self.context.without_run(), &*self.signer, sequence, now_ms));
-        let stored = self.put_bytes_once(&key, bytes).await.map_err(|error: StoreError| error.to_string())?;
+        let outside = self.context.without_run();
+        let bytes = Bytes::from(envelope::sign(&release, &outside, &*self.signer, sequence, now_ms));
+        let stored = match self.put_bytes_once(&key, bytes).await {
+            Ok(stored) => stored,
+            // None of ours is so long, and no bytes are none of ours either.
+            Err(StoreError::TooLarge { .. }) => Bytes::new(),
+            Err(error) => return Err(error.to_string()),
+        };
+        if open_stored::<Release>(&stored, &outside, Expect::Any(&self.signers)).is_err() {
+            return self.contradicted(&key, "somebody else wrote there: remove it and start again").await;
+        }
         // Nothing counts as released before it was read back.
         let back = self.store.get(&key, stored.len() as u64).await.map_err(|error| error.to_string())?;
         tracing::info!(release = name, files = release.files.len(), tokens, "released");
         Ok(Digest::blake3(&back.bytes))
     }
 
-    /// Uploads a file of a tree; what the store cannot do now is tried again.
+    /// Uploads a file of a tree; what the store cannot do now is tried again. Where other bytes lie at its key they stay, and this stops.
     ///
     /// # Errors
     /// The file is not what was described.
@@ -141,6 +154,11 @@ impl Service {
         persist(key, || async {
             match self.fence.write(transfer::upload(&*self.store, key, file, path)).await {
                 Ok(()) => Ok(Ok(())),
+                Err(StoreError::PreconditionFailed { .. }) => {
+                    // Should it be the disk that changed its copy: the next start assembles the tree again.
+                    let _ = std::fs::remove_dir_all(path.parent().unwrap_or(path));
+                    self.contradicted(key, OTHER_FILE).await
+                }
                 Err(error @ StoreError::Invalid { .. }) => {
                     let (record, path) = (file.clone(), path.to_owned());
                     let is_intact = blocking(move || transfer::is_complete(&record, &path).map_err(|error| error.to_string())).await;

@@ -27,12 +27,14 @@ use storage::roots::Roots;
 use storage::{MemoryStore, ObjectStore, PutCondition, StoreError};
 use zeroize::Zeroizing;
 
-use super::Service;
 use super::fence::{Fence, FenceSettings, Lost, Wait};
+use super::{Service, Stop};
 use crate::machine::{FragmentSetup, Input, LEASE_EPOCH_SHIFT, Orchestrator, RunSetup, ShardRows};
 use crate::takeover;
 
+mod faults;
 mod merges;
+mod polls;
 mod rotations;
 mod takeovers;
 mod writers;
@@ -113,6 +115,27 @@ fn chain() -> MemoryChain {
         neurons: Vec::new(),
         owner_hotkey: None,
     })
+}
+
+/// The same orchestrator with another store; its lease stays where it is.
+fn with_store(service: Arc<Service>, store: Arc<dyn ObjectStore>) -> Service {
+    let Ok(mut service) = Arc::try_unwrap(service) else { panic!("nobody else holds it") };
+    service.store = store;
+    service
+}
+
+/// Why the service stops because of this work, which must not end.
+async fn stops<T>(service: &Service, work: impl Future<Output = T>) -> String {
+    let stopped = async {
+        tokio::select! {
+            biased;
+            _ = work => panic!("it went on"),
+            () = service.shutdown.triggered() => {}
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), stopped).await.expect("it is tried for ever");
+    let why = service.stopped.lock().unwrap().clone();
+    why.expect("it says why").to_string()
 }
 
 fn miner(index: u8) -> AccountId {
@@ -204,16 +227,29 @@ impl Bucket {
 
     /// An orchestrator whose state is in `folder`, with the lease.
     async fn orchestrator(&self, folder: &Path) -> (Arc<Service>, Arc<Journal>) {
-        let roots = self.roots();
-        let signers = roots.follow(&*self.store()).await.unwrap().orchestrators.clone();
-        let keys = Keys::new(NETUID).run(self.context.run);
-        let last = super::fence::read_lease(&self.store, &keys.writer_lease(), &self.context, &signers).await.unwrap();
+        let signers = self.roots().follow(&*self.store()).await.unwrap().orchestrators.clone();
+        let lease_key = Keys::new(NETUID).run(self.context.run).writer_lease();
+        let last = super::fence::read_lease(&self.store, &lease_key, &self.context, &signers).await.unwrap();
         let (journal, instances) = takeover::open_journal(folder, last.as_ref().map(|(lease, _)| &lease.document)).unwrap();
-        let journal = Arc::new(journal);
+        self.with_journal(self.store(), folder, Arc::new(journal), instances, LEASE).await
+    }
+
+    /// An orchestrator that works with this store and this journal.
+    async fn with_journal(
+        &self,
+        store: Arc<dyn ObjectStore>,
+        folder: &Path,
+        journal: Arc<Journal>,
+        instances: [[u8; 16]; 2],
+        lease: Duration,
+    ) -> (Arc<Service>, Arc<Journal>) {
+        let roots = self.roots();
+        let signers = roots.follow(&*store).await.unwrap().orchestrators.clone();
+        let keys = Keys::new(NETUID).run(self.context.run);
         let sequence = Arc::new(Sequence::open(journal.clone(), "orchestrator").unwrap());
         let shutdown = Shutdown::new();
         let settings = FenceSettings {
-            store: Arc::new(self.store.clone()),
+            store: store.clone(),
             key: keys.writer_lease(),
             context: self.context,
             signer: self.signer.clone(),
@@ -221,7 +257,7 @@ impl Bucket {
             sequence: sequence.clone(),
             instances,
             host: folder.display().to_string(),
-            lease: LEASE,
+            lease,
         };
         let fence = Arc::new(Fence::acquire(settings, Wait::Standby, &shutdown).await.unwrap().unwrap());
         for name in ["payloads", "states", "releases"] {
@@ -229,7 +265,7 @@ impl Bucket {
         }
         let plan = plan();
         let service = Service {
-            store: Arc::new(self.store.clone()),
+            store,
             chain: Arc::new(ChainLink::connected(Arc::new(chain()))),
             signer: self.signer.clone(),
             sequence,

@@ -202,7 +202,8 @@ pub fn of_a_day(parameters: &RunParameters, scale: &Scale) -> Cost {
     let chunks = |bytes: f64| (bytes / CHUNK).ceil().max(1.0);
     let pieces = (payload / PIECE_BYTES as f64).ceil().max(1.0);
     // The state is the one part that may have more than one volume.
-    let volumes = (scale.elements as f64 * STATE_BYTES / opening_volume_bytes(scale.elements) as f64).ceil().max(1.0);
+    let opening = scale.elements as f64 * STATE_BYTES;
+    let volumes = (opening / opening_volume_bytes(scale.elements) as f64).ceil().max(1.0);
     let parts = f64::from(OPENING_PARTS) - 1.0 + volumes;
 
     // One learner: its record, at most one each look, a payload each pull, a receipt each lease, openings; the head, its job and grants,
@@ -237,9 +238,12 @@ pub fn of_a_day(parameters: &RunParameters, scale: &Scale) -> Cost {
     let of_learners = Requests { puts: learners * of_learner.puts, gets: learners * of_learner.gets };
     let changed_heads = HEADS_A_MERGE * merges;
     let record_bytes = records * PROGRESS_BYTES as f64;
-    let bytes_in = learners * (record_bytes + merges * (payload + GRANTS_BYTES)) + merges * (keyframe + state);
+    // Each is uploaded by its learner, read by one validator, and deleted once the verdict is there.
+    let opened_bytes = audits * opening;
+    let bytes_in = learners * (record_bytes + merges * (payload + GRANTS_BYTES)) + merges * (keyframe + state) + opened_bytes;
     let bytes_out = (learners + validators) * (changed_heads * HEAD_BYTES + merges * keyframe)
-        + learners * (merges * GRANTS_BYTES + leases * lease_bytes + record_bytes + merges * payload);
+        + learners * (merges * GRANTS_BYTES + leases * lease_bytes + record_bytes + merges * payload)
+        + opened_bytes;
     let bytes_kept = fragments * VERSIONS_KEPT * (keyframe + state)
         + learners * payload * fragments * 5.0
         + 4.0 * scale.elements as f64 * element_bytes(Codec::Bf16);
@@ -290,6 +294,20 @@ mod tests {
         let chunks = 180.0 * (18e9 / 24.0 * 4.125 / 8.0 / CHUNK).ceil();
         assert!(cost.learner_requests_per_hour > 1_800.0 + chunks && cost.learner_requests_per_hour < 5_000.0 + chunks, "{cost:?}");
         assert_eq!(cost.merges, DAY_S / 20.0);
+    }
+
+    #[test]
+    fn the_state_of_every_opening_goes_into_the_store_and_out_of_it_once() {
+        let validators = |count: &str| of(100, &["--validators", count]);
+        let (none, two, four) = (validators("0"), validators("2"), validators("4"));
+        // 180 cycles a day, in each of which every learner opens weights and moments of the whole model.
+        let opened_bytes = 180.0 * 100.0 * 18e9 * 6.0;
+        let is_close = |left: f64, right: f64| (left / right - 1.0).abs() < 1e-9;
+        assert!(is_close(two.bytes_in - none.bytes_in, opened_bytes), "{none:?} {two:?}");
+        assert_eq!(two.bytes_in, four.bytes_in, "each learner is audited by one validator, however many there are");
+        // What two more validators read besides openings is the same for the first two of them.
+        let others = four.bytes_out - two.bytes_out;
+        assert!(others > 0.0 && is_close(two.bytes_out - none.bytes_out - others, opened_bytes), "{none:?} {two:?} {four:?}");
     }
 
     #[test]

@@ -47,10 +47,10 @@ pub async fn add(office: &Office, arguments: AddShardsArgs) -> Result<Exit, Fail
 /// Ids of the shards on the pages that the head names.
 async fn in_the_run(office: &Office, signers: &[KeyRef]) -> Result<HashSet<String>, Failure> {
     let (context, keys) = run_of(office).await?;
-    let newest = office.read::<Head>(&keys.head(), &context, signers).await?.document.catalog;
+    let newest = office.read::<Head>(&keys.head(), &context, signers).await?.catalog;
     let mut ids = HashSet::new();
     for page in 0..=newest.page {
-        let page = office.read::<CatalogPage>(&keys.catalog(page), &context, signers).await?.document;
+        let page = office.read::<CatalogPage>(&keys.catalog(page), &context, signers).await?;
         ids.extend(page.shards.into_iter().map(|shard| shard.id));
     }
     Ok(ids)
@@ -64,7 +64,7 @@ pub async fn published(office: &Office, only: &[String], signers: &[KeyRef]) -> 
         if !meta.key.ends_with("/manifest.qsr") {
             continue;
         }
-        let shard = office.read::<ShardManifest>(&meta.key, &office.context, signers).await?.document;
+        let shard = office.read::<ShardManifest>(&meta.key, &office.context, signers).await?;
         if only.is_empty() || only.contains(&shard.id) {
             shards.push(shard);
         }

@@ -24,7 +24,8 @@ const BROKEN: &str = "somebody else wrote to this bucket; nothing was changed bu
 
 /// The bucket as a successor reads it.
 pub trait Bucket {
-    /// The object at `key`, of at most `limit` bytes; `None` if there is none.
+    /// The object at `key`, of at most `limit` bytes; `None` if there is none. One that is longer is read as no bytes: that is no document
+    /// either, and it would be the same at the next start.
     fn read(&self, key: &str, limit: u64) -> impl Future<Output = Result<Option<Bytes>, Failure>>;
 
     /// Opens a document that an orchestrator of the run has signed.

@@ -5,11 +5,13 @@
 //! sim goodput | requests | crash-points     measurements and enumerations of docs/reliability.md
 //! ```
 //!
-//! Exit code 1 says that an invariant did not hold; each failing seed is printed with the command that replays it.
+//! Exit code 1 says that an invariant did not hold, or that a world panicked; each failing seed is printed with the command that
+//! replays it.
 
 mod goodput;
 mod requests;
 mod seeds;
+mod worlds;
 
 use std::process::ExitCode;
 

@@ -1,13 +1,14 @@
 //! Many seeds, one world each, on as many threads as there are cores; and one seed, crashed everywhere.
 
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use quasar_tests::sim::{self, Boundary, CrashPoint, Outcome, Plan, Violation};
+use quasar_tests::sim::{self, Boundary, CrashPoint, Outcome, Plan};
 
 use crate::SchemeName;
+use crate::worlds::{World, live};
 
 #[derive(clap::Args)]
 pub struct Seeds {
@@ -49,10 +50,9 @@ impl Seeds {
     }
 }
 
-fn tell(seed: u64, violations: &[Violation], replay: &str) {
-    for violation in violations {
-        let at_s = violation.at_ms as f64 / 1e3;
-        println!("seed {seed}: {} at {at_s:.3} s: {}", violation.invariant, violation.what);
+fn tell(seed: u64, world: &World, replay: &str) {
+    for what in world.violations() {
+        println!("seed {seed}: {what}");
     }
     println!("replay: {replay}");
 }
@@ -60,7 +60,7 @@ fn tell(seed: u64, violations: &[Violation], replay: &str) {
 pub fn run(seeds: &Seeds) -> ExitCode {
     let begun = Instant::now();
     let next = AtomicU64::new(0);
-    let outcomes: Mutex<Vec<(u64, Outcome)>> = Mutex::new(Vec::new());
+    let worlds: Mutex<Vec<(u64, World)>> = Mutex::new(Vec::new());
     let threads = seeds.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).max(1);
     std::thread::scope(|scope| {
         for _ in 0..threads {
@@ -71,23 +71,21 @@ pub fn run(seeds: &Seeds) -> ExitCode {
                         return;
                     }
                     let seed = seeds.first_seed + index;
-                    let outcome = sim::run(seeds.plan(seed));
-                    if !outcome.violations.is_empty() {
-                        tell(seed, &outcome.violations, &seeds.replay(seed));
+                    let world = live(|| sim::run(seeds.plan(seed)));
+                    if world.has_failed() {
+                        tell(seed, &world, &seeds.replay(seed));
                     }
-                    if let Ok(mut outcomes) = outcomes.lock() {
-                        outcomes.push((seed, outcome));
-                    }
+                    worlds.lock().unwrap_or_else(PoisonError::into_inner).push((seed, world));
                 }
             });
         }
     });
     let seconds = begun.elapsed().as_secs_f64();
-    let mut outcomes = outcomes.into_inner().unwrap_or_default();
-    outcomes.sort_by_key(|(seed, _)| *seed);
-    let failed: Vec<u64> = outcomes.iter().filter(|(_, outcome)| !outcome.violations.is_empty()).map(|(seed, _)| *seed).collect();
-    let violations: usize = outcomes.iter().map(|(_, outcome)| outcome.violations.len()).sum();
-    let sum = |of: fn(&Outcome) -> u64| outcomes.iter().map(|(_, outcome)| of(outcome)).sum::<u64>();
+    let mut worlds = worlds.into_inner().unwrap_or_else(PoisonError::into_inner);
+    worlds.sort_by_key(|(seed, _)| *seed);
+    let failed: Vec<u64> = worlds.iter().filter(|(_, world)| world.has_failed()).map(|(seed, _)| *seed).collect();
+    let violations: usize = worlds.iter().map(|(_, world)| world.violations().len()).sum();
+    let sum = |of: fn(&Outcome) -> u64| worlds.iter().filter_map(|(_, world)| world.outcome()).map(of).sum::<u64>();
     println!(
         "{} worlds of {} miners, {} cycles: {} events, {} merges of {} contributions, {} crashes of the orchestrator, {} with its disk, \
          {} takeovers, {} processes fenced",
@@ -103,7 +101,9 @@ pub fn run(seeds: &Seeds) -> ExitCode {
         sum(|outcome| outcome.fenced),
     );
     println!("{seconds:.1} s on {threads} threads, {:.2} worlds a second; {violations} violations", seeds.seeds as f64 / seconds);
-    if let [(seed, outcome)] = outcomes.as_slice() {
+    if let [(seed, world)] = worlds.as_slice()
+        && let Some(outcome) = world.outcome()
+    {
         println!(
             "seed {seed}: trace {:016x}, model {}, {} s of virtual time",
             outcome.trace,
@@ -149,27 +149,28 @@ pub struct CrashPoints {
 pub fn crash_points(arguments: &CrashPoints) -> ExitCode {
     let begun = Instant::now();
     let plan = sim::small(arguments.seed, arguments.miners);
-    let whole = sim::run(plan.clone());
-    let (mut points, mut violations) = (0, whole.violations.len());
+    let whole = live(|| sim::run(plan.clone()));
+    let (mut points, mut violations) = (0, whole.violations().len());
     arguments.tell_if_any(0, &whole);
-    let (boundary, last) = if arguments.writes { (Boundary::Write, whole.writes) } else { (Boundary::Effect, whole.effects) };
+    // One that did not come to its end says nothing of how many points there are.
+    let (effects, writes, merges) = whole.outcome().map_or((0, 0, 0), |whole| (whole.effects, whole.writes, whole.merges));
+    let (boundary, last) = if arguments.writes { (Boundary::Write, writes) } else { (Boundary::Effect, effects) };
     let (first, last) = arguments.point.map_or((1, last), |point| (point, point));
     for count in (first..=last).step_by(arguments.every.max(1) as usize) {
         let point = CrashPoint { boundary, count, loses_disk: arguments.lose_disk };
-        let outcome = sim::run_crashing(plan.clone(), point);
+        let world = live(|| sim::run_crashing(plan.clone(), point));
         points += 1;
-        violations += outcome.violations.len();
-        arguments.tell_if_any(count, &outcome);
+        violations += world.violations().len();
+        arguments.tell_if_any(count, &world);
     }
     let seconds = begun.elapsed().as_secs_f64();
     println!(
-        "{points} crash points of a run of {} effects, {} writes and {} merges: {violations} violations, {seconds:.1} s",
-        whole.effects, whole.writes, whole.merges
+        "{points} crash points of a run of {effects} effects, {writes} writes and {merges} merges: {violations} violations, {seconds:.1} s"
     );
     if arguments.json {
         println!(
             "{}",
-            serde_json::json!({ "points": points, "effects": whole.effects, "writes": whole.writes, "violations": violations, "seconds": seconds })
+            serde_json::json!({ "points": points, "effects": effects, "writes": writes, "violations": violations, "seconds": seconds })
         );
     }
     if violations == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
@@ -177,12 +178,12 @@ pub fn crash_points(arguments: &CrashPoints) -> ExitCode {
 
 impl CrashPoints {
     /// Point 0 is the run without a crash.
-    fn tell_if_any(&self, point: u64, outcome: &Outcome) {
-        if !outcome.violations.is_empty() {
+    fn tell_if_any(&self, point: u64, world: &World) {
+        if world.has_failed() {
             let (writes, disk) = (if self.writes { " --writes" } else { "" }, if self.lose_disk { " --lose-disk" } else { "" });
             let (seed, miners) = (self.seed, self.miners);
             let replay = format!("cargo xtask sim crash-points --seed {seed} --miners {miners} --point {point}{writes}{disk}");
-            tell(seed, &outcome.violations, &replay);
+            tell(seed, world, &replay);
         }
     }
 }

@@ -88,8 +88,31 @@ async fn whoever_completes_a_step_from_its_tape_writes_the_same_bytes() {
     assert_eq!(Digest::blake3(&state), manifest.state);
 }
 
+#[tokio::test]
+async fn where_something_else_lies_than_a_tape_gives_the_orchestrator_stops_and_nothing_names_that_version() {
+    for planted in 0..4 {
+        let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+        let (service, _journal) = bucket.orchestrator(folder.path()).await;
+        let [state, keyframe, manifest] = [service.run.state(0, 1), service.run.keyframe(0, 1), service.run.fragment_manifest(0, 1)];
+        let (key, bytes) = match planted {
+            0 => (&state, vec![7; 100]),
+            1 => (&state, vec![7; 4 << 20]),
+            2 => (&keyframe, vec![7; 100]),
+            _ => (&manifest, vec![7; 100]),
+        };
+        bucket.put(key, bytes.clone()).await;
+        let tape = bucket.tape(0, 0, 1, &[11, 12]).await;
+        let why = stops(&service, service.merge(tape, Vec::new(), (Digest::ZERO, 0))).await;
+        assert!(why.contains(key.as_str()) && why.contains("hint:"), "{why}");
+        for later in [&manifest, &service.run.merge(0)].into_iter().filter(|later| *later != key) {
+            assert!(matches!(bucket.store.head(later).await, Err(StoreError::NotFound { .. })), "{later}");
+        }
+        assert_eq!(bucket.store.get(key, 8 << 20).await.unwrap().bytes, bytes);
+    }
+}
+
 /// A checkpoint with the tensors of [`plan`] and one that training leaves alone.
-fn write_base_tree(folder: &Path) {
+pub(super) fn write_base_tree(folder: &Path) {
     let bytes = 2 * ELEMENTS;
     let entry =
         |at: usize| serde_json::json!({"dtype": "BF16", "shape": [4, ELEMENTS / 4], "data_offsets": [at * bytes, (at + 1) * bytes]});
@@ -224,6 +247,40 @@ async fn a_release_whose_tree_was_damaged_before_its_upload_is_assembled_again()
     std::fs::write(tree.join("model.safetensors"), &whole[..whole.len() - 1]).unwrap();
     service.release(vec![0, 0], 0).await;
     assert_eq!(bucket.store.get(&key, 1 << 20).await.unwrap().bytes, whole);
+}
+
+#[tokio::test]
+async fn a_release_stops_at_a_file_of_another_one_and_goes_on_once_that_was_removed() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    write_base_tree(&service.base_tree);
+    let made = service.release(vec![0, 0], 0).await;
+    let (manifest, file) = (service.keys.release_manifest(&made.release), service.keys.release_file(&made.release, "model.safetensors"));
+    // Another version of the program got so far.
+    bucket.store.delete(&manifest).await.unwrap();
+    let whole = bucket.store.get(&file, 1 << 20).await.unwrap().bytes;
+    bucket.put(&file, vec![7; whole.len()]).await;
+    let why = stops(&service, service.release(vec![0, 0], 0)).await;
+    assert!(why.contains(&file) && why.contains("hint:"), "{why}");
+    assert!(matches!(bucket.store.head(&manifest).await, Err(StoreError::NotFound { .. })));
+    assert_eq!(left(&service, "releases"), Vec::<String>::new(), "nobody knows which of the two is right: it is made anew");
+    bucket.store.delete(&file).await.unwrap();
+    assert_eq!(service.release(vec![0, 0], 0).await.release, made.release);
+    assert_eq!(bucket.store.get(&file, 1 << 20).await.unwrap().bytes, whole);
+}
+
+#[tokio::test]
+async fn a_manifest_of_a_release_that_is_not_ours_is_taken_for_none() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    write_base_tree(&service.base_tree);
+    let made = service.release(vec![0, 0], 0).await;
+    let manifest = service.keys.release_manifest(&made.release);
+    for bytes in [vec![7; 100], vec![7; 4 << 20]] {
+        bucket.put(&manifest, bytes).await;
+        let why = stops(&service, service.release(vec![0, 0], 0)).await;
+        assert!(why.contains(&manifest), "{why}");
+    }
 }
 
 #[tokio::test]

@@ -87,9 +87,7 @@ async fn a_standby_with_the_old_key_ends_without_taking_the_lease() {
 async fn a_standby_keeps_its_watch_while_the_store_does_not_answer() {
     let bucket = Bucket::new().await;
     let _killed = bucket.take(key(1), 1, Wait::ForItsEnd).await.unwrap();
-    let slow =
-        Slow { inner: bucket.store.clone(), key: "", failing: Default::default(), asked: Default::default(), go_on: Default::default() };
-    let slow = Arc::new(slow);
+    let slow = Arc::new(Slow::new(&bucket, ""));
     let (begun, shutdown) = (Instant::now(), Shutdown::new());
     let standby = Fence::acquire(bucket.settings(slow.clone(), key(1), 2), Wait::Standby, &shutdown);
     tokio::pin!(standby);
@@ -105,7 +103,7 @@ async fn a_standby_keeps_its_watch_while_the_store_does_not_answer() {
 async fn an_orchestrator_stops_once_a_root_names_another_key_and_goes_on_where_only_the_owner_changes() {
     let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
     let (service, _journal) = bucket.orchestrator(folder.path()).await;
-    let stopped = || *service.stopped.lock().unwrap();
+    let stopped = || service.stopped.lock().unwrap().clone();
     service.follow_roots().await.unwrap();
     assert_eq!(stopped(), None);
     // What does not follow from the root is none.
@@ -124,7 +122,7 @@ async fn an_orchestrator_stops_once_a_root_names_another_key_and_goes_on_where_o
     assert_eq!(stopped(), None);
     bucket.rotate(3, digest, key(2).key()).await;
     service.follow_roots().await.unwrap();
-    assert_eq!(stopped(), Some("the owner signed a new root, which names another orchestrator"));
+    assert_eq!(stopped(), Some(Stop::Renamed));
 }
 
 #[tokio::test]

@@ -37,14 +37,24 @@ async fn a_writer_that_lost_its_lease_never_moves_the_head_again() {
 /// A store that answers questions about one key only once it is told to, and fails the next so many reads and writes of
 /// leases.
 pub(super) struct Slow {
-    pub inner: MemoryStore,
-    pub key: &'static str,
+    inner: MemoryStore,
+    key: String,
     pub failing: std::sync::atomic::AtomicU32,
-    pub asked: tokio::sync::Notify,
-    pub go_on: tokio::sync::Notify,
+    asked: tokio::sync::Notify,
+    go_on: tokio::sync::Notify,
 }
 
 impl Slow {
+    pub(super) fn new(bucket: &Bucket, key: &str) -> Self {
+        Self {
+            inner: bucket.store.clone(),
+            key: key.to_owned(),
+            failing: Default::default(),
+            asked: Default::default(),
+            go_on: Default::default(),
+        }
+    }
+
     fn answers(&self, key: &str) -> Result<(), StoreError> {
         let left = |failing: u32| failing.checked_sub(1);
         if key.ends_with("writer.qsr") && self.failing.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).is_ok() {
@@ -100,16 +110,8 @@ async fn a_writer_that_slept_while_it_looked_at_a_key_overwrites_nothing_of_its_
     const KEY: &str = "quasar/job";
     let (bucket, folder, other) = (Bucket::new().await, tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (first, _journal) = bucket.orchestrator(folder.path()).await;
-    let slow = Arc::new(Slow {
-        inner: bucket.store.clone(),
-        key: KEY,
-        failing: Default::default(),
-        asked: Default::default(),
-        go_on: Default::default(),
-    });
-    let Ok(mut first) = Arc::try_unwrap(first) else { panic!("nobody else holds it") };
-    first.store = slow.clone();
-    let first = Arc::new(first);
+    let slow = Arc::new(Slow::new(&bucket, KEY));
+    let first = Arc::new(with_store(first, slow.clone()));
     let writing = tokio::spawn({
         let first = first.clone();
         async move { first.put_latest(KEY, 1, || Ok(Bytes::from_static(b"old"))).await }
@@ -140,8 +142,7 @@ async fn what_a_writer_signs_follows_what_its_predecessor_signed_with_a_clock_th
 #[tokio::test]
 async fn a_lease_is_confirmed_by_the_store_and_not_by_its_silence() {
     let (bucket, one, two) = (Bucket::new().await, tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let slow =
-        Arc::new(Slow { inner: bucket.store.clone(), key: "", failing: 0.into(), asked: Default::default(), go_on: Default::default() });
+    let slow = Arc::new(Slow::new(&bucket, ""));
     let settings = |store: Arc<dyn ObjectStore>, folder: &Path| FenceSettings {
         store,
         key: Keys::new(NETUID).run(bucket.context.run).writer_lease(),
@@ -198,8 +199,23 @@ async fn an_orchestrator_stops_when_another_run_is_current_and_leaves_the_pointe
     let pointer = sign(&other, &outside, &*bucket.signer, 1, 1);
     bucket.put(&key, pointer.clone()).await;
     service.publish_current().await;
-    assert_eq!(*service.stopped.lock().unwrap(), Some("another run is current"));
+    assert_eq!(*service.stopped.lock().unwrap(), Some(Stop::OtherRun));
     assert_eq!(bucket.store.get(&key, 1 << 20).await.unwrap().bytes, pointer);
+}
+
+#[tokio::test]
+async fn a_lease_whose_number_somebody_else_has_used_is_told_to_nobody() {
+    let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+    let (service, _journal) = bucket.orchestrator(folder.path()).await;
+    let rows = vec![RowRange { shard: "a".into(), start: 0, end: 96 }];
+    let lease = Lease { id: 7, rows, seed: Digest::ZERO, batch_rows: 4, steps: 24, schedule_start: 0, deadline_ms: 0 };
+    let job = |lease| Job { hotkey: miner(5), slot: 0, session_epoch: 1, leases: vec![lease] };
+    let record = service.run.lease(7);
+    bucket.publish(&record, &job(Lease { steps: 12, ..lease.clone() })).await;
+    let before = bucket.objects().await;
+    let why = stops(&service, service.publish_job(1, &job(lease))).await;
+    assert!(why.contains(&record) && why.contains("hint:"), "{why}");
+    assert_eq!(bucket.objects().await, before);
 }
 
 #[tokio::test]
