@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use protocol::documents::Action;
 use protocol::schedule::pull_interval_ms;
@@ -87,7 +88,6 @@ fn worlds_with_real_signatures_and_sealed_grants_hold_every_invariant() {
 
 #[test]
 fn an_orchestrator_that_dies_at_any_effect_or_write_with_or_without_its_disk_merges_everything_once() {
-    const EVERY: usize = 7;
     let plan = sim::small(1, 3);
     let whole = sim::run(plan.clone());
     let replay = "cargo xtask sim crash-points --seed 1 --miners 3 --point ";
@@ -97,14 +97,27 @@ fn an_orchestrator_that_dies_at_any_effect_or_write_with_or_without_its_disk_mer
     assert!(whole.effects > 200 && whole.writes > whole.effects, "{} effects, {} writes", whole.effects, whole.writes);
     let effects = (1..=whole.effects).map(|count| (Boundary::Effect, count));
     let writes = (1..=whole.writes).map(|count| (Boundary::Write, count));
-    for (number, (boundary, count)) in effects.chain(writes).step_by(EVERY).enumerate() {
-        let point = CrashPoint { boundary, count, loses_disk: number % 2 == 1 };
-        let outcome = sim::run_crashing(plan.clone(), point);
+    let points: Vec<CrashPoint> = effects
+        .chain(writes)
+        .flat_map(|(boundary, count)| [false, true].map(|loses_disk| CrashPoint { boundary, count, loses_disk }))
+        .collect();
+    let dies_at = |point: &CrashPoint| {
+        let outcome = sim::run_crashing(plan.clone(), *point);
         assert_eq!(outcome.crashes, 1, "{point:?}");
-        let writes = if boundary == Boundary::Write { " --writes" } else { "" };
+        let writes = if point.boundary == Boundary::Write { " --writes" } else { "" };
         let disk = if point.loses_disk { " --lose-disk" } else { "" };
-        must_hold(&outcome, &format!("{replay}{count}{writes}{disk}"));
-    }
+        must_hold(&outcome, &format!("{replay}{}{writes}{disk}", point.count));
+    };
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                while let Some(point) = points.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    dies_at(point);
+                }
+            });
+        }
+    });
 }
 
 #[test]
