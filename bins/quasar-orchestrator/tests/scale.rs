@@ -137,7 +137,7 @@ impl Load {
                             record.lease = lease.id;
                         }
                     }
-                    Effect::StoreCommitment { slot, t, id, .. } => queue.push(Input::CommitmentStored { slot, t, id }),
+                    Effect::StoreCommitment { slot, t, id, commitment } => queue.push(Input::CommitmentStored { slot, t, id, commitment }),
                     Effect::PublishPullGrants { slot, wants, .. } => {
                         let record = self.records.get_mut(&slot).unwrap();
                         record.uploaded = wants

@@ -267,12 +267,11 @@ impl Validator {
             let watch = effects.bench_watch();
             move || watch.silence()
         });
-        // Public facts are the machine's memory: it starts fresh, and the driver's journal ends with the process.
-        let memory = Arc::new(Journal::in_memory()?);
         let component = self.health.watched("driver", STALE_AFTER);
         component.ready();
         let options = DriverOptions { stop_grace: STOP_GRACE, ..DriverOptions::default() };
-        let driver = Driver::with_options(Recovered::fresh(machine), memory, Arc::new(effects), options).component(component);
+        // Public facts are the machine's memory: it starts fresh.
+        let driver = Driver::forgetful(Recovered::fresh(machine), Arc::new(effects), options).component(component);
         let (machine, _) = driver.run(&self.shutdown).await?;
         Ok(machine.ended())
     }

@@ -213,7 +213,8 @@ pub fn seed<M: Machine + Serialize>(journal: &Journal, machine: &M, now_ms: u64)
 /// Runs one machine; see the module's text.
 pub struct Driver<M: Machine, E> {
     machine: M,
-    journal: Arc<Journal>,
+    /// `None` where the machine remembers nothing.
+    journal: Option<Arc<Journal>>,
     executor: Arc<E>,
     options: DriverOptions,
     component: Option<Component>,
@@ -239,10 +240,15 @@ where
     }
 
     pub fn with_options(recovered: Recovered<M>, journal: Arc<Journal>, executor: Arc<E>, options: DriverOptions) -> Self {
+        Self { journal: Some(journal), ..Self::forgetful(recovered, executor, options) }
+    }
+
+    /// For a machine that finds all it needs outside when it begins anew: nothing is journaled.
+    pub fn forgetful(recovered: Recovered<M>, executor: Arc<E>, options: DriverOptions) -> Self {
         let (sender, receiver) = mpsc::channel(options.batch_max.max(1));
         Self {
             machine: recovered.machine,
-            journal,
+            journal: None,
             executor,
             options,
             component: None,
@@ -335,14 +341,15 @@ where
         if batch.is_empty() {
             return Ok(());
         }
-        let mut records = Vec::with_capacity(batch.len());
-        for input in batch.iter() {
-            records.push((now_ms, encode(input, "an input")?));
+        if let Some(journal) = self.journal.clone() {
+            let mut records = Vec::with_capacity(batch.len());
+            for input in batch.iter() {
+                records.push((now_ms, encode(input, "an input")?));
+            }
+            let begun = Instant::now();
+            blocking(move || journal.append(&records)).await?;
+            metrics::histogram!("quasar_journal_commit_seconds").record(begun.elapsed().as_secs_f64());
         }
-        let begun = Instant::now();
-        let journal = self.journal.clone();
-        blocking(move || journal.append(&records)).await?;
-        metrics::histogram!("quasar_journal_commit_seconds").record(begun.elapsed().as_secs_f64());
         metrics::counter!("quasar_driver_inputs_total").increment(batch.len() as u64);
         self.since_snapshot += batch.len();
         for input in batch.drain(..) {
@@ -358,10 +365,10 @@ where
     }
 
     async fn snapshot(&mut self) -> Result<(), DriverError> {
-        let bytes = encode(&(self.time.last_ms(), &self.machine), "the snapshot")?;
-        let journal = self.journal.clone();
-        blocking(move || journal.snapshot(&bytes)).await?;
         self.since_snapshot = 0;
+        let Some(journal) = self.journal.clone() else { return Ok(()) };
+        let bytes = encode(&(self.time.last_ms(), &self.machine), "the snapshot")?;
+        blocking(move || journal.snapshot(&bytes)).await?;
         Ok(())
     }
 

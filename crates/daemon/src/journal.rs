@@ -60,10 +60,12 @@ pub enum JournalError {
 }
 
 impl JournalError {
-    /// The exit code that a supervisor should see: no restart frees a directory or repairs a file.
+    /// The exit code that a supervisor should see: no restart repairs a file.
     pub fn exit(&self) -> crate::Exit {
         match self {
-            Self::InUse { .. } | Self::Damaged { .. } | Self::TooLarge { .. } | Self::UsedUp { .. } => crate::Exit::Configuration,
+            // By a process that a hanging driver keeps from ending, perhaps; or by one that should not run beside this.
+            Self::InUse { .. } => crate::Exit::TryLater,
+            Self::Damaged { .. } | Self::TooLarge { .. } | Self::UsedUp { .. } => crate::Exit::Configuration,
             Self::DiskFull { .. } | Self::Unusable { .. } => crate::Exit::Unavailable,
         }
     }

@@ -10,10 +10,10 @@ use super::{Service, persist};
 use crate::machine::Slot;
 
 impl Service {
-    /// Copies the signed progress envelope that commits to `payload`, and gives the id of the copy; a reason if there is a copy already, of a
-    /// commitment to another payload, or none and the learner has exchanged its commitment. `None` if it has overwritten the record
+    /// Copies the signed progress envelope that makes this commitment, and gives the id of the copy; a reason if there is a copy already, of
+    /// another commitment, or none and the learner has exchanged its commitment. `None` if it has overwritten the record
     /// meanwhile without any.
-    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest, payload: Digest) -> Option<Result<Digest, Reason>> {
+    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest, commitment: Digest) -> Option<Result<Digest, Reason>> {
         let key = self.run.commitment(&slot.0, slot.1, t);
         let limit = Purpose::Progress.file_limit();
         let known = self.records.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get(&slot).cloned();
@@ -23,15 +23,15 @@ impl Service {
         };
         let open = |bytes: &Bytes| open_stored::<Progress>(bytes, &self.context, Expect::Account(&slot.0)).ok();
         let record = open(&bytes)?;
-        let committed = record.document.commitments.iter().find(|commitment| commitment.t == t)?.blake3;
+        let committed = record.document.commitments.iter().find(|commitment| commitment.t == t)?.digest();
         // A record that was read again after a restart may commit to something else by now. It is evidence of nothing that was taken in; only
         // what was kept before can be.
-        let stored = if committed == payload {
+        let stored = if committed == commitment {
             Some(persist(&key, || self.put_bytes_once(&key, bytes.clone())).await)
         } else {
             self.get_present(&key, limit).await
         };
-        let holds = |record: &Progress| record.commitments.iter().any(|commitment| commitment.t == t && commitment.blake3 == payload);
+        let holds = |record: &Progress| record.commitments.iter().any(|one| one.t == t && one.digest() == commitment);
         Some(match stored.as_ref().and_then(open) {
             Some(evidence) if holds(&evidence.document) => Ok(evidence.id),
             _ => Err(Reason::RepeatedCommitment),

@@ -321,8 +321,8 @@ impl Executor for Hands {
             Effect::PublishPullGrants { revision, slot, session_epoch, recipient, wants } => {
                 service.publish_pull_grants(revision, slot, session_epoch, recipient, &wants).await;
             }
-            Effect::StoreCommitment { slot, t, id, payload } => match service.store_commitment(slot, t, id, payload).await {
-                Some(Ok(id)) => inputs.send(Input::CommitmentStored { slot, t, id }).await,
+            Effect::StoreCommitment { slot, t, id, commitment } => match service.store_commitment(slot, t, id, commitment).await {
+                Some(Ok(id)) => inputs.send(Input::CommitmentStored { slot, t, id, commitment }).await,
                 Some(Err(reason)) => {
                     tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, t, "commitment refused: {reason}");
                     inputs.send(Input::CommitmentRefused { slot, t }).await;

@@ -147,6 +147,8 @@ pub enum Input {
         slot: Slot,
         t: u64,
         id: Digest,
+        /// Digest of the commitment that is kept.
+        commitment: Digest,
     },
     /// In the bucket lies the commitment that an earlier session of the learner made for the same outer step: no other one can
     /// be evidence.

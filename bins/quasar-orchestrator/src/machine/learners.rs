@@ -25,6 +25,8 @@ pub struct Learner {
     pub lease: u64,
     /// Leases held now, oldest first.
     pub leases: Vec<u64>,
+    /// When all leases that it got so far could be used up at the fastest.
+    pub leases_ms: u64,
     /// Steps since it applied the version that it has, for each fragment.
     pub fragment_steps: Vec<u32>,
     pub contributions: u64,
@@ -51,6 +53,7 @@ impl Learner {
             loss: 0,
             lease: 0,
             leases: Vec::new(),
+            leases_ms: 0,
             fragment_steps: Vec::new(),
             contributions: 0,
             last_reason: Reason::None,
@@ -104,10 +107,12 @@ impl Orchestrator {
             Some(learner) if record.session_epoch < learner.session_epoch => return,
             Some(learner) if record.session_epoch == learner.session_epoch => {}
             known => {
-                let contributions = known.map_or(0, |learner| learner.contributions);
+                // Whoever begins anew is not another one for it.
+                let (contributions, misses, leases_ms) =
+                    known.map_or((0, 0, 0), |learner| (learner.contributions, learner.misses, learner.leases_ms));
                 self.end_leases(slot);
                 self.withdraw_offers(slot);
-                let learner = Learner { contributions, ..Learner::of_session(record.session_epoch, now_ms) };
+                let learner = Learner { contributions, misses, leases_ms, ..Learner::of_session(record.session_epoch, now_ms) };
                 self.learners.insert(slot, learner);
                 self.pace.dirty.insert(slot);
             }

@@ -6,7 +6,7 @@ use protocol::Digest;
 use protocol::Reason;
 use protocol::documents::{Lease, LeaseEnd, RowRange, RunState};
 use protocol::lease::LeaseRows;
-use protocol::ledger::TokenLedger;
+use protocol::ledger::{RANGES_MAX, TokenLedger};
 use protocol::log::LogKind;
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,10 @@ const LEASES_KEPT_CYCLES: u64 = 3;
 const LEASES_KEPT_MAX: usize = 128;
 /// Finished leases that wait for their receipts, for each learner.
 const RECEIPTS_AWAITED: usize = 2;
+/// So many leases more than can be used up by now are given to a learner, over all its sessions; a short one counts as half of a whole one.
+const LEASES_AT_ONCE: u64 = 4;
+/// Ranges of rows in all the leases of an audit order: what a learner holds at once and the leases before it, where rows lie scattered.
+const ORDER_RANGES_MAX: usize = 8 * RANGES_MAX;
 /// A lease that nobody finishes ends after so many times the time it should take.
 const LEASE_DEADLINE_FACTOR: u64 = 20;
 /// A lease is believed to be used up at most at so many times the pace of all: a claim costs nothing, and takes no rows from the others.
@@ -126,6 +130,11 @@ impl Orchestrator {
 
     fn grant_lease(&mut self, slot: Slot, schedule_start: u64) {
         let (steps, batch_rows) = (self.parameters().lease_steps, self.parameters().batch_rows);
+        let (now_ms, step_ms) = (self.volatile.now_ms, step_ms_min(self.timing.step_ms()));
+        let ahead_ms = (LEASES_AT_ONCE - 1) * u64::from(steps) * step_ms;
+        if self.learners.get(&slot).is_none_or(|learner| learner.leases_ms > now_ms + ahead_ms) {
+            return;
+        }
         let id = self.next_lease;
         let rows = self.ledger.lease(id, u64::from(steps) * u64::from(batch_rows), u64::from(batch_rows));
         let count: u64 = rows.iter().map(RowRange::rows).sum();
@@ -136,6 +145,8 @@ impl Orchestrator {
             learner.last_reason = Reason::NoWork;
             return;
         }
+        let counted = u64::from(steps.max(self.setup.parameters.lease_steps / 2));
+        learner.leases_ms = learner.leases_ms.max(now_ms) + counted * step_ms;
         self.next_lease += 1;
         let epoch = learner.session_epoch;
         let used_up_ms = |record: &LeaseRecord| record.from_ms + u64::from(record.lease.steps) * step_ms_min(self.timing.step_ms());
@@ -213,10 +224,12 @@ impl Orchestrator {
             self.audits.values().filter(|case| case.slot() == slot).flat_map(|case| case.leases.iter().copied()).collect();
         let is_booked =
             |(id, record): &(&u64, &LeaseRecord)| record.slot == slot && record.ended && record.booking.is_none() && !audited.contains(id);
-        let booked: Vec<(u64, u64)> = self.leases.iter().filter(is_booked).map(|(id, record)| (*id, record.ended_t)).collect();
-        let (older, most) = (booked.len().saturating_sub(LEASES_KEPT), booked.len().saturating_sub(LEASES_KEPT_MAX));
-        for (number, (id, ended_t)) in booked.into_iter().take(older).enumerate() {
-            if ended_t < kept_from || number < most {
+        let booked: Vec<(u64, u64, usize)> =
+            self.leases.iter().rev().filter(is_booked).map(|(id, record)| (*id, record.ended_t, record.lease.rows.len())).collect();
+        let mut ranges = 0;
+        for (number, (id, ended_t, of)) in booked.into_iter().enumerate() {
+            ranges += of;
+            if number >= LEASES_KEPT && (ended_t < kept_from || number >= LEASES_KEPT_MAX || ranges > ORDER_RANGES_MAX) {
                 self.leases.remove(&id);
             }
         }
@@ -234,11 +247,21 @@ impl Orchestrator {
         self.leases.iter().filter(|(_, record)| !record.ended || record.booking.is_some()).map(|(id, _)| *id)
     }
 
-    /// Leases of `slot` that an audit of its work in a cycle may need: its segment may have begun in the cycle before.
+    /// Leases of `slot` that an audit of its work in a cycle may need, oldest first: its segment may have begun in the cycle before, and
+    /// where leases are short, some before.
     pub(super) fn leases_of(&self, slot: Slot, cycle: u64) -> Vec<u64> {
         let from = cycle.saturating_sub(1) * u64::from(self.parameters().fragments);
-        let may_be = |(_, record): &(&u64, &LeaseRecord)| record.slot == slot && (!record.ended || record.ended_t >= from);
-        self.leases.iter().filter(may_be).map(|(id, _)| *id).collect()
+        let (mut earlier, mut ranges, mut leases) = (0, 0, Vec::new());
+        for (id, record) in self.leases.iter().rev().filter(|(_, record)| record.slot == slot) {
+            earlier += usize::from(record.ended && record.ended_t < from);
+            ranges += record.lease.rows.len();
+            if earlier > LEASES_KEPT || ranges > ORDER_RANGES_MAX {
+                break;
+            }
+            leases.push(*id);
+        }
+        leases.reverse();
+        leases
     }
 }
 

@@ -30,6 +30,14 @@ pub(super) struct Pace {
     pub survey: bool,
 }
 
+/// In a run with a target for its steps, they are believed to take at most so many times as long.
+const STEP_TARGETS_MAX: u64 = 8;
+
+fn median(values: &mut [u64]) -> Option<u64> {
+    let middle = values.len() / 2;
+    (!values.is_empty()).then(|| *values.select_nth_unstable(middle).1)
+}
+
 impl Orchestrator {
     pub(super) fn next_scan_ms(&self) -> u64 {
         self.pace.scanned_ms + self.parameters().poll_ms.clamp(20, 1_000)
@@ -64,18 +72,25 @@ impl Orchestrator {
     /// Counts the learners, takes the median of their step times, and finds grants that grow old.
     pub(super) fn survey(&mut self) {
         let now_ms = self.volatile.now_ms;
-        let mut steps = Vec::new();
+        // Each hotkey has one vote, however many learners it runs.
+        let (mut votes, mut own, mut voter) = (Vec::new(), Vec::new(), None);
         for (slot, learner) in self.learners.iter().filter(|(_, learner)| learner.live) {
+            if voter != Some(slot.0) {
+                votes.extend(median(&mut own));
+                own.clear();
+                voter = Some(slot.0);
+            }
             if learner.is_training() {
-                steps.extend(learner.step.get());
+                own.extend(learner.step.get());
             }
             if now_ms >= learner.pull_grants_ms + PULL_GRANTS_REFRESH_MS {
                 self.pace.dirty.insert(*slot);
             }
         }
-        if !steps.is_empty() {
-            let middle = steps.len() / 2;
-            self.timing.set_step(*steps.select_nth_unstable(middle).1);
+        votes.extend(median(&mut own));
+        if let Some(step_ms) = median(&mut votes) {
+            let most = self.parameters().step_target_ms.saturating_mul(STEP_TARGETS_MAX);
+            self.timing.set_step(if most > 0 { step_ms.min(most) } else { step_ms });
         }
         self.count_learners();
     }

@@ -230,7 +230,7 @@ impl Orchestrator {
             self.on_commitment(slot, id, commitment);
         }
         for t in &record.uploaded {
-            let Some(pull) = self.pulls.get_mut(t) else { continue };
+            let Some(pull) = self.pulls.get_mut(t).filter(|pull| pull.stage == PullStage::Open) else { continue };
             if let Some(offer) = pull.advance(&slot, OfferStage::Granted, OfferStage::Checking) {
                 let commitment = offer.commitment.clone();
                 self.emit(Effect::CheckPayload { slot, t: *t, commitment });
@@ -253,7 +253,7 @@ impl Orchestrator {
         pull.add(slot, Offer { commitment: commitment.clone(), id, stage });
         self.pace.pulls_changed = true;
         if stage == OfferStage::Committed {
-            self.emit(Effect::StoreCommitment { slot, t, id, payload: commitment.blake3 });
+            self.emit(Effect::StoreCommitment { slot, t, id, commitment: commitment.digest() });
         }
     }
 
@@ -282,8 +282,12 @@ impl Orchestrator {
         }
     }
 
-    pub(super) fn on_commitment_stored(&mut self, slot: Slot, t: u64, id: Digest) {
+    pub(super) fn on_commitment_stored(&mut self, slot: Slot, t: u64, id: Digest, commitment: &Digest) {
         let Some(pull) = self.pulls.get_mut(&t) else { return };
+        // What an earlier session asked to keep is no evidence of what this one commits to.
+        if pull.offers.get(&slot).is_none_or(|offer| offer.commitment.digest() != *commitment) {
+            return;
+        }
         let Some(offer) = pull.advance(&slot, OfferStage::Committed, OfferStage::Granted) else { return };
         offer.id = id;
         let commitment = offer.commitment.clone();
@@ -293,8 +297,10 @@ impl Orchestrator {
 
     /// A commitment lies in the bucket.
     fn note_evidence(&mut self, commitment: &Commitment, id: Digest) {
+        let (now_ms, step_ms) = (self.volatile.now_ms, self.timing.step_ms());
         if let Some(record) = self.leases.get_mut(&commitment.lease) {
-            record.evidence = record.evidence.max(commitment.lease_step.min(record.lease.steps));
+            // Anybody can commit to anything: a claim proves no more steps than the time allows.
+            record.evidence = record.evidence.max(commitment.lease_step.min(record.possible(now_ms, step_ms)));
             // Several pulls may be answered at one step boundary.
             let head = (commitment.local_step, commitment.step_chain);
             if record.committed.last() != Some(&head) {
@@ -309,7 +315,7 @@ impl Orchestrator {
         let StoredCommitment { slot, id, commitment } = stored;
         let Some(pull) = self.pulls.get(&commitment.t).filter(|pull| pull.stage == PullStage::Open) else { return };
         let known = pull.offers.get(&slot);
-        let is_another = known.is_some_and(|offer| offer.commitment.blake3 != commitment.blake3);
+        let is_another = known.is_some_and(|offer| offer.commitment != commitment);
         if is_another || self.banned.contains_key(&slot.0) || self.refusal(slot, pull, &commitment) != Reason::None {
             return;
         }
@@ -359,9 +365,13 @@ impl Orchestrator {
             .collect()
     }
 
-    /// A new session answers for itself: what the old one did not finish is dropped, what was accepted stays.
+    /// A new session answers for itself what the old one did not commit to. What is uploaded is checked once and stays; nobody uploads
+    /// what is not.
     pub(super) fn withdraw_offers(&mut self, slot: Slot) {
-        self.remove_offers(slot, |offer| !matches!(offer.stage, OfferStage::Sought | OfferStage::Accepted));
+        self.remove_offers(slot, |offer| offer.stage == OfferStage::Committed);
+        for pull in self.pulls.values_mut().filter(|pull| pull.stage == PullStage::Open) {
+            pull.advance(&slot, OfferStage::Granted, OfferStage::Rejected(Reason::SessionReplaced));
+        }
     }
 
     /// Drops offers to open pulls. Their payloads may lie in the bucket and are in no manifest: they are deleted with those of their step.
@@ -424,8 +434,8 @@ impl Orchestrator {
         // Nobody missed a pull that a rollback ends.
         let is_judged = self.restoring.is_none();
         for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| is_judged && learner.is_asked(pull.fragment, closing)) {
-            // A commitment alone is no answer: whoever only commits is not waited for either.
-            let answers = |offer: &Offer| !matches!(offer.stage, OfferStage::Committed | OfferStage::Granted);
+            // A commitment alone is no answer, nor is what was refused: whoever sends no more is not waited for either.
+            let answers = |offer: &Offer| matches!(offer.stage, OfferStage::Sought | OfferStage::Checking | OfferStage::Accepted);
             learner.note_answer(pull.offers.get(slot).is_some_and(answers));
         }
         self.pace.survey = true;
@@ -590,8 +600,8 @@ impl Orchestrator {
                     for (slot, offer) in &pull.offers {
                         match offer.stage {
                             OfferStage::Committed => {
-                                let payload = offer.commitment.blake3;
-                                effects.push(Effect::StoreCommitment { slot: *slot, t: *t, id: offer.id, payload });
+                                let commitment = offer.commitment.digest();
+                                effects.push(Effect::StoreCommitment { slot: *slot, t: *t, id: offer.id, commitment });
                             }
                             OfferStage::Sought | OfferStage::Checking => {
                                 effects.push(Effect::CheckPayload { slot: *slot, t: *t, commitment: offer.commitment.clone() })

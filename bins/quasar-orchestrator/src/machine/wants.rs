@@ -57,12 +57,12 @@ pub enum Effect {
         recipient: Option<[u8; 32]>,
         wants: Vec<Want>,
     },
-    /// Keeps the record that commits to this payload.
+    /// Keeps the record that makes this commitment, by its [digest](Commitment::digest).
     StoreCommitment {
         slot: Slot,
         t: u64,
         id: Digest,
-        payload: Digest,
+        commitment: Digest,
     },
     CheckPayload {
         slot: Slot,

@@ -87,6 +87,13 @@ pub struct Commitment {
     pub step_chain: Digest,
 }
 
+impl Commitment {
+    /// BLAKE3 of its encoding: two commitments to one payload may still promise different work.
+    pub fn digest(&self) -> Digest {
+        Digest::blake3(&codec::encode(self))
+    }
+}
+
 /// A part of an opening that waits for its upload grant.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct OpeningPart {

@@ -58,8 +58,8 @@ impl Hands {
                 self.put_latest(&key, revision, make).await;
                 return None;
             }
-            Effect::StoreCommitment { slot, t, id, payload } => match self.store_commitment(slot, t, id, payload).await? {
-                Ok(id) => Input::CommitmentStored { slot, t, id },
+            Effect::StoreCommitment { slot, t, id, commitment } => match self.store_commitment(slot, t, id, commitment).await? {
+                Ok(id) => Input::CommitmentStored { slot, t, id, commitment },
                 Err(_) => Input::CommitmentRefused { slot, t },
             },
             Effect::CheckPayload { slot, t, commitment } => {
@@ -176,7 +176,7 @@ impl Hands {
         }
     }
 
-    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest, payload: Digest) -> Option<Result<Digest, Reason>> {
+    pub(super) async fn store_commitment(&self, slot: Slot, t: u64, id: Digest, commitment: Digest) -> Option<Result<Digest, Reason>> {
         let keys = self.world.slot_keys(slot);
         let known = self.records.borrow().get(&slot).cloned();
         let bytes = match known {
@@ -185,14 +185,14 @@ impl Hands {
         };
         let open = |bytes: &Bytes| self.world.plan.scheme.open::<Progress>(bytes, &self.world.context, Expect::Account(&slot.0), None).ok();
         let record = open(&bytes)?;
-        let committed = record.document.commitments.iter().find(|one| one.t == t)?.blake3;
+        let committed = record.document.commitments.iter().find(|one| one.t == t)?.digest();
         let key = keys.own.commitment(t);
-        let stored = if committed == payload {
+        let stored = if committed == commitment {
             Some(self.persist(|| self.put_bytes_once(&key, bytes.clone())).await)
         } else {
             self.get_present(&key).await
         };
-        let holds = |record: &Progress| record.commitments.iter().any(|one| one.t == t && one.blake3 == payload);
+        let holds = |record: &Progress| record.commitments.iter().any(|one| one.t == t && one.digest() == commitment);
         Some(match stored.as_ref().and_then(open) {
             Some(evidence) if holds(&evidence.document) => Ok(evidence.id),
             _ => Err(Reason::RepeatedCommitment),

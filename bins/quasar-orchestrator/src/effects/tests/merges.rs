@@ -8,23 +8,23 @@ async fn a_commitment_that_was_exchanged_after_it_was_taken_in_is_evidence_of_no
     let (service, _journal) = bucket.orchestrator(folder.path()).await;
     let learner = Ed25519Signer::from_seed([7; 32]);
     let slot = (learner.key().account(), 0);
-    let record = |payload: Digest, loss: i64| {
-        let commitment = Commitment {
-            t: 4,
-            fragment: 0,
-            base_version: 0,
-            length: 64,
-            sha256: payload,
-            blake3: payload,
-            steps: 1,
-            tokens: 128,
-            lease: 1,
-            lease_step: 1,
-            local_step: 1,
-            start_step: 0,
-            start_digest: Digest::ZERO,
-            step_chain: Digest::ZERO,
-        };
+    let commitment = |payload: Digest, lease: u64| Commitment {
+        t: 4,
+        fragment: 0,
+        base_version: 0,
+        length: 64,
+        sha256: payload,
+        blake3: payload,
+        steps: 1,
+        tokens: 128,
+        lease,
+        lease_step: 1,
+        local_step: 1,
+        start_step: 0,
+        start_digest: Digest::ZERO,
+        step_chain: Digest::ZERO,
+    };
+    let record = |commitment: &Commitment, loss: i64| {
         let record = Progress {
             worker: "learner".into(),
             session_epoch: 1,
@@ -39,7 +39,7 @@ async fn a_commitment_that_was_exchanged_after_it_was_taken_in_is_evidence_of_no
             loss,
             step_chain: Digest::ZERO,
             fragments: Vec::new(),
-            commitments: vec![commitment],
+            commitments: vec![commitment.clone()],
             uploaded: Vec::new(),
             openings: Vec::new(),
             receipt: None,
@@ -47,20 +47,24 @@ async fn a_commitment_that_was_exchanged_after_it_was_taken_in_is_evidence_of_no
         };
         sign(&record, &bucket.context, &learner, 1, 1_000)
     };
-    let [taken, other] = [1, 2].map(|number| Digest::blake3(&[number]));
+    // Another payload, and the same one with other work behind it.
+    let [taken, other, again] = [(1, 1), (2, 1), (1, 2)].map(|(payload, lease)| commitment(Digest::blake3(&[payload]), lease));
     let newest = service.run.progress(&slot.0, slot.1);
     let evidence = service.run.commitment(&slot.0, slot.1, 4);
     // A process that has just begun knows no record yet, and the learner has put another payload into its own.
-    bucket.put(&newest, record(other, 0)).await;
-    assert_eq!(service.store_commitment(slot, 4, Digest::ZERO, taken).await, Some(Err(Reason::RepeatedCommitment)));
+    bucket.put(&newest, record(&other, 0)).await;
+    assert_eq!(service.store_commitment(slot, 4, Digest::ZERO, taken.digest()).await, Some(Err(Reason::RepeatedCommitment)));
     assert!(matches!(bucket.store.head(&evidence).await, Err(StoreError::NotFound { .. })), "nothing was kept");
     // A later record with the same commitment is as good as the one that was read.
-    bucket.put(&newest, record(taken, 1)).await;
-    let kept = service.store_commitment(slot, 4, Digest::ZERO, taken).await.unwrap().unwrap();
+    bucket.put(&newest, record(&taken, 1)).await;
+    let kept = service.store_commitment(slot, 4, Digest::ZERO, taken.digest()).await.unwrap().unwrap();
     // What was kept stays, whatever the learner says afterwards.
-    bucket.put(&newest, record(other, 2)).await;
-    assert_eq!(service.store_commitment(slot, 4, Digest::ZERO, taken).await, Some(Ok(kept)));
-    assert_eq!(service.store_commitment(slot, 4, Digest::ZERO, other).await, Some(Err(Reason::RepeatedCommitment)));
+    bucket.put(&newest, record(&other, 2)).await;
+    assert_eq!(service.store_commitment(slot, 4, Digest::ZERO, taken.digest()).await, Some(Ok(kept)));
+    for other in [other, again] {
+        bucket.put(&newest, record(&other, 3)).await;
+        assert_eq!(service.store_commitment(slot, 4, Digest::ZERO, other.digest()).await, Some(Err(Reason::RepeatedCommitment)));
+    }
 }
 
 #[tokio::test]

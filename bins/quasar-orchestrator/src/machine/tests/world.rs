@@ -387,7 +387,7 @@ impl World {
                 let record = self.learners.iter().find(|sim| sim.slot == slot).map(|sim| &sim.record)?;
                 let commitment = record.commitments.iter().find(|commitment| commitment.t == t)?.clone();
                 let stored = self.commitments.entry((t, slot)).or_insert(StoredCommitment { slot, id, commitment });
-                Some(Input::CommitmentStored { slot, t, id: stored.id })
+                Some(Input::CommitmentStored { slot, t, id: stored.id, commitment: stored.commitment.digest() })
             }
             Effect::CheckPayload { slot, t, .. }
                 if !self.learners.iter().any(|sim| sim.slot == slot && sim.record.uploaded.contains(&t)) =>
