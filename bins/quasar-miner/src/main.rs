@@ -3,5 +3,6 @@
 use daemon::Exit;
 
 fn main() -> Exit {
-    daemon::exit::run(|| quasar_miner::cli::main(std::env::args_os()))
+    let exit = daemon::exit::run(|| quasar_miner::cli::main(std::env::args_os()));
+    quasar_miner::trainer::leave(exit)
 }

@@ -84,7 +84,7 @@ pub fn main(common: &CommonArgs, args: &MinerArgs) -> Result<Exit, Failure> {
     }
     // Before any tensor is made and any thread is started.
     model::tune_allocator();
-    let devices = device::names(&settings.miner()).map_err(Failure::configuration)?;
+    let devices = device::names(&settings.miner()).map_err(device::failure)?;
     if devices.is_empty() {
         return Err(Failure::configuration(RunError::NoDevice));
     }

@@ -21,8 +21,9 @@ const TICK_PAUSE_MIN: Duration = Duration::from_millis(1);
 /// Over a wall clock that is set back, the machine's time goes on more slowly until both meet. It is ahead by so much at most: what others
 /// date (grants, pulls, leases) would be over for it before it began.
 const BEHIND_MAX_MS: u64 = 60_000;
-/// A step under way at the end may take so long. Leaving while libtorch computes may crash the process on its way out.
-const STEP_PATIENCE: Duration = Duration::from_millis(1_500);
+/// A step under way at the end may take so long: what it computes is in the spool then. With the last record and the spool's way to the
+/// disk this must fit into the 120 s that the systemd unit gives a stop, and the same of a watchdog that hears nothing meanwhile.
+const STEP_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs a learner to its end.
 pub async fn run(
@@ -52,6 +53,8 @@ pub async fn run(
             Err(end) => break end,
         };
     };
+    // The first learner that ends, ends all: the others do not wait for its last step.
+    sources.shutdown.trigger();
     sources.tasks.shutdown().await;
     edge.close(STEP_PATIENCE).await;
     end

@@ -4,12 +4,13 @@ use std::fs::File;
 use std::io::{BufReader, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use daemon::files;
+use daemon::{Exit, files};
 use fragments::codec::{self, CodecError};
 use fragments::t0::Committed;
 use model::{Batch, HostValues, Hyper, StateError, TrainError, Trainer};
@@ -89,6 +90,41 @@ impl Watch {
     }
 }
 
+/// Threads of learners that have not ended.
+static AT_WORK: AtomicUsize = AtomicUsize::new(0);
+
+/// Counts a thread until it ends, however it does.
+struct AtWork;
+
+impl AtWork {
+    fn begin() -> Self {
+        AT_WORK.fetch_add(1, Ordering::SeqCst);
+        Self
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        AT_WORK.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+unsafe extern "C" {
+    /// Ends the process without anything that is registered for its end (_exit(2)).
+    #[link_name = "_exit"]
+    safe fn exit_at_once(status: i32) -> !;
+}
+
+/// The last that a process does. While a trainer still computes, libtorch must not be taken down: that crashes, and a miner that was fenced
+/// would be restarted for it, and fence the other.
+pub fn leave(exit: Exit) -> Exit {
+    if AT_WORK.load(Ordering::SeqCst) > 0 {
+        tracing::warn!("a trainer still computes; the process ends without it");
+        exit_at_once(exit.code().into());
+    }
+    exit
+}
+
 /// Handle on the thread of one learner.
 pub struct TrainerThread {
     orders: Mutex<Option<Sender<Order>>>,
@@ -108,7 +144,11 @@ impl TrainerThread {
         let (orders, queue) = channel();
         let watch = Arc::new(Mutex::new(Watch::default()));
         let watched = watch.clone();
-        let work = move || serve(open, &queue, &watched, &plane, &inner, &|input| inputs.blocking_send(input).is_ok());
+        let at_work = AtWork::begin();
+        let work = move || {
+            let _at_work = at_work;
+            serve(open, &queue, &watched, &plane, &inner, &|input| inputs.blocking_send(input).is_ok());
+        };
         let thread = std::thread::Builder::new().name(name).spawn(work)?;
         Ok(Self { orders: Mutex::new(Some(orders)), thread: Mutex::new(Some(thread)), watch })
     }

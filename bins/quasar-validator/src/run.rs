@@ -69,7 +69,10 @@ pub fn main(common: &CommonArgs, args: &ValidatorArgs) -> Result<Exit, Failure> 
     }
     // Before any tensor is made and any thread is started.
     model::tune_allocator();
-    let device = device(&settings.validator()).map_err(Failure::configuration)?;
+    let device = device(&settings.validator()).map_err(|error| match error {
+        TrainError::GpuNotReady(_) => Failure::try_later(error),
+        _ => Failure::configuration(error),
+    })?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::unavailable)?;
     let exit = runtime.block_on(async {
         let shutdown = Shutdown::on_signals().map_err(Failure::unavailable)?;

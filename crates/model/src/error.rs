@@ -49,6 +49,12 @@ pub enum TrainError {
     State(#[from] StateError),
     #[error("device {device:?}: {reason}\nhint: use \"cpu\", or \"cuda:0\" with QUASAR_TORCH_CUDA_DIR naming a full torch installation")]
     Device { device: String, reason: String },
+    /// The CUDA part of libtorch is loaded. After a start of the machine it takes a while until its GPUs are there.
+    #[error(
+        "no CUDA device is usable: {0}\nhint: the driver may not be ready yet: see nvidia-smi, and the service nvidia-fabricmanager where GPUs \
+         have an NVSwitch; or use the device \"cpu\""
+    )]
+    GpuNotReady(String),
     /// Own kernels cannot be compiled or loaded.
     #[error("own kernels: {0}\nhint: libtorch's operations compute the same, more slowly")]
     Kernels(String),

@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use daemon::files;
 use fragments::codec::PayloadHeader;
 use fragments::delta;
@@ -15,6 +16,7 @@ use protocol::paths::RunKeys;
 use protocol::schedule::keyframe_version;
 use protocol::{Digest, FragmentPlan, GrantRequest, Method};
 use storage::client::{GrantAccess, GrantError};
+use tokio::sync::Semaphore;
 
 use crate::machine::Trouble;
 
@@ -23,6 +25,12 @@ const PIECE_BYTES: u64 = 16 << 20;
 const ENDING: &str = ".safetensors";
 /// Of keyframes of which the first pieces are here.
 const PARTIAL: &str = ".part";
+/// Versions that all learners of this process make from frames at the same time: each is in memory as numbers, twice, and as a file. At
+/// mainnet's size these are gigabytes, and after an outage all learners want all fragments at once.
+const MADE_AT_ONCE: usize = 2;
+
+/// Room for what is made from frames.
+static ROOM: Semaphore = Semaphore::const_new(MADE_AT_ONCE);
 
 #[derive(Debug, thiserror::Error)]
 pub enum KeyframeStoreError {
@@ -112,27 +120,41 @@ impl Keyframes {
         (keyframe_version(self.down, before)..version).rev().find(|version| self.path(fragment, *version).exists())
     }
 
-    /// From a version on this disk to another by the frames between them.
+    /// From a version on this disk to a later one by the frames between them, of which one is in memory at a time.
     async fn follow(&self, route: &Route<'_>, fragment: u16, start: u64, version: u64, digest: Digest) -> Result<(), Trouble> {
-        let length = delta::delta_bytes(&self.plan, usize::from(fragment));
-        let mut frames = Vec::new();
-        for version in start + 1..=version {
-            let grant = (route.grant)(Method::Get, &route.keys.delta(fragment, version)).ok_or(Trouble::Grant)?;
-            frames.push(route.access.get(&grant, None, length).await.map_err(|error| grant_trouble(&error))?);
-        }
-        let (plan, id) = (self.plan.clone(), self.id(fragment, start));
-        let (from, to) = (self.path(fragment, start), self.path(fragment, version));
-        let work = move || -> Result<(), Trouble> {
-            let corrupt = |error: &dyn std::fmt::Display| {
-                tracing::error!(fragment, start, version, %error, "a chain of frames does not lead to the version that the head states");
-                Trouble::Corrupt
-            };
+        let way = (fragment, start, version);
+        // Most ways are one frame long: for that one, nobody waits who has room.
+        let mut frame = self.fetch_frame(route, fragment, start + 1).await?;
+        let _room = ROOM.acquire().await;
+        let (plan, id, from) = (self.plan.clone(), self.id(fragment, start), self.path(fragment, start));
+        let read = move || -> Result<Vec<f32>, Trouble> {
             let base = fs::read(&from).map_err(|error| file_trouble(&error))?;
-            let base = keyframe::read(&plan, &id, &base).map_err(|error| corrupt(&error))?;
-            let keyframe = delta::follow(&plan, &id, base, &frames, &digest).map_err(|error| corrupt(&error))?;
+            keyframe::read(&plan, &id, &base).map_err(|error| astray(way, &error))
+        };
+        let mut replica = tokio::task::spawn_blocking(read).await.map_err(|_| Trouble::Unavailable)??;
+        for next in start + 1..=version {
+            if next > start + 1 {
+                frame = self.fetch_frame(route, fragment, next).await?;
+            }
+            // Nobody states the digests on the way; the one at its end vouches for it.
+            let result = if next == version { digest } else { delta::claimed_result(&frame).unwrap_or(Digest::ZERO) };
+            let (plan, id, frame) = (self.plan.clone(), self.id(fragment, next - 1), frame.clone());
+            let apply = move || delta::apply(&plan, &id, &replica, &frame, &result).map_err(|error| astray(way, &error));
+            replica = tokio::task::spawn_blocking(apply).await.map_err(|_| Trouble::Unavailable)??;
+        }
+        let (plan, id, to) = (self.plan.clone(), self.id(fragment, version), self.path(fragment, version));
+        let write = move || -> Result<(), Trouble> {
+            let keyframe = keyframe::write(&plan, &id, &replica).map_err(|error| astray(way, &error))?;
             files::write_whole(&to, &[&keyframe]).map_err(|error| file_trouble(&error))
         };
-        tokio::task::spawn_blocking(work).await.map_err(|_| Trouble::Unavailable)?
+        tokio::task::spawn_blocking(write).await.map_err(|_| Trouble::Unavailable)?
+    }
+
+    /// The frame that leads to a version.
+    async fn fetch_frame(&self, route: &Route<'_>, fragment: u16, version: u64) -> Result<Bytes, Trouble> {
+        let grant = (route.grant)(Method::Get, &route.keys.delta(fragment, version)).ok_or(Trouble::Grant)?;
+        let length = delta::delta_bytes(&self.plan, usize::from(fragment));
+        route.access.get(&grant, None, length).await.map_err(|error| grant_trouble(&error))
     }
 
     /// Fetches a keyframe; compares its digest where one is known.
@@ -190,6 +212,12 @@ impl Keyframes {
     }
 }
 
+/// What is here, or a frame, is damaged.
+fn astray((fragment, start, version): (u16, u64, u64), error: &dyn std::fmt::Display) -> Trouble {
+    tracing::error!(fragment, start, version, %error, "a chain of frames does not lead to the version that the head states");
+    Trouble::Corrupt
+}
+
 fn append(path: &PathBuf, bytes: &[u8]) -> io::Result<()> {
     OpenOptions::new().create(true).append(true).open(path)?.write_all(bytes)
 }
@@ -232,7 +260,6 @@ pub fn grant_trouble(error: &GrantError) -> Trouble {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
     use storage::{MemoryGrants, MemoryStore, ObjectStore, Presign, PutCondition};
 
     use super::*;
@@ -274,6 +301,18 @@ mod tests {
         let access = MemoryGrants::new(bucket, || 1_000);
         let find = |_: Method, key: &str| grants.iter().zip(&objects).find(|(_, (of, _))| of == key).map(|(grant, _)| grant.clone());
         let route = Route { keys: &keys, grant: &find, access: &access };
+        // Where others make versions, a keyframe comes all the same, and its frames wait.
+        let others = ROOM.acquire_many(MADE_AT_ONCE as u32).await.unwrap();
+        let keyframe = async {
+            while !store.path(1, 0).exists() {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        };
+        tokio::select! {
+            result = store.fetch(&route, 1, 2, promises[1]) => panic!("there was no room for it: {result:?}"),
+            () = keyframe => {}
+        }
+        drop(others);
         // A newcomer takes the keyframe and all frames since; who has a version takes the frames behind it.
         assert_eq!(store.fetch(&route, 1, 2, promises[1]).await, Ok(()));
         let other = Promise { digest: Digest::ZERO, ..promises[2] };

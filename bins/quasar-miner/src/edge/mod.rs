@@ -48,6 +48,9 @@ use chain::ChainLink;
 /// A progress record that was not written after this part of the time to live is given up; the next one is newer.
 const PROGRESS_TRIES_PER_TTL: u64 = 5;
 const PROGRESS_TIMEOUT_MIN: Duration = Duration::from_secs(2);
+/// At the end, the spool may take so long to reach the disk. Without a state that is not there by then, the next session goes on from the
+/// one before.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(40);
 
 /// Bytes that were announced and wait for their upload: payloads by outer step, receipts by lease.
 #[derive(Default)]
@@ -173,8 +176,11 @@ impl Edge {
     pub async fn close(&self, patience: Duration) {
         self.trainer.stop(patience).await;
         let plane = self.plane.clone();
-        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || plane.spool.flush()).await {
-            tracing::warn!(slot = self.slot, %error, "the last segments are not on disk");
+        let flush = tokio::task::spawn_blocking(move || plane.spool.flush());
+        match tokio::time::timeout(FLUSH_PATIENCE, flush).await {
+            Ok(Ok(Err(error))) => tracing::warn!(slot = self.slot, %error, "the last segments are not on disk"),
+            Ok(_) => {}
+            Err(_) => tracing::warn!(slot = self.slot, "the disk is too slow for the last segments"),
         }
     }
 
@@ -391,6 +397,7 @@ impl Edge {
     }
 
     async fn prepare_opening(self: &Arc<Self>, audit: Digest, t: u64, key: [u8; 32]) -> Option<Vec<crate::machine::PreparedPart>> {
+        let preparation = self.openings.begin(audit);
         // Which of the payloads that several sessions may have offered was taken.
         let manifest = self.published::<MergeManifest>(&self.facts.run.merge(t)).await;
         let us = (self.hotkey.account(), self.slot);
@@ -403,7 +410,7 @@ impl Edge {
             let sign = |manifest: &_| envelope::sign(manifest, &this.facts.context, &*this.hotkey, sequence, now_ms);
             let info = |part| this.facts.context.opening_info(&audit, part);
             let spool = (&this.plane.spool, this.facts.plan.total_elements() as usize);
-            let parts = this.openings.prepare((&audit, t, payload.as_ref()), &key, info, spool, sign)?;
+            let parts = this.openings.prepare((&preparation, t, payload.as_ref()), &key, info, spool, sign)?;
             // One payload of a learner and cycle is audited: with this one, nobody asks for the others, nor for earlier ones.
             let fragments = u64::from(this.facts.manifest.parameters.fragments);
             this.plane.spool.release((t / fragments + 1) * fragments)?;

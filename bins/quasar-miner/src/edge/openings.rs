@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::UNIX_EPOCH;
 
 use daemon::files;
@@ -26,6 +28,38 @@ pub struct OpeningFiles {
     folder: PathBuf,
     /// A part is uploaded in objects of so many bytes.
     volume_bytes: u64,
+    /// Preparations that have not ended, and whether their notice is gone.
+    under_way: Mutex<Vec<(Digest, Weak<AtomicBool>)>>,
+    /// One preparation writes at a time.
+    turn: Mutex<()>,
+}
+
+/// A preparation from its order on. It takes long, and its notice may go meanwhile.
+pub struct Preparation {
+    audit: Digest,
+    is_dropped: Arc<AtomicBool>,
+}
+
+impl Preparation {
+    fn check(&self) -> io::Result<()> {
+        match self.is_dropped.load(Ordering::SeqCst) {
+            true => Err(io::Error::other("nobody asks for this opening any more")),
+            false => Ok(()),
+        }
+    }
+}
+
+/// What is sealed, for as long as somebody asks for it.
+struct Asked<'a> {
+    source: &'a mut dyn Read,
+    preparation: &'a Preparation,
+}
+
+impl Read for Asked<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.preparation.check()?;
+        self.source.read(buffer)
+    }
 }
 
 impl OpeningFiles {
@@ -40,7 +74,31 @@ impl OpeningFiles {
                 fs::remove_dir_all(&path)?;
             }
         }
-        Ok(Self { folder, volume_bytes })
+        Ok(Self { folder, volume_bytes, under_way: Mutex::default(), turn: Mutex::default() })
+    }
+
+    fn under_way(&self) -> MutexGuard<'_, Vec<(Digest, Weak<AtomicBool>)>> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be called when the opening is ordered: from here on [`Self::remove`] ends its preparation, too.
+    pub fn begin(&self, audit: Digest) -> Preparation {
+        let is_dropped = Arc::new(AtomicBool::new(false));
+        let mut under_way = self.under_way();
+        under_way.retain(|(_, is_dropped)| is_dropped.strong_count() > 0);
+        under_way.push((audit, Arc::downgrade(&is_dropped)));
+        Preparation { audit, is_dropped }
+    }
+
+    /// Removes what was written if the notice went meanwhile.
+    fn end(&self, preparation: &Preparation) -> io::Result<()> {
+        // A notice that goes after this look finds all files there.
+        let _under_way = self.under_way();
+        let asked = preparation.check();
+        if asked.is_err() {
+            let _ = fs::remove_dir_all(self.folder_of(&preparation.audit));
+        }
+        asked
     }
 
     fn folder_of(&self, audit: &Digest) -> PathBuf {
@@ -53,29 +111,44 @@ impl OpeningFiles {
 
     /// Writes the parts of an opening, sealed to `key`, unless an earlier session did; `info` binds each part to its place, `sign`
     /// gives the bytes of part 0. The model has `elements` parameters.
+    ///
+    /// # Errors
+    /// Something cannot be read or written, or the notice is gone; then nothing is left of it.
     pub fn prepare(
         &self,
-        (audit, t, payload): (&Digest, u64, Option<&Digest>),
+        (preparation, t, payload): (&Preparation, u64, Option<&Digest>),
         key: &[u8; 32],
         info: impl Fn(u8) -> Vec<u8>,
         (spool, elements): (&Spool, usize),
         sign: impl FnOnce(&OpeningManifest) -> Vec<u8>,
     ) -> Result<Vec<PreparedPart>, SpoolError> {
         let fail = |source| SpoolError::Io { path: self.folder.clone(), source };
-        // The manifest is written last: where it is, the others are.
-        if !self.path(audit, MANIFEST).exists() {
-            let segment = spool.open_segment(t, payload, elements)?;
-            let seal = |part: u8, source: &mut dyn Read| self.seal(audit, part, key, &info(part), source);
-            self.write((audit, t), segment, seal, sign).map_err(fail)?;
-        }
-        (0..OPENING_PARTS).map(|part| self.describe(audit, part)).collect::<io::Result<_>>().map_err(fail)
+        let audit = &preparation.audit;
+        // A notice that comes back waits until what was begun for it is removed.
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let prepare = || -> Result<Vec<PreparedPart>, SpoolError> {
+            // The manifest is written last: where it is, the others are.
+            if !self.path(audit, MANIFEST).exists() {
+                preparation.check().map_err(fail)?;
+                let segment = spool.open_segment(t, payload, elements)?;
+                // To find the state whole has taken a while.
+                preparation.check().map_err(fail)?;
+                let seal = |part: u8, source: &mut dyn Read| self.seal(preparation, part, key, &info(part), source);
+                self.write((audit, t), segment, seal, sign).map_err(fail)?;
+            }
+            (0..OPENING_PARTS).map(|part| self.describe(audit, part)).collect::<io::Result<_>>().map_err(fail)
+        };
+        let parts = prepare();
+        self.end(preparation).map_err(fail)?;
+        parts
     }
 
-    fn seal(&self, audit: &Digest, part: u8, key: &[u8; 32], info: &[u8], source: &mut dyn Read) -> io::Result<()> {
+    fn seal(&self, preparation: &Preparation, part: u8, key: &[u8; 32], info: &[u8], source: &mut dyn Read) -> io::Result<()> {
+        let audit = &preparation.audit;
         let path = self.path(audit, part);
         let partial = path.with_extension("partial");
         let mut sink = io::BufWriter::new(File::create(&partial)?);
-        seal_stream::seal(key, info, &mut { source }, &mut sink).map_err(|error| match error {
+        seal_stream::seal(key, info, &mut Asked { source, preparation }, &mut sink).map_err(|error| match error {
             StreamError::Io(error) => error,
             error => io::Error::other(error),
         })?;
@@ -149,7 +222,12 @@ impl OpeningFiles {
         Ok(read)
     }
 
+    /// The notice is gone. What is being prepared for it ends soon.
     pub fn remove(&self, audit: &Digest) {
+        let under_way = self.under_way();
+        for is_dropped in under_way.iter().filter(|(of, _)| of == audit).filter_map(|(_, is_dropped)| is_dropped.upgrade()) {
+            is_dropped.store(true, Ordering::SeqCst);
+        }
         let _ = fs::remove_dir_all(self.folder_of(audit));
     }
 }
@@ -165,7 +243,43 @@ fn changed_ms(folder: &Path) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use model::{Routes, TrainerState};
+    use protocol::documents::OpenedStep;
+
     use super::*;
+
+    #[test]
+    fn a_notice_that_goes_while_its_opening_is_prepared_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = Spool::open(folder.path().join("spool"), 50, 72).unwrap();
+        let state = TrainerState { step: 0, weights: vec![1.0, 2.0], first: vec![0.0; 2], second: vec![0.0; 2], exported: vec![] };
+        spool.save_state(0, |to| Ok(state.write(to)?)).unwrap();
+        spool.put_segment(0, vec![9]).unwrap();
+        let step = OpenedStep { local_step: 0, lease: 1, lease_step: 0, exchanged: vec![], loss: 7 };
+        spool.put_step(step, Routes(vec![0, 5])).unwrap();
+        spool.put_export(100, (0, 1), Digest::ZERO, None).unwrap();
+        let openings = OpeningFiles::open(folder.path().join("openings"), 4, u64::MAX / 2, 0).unwrap();
+        let audit = Digest::blake3(b"audit");
+        // The notice goes as soon as this part is sealed.
+        let prepare = |preparation: &Preparation, last: Option<u8>| {
+            let info = |part: u8| {
+                if last == Some(part) {
+                    openings.remove(&audit);
+                }
+                vec![part]
+            };
+            let sign = |_: &OpeningManifest| b"manifest".to_vec();
+            openings.prepare((preparation, 100, None), &[9; 32], info, (&spool, 2), sign).map(|parts| parts.len())
+        };
+        let dropped = openings.begin(audit);
+        openings.remove(&audit);
+        assert!(prepare(&dropped, None).is_err() && !openings.folder_of(&audit).exists());
+        for last in [STATE, ROUTES, MANIFEST] {
+            assert!(prepare(&openings.begin(audit), Some(last)).is_err());
+            assert!(!openings.folder_of(&audit).exists());
+        }
+        assert_eq!(prepare(&openings.begin(audit), None).unwrap(), usize::from(OPENING_PARTS), "the notice has come back");
+    }
 
     #[test]
     fn an_opening_whose_audit_must_be_over_is_gone_after_the_next_start() {

@@ -512,7 +512,7 @@ impl World {
     fn prepare(&self, audit: Digest, t: u64, key: [u8; 32]) -> Option<Vec<PreparedPart>> {
         let sign = |manifest: &OpeningManifest| protocol::codec::encode(manifest);
         let spool = (&self.plane.spool, toy().plan().total_elements() as usize);
-        self.openings.prepare((&audit, t, None), &key, |part| vec![part], spool, sign).ok()
+        self.openings.prepare((&self.openings.begin(audit), t, None), &key, |part| vec![part], spool, sign).ok()
     }
 
     /// A part of a prepared opening, as its validator sees it.

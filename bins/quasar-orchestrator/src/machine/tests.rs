@@ -10,6 +10,7 @@ use super::*;
 mod audits;
 mod catalog;
 mod leases;
+mod liars;
 mod operator;
 mod pulls;
 mod recovery;

@@ -87,7 +87,7 @@ pub fn load_cuda(torch: &Path) -> Result<(), TrainError> {
     super::gpu::remember_torch(torch);
     if !tch::Cuda::is_available() {
         let driver = super::gpu::gpus().map_or_else(|error| error, |gpus| format!("the driver shows {} GPUs", gpus.len()));
-        return Err(fail(format!("torch {found} is loaded, but no CUDA device is usable: {driver}")));
+        return Err(TrainError::GpuNotReady(format!("torch {found} is loaded, and {driver}")));
     }
     Ok(())
 }

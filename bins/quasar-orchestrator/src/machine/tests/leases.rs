@@ -84,4 +84,7 @@ fn the_leases_of_a_learner_that_uses_up_many_in_a_cycle_are_kept_until_its_audit
     let of_last = machine.leases_of(quick, cycle - 1);
     let needed = ended.iter().filter(|record| record.ended_t >= (cycle - 2) * u64::from(P)).count();
     assert!(of_last.len() >= needed && needed > 6, "{} of {needed}", of_last.len());
+    // A segment may have begun in any of those just before.
+    let just_before = ended.iter().rev().filter(|record| record.ended_t < (cycle - 2) * u64::from(P)).take(6);
+    assert!(just_before.clone().count() > 0 && just_before.clone().all(|record| of_last.contains(&record.lease.id)));
 }
