@@ -122,7 +122,7 @@ fn a_miner_waits_for_its_bucket_keeps_others_from_its_state_and_stops_when_told(
     let mut first = place.run("ed25519").stderr(Stdio::piped()).spawn().unwrap();
     wait_for_log(&mut first, "waiting");
     let second = place.run("ed25519").output().unwrap();
-    assert_eq!(second.status.code(), Some(78));
+    assert_eq!(second.status.code(), Some(75), "it may be there when the first has ended");
     assert!(text(&second.stderr).contains("in use"), "{}", text(&second.stderr));
     assert!(Command::new("kill").args(["-TERM", &first.id().to_string()]).status().unwrap().success());
     assert_eq!(first.wait().unwrap().code(), Some(0));

@@ -33,8 +33,11 @@ pub struct LogMonitor {
     backwards: Vec<LogHead>,
     reading: Option<u64>,
     not_before_ms: u64,
-    /// Merges of outer steps from here on have all their commitments in the watched part.
+    /// Merges of outer steps from here on have all their commitments in the watched part: none of them was open when the newest head came
+    /// before the watch began.
     first_t: u64,
+    /// The same if the watch began with the newest head.
+    fresh_t: u64,
     logged: BTreeSet<Digest>,
     logged_order: VecDeque<Digest>,
     /// Merged commitments that were not seen in the log, and how long heads may come until they are.
@@ -53,6 +56,7 @@ impl LogMonitor {
             reading: None,
             not_before_ms: 0,
             first_t: 0,
+            fresh_t: 0,
             logged: BTreeSet::new(),
             logged_order: VecDeque::new(),
             expected: BTreeMap::new(),
@@ -64,11 +68,10 @@ impl LogMonitor {
         if let Some(before_ms) = self.head_ms.replace(now_ms) {
             self.heard_ms += now_ms.saturating_sub(before_ms).min(APART_MAX_MS);
         }
-        if self.newest.is_none() {
-            self.first_t = fresh_t;
-            if log.size == 0 {
-                self.checked = Some(Frontier::default());
-            }
+        self.fresh_t = fresh_t;
+        if self.newest.is_none() && log.size == 0 {
+            self.begin();
+            self.checked = Some(Frontier::default());
         }
         let known = self.newest.replace(log);
         match known {
@@ -133,8 +136,7 @@ impl LogMonitor {
             }
             Some(checked) if previous > checked.size() && self.backwards.len() < BACKWARDS_MAX => return Ok(()),
             Some(checked) if previous < checked.size() => return Err(LogFault::NotAnExtension(size)),
-            // The watch begins here.
-            _ => {}
+            _ => self.begin(),
         }
         for head in std::mem::take(&mut self.backwards).into_iter().rev() {
             for entry in head.entries.iter().filter(|entry| entry.kind == LogKind::Commitment) {
@@ -143,6 +145,13 @@ impl LogMonitor {
             self.checked = Some(head.frontier);
         }
         Ok(())
+    }
+
+    /// The watch begins here: what was logged before is not known, and from which step on that does not matter, is. Heads that came while
+    /// the first one could not be read have moved it.
+    fn begin(&mut self) {
+        self.first_t = self.fresh_t;
+        self.expected.clear();
     }
 
     fn note(&mut self, commitment: Digest) {
@@ -159,7 +168,7 @@ impl LogMonitor {
 
     /// A merge was published: its commitments belong into the log. One record may commit to several outer steps; it is logged once.
     pub fn expect(&mut self, merge: &MergeManifest) {
-        if self.newest.is_none() || merge.t < self.first_t {
+        if self.checked.is_none() || merge.t < self.first_t {
             return;
         }
         for contribution in merge.accepted() {
@@ -254,6 +263,32 @@ mod tests {
         monitor.read(3, None, 50).unwrap();
         assert_eq!((monitor.wanted(149), monitor.deadline()), (None, Some(150)));
         assert_eq!(monitor.wanted(150), Some(3));
+    }
+
+    #[test]
+    fn what_was_logged_while_the_first_head_could_not_be_read_is_not_missed() {
+        let heads = heads(&[2, 2, 2, 2]);
+        let merged = |t: u64, number: u64| {
+            let mut one = contribution(1, 0, 10, Reason::None);
+            one.commitment = commitment(number);
+            merge(t, 1, vec![one])
+        };
+        let mut monitor = LogMonitor::new(100);
+        // The watch would begin with the first head, whose object does not come; then with the third. What the second holds nobody reads.
+        monitor.follow(named(&heads[0]), 3, 0).unwrap();
+        assert_eq!(monitor.wanted(0), Some(2));
+        monitor.read(2, None, 0).unwrap();
+        monitor.expect(&merged(3, 2));
+        monitor.follow(named(&heads[2]), 5, 60_000).unwrap();
+        assert_eq!(monitor.wanted(60_000), Some(6));
+        monitor.read(6, Some(heads[2].clone()), 60_000).unwrap();
+        monitor.expect(&merged(4, 3));
+        // From here on everything is seen.
+        monitor.expect(&merged(5, 77));
+        for minute in 2..14 {
+            monitor.follow(named(&heads[2]), 6, minute * 60_000).unwrap();
+        }
+        assert_eq!(monitor.overdue(), [commitment(77)]);
     }
 
     #[test]

@@ -53,7 +53,7 @@ fn a_second_holder_of_the_state_directory_is_refused_by_name() {
     let Err(error) = Journal::open(directory.path()) else { panic!("opened twice") };
     assert!(matches!(&error, JournalError::InUse { holder: Some(pid), .. } if *pid == std::process::id()), "{error}");
     assert!(error.to_string().contains("hint: stop the other process"));
-    assert_eq!(error.exit(), crate::Exit::Configuration);
+    assert_eq!(error.exit(), crate::Exit::TryLater);
     drop(first);
     Journal::open(directory.path()).unwrap();
 }

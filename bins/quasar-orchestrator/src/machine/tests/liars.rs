@@ -63,11 +63,9 @@ fn commitments_prove_no_more_steps_than_the_time_allows_over_any_number_of_sessi
     let steps = (world.now_ms - from_ms) / world.machine.timing.step_ms();
     let done = booked(&world) - before;
     assert!(done <= 16 * steps + 24, "{done} steps are booked as done in the time of {steps}");
-    let mut commitments: Vec<_> = logged(&world).into_iter().filter(|entry| entry.kind == LogKind::Commitment).collect();
-    let all = commitments.len();
-    commitments.sort_by_key(|entry| entry.document);
-    commitments.dedup_by_key(|entry| entry.document);
-    assert_eq!(commitments.len(), all, "the log holds a commitment once");
+    // A record that commits to several steps is an entry for each.
+    let entries = logged(&world).into_iter().filter(|entry| entry.kind == LogKind::Commitment).count();
+    assert!(entries <= world.commitments.len(), "{entries} entries of {} commitments", world.commitments.len());
 }
 
 #[test]
