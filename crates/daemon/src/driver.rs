@@ -381,7 +381,7 @@ where
             });
         }
         metrics::gauge!("quasar_driver_effects_in_flight").set(self.effects.running() as f64);
-        metrics::gauge!("quasar_driver_effects_waiting").set(self.effects.waiting().count() as f64);
+        metrics::gauge!("quasar_driver_effects_waiting").set(self.effects.waiting() as f64);
     }
 
     fn ended(&mut self, ended: Result<Lane, tokio::task::JoinError>) -> Result<(), DriverError> {

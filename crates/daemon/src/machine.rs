@@ -46,8 +46,8 @@ pub trait Machine {
         Lane::Prompt
     }
 
-    /// Whether `new` makes `waiting` superfluous, an effect of the same lane that has not begun: while the store is away, no more waits than there are
-    /// things to write.
+    /// Whether `new` makes `waiting` superfluous, an effect of the same lane that has not begun: while the store is away, no more waits
+    /// than there are things to write.
     fn replaces(_new: &Self::Effect, _waiting: &Self::Effect) -> bool {
         false
     }

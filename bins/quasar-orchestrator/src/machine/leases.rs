@@ -130,8 +130,8 @@ impl Orchestrator {
 
     fn grant_lease(&mut self, slot: Slot, schedule_start: u64) {
         let (steps, batch_rows) = (self.parameters().lease_steps, self.parameters().batch_rows);
-        let (now_ms, step_ms) = (self.volatile.now_ms, step_ms_min(self.timing.step_ms()));
-        let ahead_ms = (LEASES_AT_ONCE - 1) * u64::from(steps) * step_ms;
+        let (now_ms, fastest_ms) = (self.volatile.now_ms, step_ms_min(self.timing.step_ms()));
+        let ahead_ms = (LEASES_AT_ONCE - 1) * u64::from(steps) * fastest_ms;
         if self.learners.get(&slot).is_none_or(|learner| learner.leases_ms > now_ms + ahead_ms) {
             return;
         }
@@ -146,10 +146,10 @@ impl Orchestrator {
             return;
         }
         let counted = u64::from(steps.max(self.setup.parameters.lease_steps / 2));
-        learner.leases_ms = learner.leases_ms.max(now_ms) + counted * step_ms;
+        learner.leases_ms = learner.leases_ms.max(now_ms) + counted * fastest_ms;
         self.next_lease += 1;
         let epoch = learner.session_epoch;
-        let used_up_ms = |record: &LeaseRecord| record.from_ms + u64::from(record.lease.steps) * step_ms_min(self.timing.step_ms());
+        let used_up_ms = |record: &LeaseRecord| record.from_ms + u64::from(record.lease.steps) * fastest_ms;
         let before = learner.leases.last().and_then(|last| self.leases.get(last)).map_or(0, used_up_ms);
         let step_ms = self.timing.step_ms().max(1_000);
         let lease = Lease {
@@ -159,13 +159,13 @@ impl Orchestrator {
             batch_rows,
             steps,
             schedule_start,
-            deadline_ms: self.volatile.now_ms + u64::from(steps) * step_ms * LEASE_DEADLINE_FACTOR,
+            deadline_ms: now_ms + u64::from(steps) * step_ms * LEASE_DEADLINE_FACTOR,
         };
         learner.leases.push(id);
         learner.job_dirty = true;
         learner.grants_dirty = true;
         self.pace.dirty.insert(slot);
-        self.leases.insert(id, LeaseRecord::new(lease, slot, self.volatile.now_ms.max(before)));
+        self.leases.insert(id, LeaseRecord::new(lease, slot, now_ms.max(before)));
     }
 
     pub(super) fn end_leases(&mut self, slot: Slot) {

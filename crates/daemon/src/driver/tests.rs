@@ -219,7 +219,7 @@ async fn of_effects_that_replace_each_other_one_waits() {
     let mut driver = Driver::with_options(Recovered::fresh(fresh()), journal(), executor, options);
     let mut batch = vec![Fact::Add(1), Fact::Stopping, Fact::Add(2), Fact::Stopping, Fact::Stopping];
     driver.commit(&mut batch, 1).await.unwrap();
-    let waiting = |driver: &Driver<Toy, Doubler>| driver.effects.waiting().cloned().collect::<Vec<_>>();
+    let waiting = |driver: &Driver<Toy, Doubler>| driver.effects.in_order().cloned().collect::<Vec<_>>();
     assert_eq!(waiting(&driver), [Todo::Double(1), Todo::Farewell, Todo::Double(2)]);
     // What has begun is not taken back.
     driver.begin_effects();
