@@ -18,21 +18,22 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use ::chain::Hotkey;
+use bytes::Bytes;
 use daemon::driver::Inputs;
 use daemon::evidence::Evidence as Proofs;
 use daemon::health::Component;
 use daemon::sequence::Sequence;
 use daemon::{Executor, Journal, clock};
 use fragments::codec::PayloadHeader;
-use protocol::AccountId;
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditOrder, OPENING_PARTS, PROGRESS_BYTES, Score, Scores, VerdictResult, opening_bytes_max, opening_volume_bytes,
+    AuditOrder, OPENING_PARTS, OpenedPart, PROGRESS_BYTES, Score, Scores, VerdictResult, opening_part_bytes_max, opening_volume_bytes,
 };
 use protocol::envelope::Document;
-use storage::client::GrantAccess;
+use protocol::paths::SlotKeys;
+use protocol::{AccountId, Digest};
+use storage::client::{GrantAccess, GrantError};
 use storage::discovery::{RunFacts, RunReader};
-use storage::seal_stream;
 use zeroize::Zeroizing;
 
 use crate::audit::{Evidence, Judgement, Opening, Subject};
@@ -256,31 +257,53 @@ impl Effects {
         let payload_bytes = PayloadHeader::new(codec, &self.facts.plan, self.facts.manifest.plan, fragment, 0).payload_bytes();
         let commitment = self.grants.get(Some(audit), &run.commitment(hotkey, *slot, *t), PROGRESS_BYTES as u64).await?;
         let payload = self.grants.get(Some(audit), &run.payload(hotkey, *slot, *t), payload_bytes).await?;
-        let (limit, keys) = (opening_bytes_max(self.facts.plan.total_elements()), run.slot(hotkey, *slot));
+        let keys = run.slot(hotkey, *slot);
         let mut parts = Vec::new();
         for (number, part) in (0..OPENING_PARTS).zip(&order.opening) {
-            let key = keys.opening(audit, number);
-            if part.length > seal_stream::sealed_length(limit) {
-                return Err(Trouble::malformed(key, "longer than any part of an opening of this run"));
-            }
-            let fetched = self.openings.fetch(&self.grants, &keys, (audit, number), part).await?;
-            let (info, secret) = (self.facts.context.opening_info(audit, number), order.opening_key.clone());
-            let open = move || Ok(fetched.is_intact()?.then(|| fetched.unsealed(&secret, &info, limit)));
-            let opened = tokio::task::spawn_blocking(open).await.map_err(|_| Trouble::BenchGone)?;
-            let Some(opened) = opened.map_err(Trouble::io(key.clone()))? else {
-                self.openings.remove(audit);
-                return Err(Trouble::Digest { key });
-            };
-            match opened {
-                Ok(part) => parts.push(part),
-                // Whose fault that is cannot be told: the miner may have sealed badly, or the order may name another key. So it
-                // counts as not opened, and not as opened wrongly.
-                Err(error) => tracing::warn!(audit = audit.short(), part = number, "an opened part cannot be unsealed: {error}"),
-            }
+            let Some(part) = self.opened_part(&keys, (audit, number), part, &order.opening_key).await? else { break };
+            parts.push(part);
         }
         let opening =
             <[_; OPENING_PARTS as usize]>::try_from(parts).ok().map(|[manifest, state, routes]| Opening { manifest, state, routes });
         Ok(Evidence { commitment, payload, opening, leases: order.leases, versions })
+    }
+
+    /// A part of an opening as it was before it was sealed; `None` where that cannot be had, so that nothing was opened: whose fault it is
+    /// cannot be proved, and what nobody can look at was not shown.
+    async fn opened_part(
+        &self,
+        keys: &SlotKeys,
+        (audit, number): (&Digest, u8),
+        part: &OpenedPart,
+        secret: &Arc<Zeroizing<[u8; 32]>>,
+    ) -> Result<Option<Bytes>, Trouble> {
+        let key = keys.opening(audit, number);
+        let limit = opening_part_bytes_max(number, self.facts.plan.total_elements(), &self.facts.manifest.parameters);
+        if part.length > limit {
+            return Err(Trouble::malformed(key, "longer than this part of an opening of this run may be"));
+        }
+        let fetched = match self.openings.fetch(&self.grants, keys, (audit, number), part).await {
+            // The grants of an order end before what they are for is deleted.
+            Err(Trouble::Grant(GrantError::Absent { key })) => {
+                tracing::warn!(audit = audit.short(), part = number, key, "a part that its miner called uploaded is not there");
+                return Ok(None);
+            }
+            fetched => fetched?,
+        };
+        let (info, secret) = (self.facts.context.opening_info(audit, number), secret.clone());
+        let open = move || Ok(fetched.is_intact()?.then(|| fetched.unsealed(&secret, &info, limit)));
+        let opened = tokio::task::spawn_blocking(open).await.map_err(|_| Trouble::BenchGone)?;
+        match opened.map_err(Trouble::io(key.clone()))? {
+            Some(Ok(part)) => Ok(Some(part)),
+            Some(Err(error)) => {
+                tracing::warn!(audit = audit.short(), part = number, "an opened part cannot be unsealed: {error}");
+                Ok(None)
+            }
+            None => {
+                self.openings.remove(audit);
+                Err(Trouble::Digest { key })
+            }
+        }
     }
 
     /// Publishes what the weights on the chain were made from. They count without it, so a store that fails is not waited for.

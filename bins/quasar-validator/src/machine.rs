@@ -242,7 +242,7 @@ impl Machine {
             block_poll: Poller::new(slow_ms.clamp(BLOCK_MS.0, BLOCK_MS.1)),
             chain_poll: Poller::new((poll_ms * 100).clamp(CHAIN_MS.0, CHAIN_MS.1)),
             moved_poll: Poller::new(poll_ms * MOVED_POLLS),
-            cycles: Cycles::new(settings.run, parameters.fragments, parameters.audit.beacon_blocks, slow_ms),
+            cycles: Cycles::new(settings.run, parameters.fragments, &parameters.audit, slow_ms),
             audits: Audits::new(settings.own, slow_ms, opening_ms),
             verdicts: Verdicts::new(slow_ms, opening_ms),
             scores: ScoreLedger::default(),
@@ -420,7 +420,7 @@ impl daemon::Machine for Machine {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 3;
+    const LAYOUT: u32 = 4;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         match input {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::documents::MergeManifest;
+use crate::documents::{MergeManifest, PPM};
 use crate::envelope::RunId;
 use crate::{AccountId, Digest};
 
@@ -21,11 +21,12 @@ pub struct Selection {
     pub beacon_block: u64,
 }
 
-/// Audits of a cycle. `merges` are the cycle's manifests in any order, `validators` the permitted hotkeys in any order; every
-/// learner that worked ([`MergeManifest::worked`]) is audited once, by one validator: on a contribution that a filter left out, if it
-/// has one, else on one that was merged.
+/// Audits of a cycle. `merges` are the cycle's manifests in any order, `validators` the permitted hotkeys in any order. Of the learners
+/// that worked ([`MergeManifest::worked`]), those with a contribution that a filter left out are audited on it, and of the others a
+/// share of `rate_ppm` on one that was merged: each once, by one validator.
 pub fn select(
     run: RunId,
+    rate_ppm: u32,
     cycle: u64,
     beacon_block: u64,
     beacon: &[u8; 32],
@@ -47,14 +48,16 @@ pub fn select(
     let seed = Digest::derive("quasar/v1/challenge", &[beacon, &run.0, &cycle.to_le_bytes()]);
     offers
         .into_iter()
-        .map(|((hotkey, slot), mut steps)| {
-            if steps.iter().any(|(_, is_suspect)| *is_suspect) {
+        .filter_map(|((hotkey, slot), mut steps)| {
+            let is_suspect = steps.iter().any(|(_, is_suspect)| *is_suspect);
+            if is_suspect {
                 steps.retain(|(_, is_suspect)| *is_suspect);
             }
             steps.sort_unstable();
             let audit = Digest::derive("quasar/v1/audit", &[&seed.0, &hotkey.0, &[slot]]);
             let draw = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| audit.0[at + i]));
-            Selection {
+            let is_drawn = draw(16) % PPM < u64::from(rate_ppm);
+            (is_suspect || is_drawn).then(|| Selection {
                 audit,
                 validator: validators[(draw(8) % validators.len() as u64) as usize],
                 cycle,
@@ -62,7 +65,7 @@ pub fn select(
                 slot,
                 t: steps[(draw(0) % steps.len() as u64) as usize].0,
                 beacon_block,
-            }
+            })
         })
         .collect()
 }
@@ -72,6 +75,8 @@ mod tests {
     use super::*;
     use crate::Reason;
     use crate::documents::Contribution;
+
+    const ALL: u32 = PPM as u32;
 
     fn merge(t: u64, hotkeys: &[(u8, Reason)]) -> MergeManifest {
         let contribution = |(byte, outcome): &(u8, Reason)| Contribution {
@@ -110,14 +115,14 @@ mod tests {
     fn each_merged_learner_is_audited_once_by_one_validator_whatever_the_order_of_inputs() {
         let merges = [merge(0, &[(1, Reason::None), (2, Reason::None)]), merge(1, &[(1, Reason::None), (3, Reason::Late)])];
         let validators = [AccountId([9; 32]), AccountId([8; 32])];
-        let selected = select(RunId([1; 16]), 0, 7, &[4; 32], &merges, &validators);
+        let selected = select(RunId([1; 16]), ALL, 0, 7, &[4; 32], &merges, &validators);
         assert_eq!(selected.len(), 2);
         assert_eq!(selected[1].t, 0, "learner 2 merged only in step 0");
         let mut reversed = merges.to_vec();
         reversed.reverse();
-        assert_eq!(select(RunId([1; 16]), 0, 7, &[4; 32], &reversed, &[validators[1], validators[0]]), selected);
-        assert_ne!(select(RunId([1; 16]), 0, 7, &[5; 32], &merges, &validators)[0].audit, selected[0].audit);
-        assert!(select(RunId([1; 16]), 0, 7, &[4; 32], &merges, &[]).is_empty());
+        assert_eq!(select(RunId([1; 16]), ALL, 0, 7, &[4; 32], &reversed, &[validators[1], validators[0]]), selected);
+        assert_ne!(select(RunId([1; 16]), ALL, 0, 7, &[5; 32], &merges, &validators)[0].audit, selected[0].audit);
+        assert!(select(RunId([1; 16]), ALL, 0, 7, &[4; 32], &merges, &[]).is_empty());
     }
 
     #[test]
@@ -125,9 +130,28 @@ mod tests {
         for suspect in [Reason::DirectionOutlier, Reason::TooSimilar] {
             let merges = [merge(0, &[(1, Reason::None)]), merge(1, &[(1, suspect), (2, suspect)]), merge(2, &[(1, Reason::NormTooLarge)])];
             for beacon in 0..8 {
-                let selected = select(RunId([1; 16]), 0, 7, &[beacon; 32], &merges, &[AccountId([9; 32])]);
+                let selected = select(RunId([1; 16]), ALL, 0, 7, &[beacon; 32], &merges, &[AccountId([9; 32])]);
                 assert_eq!(selected.iter().map(|one| one.t).collect::<Vec<_>>(), [1, 1], "{suspect:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_share_of_the_learner_cycles_is_audited_and_whoever_looks_odd_always_is() {
+        const LEARNERS: u8 = 200;
+        let honest: Vec<(u8, Reason)> = (1..=LEARNERS).map(|byte| (byte, Reason::None)).collect();
+        let odd = (LEARNERS + 1, Reason::TooSimilar);
+        let merges = [merge(0, &[&honest[..], &[odd]].concat())];
+        let mut drawn = 0;
+        for beacon in 0..20 {
+            let selected = select(RunId([1; 16]), 100_000, 0, 7, &[beacon; 32], &merges, &[AccountId([9; 32])]);
+            assert!(selected.iter().any(|one| one.hotkey == AccountId([odd.0; 32])));
+            drawn += selected.len() - 1;
+            let all = select(RunId([1; 16]), ALL, 0, 7, &[beacon; 32], &merges, &[AccountId([9; 32])]);
+            assert_eq!(all.len(), usize::from(LEARNERS) + 1);
+            assert!(selected.iter().all(|one| all.contains(one)), "the rate changes whether, not what");
+        }
+        // A tenth of 4,000: 19 is the standard deviation.
+        assert!((300..500).contains(&drawn), "{drawn}");
     }
 }

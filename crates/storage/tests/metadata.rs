@@ -222,7 +222,14 @@ fn parameters() -> RunParameters {
             clip_norm_ppm: 1,
             schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
         },
-        audit: AuditParameters { loss_rows: 1, replay_steps: 1, replay_tolerance_ppm: 1, beacon_blocks: 1, opening_ms: 1 },
+        audit: AuditParameters {
+            rate_ppm: 1_000_000,
+            loss_rows: 1,
+            replay_steps: 1,
+            replay_tolerance_ppm: 1,
+            beacon_blocks: 1,
+            opening_ms: 1,
+        },
         training: Default::default(),
     }
 }

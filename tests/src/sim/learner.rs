@@ -360,8 +360,12 @@ impl World {
                 Input::OpeningPrepared { audit, parts: self.prepare_opening(index, audit, t, ours.map(|one| one.payload)) }
             }
             Effect::PutOpening { audit, part } => {
-                let bytes = self.learners[index].borrow().memory.openings.get(&(audit, part)).cloned();
+                let (bytes, behaviour) = {
+                    let node = self.learners[index].borrow();
+                    (node.memory.openings.get(&(audit, part)).cloned(), node.behaviour)
+                };
                 let put = match bytes {
+                    Some(_) if behaviour == Behaviour::Hollow => Put::Stored,
                     Some(bytes) => self.put_granted(index, id, &keys.own.opening(&audit, part), bytes, 0).await,
                     None => Put::Unavailable,
                 };

@@ -20,6 +20,8 @@ pub enum Behaviour {
     Forger,
     /// Never trains: commits to what another miner has committed to.
     Copier,
+    /// Calls its openings uploaded, and uploads nothing.
+    Hollow,
 }
 
 /// What goes wrong, and how often. Rates are in parts per million of the operations; a mean time of 0 is never.
@@ -145,7 +147,14 @@ pub fn parameters(fragments: u16, cycles: u64, poll_ms: u64, step_ms: u64) -> Ru
             clip_norm_ppm: 1_000_000,
             schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
         },
-        audit: AuditParameters { loss_rows: 16, replay_steps: 4, replay_tolerance_ppm: 1_000, beacon_blocks: 3, opening_ms: 60_000 },
+        audit: AuditParameters {
+            rate_ppm: 1_000_000,
+            loss_rows: 16,
+            replay_steps: 4,
+            replay_tolerance_ppm: 1_000,
+            beacon_blocks: 3,
+            opening_ms: 60_000,
+        },
         training: Default::default(),
     }
 }
@@ -205,6 +214,7 @@ impl Plan {
         plan.step_ms = random.between(2_000, 6_000);
         plan.parameters = parameters(24, cycles, poll_ms, plan.step_ms);
         plan.parameters.audit.replay_steps = *random.pick(&[2, 4, 8]);
+        plan.parameters.audit.rate_ppm = *random.pick(&[400_000, 1_000_000]);
         plan.parameters.lease_steps = *random.pick(&[8, 24, 48]);
         plan.parameters.quorum_min = *random.pick(&[1, 2, 8]).min(&(miners as u16 / 2).max(1));
         plan.validators = random.between(1, 3) as usize;
@@ -238,7 +248,7 @@ impl Plan {
         faults.skew_ms = if random.chance(500_000) { random.between(0, 25_000) } else { 0 };
         plan.faults = faults;
         if random.chance(300_000) {
-            let kinds = [Behaviour::Liar, Behaviour::OtherBytes, Behaviour::Late, Behaviour::Forger, Behaviour::Copier];
+            let kinds = [Behaviour::Liar, Behaviour::OtherBytes, Behaviour::Late, Behaviour::Forger, Behaviour::Copier, Behaviour::Hollow];
             let share = random.between(1, (miners as u64 / 5).max(1));
             for _ in 0..share {
                 let kind = *random.pick(&kinds);

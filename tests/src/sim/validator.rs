@@ -346,7 +346,11 @@ impl World {
         }
         let mut parts = Vec::new();
         for part in 0..protocol::documents::OPENING_PARTS {
-            parts.push(self.granted(index, id, audit, &keys.own.opening(audit, part)).await?);
+            let key = keys.own.opening(audit, part);
+            if self.peek(&key).is_none() {
+                return Ok((VerdictResult::NoOpening, Reason::NoOpening));
+            }
+            parts.push(self.granted(index, id, audit, &key).await?);
         }
         let mismatch = |reason| Ok((VerdictResult::Mismatch, reason));
         let opened = self.plan.scheme.open::<OpeningManifest>(&parts[0], &self.context, Expect::Account(hotkey), None);

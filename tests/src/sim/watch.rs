@@ -66,8 +66,11 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ("log_is_complete", "every merge is in the log in the end, with the commitments that it merged before it"),
     ("journal_is_exact", "snapshot and journal give the very machine that crashed"),
     ("honest_is_not_failed", "no honest miner is failed by a verdict, whatever goes wrong"),
-    ("lie_is_failed", "no verdict passes a payload that was not trained"),
-    ("weights_follow_verdicts", "scores are merged tokens without those that a revealed verdict fails, nothing else"),
+    ("lie_is_failed", "no verdict passes a payload that was not trained, or work that was not shown"),
+    (
+        "weights_follow_verdicts",
+        "scores are merged tokens, without those of learners that a revealed verdict calls failed or unopened, nothing else",
+    ),
     ("only_writer", "an orchestrator that is alone is never fenced"),
     ("one_writer_per_epoch", "the head's epochs never fall, each is one process's, and a process that lost its lease ends"),
     ("banned_is_left_out", "what a banned hotkey sends is in no merge that was opened after the ban, and it holds no rows"),
@@ -93,7 +96,8 @@ pub struct Watch {
     log_entries: BTreeSet<Digest>,
     log_order: BTreeMap<Digest, u64>,
     pub lies: BTreeSet<Digest>,
-    failed: BTreeSet<(u64, AccountId, u8)>,
+    /// Learners that a verdict calls failed or unopened, in any cycle.
+    unsound: BTreeSet<(AccountId, u8)>,
     pub verdicts: BTreeMap<&'static str, u64>,
     /// By host.
     crashed: BTreeMap<usize, Vec<u8>>,
@@ -362,13 +366,15 @@ impl Watch {
             VerdictResult::NotEvaluated => "not evaluated",
         };
         *self.verdicts.entry(name).or_default() += 1;
-        let is_lie = self.lies.contains(&verdict.payload);
+        let behaviour = world.behaviour(&verdict.hotkey);
+        let is_lie = self.lies.contains(&verdict.payload) || behaviour == Some(Behaviour::Hollow);
         if verdict.result == VerdictResult::Mismatch {
-            let behaviour = world.behaviour(&verdict.hotkey);
             self.hold(world, "honest_is_not_failed", behaviour != Some(Behaviour::Honest), || {
                 format!("{} in cycle {}: {:?}", verdict.hotkey.short(), verdict.cycle, verdict.reason)
             });
-            self.failed.insert((verdict.cycle, verdict.hotkey, verdict.slot));
+        }
+        if matches!(verdict.result, VerdictResult::Mismatch | VerdictResult::NoOpening) {
+            self.unsound.insert((verdict.hotkey, verdict.slot));
         }
         self.hold(world, "lie_is_failed", !(is_lie && verdict.result == VerdictResult::Pass), || verdict.hotkey.short());
     }
@@ -394,7 +400,7 @@ impl Watch {
             let cycle = cycle_of(manifest.t, fragments);
             for contribution in manifest.worked() {
                 *most.entry(contribution.hotkey).or_default() += contribution.tokens;
-                if cycle < epoch && !contribution.is_suspect() && !self.failed.contains(&(cycle, contribution.hotkey, contribution.slot)) {
+                if cycle < epoch && !contribution.is_suspect() && !self.unsound.contains(&(contribution.hotkey, contribution.slot)) {
                     *least.entry(contribution.hotkey).or_default() += contribution.tokens;
                 }
             }

@@ -68,12 +68,14 @@ impl Openings {
             }
         }
         let mut changes = Changes::default();
-        self.all.retain(|opening| {
-            let stays = ours.iter().any(|notice| notice.audit == opening.audit);
-            if !stays {
-                changes.gone.push(opening.audit);
+        self.all.retain_mut(|opening| {
+            let notice = ours.iter().find(|notice| notice.audit == opening.audit);
+            match notice {
+                // An orchestrator that was away gives so much longer.
+                Some(notice) => opening.deadline_ms = notice.deadline_ms,
+                None => changes.gone.push(opening.audit),
             }
-            stays
+            notice.is_some()
         });
         for notice in ours {
             if !self.all.iter().any(|opening| opening.audit == notice.audit) {
@@ -220,6 +222,17 @@ mod tests {
         assert_eq!(openings.to_prepare(0), Some((Digest::blake3(b"b"), 5, KEY)));
         assert_eq!(openings.to_prepare(1_000), None);
         assert!(!openings.awaits_upload(1_000));
+    }
+
+    #[test]
+    fn a_notice_that_gives_more_time_is_taken_up() {
+        let a = Digest::blake3(b"a");
+        let mut openings = Openings::default();
+        openings.set_notices(&[notice(b"a", 3, US)], &US, 0);
+        assert_eq!(openings.to_prepare(5_000), None);
+        let Notice::OpenAudit { audit, hotkey, slot, t, key, .. } = notice(b"a", 3, US);
+        openings.set_notices(&[Notice::OpenAudit { audit, hotkey, slot, t, deadline_ms: 9_000, key }], &US, 0);
+        assert_eq!(openings.to_prepare(5_000), Some((a, 3, KEY)));
     }
 
     #[test]

@@ -63,6 +63,7 @@ pub fn parameters() -> RunParameters {
             schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
         },
         audit: AuditParameters {
+            rate_ppm: 1_000_000,
             loss_rows: 4,
             replay_steps: REPLAY_STEPS as u16,
             replay_tolerance_ppm: 10_000,

@@ -86,7 +86,14 @@ fn parameters() -> RunParameters {
             clip_norm_ppm: 1,
             schedule: LrSchedule { warmup_steps: 0, total_steps: 0, final_ppm: 0 },
         },
-        audit: AuditParameters { loss_rows: 16, replay_steps: 4, replay_tolerance_ppm: 1, beacon_blocks: 3, opening_ms: 20_000 },
+        audit: AuditParameters {
+            rate_ppm: 1_000_000,
+            loss_rows: 16,
+            replay_steps: 4,
+            replay_tolerance_ppm: 1,
+            beacon_blocks: 3,
+            opening_ms: 20_000,
+        },
         training: Default::default(),
     }
 }

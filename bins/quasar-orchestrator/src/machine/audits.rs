@@ -1,7 +1,7 @@
 //! Audits: selected by the beacon when a cycle is over, announced, opened by their miners, ordered from their validators.
 
 use protocol::audits::{Selection, select};
-use protocol::documents::{MergeManifest, OPENING_PARTS, OpeningPart, Progress, VerdictResult, opening_bytes_max};
+use protocol::documents::{MergeManifest, OPENING_PARTS, OpeningPart, Progress, VerdictResult, opening_part_bytes_max};
 use protocol::log::LogKind;
 use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,8 @@ const NOTICES_OF_SLOT: usize = 4;
 const UNOPENED_MAX: usize = 8;
 /// A verdict is awaited as long as the grants of its audit live, and looked for after so many polls.
 pub const VERDICT_MS: u64 = 6 * 3_600_000;
+/// An opening is there for longer than its grants live, whatever the clocks say: to a validator, one that is not there was never uploaded.
+const OPENING_KEPT_MS: u64 = VERDICT_MS + 15 * 60_000;
 const VERDICT_POLLS: u64 = 10;
 /// Most reads of verdicts under way.
 const VERDICTS_AT_ONCE: usize = 256;
@@ -105,7 +107,7 @@ impl Orchestrator {
             self.payloads.entry(merge.t).or_default().extend(merge.contributions.iter().map(|one| (one.hotkey, one.slot)));
         }
         let validators: Vec<AccountId> = self.guests.iter().filter(|guest| guest.validator).map(|guest| guest.hotkey).collect();
-        for selection in select(self.setup.run, cycle, block, hash, &merges, &validators) {
+        for selection in select(self.setup.run, self.parameters().audit.rate_ppm, cycle, block, hash, &merges, &validators) {
             tracing::debug!(cycle, hotkey = %selection.hotkey.short(), validator = %selection.validator.short(), t = selection.t, "audit selected");
             let slot = (selection.hotkey, selection.slot);
             self.order_oldest_unopened(slot);
@@ -117,11 +119,11 @@ impl Orchestrator {
         self.make_opening_keys();
     }
 
-    /// Who opens nothing does not hold up the audits of others for ever.
+    /// Who opens nothing does not hold up the audits of others for ever. What is being uploaded is ordered last.
     fn order_oldest_unopened(&mut self, slot: Slot) {
         let unopened = || self.audits.values().filter(|case| case.is_opening() && case.slot() == slot);
         if unopened().count() >= UNOPENED_MAX
-            && let Some(oldest) = unopened().min_by_key(|case| case.selection.cycle)
+            && let Some(oldest) = unopened().min_by_key(|case| (!case.parts.is_empty(), case.selection.cycle))
         {
             let audit = oldest.selection.audit;
             self.order(audit);
@@ -163,11 +165,12 @@ impl Orchestrator {
     /// Takes up announced and uploaded parts of openings.
     pub(super) fn on_openings(&mut self, slot: Slot, record: &Progress) {
         let elements: u64 = self.setup.fragments.iter().map(|fragment| fragment.elements).sum();
-        let limit = opening_bytes_max(elements);
+        let limits: Vec<u64> = (0..OPENING_PARTS).map(|part| opening_part_bytes_max(part, elements, self.parameters())).collect();
         let mut changed = false;
         for part in &record.openings {
             let Some(case) = self.audits.get_mut(&part.audit) else { continue };
-            if case.slot() != slot || part.part >= OPENING_PARTS || part.length > limit || !case.is_opening() {
+            let fits = limits.get(usize::from(part.part)).is_some_and(|limit| part.length <= *limit);
+            if case.slot() != slot || !fits || !case.is_opening() {
                 continue;
             }
             let known = case.parts.entry(part.part).or_insert_with(|| {
@@ -215,7 +218,7 @@ impl Orchestrator {
         self.head_dirty = true;
         let until_ms = self.volatile.now_ms + VERDICT_MS;
         if !case.parts.is_empty() {
-            self.openings.insert(audit, (case.slot(), until_ms));
+            self.openings.insert(audit, (case.slot(), self.volatile.now_ms + OPENING_KEPT_MS));
         }
         let awaited = AwaitedVerdict { validator: case.selection.validator, until_ms, t: case.selection.t, is_opened: case.is_opened() };
         self.verdicts_awaited.insert(audit, awaited);
@@ -272,7 +275,11 @@ impl Orchestrator {
         self.log.add(LogKind::Verdict, id);
     }
 
-    pub(super) fn resume_audits(&mut self) {
+    /// Nobody could open anything while no process ran: what is noticed has so much longer.
+    pub(super) fn resume_audits(&mut self, silent_ms: u64) {
+        for case in self.audits.values_mut().filter(|case| case.key.is_some()) {
+            case.deadline_ms = case.deadline_ms.saturating_add(silent_ms);
+        }
         self.make_opening_keys();
         let ordering: Vec<Digest> = self.audits.iter().filter(|(_, case)| case.ordering).map(|(audit, _)| *audit).collect();
         for audit in ordering {

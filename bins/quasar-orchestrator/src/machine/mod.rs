@@ -296,8 +296,8 @@ impl Orchestrator {
         &self.ledger
     }
 
-    /// Asks again for everything that was open when the last process ended.
-    fn resume(&mut self) {
+    /// Asks again for everything that was open when the last process ended, `silent_ms` ago as far as is known.
+    fn resume(&mut self, silent_ms: u64) {
         let now_ms = self.volatile.now_ms;
         // A replay has left what the last process was told, asked for and waited for: nothing of that reached this one.
         let effects = std::mem::take(&mut self.volatile.effects);
@@ -312,7 +312,7 @@ impl Orchestrator {
             self.pace.dirty.insert(*slot);
         }
         self.resume_pulls();
-        self.resume_audits();
+        self.resume_audits(silent_ms);
         self.resume_receipts();
         self.resume_leases();
         self.resume_retiring();
@@ -416,19 +416,19 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 9;
+    const LAYOUT: u32 = 10;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
-        self.volatile.now_ms = now_ms;
+        let silent_ms = now_ms.saturating_sub(std::mem::replace(&mut self.volatile.now_ms, now_ms));
         self.note_input(&input);
         match input {
             Input::Claimed { epoch } => {
                 self.epoch = epoch;
-                self.resume();
+                self.resume(silent_ms);
             }
             Input::Recovered { facts } => {
                 self.on_recovered(*facts);
-                self.resume();
+                self.resume(silent_ms);
             }
             Input::Tick => {}
             Input::Block { number } => self.block = self.block.max(number),

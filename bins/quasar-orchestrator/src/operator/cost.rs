@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use daemon::Failure;
-use protocol::documents::{Codec, OPENING_PARTS, PROGRESS_BYTES, RunParameters, opening_volume_bytes};
+use protocol::documents::{Codec, OPENING_PARTS, PPM, PROGRESS_BYTES, RunParameters, opening_volume_bytes};
 use protocol::files::CHUNK_BYTES;
 use serde::Serialize;
 
@@ -193,7 +193,8 @@ pub fn of_a_day(parameters: &RunParameters, scale: &Scale) -> Cost {
     let learners = (scale.miners * scale.learners) as f64;
     let validators = scale.validators as f64;
     let silent = scale.miners as f64 * f64::from(parameters.slots).max(scale.learners as f64) - learners;
-    let audits = if scale.validators > 0 { cycles * learners } else { 0.0 };
+    let audited = f64::from(parameters.audit.rate_ppm) / PPM as f64;
+    let audits = if scale.validators > 0 { cycles * learners * audited } else { 0.0 };
     let elements = scale.elements as f64 / fragments;
     let (payload, keyframe) = (elements * element_bytes(parameters.codec_up), elements * element_bytes(parameters.codec_down));
     let state = elements * if parameters.outer_momentum_ppm > 0 { 8.0 } else { 4.0 };
@@ -300,8 +301,8 @@ mod tests {
     fn the_state_of_every_opening_goes_into_the_store_and_out_of_it_once() {
         let validators = |count: &str| of(100, &["--validators", count]);
         let (none, two, four) = (validators("0"), validators("2"), validators("4"));
-        // 180 cycles a day, in each of which every learner opens weights and moments of the whole model.
-        let opened_bytes = 180.0 * 100.0 * 18e9 * 6.0;
+        // 180 cycles a day, in each of which one learner in fifty opens weights and moments of the whole model.
+        let opened_bytes = 180.0 * 100.0 / 50.0 * 18e9 * 6.0;
         let is_close = |left: f64, right: f64| (left / right - 1.0).abs() < 1e-9;
         assert!(is_close(two.bytes_in - none.bytes_in, opened_bytes), "{none:?} {two:?}");
         assert_eq!(two.bytes_in, four.bytes_in, "each learner is audited by one validator, however many there are");

@@ -11,8 +11,8 @@ use fragments::keyframe::{self, KeyframeId};
 use fragments::outer::momentum_fits;
 use fragments::state::{FragmentState, StateHeader};
 use protocol::documents::{
-    CatalogPage, CatalogRef, CurrentRun, FRAGMENTS_MAX, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, ReleaseRef, RunManifest,
-    RunParameters, RunRoot, RunState,
+    CatalogPage, CatalogRef, CurrentRun, FRAGMENTS_MAX, FragmentHead, FragmentManifest, Head, LEASE_STEPS_MAX, PPM, ReleaseRef,
+    RunManifest, RunParameters, RunRoot, RunState,
 };
 use protocol::envelope::{Context, Document, Expect, PROTOCOL_VERSION, RunId, open, open_stored};
 use protocol::{Digest, FileRecord, KeyRef};
@@ -235,9 +235,16 @@ fn check(parameters: &RunParameters, root: &RunRoot) -> Result<(), Failure> {
         ("lease_steps", u64::from(parameters.lease_steps)),
         ("poll_ms", parameters.poll_ms),
         ("audit.replay_steps", u64::from(parameters.audit.replay_steps)),
+        ("audit.rate_ppm", u64::from(parameters.audit.rate_ppm)),
     ];
     if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
         return wrong(format!("{name} is zero"), "1 or more; configs/run-mainnet.toml says what each is for");
+    }
+    if u64::from(parameters.audit.rate_ppm) > PPM {
+        return wrong(
+            format!("audit.rate_ppm is {}, more than all learner-cycles", parameters.audit.rate_ppm),
+            "1 to 1_000_000, which audits all of them",
+        );
     }
     if parameters.lease_steps > LEASE_STEPS_MAX {
         return wrong(
@@ -323,13 +330,15 @@ mod tests {
             change(&mut parameters);
             check(&parameters, &root).unwrap_err().to_string()
         };
-        let changes: [(Change, &str); 9] = [
+        let changes: [(Change, &str); 11] = [
             (|p| p.fragments = 0, "1 to 32"),
             (|p| p.fragments = 33, "1 to 32"),
             (|p| p.slots = 5, "1 to 4"),
             (|p| p.inner_steps = 0, "1 or more"),
             (|p| p.poll_ms = 0, "1 or more"),
             (|p| p.audit.replay_steps = 0, "1 or more"),
+            (|p| p.audit.rate_ppm = 0, "1 or more"),
+            (|p| p.audit.rate_ppm = 1_000_001, "1 to 1_000_000"),
             (|p| p.lease_steps = LEASE_STEPS_MAX + 1, "at most"),
             (|p| p.codec_down = Codec::TopK, "\"int4\""),
             (|p| (p.codec_up, p.outer_momentum_ppm) = (Codec::TopK, 1), "outer_momentum_ppm = 0"),

@@ -25,7 +25,7 @@ use protocol::{AccountId, Digest, Ed25519Signer, FileRecord, GrantBundle, GrantR
 use storage::client::{GrantClient, GrantError, PublicReader, PutOutcome};
 use storage::roots::Roots;
 use storage::server::{Backend, S3Server, ServerSettings};
-use storage::{ObjectStore, Presign, PutCondition, S3Settings, S3Store, bundle};
+use storage::{ObjectStore, Presign, PutCondition, S3Settings, S3Store, bundle, seal_stream};
 
 use super::*;
 use crate::audit::Engine;
@@ -165,7 +165,7 @@ impl Published {
         let draft = Contribution { hotkey: signer().key().account(), ..contribution(1, 0, 100, Reason::None) };
         let beacon_block = 5 + u64::from(world.parameters.audit.beacon_blocks);
         let beacon = chain.block_hash(beacon_block).await.unwrap().unwrap();
-        let selections = select(run_id, 1, beacon_block, &beacon, &merges(draft, Digest::ZERO)[3..], &[hotkey.account()]);
+        let selections = select(run_id, 1_000_000, 1, beacon_block, &beacon, &merges(draft, Digest::ZERO)[3..], &[hotkey.account()]);
         world.selection = Some(selections[0].clone());
         let case = case(&world, cheat);
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Effect;
 use super::poller::Poller;
-use super::verdicts::verdict_ms;
+use super::verdicts::{LATE_EVERY_MS, LATE_MS, verdict_ms};
 use crate::audit::{Judgement, Subject, learner};
 
 /// Attempts that fail for good before the verdict says that the audit was not evaluated.
@@ -73,7 +73,7 @@ pub fn compare(selection: &Selection, order: &AuditOrder) -> OrderRead {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Stage {
-    AwaitingOrder,
+    AwaitingOrder { is_late: bool },
     Ready,
     Judging,
     Committing(Box<Judgement>),
@@ -124,10 +124,10 @@ impl Audits {
             "audit drawn"
         );
         let key = (selection.cycle, selection.audit);
-        let until_ms = now_ms + self.patience_ms;
+        let until_ms = now_ms + self.patience_ms + LATE_MS;
         self.open.entry(key).or_insert(Audit {
             subject,
-            stage: Stage::AwaitingOrder,
+            stage: Stage::AwaitingOrder { is_late: false },
             poller: Poller::new(self.every_ms),
             attempts: 0,
             delays: 0,
@@ -147,9 +147,7 @@ impl Audits {
     pub fn effects(&mut self, now_ms: u64, versions: &[u64], effects: &mut impl Extend<Effect>) {
         self.open.retain(|(_, audit), one| {
             let is_alive = one.until_ms > now_ms || matches!(one.stage, Stage::Ready | Stage::Judging);
-            if !is_alive && one.stage == Stage::AwaitingOrder {
-                tracing::warn!(audit = audit.short(), "no audit order came: the orchestrator did not deliver what the beacon selected");
-            } else if !is_alive {
+            if !is_alive && !matches!(one.stage, Stage::AwaitingOrder { .. }) {
                 tracing::error!(audit = audit.short(), "the verdict could not be written in time and is lost");
             }
             is_alive
@@ -157,7 +155,9 @@ impl Audits {
         for one in self.open.values_mut() {
             let audit = one.subject.selection.audit;
             match &one.stage {
-                Stage::AwaitingOrder if one.poller.begin(now_ms) => effects.extend([Effect::ReadOrder(one.subject.selection.clone())]),
+                Stage::AwaitingOrder { .. } if one.poller.begin(now_ms) => {
+                    effects.extend([Effect::ReadOrder(one.subject.selection.clone())])
+                }
                 Stage::Ready if !self.is_judging && one.poller.begin(now_ms) => {
                     one.stage = Stage::Judging;
                     self.is_judging = true;
@@ -173,11 +173,23 @@ impl Audits {
     }
 
     pub fn order(&mut self, audit: Digest, read: OrderRead, now_ms: u64) {
-        let patience_ms = self.patience_ms;
+        let (every_ms, patience_ms) = (self.every_ms, self.patience_ms);
         let Some(one) = self.find(&audit) else { return };
         one.poller.end(now_ms);
         match read {
-            OrderRead::Absent => {}
+            OrderRead::Absent => {
+                if let Stage::AwaitingOrder { is_late } = &mut one.stage
+                    && now_ms + LATE_MS >= one.until_ms
+                {
+                    one.poller.rest(now_ms, LATE_EVERY_MS.max(every_ms));
+                    if !std::mem::replace(is_late, true) {
+                        tracing::warn!(
+                            audit = audit.short(),
+                            "no audit order came in time: the orchestrator has not delivered what the beacon selected"
+                        );
+                    }
+                }
+            }
             OrderRead::Fits => {
                 one.until_ms = now_ms + patience_ms;
                 one.enter(Stage::Ready, now_ms);
@@ -233,7 +245,7 @@ impl Audits {
 
     /// The oldest cycle of which evidence is still to be judged.
     pub fn oldest_cycle(&self) -> Option<u64> {
-        let is_waiting = |one: &Audit| matches!(one.stage, Stage::AwaitingOrder | Stage::Ready | Stage::Judging);
+        let is_waiting = |one: &Audit| matches!(one.stage, Stage::AwaitingOrder { .. } | Stage::Ready | Stage::Judging);
         self.open.iter().find(|(_, one)| is_waiting(one)).map(|((cycle, _), _)| *cycle)
     }
 
@@ -293,7 +305,7 @@ impl Audits {
         }
     }
 
-    /// Whether a verdict of ours is still to be written.
+    /// Whether no verdict of ours is still to be written.
     pub fn is_settled(&self) -> bool {
         self.open.is_empty()
     }
@@ -502,7 +514,15 @@ mod tests {
         assert!(audits.is_settled());
         let mut audits = Audits::new(account(9), 100, 1_000);
         audits.take_on(subject(1, 0), 0);
-        assert_eq!(effects(&mut audits, verdict_ms(1_000)), []);
+        let mut looks = 0;
+        while let Some(due_ms) = audits.deadline() {
+            let asked = effects(&mut audits, due_ms);
+            assert!(asked.iter().all(|effect| matches!(effect, Effect::ReadOrder(_))), "{asked:?}");
+            looks += asked.len() as u64;
+            audits.order(subject(1, 0).selection.audit, OrderRead::Absent, due_ms);
+        }
+        // Each poll until it is late, and then now and then for a day: whoever was away may bring it.
+        assert!((LATE_MS / LATE_EVERY_MS..verdict_ms(1_000) / 100 + LATE_MS / LATE_EVERY_MS + 2).contains(&looks), "{looks}");
         assert!(audits.is_settled());
     }
 }

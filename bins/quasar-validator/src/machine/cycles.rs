@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::audits::{Selection, select};
-use protocol::documents::{Contribution, FragmentHead, MergeManifest};
+use protocol::documents::{AuditParameters, Contribution, FragmentHead, MergeManifest};
 use protocol::envelope::RunId;
 use protocol::schedule::{Work, cycle_of, fragment_of, merge_weights};
 use protocol::{AccountId, Digest, Reason};
@@ -116,6 +116,7 @@ pub struct Folded {
 pub struct Cycles {
     run: RunId,
     fragments: u16,
+    rate_ppm: u32,
     beacon_blocks: u64,
     retry_ms: u64,
     /// Outer steps below this are closed, as the head says.
@@ -134,11 +135,12 @@ pub struct Cycles {
 }
 
 impl Cycles {
-    pub fn new(run: RunId, fragments: u16, beacon_blocks: u32, retry_ms: u64) -> Self {
+    pub fn new(run: RunId, fragments: u16, audit: &AuditParameters, retry_ms: u64) -> Self {
         Self {
             run,
             fragments,
-            beacon_blocks: u64::from(beacon_blocks),
+            rate_ppm: audit.rate_ppm,
+            beacon_blocks: u64::from(audit.beacon_blocks),
             retry_ms,
             closed_below: 0,
             folded_below: 0,
@@ -247,7 +249,7 @@ impl Cycles {
         };
         let closed = self.closed.remove(&cycle).map(|closed| (closed.merges, closed.beacon_block));
         let Some((merges, beacon_block)) = closed else { return Vec::new() };
-        let selections = select(self.run, cycle, beacon_block, &hash, &merges, validators);
+        let selections = select(self.run, self.rate_ppm, cycle, beacon_block, &hash, &merges, validators);
         selections.into_iter().filter_map(|selection| subject(selection, &merges)).collect()
     }
 
@@ -307,10 +309,10 @@ fn subject(selection: Selection, merges: &[MergeManifest]) -> Option<Subject> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::fixture::{account, contribution, merge};
+    use crate::machine::fixture::{account, contribution, merge, parameters};
 
     fn cycles() -> Cycles {
-        Cycles::new(RunId([1; 16]), 2, 3, 100)
+        Cycles::new(RunId([1; 16]), 2, &parameters().audit, 100)
     }
 
     fn both() -> Vec<protocol::documents::Contribution> {

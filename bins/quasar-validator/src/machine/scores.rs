@@ -1,32 +1,69 @@
 //! Scores: a pure fold over merge manifests and revealed verdicts, so that honest validators agree to the bit.
 //!
-//! score(hotkey) = Σ tokens of its merged contributions, without those of a learner-cycle that a verdict failed, and with those that a
-//! filter left out for their looks where the learner-cycle's audit was passed: that is what it was audited on. Pay is linear in
-//! tokens: splitting the work over several hotkeys earns the same. A manifest that contradicts itself credits nobody.
+//! score(hotkey) = Σ tokens of the merged contributions of its learners, cycle by cycle, as their audits show them. A learner-cycle whose
+//! audit was passed counts, with what a filter left out for its looks: that is what it was audited on. One that was failed or not opened
+//! counts nothing. One that was not audited counts like those that were: unless the last audit before it, or the next one behind it, was
+//! failed or not opened. So who leaves out a share f of the training loses f of its pay where everything is audited,
+//! and twice that where little is. Pay is linear in tokens: splitting the work over several hotkeys earns the same. A manifest that
+//! contradicts itself credits nobody.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use protocol::AccountId;
 use protocol::documents::{MergeManifest, Verdict, VerdictResult};
 use protocol::schedule::cycle_of;
 use serde::{Deserialize, Serialize};
 
-/// One learner in one cycle: what one audit judges.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct LearnerCycle {
-    pub cycle: u64,
-    pub hotkey: AccountId,
-    pub slot: u8,
+/// A learner: hotkey and slot.
+type Learner = (AccountId, u8);
+
+/// What one learner did in one cycle.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct LearnerCycle {
+    tokens: u64,
+    /// Left out by a filter for their looks.
+    suspect_tokens: u64,
+    /// How its audit ended; `None` while nothing was decided.
+    is_sound: Option<bool>,
 }
 
-/// Tokens by learner-cycle, and the learner-cycles that failed or passed.
+/// The cycles of one learner.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Books {
+    cycles: BTreeMap<u64, LearnerCycle>,
+    /// Of [`Books::count`], when nothing was added since.
+    counted: Option<u64>,
+}
+
+impl Books {
+    fn cycle(&mut self, cycle: u64) -> &mut LearnerCycle {
+        self.counted = None;
+        self.cycles.entry(cycle).or_default()
+    }
+
+    /// Tokens that count.
+    fn count(&self) -> u64 {
+        let (mut sum, mut unaudited, mut was_sound) = (0u64, 0u64, true);
+        for one in self.cycles.values() {
+            match one.is_sound {
+                None if was_sound => unaudited = unaudited.saturating_add(one.tokens),
+                None => {}
+                Some(true) => {
+                    let tokens = one.tokens.saturating_add(one.suspect_tokens);
+                    sum = sum.saturating_add(std::mem::take(&mut unaudited)).saturating_add(tokens);
+                    was_sound = true;
+                }
+                Some(false) => (unaudited, was_sound) = (0, false),
+            }
+        }
+        sum.saturating_add(unaudited)
+    }
+}
+
+/// All learners of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ScoreLedger {
-    credited: BTreeMap<LearnerCycle, u64>,
-    /// Left out by a filter for their looks.
-    suspect: BTreeMap<LearnerCycle, u64>,
-    failed: BTreeSet<LearnerCycle>,
-    passed: BTreeSet<LearnerCycle>,
+    learners: BTreeMap<Learner, Books>,
 }
 
 impl ScoreLedger {
@@ -34,35 +71,32 @@ impl ScoreLedger {
     pub fn credit(&mut self, manifest: &MergeManifest, fragments: u16) {
         let cycle = cycle_of(manifest.t, fragments);
         for contribution in manifest.worked() {
-            let learner = LearnerCycle { cycle, hotkey: contribution.hotkey, slot: contribution.slot };
-            let books = if contribution.is_suspect() { &mut self.suspect } else { &mut self.credited };
-            let tokens = books.entry(learner).or_default();
+            let one = self.learners.entry((contribution.hotkey, contribution.slot)).or_default().cycle(cycle);
+            let tokens = if contribution.is_suspect() { &mut one.suspect_tokens } else { &mut one.tokens };
             *tokens = tokens.saturating_add(contribution.tokens);
         }
     }
 
-    /// Takes a revealed verdict into account: only a proved mismatch costs anything, and a pass clears what a filter left out.
+    /// Takes a revealed verdict into account; the order does not matter. What could not be judged changes nothing.
     pub fn judge(&mut self, verdict: &Verdict) {
-        let learner = LearnerCycle { cycle: verdict.cycle, hotkey: verdict.hotkey, slot: verdict.slot };
-        match verdict.result {
-            VerdictResult::Mismatch => {
-                self.failed.insert(learner);
-            }
-            VerdictResult::Pass => {
-                self.passed.insert(learner);
-            }
-            VerdictResult::Inconclusive | VerdictResult::NoOpening | VerdictResult::NotEvaluated => {}
-        }
+        let is_sound = match verdict.result {
+            VerdictResult::Pass => true,
+            VerdictResult::Mismatch | VerdictResult::NoOpening => false,
+            VerdictResult::Inconclusive | VerdictResult::NotEvaluated => return,
+        };
+        let one = self.learners.entry((verdict.hotkey, verdict.slot)).or_default().cycle(verdict.cycle);
+        one.is_sound = Some(is_sound && one.is_sound != Some(false));
     }
 
     /// Tokens by account, accounts ascending; accounts without any are left out.
-    pub fn scores(&self) -> Vec<(AccountId, u64)> {
+    pub fn scores(&mut self) -> Vec<(AccountId, u64)> {
         let mut scores: BTreeMap<AccountId, u64> = BTreeMap::new();
-        let cleared = self.suspect.iter().filter(|(learner, _)| self.passed.contains(learner));
-        for (learner, tokens) in self.credited.iter().chain(cleared) {
-            if *tokens > 0 && !self.failed.contains(learner) {
-                let sum = scores.entry(learner.hotkey).or_default();
-                *sum = sum.saturating_add(*tokens);
+        for ((hotkey, _), books) in &mut self.learners {
+            let tokens = books.counted.unwrap_or_else(|| books.count());
+            books.counted = Some(tokens);
+            if tokens > 0 {
+                let sum = scores.entry(*hotkey).or_default();
+                *sum = sum.saturating_add(tokens);
             }
         }
         scores.into_iter().collect()
@@ -73,7 +107,7 @@ impl ScoreLedger {
 mod tests {
     use super::*;
     use crate::machine::fixture::{account, contribution, merge, verdict};
-    use protocol::Reason;
+    use protocol::{Digest, Reason};
 
     fn ledger(merges: &[MergeManifest], verdicts: &[Verdict]) -> Vec<(AccountId, u64)> {
         let mut ledger = ScoreLedger::default();
@@ -94,15 +128,65 @@ mod tests {
     }
 
     #[test]
-    fn a_mismatch_voids_exactly_the_learner_cycle_that_it_judges() {
+    fn a_failed_or_unopened_audit_voids_its_learner_cycle_and_no_other_audited_one() {
         let merges = [
             merge(0, 2, vec![contribution(1, 0, 100, Reason::None), contribution(1, 1, 7, Reason::None)]),
             merge(1, 2, vec![contribution(1, 0, 20, Reason::None)]),
             merge(2, 2, vec![contribution(1, 0, 3, Reason::None)]),
         ];
-        assert_eq!(ledger(&merges, &[verdict(0, 1, 0, VerdictResult::Mismatch)]), [(account(1), 10)]);
-        for result in [VerdictResult::Pass, VerdictResult::Inconclusive, VerdictResult::NoOpening, VerdictResult::NotEvaluated] {
+        for result in [VerdictResult::Mismatch, VerdictResult::NoOpening] {
+            let passed = verdict(1, 1, 0, VerdictResult::Pass);
+            assert_eq!(ledger(&merges, &[verdict(0, 1, 0, result), passed]), [(account(1), 10)], "{result:?}");
+        }
+        for result in [VerdictResult::Pass, VerdictResult::Inconclusive, VerdictResult::NotEvaluated] {
             assert_eq!(ledger(&merges, &[verdict(0, 1, 0, result)]), [(account(1), 130)], "{result:?}");
+        }
+    }
+
+    /// Cycles 0 to 9 of a learner, with 2^cycle tokens each, under these audits.
+    fn counted(audits: &[(u64, VerdictResult)]) -> u64 {
+        let merges: Vec<_> = (0..10).map(|cycle| merge(2 * cycle, 2, vec![contribution(1, 0, 1 << cycle, Reason::None)])).collect();
+        let verdicts: Vec<_> = audits.iter().map(|(cycle, result)| verdict(*cycle, 1, 0, *result)).collect();
+        let scores = ledger(&merges, &verdicts);
+        let backwards: Vec<_> = verdicts.into_iter().rev().collect();
+        assert_eq!(ledger(&merges, &backwards), scores);
+        scores.first().map_or(0, |(_, tokens)| *tokens)
+    }
+
+    #[test]
+    fn what_was_not_audited_counts_like_the_audits_before_and_behind_it() {
+        use VerdictResult::{Inconclusive, Mismatch, NoOpening, NotEvaluated, Pass};
+        let of = |cycles: &[u64]| cycles.iter().map(|cycle| 1 << cycle).sum::<u64>();
+        let all: Vec<u64> = (0..10).collect();
+        assert_eq!(counted(&[]), of(&all));
+        assert_eq!(counted(&[(2, Pass), (7, Pass)]), of(&all));
+        // Back to the last audit that was passed, and on to the next one.
+        assert_eq!(counted(&[(2, Pass), (5, Mismatch), (8, Pass)]), of(&[0, 1, 2, 8, 9]));
+        assert_eq!(counted(&[(2, Pass), (5, NoOpening), (8, Pass)]), of(&[0, 1, 2, 8, 9]));
+        assert_eq!(counted(&[(2, Pass), (5, Mismatch)]), of(&[0, 1, 2]));
+        assert_eq!(counted(&[(3, NoOpening), (6, Mismatch)]), 0);
+        // Who could not be judged was not audited.
+        assert_eq!(counted(&[(2, Pass), (3, NotEvaluated), (5, Mismatch), (7, Inconclusive), (8, Pass)]), of(&[0, 1, 2, 8, 9]));
+    }
+
+    #[test]
+    fn to_train_a_share_of_the_cycles_only_costs_more_than_it_saves_whatever_the_rate_of_audits_is() {
+        const CYCLES: u64 = 60_000;
+        for rate in [2, 10, 50] {
+            for skipped in [5, 20, 50] {
+                let draw = |cycle: u64, of: u8| {
+                    let digest = Digest::derive("test", &[&cycle.to_le_bytes(), &[of, rate, skipped]]);
+                    u64::from_le_bytes(std::array::from_fn(|i| digest.0[i])) % 100
+                };
+                let mut books = Books::default();
+                for cycle in 0..CYCLES {
+                    let is_audited = draw(cycle, 0) < u64::from(rate);
+                    let is_sound = is_audited.then(|| draw(cycle, 1) >= u64::from(skipped));
+                    *books.cycle(cycle) = LearnerCycle { tokens: 1, suspect_tokens: 0, is_sound };
+                }
+                let (paid, trained) = (books.count() as f64 / CYCLES as f64, 1.0 - f64::from(skipped) / 100.0);
+                assert!(paid < trained, "{rate} % audited, {skipped} % not trained: {paid} of the pay for {trained} of the work");
+            }
         }
     }
 

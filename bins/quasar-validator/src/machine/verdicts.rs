@@ -14,6 +14,12 @@ const READS_MAX: usize = 16;
 /// Time for fetching and judging is at least this long, whatever a run says about openings.
 const JUDGING_MS_MIN: u64 = 60_000;
 
+/// An orchestrator that was away gives learners so much longer to open, and a learner opens one audit after the other. So an order or a
+/// verdict that is not there in time may still come for so long, and is looked for now and then. Everybody has to count what was revealed.
+pub const LATE_MS: u64 = 24 * 3_600_000;
+/// Pause between two looks for what is late.
+pub const LATE_EVERY_MS: u64 = 5 * 60_000;
+
 /// How long a verdict may take from the beacon on: the time to open, then three quarters of it for order, queue and judgement.
 pub fn verdict_ms(opening_ms: u64) -> u64 {
     opening_ms + (opening_ms / 4 * 3).max(JUDGING_MS_MIN)
@@ -23,7 +29,9 @@ pub fn verdict_ms(opening_ms: u64) -> u64 {
 struct Watch {
     subject: Subject,
     poller: Poller,
+    /// When it is late.
     until_ms: u64,
+    is_late: bool,
     /// A first look found nothing.
     is_open: bool,
 }
@@ -34,7 +42,7 @@ pub struct Tally {
     pub pass: u64,
     pub fail: u64,
     pub other: u64,
-    /// Selections whose verdict never came.
+    /// Selections whose verdict has not come in time.
     pub missing: u64,
 }
 
@@ -64,7 +72,7 @@ impl Verdicts {
     /// Starts to wait for the verdict on a selected learner-cycle.
     pub fn watch(&mut self, subject: Subject, now_ms: u64) {
         let until_ms = now_ms + verdict_ms(self.opening_ms);
-        let watch = Watch { subject, poller: Poller::new(self.every_ms), until_ms, is_open: false };
+        let watch = Watch { subject, poller: Poller::new(self.every_ms), until_ms, is_late: false, is_open: false };
         self.watched.insert(watch.subject.selection.audit, watch);
     }
 
@@ -89,6 +97,7 @@ impl Verdicts {
         self.reading = self.reading.saturating_sub(1);
         watch.poller.end(now_ms);
         if let Some(verdict) = verdict {
+            self.tally.missing -= u64::from(watch.is_late);
             self.watched.remove(&audit);
             match verdict.result {
                 VerdictResult::Pass => self.tally.pass += 1,
@@ -102,8 +111,12 @@ impl Verdicts {
             return Looked::FirstTime(Box::new(watch.subject.clone()));
         }
         if watch.until_ms <= now_ms {
-            self.watched.remove(&audit);
-            self.tally.missing += 1;
+            let was_late = std::mem::replace(&mut watch.is_late, true);
+            self.tally.missing += u64::from(!was_late);
+            watch.poller.rest(now_ms, LATE_EVERY_MS.max(self.every_ms));
+            if watch.until_ms.saturating_add(LATE_MS) <= now_ms {
+                self.watched.remove(&audit);
+            }
         }
         Looked::Nothing
     }
@@ -119,9 +132,9 @@ impl Verdicts {
         self.tally
     }
 
-    /// Whether no verdict is awaited any more.
+    /// Whether no verdict is awaited any more that is not late.
     pub fn is_settled(&self) -> bool {
-        self.watched.is_empty()
+        self.watched.values().all(|watch| watch.is_late)
     }
 
     pub fn deadline(&self) -> Option<u64> {
@@ -157,15 +170,31 @@ mod tests {
     }
 
     #[test]
-    fn a_verdict_that_never_comes_is_given_up_and_counted() {
-        let mut verdicts = Verdicts::new(100, 1_000);
-        let one = subject(1, 0);
-        verdicts.watch(one.clone(), 0);
-        for now_ms in [0, verdict_ms(1_000)] {
-            assert_eq!(verdicts.wanted(now_ms).len(), 1);
-            verdicts.looked(one.selection.audit, None, now_ms);
-        }
-        assert!(verdicts.is_settled());
+    fn a_verdict_that_is_late_is_counted_as_missing_until_it_comes() {
+        let (one, late_ms) = (subject(1, 0), verdict_ms(1_000));
+        let audit = one.selection.audit;
+        let watching = |until_ms: u64| {
+            let mut verdicts = Verdicts::new(100, 1_000);
+            verdicts.watch(one.clone(), 0);
+            let (mut now_ms, mut looks) = (0, 0);
+            while now_ms < until_ms
+                && let Some(due_ms) = verdicts.deadline()
+            {
+                now_ms = due_ms;
+                assert_eq!(verdicts.wanted(now_ms).len(), 1);
+                verdicts.looked(audit, None, now_ms);
+                looks += 1;
+                assert_eq!((verdicts.is_settled(), verdicts.tally().missing), (now_ms >= late_ms, u64::from(now_ms >= late_ms)));
+            }
+            (verdicts, now_ms, looks)
+        };
+        let (mut verdicts, now_ms, looks) = watching(6 * 3_600_000);
+        assert!((late_ms / 100 + 60..late_ms / 100 + 80).contains(&looks), "{looks} looks in six hours");
+        let found = verdicts.looked(audit, Some(verdict(0, 1, 0, VerdictResult::NoOpening)), now_ms + 1);
+        assert!(matches!(found, Looked::Revealed(_)));
+        assert_eq!(verdicts.tally(), Tally { other: 1, ..Tally::default() });
+        let (verdicts, now_ms, _) = watching(u64::MAX);
+        assert!((LATE_MS..LATE_MS + 2 * LATE_EVERY_MS).contains(&now_ms) && verdicts.watched.is_empty(), "{now_ms}");
         assert_eq!(verdicts.tally().missing, 1);
     }
 }

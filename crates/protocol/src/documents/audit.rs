@@ -6,6 +6,8 @@ use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use super::job::Lease;
+use super::run::RunParameters;
+use crate::envelope::Purpose;
 use crate::steps::Exchange;
 use crate::{AccountId, Digest, Reason, SealedBytes};
 
@@ -45,9 +47,26 @@ const OPENING_BYTES_MIN: u64 = 16 << 20;
 /// Volumes that the largest part travels in, before it is sealed.
 const OPENING_VOLUMES: u64 = 128;
 
-/// Most bytes of a part of an opening, before it is sealed, for a model of so many elements.
+/// Most expert choices of a token: mixture layers, times experts of each.
+const CHOICES_PER_TOKEN_MAX: u64 = 512;
+
+/// Most bytes of an opening's largest part, the state, before it is sealed, for a model of so many elements.
 pub fn opening_bytes_max(elements: u64) -> u64 {
     elements.saturating_mul(OPENING_BYTES_PER_ELEMENT).max(OPENING_BYTES_MIN)
+}
+
+/// Most bytes of part `part` of an opening for a model of so many elements, as it is uploaded: sealing adds a key, and a tag to each MiB.
+pub fn opening_part_bytes_max(part: u8, elements: u64, parameters: &RunParameters) -> u64 {
+    let plain = match part {
+        0 => Purpose::OpeningManifest.file_limit(),
+        1 => opening_bytes_max(elements),
+        _ => {
+            let tokens = u64::from(parameters.batch_rows) * u64::from(parameters.sequence_length);
+            let step = tokens.saturating_mul(2 * CHOICES_PER_TOKEN_MAX).saturating_add(4);
+            step.saturating_mul(u64::from(parameters.audit.replay_steps)).min(opening_bytes_max(elements))
+        }
+    };
+    plain.saturating_add((plain >> 15) + 1_024)
 }
 
 /// Bytes of the volumes that the parts of an opening travel in, for a model of so many elements. A part is an object each so many bytes: no

@@ -18,7 +18,8 @@ mod writer;
 
 pub use audit::{
     AuditOrder, Measurements, OPENING_PARTS, OpenedPart, OpenedStep, OpeningManifest, SCORES_BYTES, Score, Scores, VERDICT_COMMIT_BYTES,
-    VERDICT_REVEAL_BYTES, Verdict, VerdictCommit, VerdictResult, VerdictReveal, opening_bytes_max, opening_volume_bytes, opening_volumes,
+    VERDICT_REVEAL_BYTES, Verdict, VerdictCommit, VerdictResult, VerdictReveal, opening_bytes_max, opening_part_bytes_max,
+    opening_volume_bytes, opening_volumes,
 };
 pub use equivocation::{Equivocation, NoEquivocation};
 pub use head::{FragmentHead, Head, Notice, Pull, ReleaseRef, RunState};

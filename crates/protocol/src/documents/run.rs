@@ -108,6 +108,8 @@ impl InnerOptimizer {
 /// How learners' work is audited.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct AuditParameters {
+    /// Share of the learner-cycles that are audited. What a filter left out for its looks always is.
+    pub rate_ppm: u32,
     /// Rows of the loss test, assigned and held-out each.
     pub loss_rows: u16,
     /// Steps between committed states: a replay runs at most so many.

@@ -80,7 +80,14 @@ fn parameters() -> RunParameters {
             clip_norm_ppm: 1_000_000,
             schedule: LrSchedule { warmup_steps: 8, total_steps: 192, final_ppm: 100_000 },
         },
-        audit: AuditParameters { loss_rows: 16, replay_steps: 4, replay_tolerance_ppm: 50_000, beacon_blocks: 3, opening_ms: 60_000 },
+        audit: AuditParameters {
+            rate_ppm: 1_000_000,
+            loss_rows: 16,
+            replay_steps: 4,
+            replay_tolerance_ppm: 50_000,
+            beacon_blocks: 3,
+            opening_ms: 60_000,
+        },
         training: Default::default(),
     }
 }

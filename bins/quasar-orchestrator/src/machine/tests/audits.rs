@@ -1,7 +1,7 @@
 //! Audits that wait for room in the head, and openings that are let go of.
 
 use protocol::audits::Selection;
-use protocol::documents::Notice;
+use protocol::documents::{Notice, OpeningPart, opening_part_bytes_max};
 use protocol::envelope::Purpose;
 
 use super::*;
@@ -71,6 +71,66 @@ fn of_a_slot_that_opens_nothing_only_so_many_audits_stay_open() {
     let machine = &world.machine;
     let needed = machine.audits.values().flat_map(|case| &case.leases);
     assert!(needed.clone().count() > 0 && needed.clone().all(|id| machine.leases.contains_key(id)));
+}
+
+#[test]
+fn parts_that_are_longer_than_theirs_may_be_are_never_granted() {
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    let slot = world.learners[0].slot;
+    world.opens_nothing = Some(slot);
+    world.run(20_000);
+    let (audit, record) =
+        (world.machine.audits.values().find(|case| case.slot() == slot).unwrap().selection.audit, &world.learners[0].record);
+    let elements = world.machine.setup.fragments.iter().map(|fragment| fragment.elements).sum();
+    let parameters = world.machine.parameters().clone();
+    let limit = |part| opening_part_bytes_max(part, elements, &parameters);
+    assert!(limit(0) < 70_000 && limit(1) >= 16 << 20, "a list of steps is no state");
+    let part = |part, length| OpeningPart { audit, part, length, sha256: Digest::ZERO, uploaded: false };
+    let mut record = record.clone();
+    record.openings = vec![part(0, limit(0) + 1), part(1, limit(1) + 1), part(2, limit(2) + 1), part(3, 1)];
+    world.machine.on_openings(slot, &record);
+    assert!(world.machine.audits[&audit].parts.is_empty() && world.machine.opening_wants(slot).is_empty());
+    record.openings = (0..3).map(|number| part(number, limit(number))).collect();
+    world.machine.on_openings(slot, &record);
+    assert_eq!(world.machine.opening_wants(slot).len(), 3);
+}
+
+#[test]
+fn who_could_not_open_while_no_orchestrator_ran_has_so_much_longer() {
+    const AWAY_MS: u64 = 600_000;
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    let slot = world.learners[0].slot;
+    world.opens_nothing = Some(slot);
+    world.run(20_000);
+    let noticed = |world: &World| -> BTreeMap<Digest, u64> {
+        let ours = world.machine.audits.values().filter(|case| case.slot() == slot && case.key.is_some());
+        ours.map(|case| (case.selection.audit, case.deadline_ms)).collect()
+    };
+    let before = noticed(&world);
+    assert!(!before.is_empty());
+    world.now_ms += AWAY_MS;
+    world.input(Input::Claimed { epoch: 2 });
+    let after = noticed(&world);
+    assert!(
+        before.iter().all(|(audit, deadline_ms)| after.get(audit).is_some_and(|later| *later >= deadline_ms + AWAY_MS)),
+        "{before:?} {after:?}"
+    );
+}
+
+#[test]
+fn a_run_that_audits_a_share_orders_so_many() {
+    let orders = |rate_ppm| {
+        let mut setup = setup(0);
+        setup.parameters.audit.rate_ppm = rate_ppm;
+        let mut world = World::of(setup, 5);
+        world.run(200_000);
+        assert!(world.machine.audit_cycle > 20);
+        world.orders.len()
+    };
+    let (all, some) = (orders(1_000_000), orders(250_000));
+    assert!(some > all / 8 && some < all / 2, "{some} of {all}");
 }
 
 #[test]

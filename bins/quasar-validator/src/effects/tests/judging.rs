@@ -103,16 +103,38 @@ async fn an_opening_in_volumes_is_judged_as_one_and_a_volume_that_came_is_not_fe
     let mut effects = published.effects(toys(&published.world)).await;
     effects.openings.volume_bytes = VOLUME_BYTES;
     assert_eq!(effects.order(selection).await, OrderRead::Fits);
-    let missing = published.store.get(&key(1, last), 1 << 20).await.unwrap().bytes;
+    let whole = published.store.get(&key(1, last), 1 << 20).await.unwrap().bytes;
     published.store.delete(&key(1, last)).await.unwrap();
+    published.put(&key(1, last), "damaged").await;
     let judge = async || effects.judge(published.case.subject.clone(), vec![0, 1, 0]).await;
     let judged = judge().await;
-    assert!(matches!(judged, Judged::Unavailable(_)), "{judged:?}");
-    // The store has the last one again, and the others no more.
-    published.put(&key(1, last), missing).await;
+    assert!(matches!(judged, Judged::Failed(_)), "{judged:?}");
+    // The store has the last one whole again, and the others no more.
+    published.store.delete(&key(1, last)).await.unwrap();
+    published.put(&key(1, last), whole).await;
     published.store.delete(&key(1, 0)).await.unwrap();
     let judged = judge().await;
     assert!(matches!(&judged, Judged::Done(judgement) if judgement.result == VerdictResult::Pass), "{judged:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_part_that_is_not_there_counts_as_none_and_one_that_is_too_long_is_not_looked_at() {
+    let published = Published::new(&Cheat::default()).await;
+    let selection = &published.case.subject.selection;
+    let key = published.run.opening(&selection.hotkey, 0, &selection.audit, 1);
+    published.publish_order(true, |_| {}).await;
+    published.store.delete(&key).await.unwrap();
+    let judge = async || {
+        let effects = published.effects(toys(&published.world)).await;
+        assert_eq!(effects.order(selection).await, OrderRead::Fits);
+        effects.judge(published.case.subject.clone(), vec![0, 1, 0]).await
+    };
+    // Its miner called it uploaded.
+    let judged = judge().await;
+    assert!(matches!(&judged, Judged::Done(judgement) if judgement.result == VerdictResult::NoOpening), "{judged:?}");
+    published.publish_order(true, |order| order.opening[0].length = 1 << 20).await;
+    let judged = judge().await;
+    assert!(matches!(&judged, Judged::Failed(why) if why.contains("longer than")), "{judged:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
