@@ -282,28 +282,30 @@ impl Effects {
         if part.length > limit {
             return Err(Trouble::malformed(key, "longer than this part of an opening of this run may be"));
         }
-        let fetched = match self.openings.fetch(&self.grants, keys, (audit, number), part).await {
-            // The grants of an order end before what they are for is deleted.
-            Err(Trouble::Grant(GrantError::Absent { key })) => {
-                tracing::warn!(audit = audit.short(), part = number, key, "a part that its miner called uploaded is not there");
-                return Ok(None);
-            }
-            fetched => fetched?,
-        };
-        let (info, secret) = (self.facts.context.opening_info(audit, number), secret.clone());
-        let open = move || Ok(fetched.is_intact()?.then(|| fetched.unsealed(&secret, &info, limit)));
-        let opened = tokio::task::spawn_blocking(open).await.map_err(|_| Trouble::BenchGone)?;
-        match opened.map_err(Trouble::io(key.clone()))? {
-            Some(Ok(part)) => Ok(Some(part)),
-            Some(Err(error)) => {
-                tracing::warn!(audit = audit.short(), part = number, "an opened part cannot be unsealed: {error}");
-                Ok(None)
-            }
-            None => {
-                self.openings.remove(audit);
-                Err(Trouble::Digest { key })
+        // A disk may damage what was fetched, once.
+        for _ in 0..2 {
+            let fetched = match self.openings.fetch(&self.grants, keys, (audit, number), part).await {
+                // The grants of an order end before what they are for is deleted.
+                Err(Trouble::Grant(GrantError::Absent { key })) => {
+                    tracing::warn!(audit = audit.short(), part = number, key, "a part that its miner called uploaded is not there");
+                    return Ok(None);
+                }
+                fetched => fetched?,
+            };
+            let (info, secret) = (self.facts.context.opening_info(audit, number), secret.clone());
+            let open = move || Ok(fetched.is_intact()?.then(|| fetched.unsealed(&secret, &info, limit)));
+            let opened = tokio::task::spawn_blocking(open).await.map_err(|_| Trouble::BenchGone)?;
+            match opened.map_err(Trouble::io(key.clone()))? {
+                Some(Ok(part)) => return Ok(Some(part)),
+                Some(Err(error)) => {
+                    tracing::warn!(audit = audit.short(), part = number, "an opened part cannot be unsealed: {error}");
+                    return Ok(None);
+                }
+                None => self.openings.remove(audit),
             }
         }
+        tracing::warn!(audit = audit.short(), part = number, "an opened part is not what its miner announced");
+        Ok(None)
     }
 
     /// Publishes what the weights on the chain were made from. They count without it, so a store that fails is not waited for.

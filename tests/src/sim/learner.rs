@@ -1,7 +1,7 @@
 //! A miner's node: its real machine, a trainer of digests, and an edge that reads, verifies and redeems grants like
 //! `quasar-miner`'s. The spool is its disk: segments of earlier sessions stay, the machine begins anew.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -14,7 +14,8 @@ use protocol::documents::{
 use protocol::envelope::{self, Document, Expect, Header, next_sequence};
 use protocol::{AccountId, Digest, GrantBundle, GrantRequest, KeyMap, Method, SealedBytes};
 use quasar_miner::machine::{
-    Boundary, Effect, End, Exported, Fault, Found, GrantInfo, Input, Learner, LearnerSettings, Look, PreparedPart, Put, StepDone, Trouble,
+    Boundary, Effect, End, Exported, Fault, Found, GrantInfo, Input, Learner, LearnerSettings, Look, NotPrepared, PreparedPart, Put,
+    StepDone, Trouble,
 };
 use storage::StoreError;
 use storage::client::{GrantError, PutOutcome};
@@ -69,6 +70,8 @@ struct Memory {
     payloads: BTreeMap<u64, Bytes>,
     receipts: BTreeMap<u64, Bytes>,
     openings: BTreeMap<(Digest, u8), Bytes>,
+    /// Outer steps whose payloads audits ask for.
+    asked: BTreeSet<u64>,
     /// Tag and highest sequence seen of each object that is looked at.
     seen: [(Option<Rc<str>>, u64); Look::ALL.len()],
 }
@@ -357,7 +360,10 @@ impl World {
                 let manifest = self.published::<MergeManifest>(id, &self.run.merge(t)).await;
                 let account = self.learners[index].borrow().identity.account;
                 let ours = manifest.and_then(|manifest| manifest.contributions.into_iter().find(|one| one.hotkey == account));
-                Input::OpeningPrepared { audit, parts: self.prepare_opening(index, audit, t, ours.map(|one| one.payload)) }
+                Input::OpeningPrepared {
+                    audit,
+                    parts: self.prepare_opening(index, audit, t, ours.map(|one| one.payload)).ok_or(NotPrepared::Gone),
+                }
             }
             Effect::PutOpening { audit, part } => {
                 let (bytes, behaviour) = {
@@ -380,8 +386,10 @@ impl World {
                 self.learners[index].borrow_mut().memory.receipts.remove(&lease);
                 return None;
             }
-            Effect::DropOpening { audit } => {
-                self.learners[index].borrow_mut().memory.openings.retain(|(of, _), _| *of != audit);
+            Effect::KeepOpenings { asked, .. } => {
+                let mut node = self.learners[index].borrow_mut();
+                node.memory.openings.retain(|(of, _), _| asked.iter().any(|(audit, _)| audit == of));
+                node.memory.asked = asked.into_iter().map(|(_, t)| t).collect();
                 return None;
             }
         })
@@ -613,8 +621,16 @@ impl World {
             node.unsaved_ms = 0;
             node.disk.states.insert((session, order.local_step), (weights.clone(), order.versions.clone()));
             let kept = SPOOLED_CYCLES * u64::from(self.plan.parameters.inner_steps);
-            while node.disk.states.len() as u64 > kept {
-                node.disk.states.pop_first();
+            let Node { disk, memory, .. } = &mut *node;
+            let is_asked = |at: &(u64, u64)| {
+                let of = |((t, session, _), export): (&(u64, u64, u64), &Export)| {
+                    memory.asked.contains(t) && (*session, export.start_step) == *at
+                };
+                disk.exports.iter().any(of)
+            };
+            while disk.states.len() as u64 > kept {
+                let Some(oldest) = disk.states.keys().copied().find(|at| !is_asked(at)) else { break };
+                disk.states.remove(&oldest);
             }
             weights.digest()
         });

@@ -96,8 +96,8 @@ pub struct Watch {
     log_entries: BTreeSet<Digest>,
     log_order: BTreeMap<Digest, u64>,
     pub lies: BTreeSet<Digest>,
-    /// Learners that a verdict calls failed or unopened, in any cycle.
-    unsound: BTreeSet<(AccountId, u8)>,
+    /// Hotkeys that a verdict calls failed or unopened, in any cycle.
+    unsound: BTreeSet<AccountId>,
     pub verdicts: BTreeMap<&'static str, u64>,
     /// By host.
     crashed: BTreeMap<usize, Vec<u8>>,
@@ -374,7 +374,7 @@ impl Watch {
             });
         }
         if matches!(verdict.result, VerdictResult::Mismatch | VerdictResult::NoOpening) {
-            self.unsound.insert((verdict.hotkey, verdict.slot));
+            self.unsound.insert(verdict.hotkey);
         }
         self.hold(world, "lie_is_failed", !(is_lie && verdict.result == VerdictResult::Pass), || verdict.hotkey.short());
     }
@@ -400,7 +400,7 @@ impl Watch {
             let cycle = cycle_of(manifest.t, fragments);
             for contribution in manifest.worked() {
                 *most.entry(contribution.hotkey).or_default() += contribution.tokens;
-                if cycle < epoch && !contribution.is_suspect() && !self.unsound.contains(&(contribution.hotkey, contribution.slot)) {
+                if cycle < epoch && !contribution.is_suspect() && !self.unsound.contains(&contribution.hotkey) {
                     *least.entry(contribution.hotkey).or_default() += contribution.tokens;
                 }
             }

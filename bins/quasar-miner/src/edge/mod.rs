@@ -41,7 +41,7 @@ pub use spool::{Spool, SpoolError};
 pub use staged::Staged;
 pub use tokens::{ChunkCache, LeaseTokens, TokenStore};
 
-use crate::machine::{Effect, Input, Put, Trouble};
+use crate::machine::{Effect, Input, NotPrepared, PreparedPart, Put, Trouble};
 use crate::trainer::TrainerThread;
 use chain::ChainLink;
 
@@ -149,7 +149,6 @@ impl Edge {
         trainer: TrainerThread,
     ) -> io::Result<Self> {
         let facts = reader.facts().clone();
-        let opening_ms = facts.manifest.parameters.audit.opening_ms;
         let volume_bytes = opening_volume_bytes(facts.plan.total_elements());
         Ok(Self {
             slot,
@@ -162,7 +161,7 @@ impl Edge {
             looks: Looks::new(reader),
             plane,
             receipts: Announced::default(),
-            openings: OpeningFiles::open(folder.join("openings"), volume_bytes, opening_ms, clock::now_ms())?,
+            openings: OpeningFiles::open(folder.join("openings"), volume_bytes)?,
             trainer,
         })
     }
@@ -271,8 +270,14 @@ impl Edge {
                 });
                 Input::OpeningPut { audit, part, put }
             }
-            Effect::DropOpening { audit } => {
-                self.openings.remove(&audit);
+            Effect::KeepOpenings { revision, asked } => {
+                if !self.openings.is_newest(revision) {
+                    return None;
+                }
+                self.openings.retain(|audit| asked.iter().any(|(of, _)| of == audit));
+                if let Err(error) = self.plane.spool.keep(asked.into_iter().map(|(_, t)| t).collect()) {
+                    tracing::error!(slot = self.slot, %error, "segments of audits may be lost");
+                }
                 return None;
             }
         })
@@ -396,7 +401,7 @@ impl Edge {
         }
     }
 
-    async fn prepare_opening(self: &Arc<Self>, audit: Digest, t: u64, key: [u8; 32]) -> Option<Vec<crate::machine::PreparedPart>> {
+    async fn prepare_opening(self: &Arc<Self>, audit: Digest, t: u64, key: [u8; 32]) -> Result<Vec<PreparedPart>, NotPrepared> {
         let preparation = self.openings.begin(audit);
         // Which of the payloads that several sessions may have offered was taken.
         let manifest = self.published::<MergeManifest>(&self.facts.run.merge(t)).await;
@@ -417,12 +422,14 @@ impl Edge {
             Ok(parts)
         };
         match tokio::task::spawn_blocking(prepare).await {
-            Ok(Ok(parts)) => Some(parts),
+            Ok(Ok(parts)) => Ok(parts),
             Ok(Err(error)) => {
                 tracing::warn!(slot = self.slot, audit = %audit.short(), t, %error, "an opening cannot be prepared");
-                None
+                let spool_error = error.downcast_ref::<SpoolError>();
+                let is_gone = spool_error.is_some_and(|error| matches!(error, SpoolError::Missing { .. } | SpoolError::Damaged { .. }));
+                Err(if is_gone { NotPrepared::Gone } else { NotPrepared::Failed })
             }
-            Err(_) => None,
+            Err(_) => Err(NotPrepared::Failed),
         }
     }
 }

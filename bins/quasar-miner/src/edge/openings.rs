@@ -3,10 +3,9 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::UNIX_EPOCH;
 
 use daemon::files;
 use protocol::Digest;
@@ -32,6 +31,8 @@ pub struct OpeningFiles {
     under_way: Mutex<Vec<(Digest, Weak<AtomicBool>)>>,
     /// One preparation writes at a time.
     turn: Mutex<()>,
+    /// Of what is asked for, as far as it was told.
+    revision: AtomicU64,
 }
 
 /// A preparation from its order on. It takes long, and its notice may go meanwhile.
@@ -63,18 +64,9 @@ impl Read for Asked<'_> {
 }
 
 impl OpeningFiles {
-    /// A miner may take `opening_ms` for an opening. Those of audits whose notice was gone before this process began are removed: nobody
-    /// tells of these.
-    pub fn open(folder: PathBuf, volume_bytes: u64, opening_ms: u64, now_ms: u64) -> io::Result<Self> {
+    pub fn open(folder: PathBuf, volume_bytes: u64) -> io::Result<Self> {
         fs::create_dir_all(&folder)?;
-        for entry in fs::read_dir(&folder)? {
-            let path = entry?.path();
-            if path.is_dir() && changed_ms(&path)?.saturating_add(opening_ms.saturating_mul(2)) < now_ms {
-                tracing::info!(folder = %path.display(), "removing an opening that nobody asks for any more");
-                fs::remove_dir_all(&path)?;
-            }
-        }
-        Ok(Self { folder, volume_bytes, under_way: Mutex::default(), turn: Mutex::default() })
+        Ok(Self { folder, volume_bytes, under_way: Mutex::default(), turn: Mutex::default(), revision: AtomicU64::new(0) })
     }
 
     fn under_way(&self) -> MutexGuard<'_, Vec<(Digest, Weak<AtomicBool>)>> {
@@ -222,23 +214,25 @@ impl OpeningFiles {
         Ok(read)
     }
 
-    /// The notice is gone. What is being prepared for it ends soon.
-    pub fn remove(&self, audit: &Digest) {
+    /// Whether nothing newer was told of what is asked for.
+    pub fn is_newest(&self, revision: u64) -> bool {
+        self.revision.fetch_max(revision, Ordering::SeqCst) <= revision
+    }
+
+    /// The notices of all others are gone, or were before this process began. What is being prepared for them ends soon.
+    pub fn retain(&self, is_asked: impl Fn(&Digest) -> bool) {
         let under_way = self.under_way();
-        for is_dropped in under_way.iter().filter(|(of, _)| of == audit).filter_map(|(_, is_dropped)| is_dropped.upgrade()) {
+        for is_dropped in under_way.iter().filter(|(of, _)| !is_asked(of)).filter_map(|(_, is_dropped)| is_dropped.upgrade()) {
             is_dropped.store(true, Ordering::SeqCst);
         }
-        let _ = fs::remove_dir_all(self.folder_of(audit));
+        let folders = fs::read_dir(&self.folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+        for folder in folders {
+            let audit = folder.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse::<Digest>().ok());
+            if audit.is_none_or(|audit| !is_asked(&audit)) {
+                let _ = fs::remove_dir_all(folder);
+            }
+        }
     }
-}
-
-/// When something in a folder changed last, in Unix milliseconds.
-fn changed_ms(folder: &Path) -> io::Result<u64> {
-    let mut newest = fs::metadata(folder)?.modified()?;
-    for entry in fs::read_dir(folder)? {
-        newest = newest.max(entry?.metadata()?.modified()?);
-    }
-    Ok(newest.duration_since(UNIX_EPOCH).map_or(0, |age| age.as_millis() as u64))
 }
 
 #[cfg(test)]
@@ -258,13 +252,13 @@ mod tests {
         let step = OpenedStep { local_step: 0, lease: 1, lease_step: 0, exchanged: vec![], loss: 7 };
         spool.put_step(step, Routes(vec![0, 5])).unwrap();
         spool.put_export(100, (0, 1), Digest::ZERO, None).unwrap();
-        let openings = OpeningFiles::open(folder.path().join("openings"), 4, u64::MAX / 2, 0).unwrap();
+        let openings = OpeningFiles::open(folder.path().join("openings"), 4).unwrap();
         let audit = Digest::blake3(b"audit");
         // The notice goes as soon as this part is sealed.
         let prepare = |preparation: &Preparation, last: Option<u8>| {
             let info = |part: u8| {
                 if last == Some(part) {
-                    openings.remove(&audit);
+                    openings.retain(|_| false);
                 }
                 vec![part]
             };
@@ -272,7 +266,7 @@ mod tests {
             openings.prepare((preparation, 100, None), &[9; 32], info, (&spool, 2), sign).map(|parts| parts.len())
         };
         let dropped = openings.begin(audit);
-        openings.remove(&audit);
+        openings.retain(|_| false);
         assert!(prepare(&dropped, None).is_err() && !openings.folder_of(&audit).exists());
         for last in [STATE, ROUTES, MANIFEST] {
             assert!(prepare(&openings.begin(audit), Some(last)).is_err());
@@ -282,26 +276,27 @@ mod tests {
     }
 
     #[test]
-    fn an_opening_whose_audit_must_be_over_is_gone_after_the_next_start() {
+    fn what_an_earlier_process_prepared_stays_until_somebody_knows_what_is_asked_for() {
         let folder = tempfile::tempdir().unwrap();
-        let audit = Digest::blake3(b"audit");
-        let open = |now_ms| OpeningFiles::open(folder.path().to_owned(), 4, 1_000, now_ms).unwrap();
-        let openings = open(0);
-        fs::create_dir(openings.folder_of(&audit)).unwrap();
-        fs::write(openings.path(&audit, STATE), b"sealed").unwrap();
-        let written_ms = changed_ms(&openings.folder_of(&audit)).unwrap();
-        open(0);
-        open(written_ms + 2_000);
-        assert_eq!(openings.read(&audit, STATE, 0..6).unwrap(), b"sealed");
-        open(written_ms + 2_001);
-        assert!(!openings.folder_of(&audit).exists());
+        let (asked, gone) = (Digest::blake3(b"asked"), Digest::blake3(b"gone"));
+        let open = || OpeningFiles::open(folder.path().to_owned(), 4).unwrap();
+        let openings = open();
+        for audit in [&asked, &gone] {
+            fs::create_dir(openings.folder_of(audit)).unwrap();
+            fs::write(openings.path(audit, STATE), b"sealed").unwrap();
+        }
+        let openings = open();
+        assert_eq!(openings.read(&gone, STATE, 0..6).unwrap(), b"sealed");
+        openings.retain(|audit| *audit == asked);
+        assert_eq!(openings.read(&asked, STATE, 0..6).unwrap(), b"sealed");
+        assert!(!openings.folder_of(&gone).exists());
     }
 
     #[test]
     fn a_part_is_sent_volume_by_volume_and_what_arrived_is_not_sent_again_after_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let audit = Digest::blake3(b"audit");
-        let open = || OpeningFiles::open(folder.path().to_owned(), 4, u64::MAX / 2, 0).unwrap();
+        let open = || OpeningFiles::open(folder.path().to_owned(), 4).unwrap();
         let openings = open();
         fs::create_dir(openings.folder_of(&audit)).unwrap();
         fs::write(openings.path(&audit, STATE), b"0123456789").unwrap();
@@ -309,7 +304,7 @@ mod tests {
         assert_eq!(openings.read(&audit, STATE, 4..8).unwrap(), b"4567");
         openings.sent(&audit, STATE, 1).unwrap();
         assert_eq!(open().unsent(&audit, STATE).unwrap(), [(0, 0..4), (2, 8..10)]);
-        open().remove(&audit);
+        open().retain(|_| false);
         assert!(open().unsent(&audit, STATE).is_err());
     }
 }

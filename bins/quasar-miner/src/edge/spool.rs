@@ -91,6 +91,10 @@ enum Write {
     Release {
         below: u64,
     },
+    /// Audits ask for the payloads of these outer steps.
+    Keep {
+        of: BTreeSet<u64>,
+    },
     /// Answered once everything before it is on disk.
     Flush(SyncSender<()>),
 }
@@ -128,7 +132,8 @@ impl Spool {
         let failure = Arc::new(Mutex::new(None));
         let (spare, buffer) = channel();
         let _ = spare.send(Vec::new());
-        let writer = Writer { folder: folder.clone(), outer_steps_kept, released: 0, spare, failure: failure.clone() };
+        let writer =
+            Writer { folder: folder.clone(), outer_steps_kept, released: 0, asked: BTreeSet::new(), spare, failure: failure.clone() };
         std::thread::Builder::new().name("spool".into()).spawn(move || writer.run(&queue)).map_err(fail)?;
         Ok(Self { folder, session, writes, buffer: Mutex::new(buffer), failure })
     }
@@ -207,6 +212,11 @@ impl Spool {
     /// Nobody asks for segments of payloads before outer step `below` any more.
     pub fn release(&self, below: u64) -> Result<(), SpoolError> {
         self.write(Write::Release { below })
+    }
+
+    /// Keeps the segments of the payloads of these outer steps, however old they are, until they are released.
+    pub fn keep(&self, of: BTreeSet<u64>) -> Result<(), SpoolError> {
+        self.write(Write::Keep { of })
     }
 
     /// Waits until everything that was written so far can be read back. What of it a power loss tears is found by its digest.
@@ -389,6 +399,8 @@ struct Writer {
     outer_steps_kept: u64,
     /// Payloads of outer steps before this one are not asked for any more.
     released: u64,
+    /// Outer steps whose payloads are asked for.
+    asked: BTreeSet<u64>,
     spare: Sender<Vec<u8>>,
     failure: Arc<Mutex<Option<SpoolError>>>,
 }
@@ -427,7 +439,12 @@ impl Writer {
             Write::Export { at, record } => write_checked(&self.folder.join(export_name(at, ".export")), &[&codec::encode(&record)]),
             Write::Release { below } => {
                 self.released = self.released.max(below);
+                self.asked = self.asked.split_off(&below);
                 self.trim()
+            }
+            Write::Keep { of } => {
+                self.asked = of;
+                Ok(())
             }
             Write::Flush(done) => {
                 let _ = done.send(());
@@ -445,7 +462,7 @@ impl Writer {
             let path = self.folder.join(export_name(at, ".export"));
             let record = fs::read(&path).ok().and_then(|bytes| described::<ExportRecord>(&bytes));
             match record {
-                Some(record) if at.1 >= self.released && at.1 + self.outer_steps_kept > newest => {
+                Some(record) if self.asked.contains(&at.1) || (at.1 >= self.released && at.1 + self.outer_steps_kept > newest) => {
                     kept.insert((at.0, record.start_step));
                 }
                 _ => {
@@ -641,7 +658,14 @@ mod tests {
         let residuals = || files::stems(folder.path(), ".residual").unwrap().len() - 1;
         assert_eq!((exports(), residuals()), (vec![100, 109], 1));
         spool.put_export(110, (40, 44), Digest::ZERO, None).unwrap();
+        // An audit that waits for its turn asks for an old one.
+        spool.keep([100].into()).unwrap();
         fill(&spool, 44..48);
+        assert_eq!((exports(), residuals()), (vec![100, 109, 110], 1));
+        assert_eq!(spool.open_segment(100, None, 2).unwrap().start_step, 0);
+        spool.keep(BTreeSet::new()).unwrap();
+        spool.release(0).unwrap();
+        spool.flush().unwrap();
         assert_eq!((exports(), residuals()), (vec![109, 110], 0));
         assert_eq!(numbers(".state"), [36, 40, 44]);
         assert!(matches!(spool.open_segment(100, None, 2), Err(SpoolError::Missing { t: 100, .. })));

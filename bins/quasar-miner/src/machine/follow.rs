@@ -51,8 +51,8 @@ impl Learner {
         for (audit, t) in changes.noticed {
             tracing::info!(slot, audit = %audit.short(), t, "opening asked for");
         }
-        for audit in changes.gone {
-            self.effects.push_back(Effect::DropOpening { audit });
+        if let Some((revision, asked)) = changes.asked {
+            self.effects.push_back(Effect::KeepOpenings { revision, asked });
         }
         let state = self.head.as_ref().map(|head| head.state);
         if state != Some(head.state) {

@@ -101,6 +101,15 @@ pub struct PreparedPart {
     pub sha256: Digest,
 }
 
+/// Why an opening was not prepared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NotPrepared {
+    /// The segment is not on this disk any more, or not whole.
+    Gone,
+    /// The disk or the memory: it may do later.
+    Failed,
+}
+
 /// Why the trainer could not do what was asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Fault {
@@ -170,10 +179,9 @@ pub enum Input {
         lease: u64,
         put: Put,
     },
-    /// The parts, or `None` where the segment is not on this disk any more.
     OpeningPrepared {
         audit: Digest,
-        parts: Option<Vec<PreparedPart>>,
+        parts: Result<Vec<PreparedPart>, NotPrepared>,
     },
     OpeningPut {
         audit: Digest,
@@ -235,8 +243,11 @@ pub enum Effect {
         audit: Digest,
         part: u8,
     },
-    DropOpening {
-        audit: Digest,
+    /// All openings that are asked for, with their outer steps: their segments stay, and what was prepared for others goes.
+    KeepOpenings {
+        /// Counts up: a newer one stands.
+        revision: u64,
+        asked: Vec<(Digest, u64)>,
     },
 }
 

@@ -33,7 +33,8 @@ use protocol::{AccountId, Method, Reason};
 use fragments::Fragments;
 use grants::Grants;
 pub use io::{
-    Boundary, Effect, Export, Exported, Fault, Found, GrantInfo, Input, Look, PreparedPart, Put, Snapshot, Step, StepDone, Trouble,
+    Boundary, Effect, Export, Exported, Fault, Found, GrantInfo, Input, Look, NotPrepared, PreparedPart, Put, Snapshot, Step, StepDone,
+    Trouble,
 };
 use leases::Leases;
 use openings::Openings;
@@ -280,10 +281,10 @@ impl Learner {
             Input::ReceiptPrepared { lease, signed } => self.receipts.prepared(lease, signed),
             Input::ReceiptPut { lease, put } => self.receipt_put(lease, put, now_ms),
             Input::OpeningPrepared { audit, parts } => {
-                if parts.is_none() {
+                if parts == Err(NotPrepared::Gone) {
                     tracing::warn!(slot = self.settings.slot, audit = %audit.short(), "opening: the segment is not on this disk any more; {}", Reason::NoOpening.remedy());
                 }
-                self.openings.prepared(&audit, parts);
+                self.openings.prepared(&audit, parts, now_ms);
             }
             Input::OpeningPut { audit, part, put } => {
                 if put == Put::Grant {

@@ -6,14 +6,18 @@
 use protocol::documents::{Notice, OpeningPart};
 use protocol::{AccountId, Digest};
 
-use super::io::{PreparedPart, Put};
+use super::io::{NotPrepared, PreparedPart, Put};
 
 /// Pause before an upload is tried again.
 const RETRY_MS: u64 = 1_000;
+/// Pause before an opening is prepared again: a full disk takes its time.
+const PREPARE_RETRY_MS: u64 = 30_000;
 
 #[derive(Clone, Debug, PartialEq)]
 enum State {
-    Noticed,
+    Noticed {
+        not_before_ms: u64,
+    },
     Preparing,
     Ready(Vec<Part>),
     /// The segment is not on this disk.
@@ -47,15 +51,18 @@ struct Opening {
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Openings {
-    /// In the order in which they were noticed.
+    /// In the order of their outer steps: to prepare one lets go of the segments before it.
     all: Vec<Opening>,
+    /// How often it has changed what is asked for; 0 before the first head.
+    revision: u64,
 }
 
 /// What the newest head changed.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Changes {
     pub(super) noticed: Vec<(Digest, u64)>,
-    pub(super) gone: Vec<Digest>,
+    /// All that are asked for, with their outer steps, if these are others than before; and how often they have changed.
+    pub(super) asked: Option<(u64, Vec<(Digest, u64)>)>,
 }
 
 impl Openings {
@@ -64,24 +71,35 @@ impl Openings {
         for notice in notices {
             let Notice::OpenAudit { audit, hotkey: of, slot: of_slot, t, deadline_ms, key } = notice;
             if of == hotkey && *of_slot == slot {
-                ours.push(Opening { audit: *audit, t: *t, deadline_ms: *deadline_ms, key: *key, state: State::Noticed });
+                ours.push(Opening {
+                    audit: *audit,
+                    t: *t,
+                    deadline_ms: *deadline_ms,
+                    key: *key,
+                    state: State::Noticed { not_before_ms: 0 },
+                });
             }
         }
-        let mut changes = Changes::default();
+        let (mut changes, before) = (Changes::default(), self.all.len());
         self.all.retain_mut(|opening| {
             let notice = ours.iter().find(|notice| notice.audit == opening.audit);
-            match notice {
+            if let Some(notice) = notice {
                 // An orchestrator that was away gives so much longer.
-                Some(notice) => opening.deadline_ms = notice.deadline_ms,
-                None => changes.gone.push(opening.audit),
+                opening.deadline_ms = notice.deadline_ms;
             }
             notice.is_some()
         });
+        let are_gone = self.all.len() < before;
         for notice in ours {
             if !self.all.iter().any(|opening| opening.audit == notice.audit) {
                 changes.noticed.push((notice.audit, notice.t));
                 self.all.push(notice);
             }
+        }
+        self.all.sort_by_key(|opening| opening.t);
+        if self.revision == 0 || are_gone || !changes.noticed.is_empty() {
+            self.revision += 1;
+            changes.asked = Some((self.revision, self.all.iter().map(|opening| (opening.audit, opening.t)).collect()));
         }
         changes
     }
@@ -94,7 +112,8 @@ impl Openings {
     /// The opening whose parts are to be prepared now: audit, outer step, key.
     pub(super) fn to_prepare(&self, now_ms: u64) -> Option<(Digest, u64, [u8; 32])> {
         let opening = self.current(now_ms)?;
-        (opening.state == State::Noticed).then_some((opening.audit, opening.t, opening.key))
+        let is_due = matches!(opening.state, State::Noticed { not_before_ms } if not_before_ms <= now_ms);
+        is_due.then_some((opening.audit, opening.t, opening.key))
     }
 
     fn find(&mut self, audit: &Digest) -> Option<&mut Opening> {
@@ -107,7 +126,7 @@ impl Openings {
         }
     }
 
-    pub(super) fn prepared(&mut self, audit: &Digest, parts: Option<Vec<PreparedPart>>) {
+    pub(super) fn prepared(&mut self, audit: &Digest, parts: Result<Vec<PreparedPart>, NotPrepared>, now_ms: u64) {
         let Some(opening) = self.find(audit) else { return };
         let fresh = |part: PreparedPart| Part {
             part: part.part,
@@ -115,7 +134,11 @@ impl Openings {
             sha256: part.sha256,
             upload: Upload::Waiting { not_before_ms: 0 },
         };
-        opening.state = parts.map_or(State::Impossible, |parts| State::Ready(parts.into_iter().map(fresh).collect()));
+        opening.state = match parts {
+            Ok(parts) => State::Ready(parts.into_iter().map(fresh).collect()),
+            Err(NotPrepared::Gone) => State::Impossible,
+            Err(NotPrepared::Failed) => State::Noticed { not_before_ms: now_ms + PREPARE_RETRY_MS },
+        };
     }
 
     /// Parts whose upload was not begun: audit, part, digest.
@@ -162,7 +185,11 @@ impl Openings {
     }
 
     pub(super) fn deadline(&self, now_ms: u64) -> Option<u64> {
-        let Some(Opening { state: State::Ready(parts), .. }) = self.current(now_ms) else { return None };
+        let parts = match &self.current(now_ms)?.state {
+            State::Ready(parts) => parts,
+            State::Noticed { not_before_ms } => return Some(*not_before_ms).filter(|due_ms| *due_ms > now_ms),
+            State::Preparing | State::Impossible => return None,
+        };
         let retry = |part: &Part| match part.upload {
             Upload::Waiting { not_before_ms } if not_before_ms > now_ms => Some(not_before_ms),
             _ => None,
@@ -188,8 +215,8 @@ mod tests {
         Notice::OpenAudit { audit: Digest::blake3(name), hotkey, slot: 0, t, deadline_ms: 1_000, key: KEY }
     }
 
-    fn parts() -> Option<Vec<PreparedPart>> {
-        Some((0..3).map(|part| PreparedPart { part, length: 9, sha256: Digest::blake3(&[part]) }).collect())
+    fn parts() -> Result<Vec<PreparedPart>, NotPrepared> {
+        Ok((0..3).map(|part| PreparedPart { part, length: 9, sha256: Digest::blake3(&[part]) }).collect())
     }
 
     #[test]
@@ -197,11 +224,14 @@ mod tests {
         let (a, b) = (Digest::blake3(b"a"), Digest::blake3(b"b"));
         let mut openings = Openings::default();
         let notices = [notice(b"a", 3, US), notice(b"x", 4, AccountId([2; 32])), notice(b"b", 5, US)];
-        assert_eq!(openings.set_notices(&notices, &US, 0).noticed, [(a, 3), (b, 5)]);
+        // They are in the order of their steps, whatever the head's is.
+        let changes = openings.set_notices(&[notices[2].clone(), notices[1].clone(), notices[0].clone()], &US, 0);
+        assert_eq!((changes.noticed, changes.asked), (vec![(b, 5), (a, 3)], Some((1, vec![(a, 3), (b, 5)]))));
+        assert_eq!(openings.set_notices(&notices, &US, 0), Changes::default());
         assert_eq!(openings.to_prepare(0), Some((a, 3, KEY)));
         openings.preparing(&a);
         assert_eq!(openings.to_prepare(0), None);
-        openings.prepared(&a, parts());
+        openings.prepared(&a, parts(), 0);
         assert_eq!(openings.waiting(0).len(), 3);
         assert_eq!(openings.record(0).len(), 3);
         for part in 0..3 {
@@ -210,7 +240,7 @@ mod tests {
         }
         assert!(openings.record(2_000).iter().all(|part| part.uploaded), "the record keeps them after the deadline, too");
         assert_eq!(openings.to_prepare(0), None);
-        assert_eq!(openings.set_notices(&notices[2..], &US, 0).gone, [a]);
+        assert_eq!(openings.set_notices(&notices[2..], &US, 0).asked, Some((2, vec![(b, 5)])));
         assert_eq!(openings.to_prepare(0), Some((b, 5, KEY)));
     }
 
@@ -218,10 +248,24 @@ mod tests {
     fn an_opening_that_cannot_be_made_or_is_too_late_does_not_block_the_next() {
         let mut openings = Openings::default();
         openings.set_notices(&[notice(b"a", 3, US), notice(b"b", 5, US)], &US, 0);
-        openings.prepared(&Digest::blake3(b"a"), None);
+        openings.prepared(&Digest::blake3(b"a"), Err(NotPrepared::Gone), 0);
         assert_eq!(openings.to_prepare(0), Some((Digest::blake3(b"b"), 5, KEY)));
         assert_eq!(openings.to_prepare(1_000), None);
         assert!(!openings.awaits_upload(1_000));
+    }
+
+    #[test]
+    fn what_a_disk_could_not_do_is_tried_again_and_the_first_head_says_what_is_asked_for() {
+        let a = Digest::blake3(b"a");
+        let mut openings = Openings::default();
+        assert_eq!(openings.set_notices(&[], &US, 0).asked, Some((1, vec![])), "nothing that an earlier process prepared");
+        assert_eq!(openings.set_notices(&[], &US, 0).asked, None);
+        let Notice::OpenAudit { audit, hotkey, slot, t, key, .. } = notice(b"a", 3, US);
+        openings.set_notices(&[Notice::OpenAudit { audit, hotkey, slot, t, deadline_ms: 9 * PREPARE_RETRY_MS, key }], &US, 0);
+        openings.preparing(&a);
+        openings.prepared(&a, Err(NotPrepared::Failed), 5);
+        assert_eq!((openings.to_prepare(6), openings.deadline(6)), (None, Some(5 + PREPARE_RETRY_MS)));
+        assert_eq!(openings.to_prepare(5 + PREPARE_RETRY_MS), Some((a, 3, KEY)));
     }
 
     #[test]
@@ -240,7 +284,7 @@ mod tests {
         let a = Digest::blake3(b"a");
         let mut openings = Openings::default();
         openings.set_notices(&[notice(b"a", 3, US)], &US, 0);
-        openings.prepared(&a, parts());
+        openings.prepared(&a, parts(), 0);
         openings.uploading(&a, 1);
         assert_eq!(openings.waiting(0).len(), 2);
         openings.uploaded(&a, 1, Put::Unavailable, 0);

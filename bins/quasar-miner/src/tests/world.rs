@@ -18,7 +18,9 @@ use storage::seal_stream;
 use zeroize::Zeroizing;
 
 use crate::edge::{Announced, Feedback, Keyframes, LeaseTokens, Plane, Spool, Staged, TokenStore};
-use crate::machine::{Boundary, Effect, End, Found, GrantInfo, Input, Learner, LearnerSettings, Look, PreparedPart, Put, Trouble};
+use crate::machine::{
+    Boundary, Effect, End, Found, GrantInfo, Input, Learner, LearnerSettings, Look, NotPrepared, PreparedPart, Put, Trouble,
+};
 use crate::trainer::Worker;
 
 pub const FRAGMENTS: usize = 3;
@@ -272,7 +274,7 @@ impl World {
             dropped: vec![],
             receipts: BTreeMap::new(),
             later: BTreeMap::new(),
-            openings: crate::edge::OpeningFiles::open(folder.join("openings"), u64::MAX, parameters().audit.opening_ms, now_ms).unwrap(),
+            openings: crate::edge::OpeningFiles::open(folder.join("openings"), u64::MAX).unwrap(),
         };
         for fragment in 0..FRAGMENTS {
             world.publish(fragment as u16, 0);
@@ -486,7 +488,7 @@ impl World {
                 let put = self.put(format!("opening {part}"));
                 self.answer(5, Input::OpeningPut { audit, part, put });
             }
-            Effect::DropOpening { audit } => self.openings.remove(&audit),
+            Effect::KeepOpenings { asked, .. } => self.openings.retain(|audit| asked.iter().any(|(of, _)| of == audit)),
         }
     }
 
@@ -510,10 +512,10 @@ impl World {
         );
     }
 
-    fn prepare(&self, audit: Digest, t: u64, key: [u8; 32]) -> Option<Vec<PreparedPart>> {
+    fn prepare(&self, audit: Digest, t: u64, key: [u8; 32]) -> Result<Vec<PreparedPart>, NotPrepared> {
         let sign = |manifest: &OpeningManifest| protocol::codec::encode(manifest);
         let spool = (&self.plane.spool, toy().plan().total_elements() as usize);
-        self.openings.prepare((&self.openings.begin(audit), t, None), &key, |part| vec![part], spool, sign).ok()
+        self.openings.prepare((&self.openings.begin(audit), t, None), &key, |part| vec![part], spool, sign).map_err(|_| NotPrepared::Gone)
     }
 
     /// A part of a prepared opening, as its validator sees it.

@@ -15,6 +15,8 @@ const NOTICES_MAX: usize = 1_900;
 const NOTICES_OF_SLOT: usize = 4;
 /// Of a slot that has so many audits unopened, the oldest one is ordered unopened when another one comes.
 const UNOPENED_MAX: usize = 8;
+/// A head that takes so long has found no store.
+const HEAD_SLOW_MS: u64 = 10_000;
 /// A verdict is awaited as long as the grants of its audit live, and looked for after so many polls.
 pub const VERDICT_MS: u64 = 6 * 3_600_000;
 /// An opening is there for longer than its grants live, whatever the clocks say: to a validator, one that is not there was never uploaded.
@@ -83,10 +85,12 @@ impl Orchestrator {
             }
         }
         let now_ms = self.volatile.now_ms;
+        let is_away = self.is_store_away();
+        let is_overdue = |case: &AuditCase| !is_away && case.key.is_some() && now_ms >= case.deadline_ms;
         let due: Vec<Digest> = self
             .audits
             .iter()
-            .filter(|(_, case)| case.is_opening() && (case.is_opened() || (case.key.is_some() && now_ms >= case.deadline_ms)))
+            .filter(|(_, case)| case.is_opening() && (case.is_opened() || is_overdue(case)))
             .map(|(audit, _)| *audit)
             .collect();
         for audit in due {
@@ -151,14 +155,41 @@ impl Orchestrator {
         }
     }
 
-    /// From here on the notices of these audits are in the head, and the time to open them runs.
+    /// From here on the notices of these audits are in the head, and the time to open them runs: of a slot one after the other, as it
+    /// opens them.
     pub(super) fn on_opening_keys(&mut self, keys: &[(Digest, [u8; 32])]) {
-        let deadline_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
+        let (now_ms, opening_ms) = (self.volatile.now_ms, self.parameters().audit.opening_ms);
+        let mut busy_until: BTreeMap<Slot, u64> = BTreeMap::new();
+        for case in self.audits.values().filter(|case| case.is_opening() && case.key.is_some()) {
+            let until_ms = busy_until.entry(case.slot()).or_insert(now_ms);
+            *until_ms = case.deadline_ms.max(*until_ms);
+        }
         for (audit, key) in keys {
             if let Some(case) = self.audits.get_mut(audit).filter(|case| case.key.is_none()) {
-                (case.key, case.deadline_ms) = (Some(*key), deadline_ms);
+                let until_ms = busy_until.entry(case.slot()).or_insert(now_ms);
+                *until_ms += opening_ms;
+                (case.key, case.deadline_ms) = (Some(*key), *until_ms);
                 self.head_dirty = true;
             }
+        }
+    }
+
+    /// Whether a head has been on its way to the store for so long that nothing else may get there.
+    fn is_store_away(&self) -> bool {
+        self.volatile.head_in_flight && self.volatile.now_ms > self.volatile.head_ms + HEAD_SLOW_MS
+    }
+
+    /// How long nobody may have reached the store until now, where that is longer than `silent_ms`.
+    pub(super) fn away_ms(&self, silent_ms: u64) -> u64 {
+        let since_ms = if self.is_store_away() { self.volatile.now_ms - self.volatile.head_ms } else { 0 };
+        silent_ms.max(since_ms)
+    }
+
+    /// Nobody could open anything for so long: what is noticed has so much longer.
+    pub(super) fn give_longer(&mut self, away_ms: u64) {
+        for case in self.audits.values_mut().filter(|case| away_ms > 0 && case.key.is_some()) {
+            case.deadline_ms = case.deadline_ms.saturating_add(away_ms);
+            self.head_dirty = true;
         }
     }
 
@@ -275,11 +306,7 @@ impl Orchestrator {
         self.log.add(LogKind::Verdict, id);
     }
 
-    /// Nobody could open anything while no process ran: what is noticed has so much longer.
-    pub(super) fn resume_audits(&mut self, silent_ms: u64) {
-        for case in self.audits.values_mut().filter(|case| case.key.is_some()) {
-            case.deadline_ms = case.deadline_ms.saturating_add(silent_ms);
-        }
+    pub(super) fn resume_audits(&mut self) {
         self.make_opening_keys();
         let ordering: Vec<Digest> = self.audits.iter().filter(|(_, case)| case.ordering).map(|(audit, _)| *audit).collect();
         for audit in ordering {

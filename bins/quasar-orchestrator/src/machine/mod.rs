@@ -299,6 +299,7 @@ impl Orchestrator {
     /// Asks again for everything that was open when the last process ended, `silent_ms` ago as far as is known.
     fn resume(&mut self, silent_ms: u64) {
         let now_ms = self.volatile.now_ms;
+        self.give_longer(self.away_ms(silent_ms));
         // A replay has left what the last process was told, asked for and waited for: nothing of that reached this one.
         let effects = std::mem::take(&mut self.volatile.effects);
         self.volatile = Volatile { effects, now_ms, ..Volatile::default() };
@@ -312,7 +313,7 @@ impl Orchestrator {
             self.pace.dirty.insert(*slot);
         }
         self.resume_pulls();
-        self.resume_audits(silent_ms);
+        self.resume_audits();
         self.resume_receipts();
         self.resume_leases();
         self.resume_retiring();
@@ -441,7 +442,10 @@ impl Machine for Orchestrator {
             Input::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),
             Input::ReceiptChecked { slot, lease, outcome } => self.on_receipt_checked(slot, lease, outcome),
             Input::LeaseEnded { end } => self.on_lease_ended(&end),
-            Input::HeadPublished => self.volatile.head_in_flight = false,
+            Input::HeadPublished => {
+                self.give_longer(self.away_ms(0));
+                self.volatile.head_in_flight = false;
+            }
             Input::Beacon { cycle, block, hash } => self.on_beacon(cycle, block, &hash),
             Input::OpeningKeys { keys } => self.on_opening_keys(&keys),
             Input::AuditOrdered { audit } => self.on_audit_ordered(audit),

@@ -63,7 +63,7 @@ pub struct CostArgs {
     /// Learners of each miner that are live
     #[arg(long, value_name = "N", default_value_t = 1)]
     learners: u64,
-    /// Validators that audit; each learner is audited once in a cycle, by one of them
+    /// Validators that audit; in a cycle the share of the learners that the run sets is audited, by one of them each
     #[arg(long, value_name = "N", default_value_t = 2)]
     validators: u64,
     /// Parameters of the model

@@ -221,9 +221,8 @@ fn of_miner(error: TrainError) -> Finding {
         TrainError::State(StateError::Length { .. } | StateError::NotFinite) => {
             Finding::mismatch(Reason::BadOpening, format!("the opened state does not fit: {error}"))
         }
-        TrainError::NotFinite { .. } => {
-            Finding::new(VerdictResult::Inconclusive, Reason::ReplayMismatch, format!("the replay diverged: {error}"))
-        }
+        // A learner offers nothing that diverged, and signed losses that are numbers.
+        TrainError::NotFinite { .. } => Finding::mismatch(Reason::ReplayMismatch, format!("the replay diverged: {error}")),
         other => other.into(),
     }
 }
@@ -245,7 +244,7 @@ fn error_ppm(
     };
     let expected = encoded
         .and_then(|bytes| codec::decode(&bytes, &header))
-        .map_err(|error| Finding::new(VerdictResult::Inconclusive, Reason::ReplayMismatch, format!("the replayed payload: {error}")))?;
+        .map_err(|error| Finding::mismatch(Reason::ReplayMismatch, format!("the replayed payload: {error}")))?;
     let distance = norm(artifact.values.iter().zip(&expected).map(|(claimed, expected)| f64::from(*claimed) - f64::from(*expected)));
     let moved = norm(replayed.iter().zip(start).map(|(end, start)| f64::from(*end) - f64::from(*start)));
     let error = match (distance, moved) {

@@ -1,11 +1,11 @@
 //! Scores: a pure fold over merge manifests and revealed verdicts, so that honest validators agree to the bit.
 //!
 //! score(hotkey) = Σ tokens of the merged contributions of its learners, cycle by cycle, as their audits show them. A learner-cycle whose
-//! audit was passed counts, with what a filter left out for its looks: that is what it was audited on. One that was failed or not opened
-//! counts nothing. One that was not audited counts like those that were: unless the last audit before it, or the next one behind it, was
-//! failed or not opened. So who leaves out a share f of the training loses f of its pay where everything is audited,
-//! and twice that where little is. Pay is linear in tokens: splitting the work over several hotkeys earns the same. A manifest that
-//! contradicts itself credits nobody.
+//! audit was passed counts. One that was failed or not opened does not. One that was not audited counts like those that were: unless the
+//! last audit of this hotkey before it, or the next one behind it, was failed or not opened. So who leaves out a share f of the training
+//! loses f of its pay where everything is audited, and twice that where little is. What a filter left out for its looks waits for the next
+//! audit that is passed. Pay is linear in tokens: splitting the work over several hotkeys earns the same. A manifest that contradicts
+//! itself credits nobody.
 
 use std::collections::BTreeMap;
 
@@ -13,9 +13,6 @@ use protocol::AccountId;
 use protocol::documents::{MergeManifest, Verdict, VerdictResult};
 use protocol::schedule::cycle_of;
 use serde::{Deserialize, Serialize};
-
-/// A learner: hotkey and slot.
-type Learner = (AccountId, u8);
 
 /// What one learner did in one cycle.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,43 +24,45 @@ struct LearnerCycle {
     is_sound: Option<bool>,
 }
 
-/// The cycles of one learner.
+/// What the learners of one hotkey did: by cycle, then slot. They stand for each other, or a new slot would begin without a past.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Books {
-    cycles: BTreeMap<u64, LearnerCycle>,
+    cycles: BTreeMap<(u64, u8), LearnerCycle>,
     /// Of [`Books::count`], when nothing was added since.
     counted: Option<u64>,
 }
 
 impl Books {
-    fn cycle(&mut self, cycle: u64) -> &mut LearnerCycle {
+    fn cycle(&mut self, cycle: u64, slot: u8) -> &mut LearnerCycle {
         self.counted = None;
-        self.cycles.entry(cycle).or_default()
+        self.cycles.entry((cycle, slot)).or_default()
     }
 
     /// Tokens that count.
     fn count(&self) -> u64 {
-        let (mut sum, mut unaudited, mut was_sound) = (0u64, 0u64, true);
+        let (mut sum, mut waiting, mut suspect, mut was_sound) = (0u64, 0u64, 0u64, true);
         for one in self.cycles.values() {
-            match one.is_sound {
-                None if was_sound => unaudited = unaudited.saturating_add(one.tokens),
-                None => {}
-                Some(true) => {
-                    let tokens = one.tokens.saturating_add(one.suspect_tokens);
-                    sum = sum.saturating_add(std::mem::take(&mut unaudited)).saturating_add(tokens);
-                    was_sound = true;
-                }
-                Some(false) => (unaudited, was_sound) = (0, false),
+            if one.is_sound == Some(false) {
+                (waiting, suspect, was_sound) = (0, 0, false);
+                continue;
+            }
+            if was_sound || one.is_sound == Some(true) {
+                waiting = waiting.saturating_add(one.tokens);
+                suspect = suspect.saturating_add(one.suspect_tokens);
+            }
+            if one.is_sound == Some(true) {
+                sum = sum.saturating_add(waiting).saturating_add(suspect);
+                (waiting, suspect, was_sound) = (0, 0, true);
             }
         }
-        sum.saturating_add(unaudited)
+        sum.saturating_add(waiting)
     }
 }
 
-/// All learners of a run.
+/// All hotkeys of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ScoreLedger {
-    learners: BTreeMap<Learner, Books>,
+    hotkeys: BTreeMap<AccountId, Books>,
 }
 
 impl ScoreLedger {
@@ -71,7 +70,7 @@ impl ScoreLedger {
     pub fn credit(&mut self, manifest: &MergeManifest, fragments: u16) {
         let cycle = cycle_of(manifest.t, fragments);
         for contribution in manifest.worked() {
-            let one = self.learners.entry((contribution.hotkey, contribution.slot)).or_default().cycle(cycle);
+            let one = self.hotkeys.entry(contribution.hotkey).or_default().cycle(cycle, contribution.slot);
             let tokens = if contribution.is_suspect() { &mut one.suspect_tokens } else { &mut one.tokens };
             *tokens = tokens.saturating_add(contribution.tokens);
         }
@@ -84,22 +83,18 @@ impl ScoreLedger {
             VerdictResult::Mismatch | VerdictResult::NoOpening => false,
             VerdictResult::Inconclusive | VerdictResult::NotEvaluated => return,
         };
-        let one = self.learners.entry((verdict.hotkey, verdict.slot)).or_default().cycle(verdict.cycle);
+        let one = self.hotkeys.entry(verdict.hotkey).or_default().cycle(verdict.cycle, verdict.slot);
         one.is_sound = Some(is_sound && one.is_sound != Some(false));
     }
 
     /// Tokens by account, accounts ascending; accounts without any are left out.
     pub fn scores(&mut self) -> Vec<(AccountId, u64)> {
-        let mut scores: BTreeMap<AccountId, u64> = BTreeMap::new();
-        for ((hotkey, _), books) in &mut self.learners {
+        let count = |(hotkey, books): (&AccountId, &mut Books)| {
             let tokens = books.counted.unwrap_or_else(|| books.count());
             books.counted = Some(tokens);
-            if tokens > 0 {
-                let sum = scores.entry(*hotkey).or_default();
-                *sum = sum.saturating_add(tokens);
-            }
-        }
-        scores.into_iter().collect()
+            (tokens > 0).then_some((*hotkey, tokens))
+        };
+        self.hotkeys.iter_mut().filter_map(count).collect()
     }
 }
 
@@ -135,8 +130,8 @@ mod tests {
             merge(2, 2, vec![contribution(1, 0, 3, Reason::None)]),
         ];
         for result in [VerdictResult::Mismatch, VerdictResult::NoOpening] {
-            let passed = verdict(1, 1, 0, VerdictResult::Pass);
-            assert_eq!(ledger(&merges, &[verdict(0, 1, 0, result), passed]), [(account(1), 10)], "{result:?}");
+            let passed = [verdict(0, 1, 1, VerdictResult::Pass), verdict(1, 1, 0, VerdictResult::Pass)];
+            assert_eq!(ledger(&merges, &[verdict(0, 1, 0, result), passed[0], passed[1]]), [(account(1), 10)], "{result:?}");
         }
         for result in [VerdictResult::Pass, VerdictResult::Inconclusive, VerdictResult::NotEvaluated] {
             assert_eq!(ledger(&merges, &[verdict(0, 1, 0, result)]), [(account(1), 130)], "{result:?}");
@@ -182,7 +177,7 @@ mod tests {
                 for cycle in 0..CYCLES {
                     let is_audited = draw(cycle, 0) < u64::from(rate);
                     let is_sound = is_audited.then(|| draw(cycle, 1) >= u64::from(skipped));
-                    *books.cycle(cycle) = LearnerCycle { tokens: 1, suspect_tokens: 0, is_sound };
+                    *books.cycle(cycle, 0) = LearnerCycle { tokens: 1, suspect_tokens: 0, is_sound };
                 }
                 let (paid, trained) = (books.count() as f64 / CYCLES as f64, 1.0 - f64::from(skipped) / 100.0);
                 assert!(paid < trained, "{rate} % audited, {skipped} % not trained: {paid} of the pay for {trained} of the work");
@@ -191,13 +186,34 @@ mod tests {
     }
 
     #[test]
-    fn what_a_filter_left_out_counts_when_its_audit_is_passed() {
-        let merges = [merge(0, 2, vec![contribution(1, 0, 100, Reason::None), contribution(2, 0, 50, Reason::DirectionOutlier)])];
-        assert_eq!(ledger(&merges, &[]), [(account(1), 100)]);
-        for (result, tokens) in [(VerdictResult::Pass, 50), (VerdictResult::NoOpening, 0), (VerdictResult::Mismatch, 0)] {
-            let scores = ledger(&merges, &[verdict(0, 2, 0, result)]);
-            assert_eq!(scores.iter().find(|(who, _)| *who == account(2)).map_or(0, |(_, tokens)| *tokens), tokens, "{result:?}");
+    fn what_a_filter_left_out_waits_for_the_next_audit_that_is_passed() {
+        let merges = [
+            merge(0, 2, vec![contribution(1, 0, 100, Reason::None), contribution(2, 0, 50, Reason::DirectionOutlier)]),
+            merge(2, 2, vec![contribution(2, 0, 7, Reason::None)]),
+        ];
+        let of = |verdicts: &[Verdict]| {
+            ledger(&merges, verdicts).into_iter().find(|(who, _)| *who == account(2)).map_or(0, |(_, tokens)| tokens)
+        };
+        assert_eq!(of(&[]), 7);
+        for (result, tokens) in
+            [(VerdictResult::Pass, 57), (VerdictResult::NotEvaluated, 7), (VerdictResult::NoOpening, 0), (VerdictResult::Mismatch, 0)]
+        {
+            assert_eq!(of(&[verdict(0, 2, 0, result)]), tokens, "{result:?}");
         }
+        assert_eq!(of(&[verdict(1, 2, 0, VerdictResult::Pass)]), 57, "it was not audited itself");
+        assert_eq!(of(&[verdict(0, 2, 0, VerdictResult::Mismatch), verdict(1, 2, 0, VerdictResult::Pass)]), 7);
+    }
+
+    #[test]
+    fn a_slot_answers_for_the_others_of_its_hotkey() {
+        let merges = [
+            merge(0, 2, vec![contribution(1, 0, 100, Reason::None), contribution(2, 0, 9, Reason::None)]),
+            merge(2, 2, vec![contribution(1, 1, 50, Reason::None)]),
+            merge(4, 2, vec![contribution(1, 1, 7, Reason::None)]),
+        ];
+        let failed = verdict(0, 1, 0, VerdictResult::Mismatch);
+        assert_eq!(ledger(&merges, &[failed]), [(account(2), 9)], "a new slot has the past of the old one");
+        assert_eq!(ledger(&merges, &[failed, verdict(2, 1, 1, VerdictResult::Pass)]), [(account(1), 7), (account(2), 9)]);
     }
 
     #[test]

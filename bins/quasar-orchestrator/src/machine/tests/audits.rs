@@ -42,14 +42,14 @@ fn the_head_has_room_for_the_notices_of_a_whole_subnet_and_the_rest_waits() {
     let first = noticed(&world);
     assert_eq!(first.len(), 600, "nobody takes the room of the others");
     assert!(first.values().all(|count| *count <= 4), "{first:?}");
-    // Who waited is noticed when there is room, and has all the time that the others had.
+    // Who waited is noticed when there is room, and has all the time that the others had: four times 20 s, one after the other.
     let is_shown = |case: &&AuditCase| case.key.is_some() && case.slot().1 == SLOT;
     let shown: BTreeSet<Digest> = world.machine.audits.values().filter(is_shown).map(|case| case.selection.audit).collect();
-    world.run(20_000);
+    world.run(80_000);
     let later: Vec<&AuditCase> = world.machine.audits.values().filter(is_shown).collect();
     assert_eq!((shown.len(), later.len()), (1_900, 100 * 4));
     assert!(later.iter().all(|case| !shown.contains(&case.selection.audit) && case.deadline_ms > world.now_ms + 15_000));
-    world.run(80_000);
+    world.run(330_000);
     assert!(world.machine.audits.values().all(|case| case.slot().1 != SLOT));
 }
 
@@ -117,6 +117,52 @@ fn who_could_not_open_while_no_orchestrator_ran_has_so_much_longer() {
         before.iter().all(|(audit, deadline_ms)| after.get(audit).is_some_and(|later| *later >= deadline_ms + AWAY_MS)),
         "{before:?} {after:?}"
     );
+}
+
+#[test]
+fn nothing_is_ordered_unopened_while_the_store_is_away() {
+    const AWAY_MS: u64 = 600_000;
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    let slot = world.learners[0].slot;
+    world.opens_nothing = Some(slot);
+    world.run(20_000);
+    let ours = |world: &World| -> BTreeMap<Digest, u64> {
+        let ours = world.machine.audits.values().filter(|case| case.slot() == slot && case.key.is_some());
+        ours.map(|case| (case.selection.audit, case.deadline_ms)).collect()
+    };
+    let before = ours(&world);
+    // A head is on its way, and does not come back.
+    let mut orders = 0;
+    let end_ms = world.now_ms + AWAY_MS;
+    while world.now_ms < end_ms {
+        world.now_ms += 1_000;
+        world.machine.handle(world.now_ms, Input::Tick);
+        let effects = std::iter::from_fn(|| world.machine.poll_effect());
+        orders += effects.filter(|effect| matches!(effect, Effect::OrderAudit { parts, .. } if parts.is_empty())).count();
+    }
+    world.machine.handle(world.now_ms, Input::HeadPublished);
+    let after = ours(&world);
+    assert!(!before.is_empty() && orders == 0);
+    assert!(before.iter().all(|(audit, deadline_ms)| after[audit] >= deadline_ms + AWAY_MS - 65_000), "{before:?} {after:?}");
+}
+
+#[test]
+fn of_a_slot_the_time_to_open_one_begins_when_that_of_the_one_before_is_over() {
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    let (slot, opening_ms) = (world.learners[0].slot, world.machine.parameters().audit.opening_ms);
+    world.opens_nothing = Some(slot);
+    let mut noticed = 0;
+    for _ in 0..40 {
+        world.run(1_000);
+        let ours = world.machine.audits.values().filter(|case| case.slot() == slot && case.key.is_some() && case.is_opening());
+        let mut ours: Vec<(u64, u64)> = ours.map(|case| (case.selection.cycle, case.deadline_ms)).collect();
+        ours.sort_unstable();
+        assert!(ours.windows(2).all(|pair| pair[1].1 >= pair[0].1 + opening_ms), "{ours:?}");
+        noticed = noticed.max(ours.len());
+    }
+    assert_eq!(noticed, 4);
 }
 
 #[test]

@@ -118,7 +118,7 @@ async fn an_opening_in_volumes_is_judged_as_one_and_a_volume_that_came_is_not_fe
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_part_that_is_not_there_counts_as_none_and_one_that_is_too_long_is_not_looked_at() {
+async fn a_part_that_is_not_there_or_not_what_was_announced_counts_as_none_and_one_that_is_too_long_is_not_looked_at() {
     let published = Published::new(&Cheat::default()).await;
     let selection = &published.case.subject.selection;
     let key = published.run.opening(&selection.hotkey, 0, &selection.audit, 1);
@@ -130,6 +130,10 @@ async fn a_part_that_is_not_there_counts_as_none_and_one_that_is_too_long_is_not
         effects.judge(published.case.subject.clone(), vec![0, 1, 0]).await
     };
     // Its miner called it uploaded.
+    let judged = judge().await;
+    assert!(matches!(&judged, Judged::Done(judgement) if judgement.result == VerdictResult::NoOpening), "{judged:?}");
+    // A grant for a volume binds its length alone.
+    published.put(&key, vec![7; published.parts()[1].len()]).await;
     let judged = judge().await;
     assert!(matches!(&judged, Judged::Done(judgement) if judgement.result == VerdictResult::NoOpening), "{judged:?}");
     published.publish_order(true, |order| order.opening[0].length = 1 << 20).await;
