@@ -21,6 +21,8 @@ pub struct Selection {
     pub beacon_block: u64,
 }
 
+/// Audits of a slot that it is asked to open at a time: one after the other, so that the last may take so many times as long.
+pub const NOTICES_OF_SLOT: u64 = 2;
 /// How much more often a learner is audited that a filter left something out of. Honest work may look odd for days: it has to be possible
 /// to open all these audits.
 const SUSPECT_FACTOR: u64 = 4;

@@ -271,13 +271,15 @@ impl Edge {
                 Input::OpeningPut { audit, part, put }
             }
             Effect::KeepOpenings { revision, asked } => {
-                if !self.openings.is_newest(revision) {
-                    return None;
-                }
-                self.openings.retain(|audit| asked.iter().any(|(of, _)| of == audit));
-                if let Err(error) = self.plane.spool.keep(asked.into_iter().map(|(_, t)| t).collect()) {
-                    tracing::error!(slot = self.slot, %error, "segments of audits may be lost");
-                }
+                let this = self.clone();
+                let keep = move || {
+                    if this.openings.is_newest(revision) {
+                        this.openings.retain(|audit| asked.iter().any(|(of, _)| of == audit));
+                        this.plane.spool.keep(asked.into_iter().map(|(_, t)| t).collect());
+                    }
+                };
+                // To delete a state takes a while.
+                let _ = tokio::task::spawn_blocking(keep).await;
                 return None;
             }
         })
@@ -418,7 +420,7 @@ impl Edge {
             let parts = this.openings.prepare((&preparation, t, payload.as_ref()), &key, info, spool, sign)?;
             // One payload of a learner and cycle is audited: with this one, nobody asks for the others, nor for earlier ones.
             let fragments = u64::from(this.facts.manifest.parameters.fragments);
-            this.plane.spool.release((t / fragments + 1) * fragments)?;
+            this.plane.spool.release(t, (t / fragments + 1) * fragments)?;
             Ok(parts)
         };
         match tokio::task::spawn_blocking(prepare).await {
@@ -426,7 +428,7 @@ impl Edge {
             Ok(Err(error)) => {
                 tracing::warn!(slot = self.slot, audit = %audit.short(), t, %error, "an opening cannot be prepared");
                 let spool_error = error.downcast_ref::<SpoolError>();
-                let is_gone = spool_error.is_some_and(|error| matches!(error, SpoolError::Missing { .. } | SpoolError::Damaged { .. }));
+                let is_gone = spool_error.is_some_and(SpoolError::is_gone);
                 Err(if is_gone { NotPrepared::Gone } else { NotPrepared::Failed })
             }
             Err(_) => Err(NotPrepared::Failed),

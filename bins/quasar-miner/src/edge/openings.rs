@@ -73,7 +73,7 @@ impl OpeningFiles {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// To be called when the opening is ordered: from here on [`Self::remove`] ends its preparation, too.
+    /// To be called when the opening is ordered: from here on [`Self::retain`] ends its preparation, too.
     pub fn begin(&self, audit: Digest) -> Preparation {
         let is_dropped = Arc::new(AtomicBool::new(false));
         let mut under_way = self.under_way();

@@ -43,6 +43,14 @@ impl SpoolError {
     pub fn is_disk_full(&self) -> bool {
         matches!(self, Self::Io { source, .. } if files::is_disk_full(source))
     }
+
+    /// Whether no later attempt can find it.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            Self::Missing { .. } | Self::Damaged { .. } => true,
+        }
+    }
 }
 
 /// A moment of a session: session epoch and local step.
@@ -87,8 +95,9 @@ enum Write {
         at: ExportAt,
         record: ExportRecord,
     },
-    /// No audit asks for payloads of earlier outer steps any more.
+    /// The payload of this outer step is opened, and no audit asks for others before `below` that is not kept for it.
     Release {
+        opened: u64,
         below: u64,
     },
     /// Audits ask for the payloads of these outer steps.
@@ -209,14 +218,15 @@ impl Spool {
         }
     }
 
-    /// Nobody asks for segments of payloads before outer step `below` any more.
-    pub fn release(&self, below: u64) -> Result<(), SpoolError> {
-        self.write(Write::Release { below })
+    /// The segment of outer step `opened` is not needed any more, nor those of payloads before `below` that no audit waits for.
+    pub fn release(&self, opened: u64, below: u64) -> Result<(), SpoolError> {
+        self.write(Write::Release { opened, below })
     }
 
     /// Keeps the segments of the payloads of these outer steps, however old they are, until they are released.
-    pub fn keep(&self, of: BTreeSet<u64>) -> Result<(), SpoolError> {
-        self.write(Write::Keep { of })
+    pub fn keep(&self, of: BTreeSet<u64>) {
+        // The failure of an earlier write is for those that wait for it.
+        let _ = self.writes.send(Write::Keep { of });
     }
 
     /// Waits until everything that was written so far can be read back. What of it a power loss tears is found by its digest.
@@ -437,9 +447,9 @@ impl Writer {
                 write_checked(&self.folder.join(name(at, ".step")), &[&length, &meta, &routes])
             }
             Write::Export { at, record } => write_checked(&self.folder.join(export_name(at, ".export")), &[&codec::encode(&record)]),
-            Write::Release { below } => {
+            Write::Release { opened, below } => {
                 self.released = self.released.max(below);
-                self.asked = self.asked.split_off(&below);
+                self.asked.remove(&opened);
                 self.trim()
             }
             Write::Keep { of } => {
@@ -659,18 +669,18 @@ mod tests {
         assert_eq!((exports(), residuals()), (vec![100, 109], 1));
         spool.put_export(110, (40, 44), Digest::ZERO, None).unwrap();
         // An audit that waits for its turn asks for an old one.
-        spool.keep([100].into()).unwrap();
+        spool.keep([100].into());
+        spool.release(109, 109).unwrap();
         fill(&spool, 44..48);
         assert_eq!((exports(), residuals()), (vec![100, 109, 110], 1));
         assert_eq!(spool.open_segment(100, None, 2).unwrap().start_step, 0);
-        spool.keep(BTreeSet::new()).unwrap();
-        spool.release(0).unwrap();
+        spool.release(100, 0).unwrap();
         spool.flush().unwrap();
         assert_eq!((exports(), residuals()), (vec![109, 110], 0));
         assert_eq!(numbers(".state"), [36, 40, 44]);
         assert!(matches!(spool.open_segment(100, None, 2), Err(SpoolError::Missing { t: 100, .. })));
         // The audit of their cycle is drawn, and opened.
-        spool.release(110).unwrap();
+        spool.release(109, 110).unwrap();
         spool.flush().unwrap();
         assert_eq!((exports(), numbers(".state")), (vec![110], vec![40, 44]));
     }

@@ -1,6 +1,6 @@
 //! Audits: selected by the beacon when a cycle is over, announced, opened by their miners, ordered from their validators.
 
-use protocol::audits::{Selection, select};
+use protocol::audits::{NOTICES_OF_SLOT, Selection, select};
 use protocol::documents::{MergeManifest, OPENING_PARTS, OpeningPart, Progress, VerdictResult, opening_part_bytes_max};
 use protocol::log::LogKind;
 use protocol::{AccountId, Digest};
@@ -10,9 +10,8 @@ use std::ops::Bound;
 
 use super::{Effect, Key, Orchestrator, Retired, Slot, Want};
 
-/// Notices that the head has room for, of all slots and of one. A slot opens one after the other.
+/// Notices that the head has room for.
 const NOTICES_MAX: usize = 1_900;
-const NOTICES_OF_SLOT: usize = 4;
 /// Of a slot that has so many audits unopened, the oldest one is ordered unopened when another one comes.
 const UNOPENED_MAX: usize = 8;
 /// A head that takes so long has found no store.
@@ -136,7 +135,7 @@ impl Orchestrator {
 
     /// Asks for the keys of the audits whose notices the head has room for, oldest first.
     fn make_opening_keys(&mut self) {
-        let mut noticed: BTreeMap<Slot, usize> = BTreeMap::new();
+        let mut noticed: BTreeMap<Slot, u64> = BTreeMap::new();
         let mut room = NOTICES_MAX;
         for case in self.audits.values().filter(|case| case.is_opening() && case.key.is_some()) {
             *noticed.entry(case.slot()).or_default() += 1;

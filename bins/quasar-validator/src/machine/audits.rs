@@ -243,9 +243,9 @@ impl Audits {
         one.enter(Stage::Committing(judgement), now_ms);
     }
 
-    /// The oldest cycle of which evidence is still to be judged. What nobody ordered in time may never be.
+    /// The oldest cycle of which evidence is still to be judged.
     pub fn oldest_cycle(&self) -> Option<u64> {
-        let is_waiting = |one: &Audit| matches!(one.stage, Stage::AwaitingOrder { is_late: false } | Stage::Ready | Stage::Judging);
+        let is_waiting = |one: &Audit| matches!(one.stage, Stage::AwaitingOrder { .. } | Stage::Ready | Stage::Judging);
         self.open.iter().find(|(_, one)| is_waiting(one)).map(|((cycle, _), _)| *cycle)
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use protocol::Digest;
+use protocol::audits::NOTICES_OF_SLOT;
 use protocol::documents::{Verdict, VerdictResult};
 use serde::{Deserialize, Serialize};
 
@@ -20,9 +21,10 @@ pub const LATE_MS: u64 = 24 * 3_600_000;
 /// Pause between two looks for what is late.
 pub const LATE_EVERY_MS: u64 = 5 * 60_000;
 
-/// How long a verdict may take from the beacon on: the time to open, then three quarters of it for order, queue and judgement.
+/// How long a verdict may take from the beacon on: the time to open, also behind another one, then three quarters of it for order, queue and
+/// judgement.
 pub fn verdict_ms(opening_ms: u64) -> u64 {
-    opening_ms + (opening_ms / 4 * 3).max(JUDGING_MS_MIN)
+    NOTICES_OF_SLOT * opening_ms + (opening_ms / 4 * 3).max(JUDGING_MS_MIN)
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
