@@ -96,23 +96,31 @@ fn parts_that_are_longer_than_theirs_may_be_are_never_granted() {
     assert_eq!(world.machine.opening_wants(slot).len(), 3);
 }
 
-#[test]
-fn who_could_not_open_while_no_orchestrator_ran_has_so_much_longer() {
-    const AWAY_MS: u64 = 600_000;
+/// A world with a learner that opens nothing, and has notices.
+fn with_notices() -> (World, Slot) {
     let mut world = World::new(0, 2);
     world.run(5_000);
     let slot = world.learners[0].slot;
     world.opens_nothing = Some(slot);
     world.run(20_000);
-    let noticed = |world: &World| -> BTreeMap<Digest, u64> {
-        let ours = world.machine.audits.values().filter(|case| case.slot() == slot && case.key.is_some());
-        ours.map(|case| (case.selection.audit, case.deadline_ms)).collect()
-    };
-    let before = noticed(&world);
+    (world, slot)
+}
+
+/// Deadlines of the noticed audits of a slot.
+fn deadlines(world: &World, slot: Slot) -> BTreeMap<Digest, u64> {
+    let ours = world.machine.audits.values().filter(|case| case.slot() == slot && case.key.is_some());
+    ours.map(|case| (case.selection.audit, case.deadline_ms)).collect()
+}
+
+#[test]
+fn who_could_not_open_while_no_orchestrator_ran_has_so_much_longer() {
+    const AWAY_MS: u64 = 600_000;
+    let (mut world, slot) = with_notices();
+    let before = deadlines(&world, slot);
     assert!(!before.is_empty());
     world.now_ms += AWAY_MS;
     world.input(Input::Claimed { epoch: 2 });
-    let after = noticed(&world);
+    let after = deadlines(&world, slot);
     assert!(
         before.iter().all(|(audit, deadline_ms)| after.get(audit).is_some_and(|later| *later >= deadline_ms + AWAY_MS)),
         "{before:?} {after:?}"
@@ -122,16 +130,8 @@ fn who_could_not_open_while_no_orchestrator_ran_has_so_much_longer() {
 #[test]
 fn nothing_is_ordered_unopened_while_the_store_is_away() {
     const AWAY_MS: u64 = 600_000;
-    let mut world = World::new(0, 2);
-    world.run(5_000);
-    let slot = world.learners[0].slot;
-    world.opens_nothing = Some(slot);
-    world.run(20_000);
-    let ours = |world: &World| -> BTreeMap<Digest, u64> {
-        let ours = world.machine.audits.values().filter(|case| case.slot() == slot && case.key.is_some());
-        ours.map(|case| (case.selection.audit, case.deadline_ms)).collect()
-    };
-    let before = ours(&world);
+    let (mut world, slot) = with_notices();
+    let before = deadlines(&world, slot);
     // A head is on its way, and does not come back.
     let mut orders = 0;
     let end_ms = world.now_ms + AWAY_MS;
@@ -142,7 +142,7 @@ fn nothing_is_ordered_unopened_while_the_store_is_away() {
         orders += effects.filter(|effect| matches!(effect, Effect::OrderAudit { parts, .. } if parts.is_empty())).count();
     }
     world.machine.handle(world.now_ms, Input::HeadPublished);
-    let after = ours(&world);
+    let after = deadlines(&world, slot);
     assert!(!before.is_empty() && orders == 0);
     assert!(before.iter().all(|(audit, deadline_ms)| after[audit] >= deadline_ms + AWAY_MS - 65_000), "{before:?} {after:?}");
 }
