@@ -64,6 +64,7 @@ impl Read for Asked<'_> {
 }
 
 impl OpeningFiles {
+    /// Openings that an earlier process prepared stay until [`Self::retain`] says what is asked for.
     pub fn open(folder: PathBuf, volume_bytes: u64) -> io::Result<Self> {
         fs::create_dir_all(&folder)?;
         Ok(Self { folder, volume_bytes, under_way: Mutex::default(), turn: Mutex::default(), revision: AtomicU64::new(0) })

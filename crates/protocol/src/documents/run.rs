@@ -108,7 +108,8 @@ impl InnerOptimizer {
 /// How learners' work is audited.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct AuditParameters {
-    /// Share of the learner-cycles that are audited. What a filter left out for its looks always is.
+    /// Share of the learner-cycles that are audited, parts per million; more of those that a filter left something out of
+    /// ([`crate::audits::select`]).
     pub rate_ppm: u32,
     /// Rows of the loss test, assigned and held-out each.
     pub loss_rows: u16,
