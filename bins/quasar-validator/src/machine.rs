@@ -68,6 +68,8 @@ pub struct MachineSettings {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeadFacts {
     pub state: RunState,
+    /// The first outer step that is not open yet.
+    pub outer_step: u64,
     pub closed_below: u64,
     pub fragments: Vec<FragmentHead>,
     pub log: LogRef,
@@ -75,7 +77,7 @@ pub struct HeadFacts {
 
 impl From<Head> for HeadFacts {
     fn from(head: Head) -> Self {
-        Self { state: head.state, closed_below: head.closed_below, fragments: head.fragments, log: head.log }
+        Self { state: head.state, outer_step: head.outer_step, closed_below: head.closed_below, fragments: head.fragments, log: head.log }
     }
 }
 
@@ -278,8 +280,7 @@ impl Machine {
                 "the head names other keyframes than the merge manifests: the orchestrator contradicts itself"
             );
         }
-        let fresh_t = head.closed_below + u64::from(self.settings.parameters.overlap) + 1;
-        if let Err(fault) = self.log.follow(head.log, fresh_t, now_ms) {
+        if let Err(fault) = self.log.follow(head.log, head.outer_step, now_ms) {
             tracing::error!(%fault, "the append-only log was rewritten: the signed heads are kept in the state folder, and prove it");
         }
         self.head = Some(head);
@@ -420,7 +421,7 @@ impl daemon::Machine for Machine {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 4;
+    const LAYOUT: u32 = 5;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         match input {

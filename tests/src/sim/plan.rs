@@ -48,6 +48,8 @@ pub struct Faults {
     pub clock_jump_ms: u64,
     /// Crashes of the orchestrator that take its disk along.
     pub lost_disk_ppm: u64,
+    /// Batches of inputs behind which a snapshot goes to the bucket, beside those that are due: one must be good at any moment.
+    pub snapshot_ppm: u64,
     pub miner_crash_ms: u64,
     pub validator_crash_ms: u64,
     /// One node, or a group of them, does not reach the store.
@@ -297,6 +299,9 @@ impl Plan {
             // Long enough for learners to be gone, and for grants and leases to be over.
             plan.faults.longest_outage_ms = random.between(60_000, 900_000);
             plan.faults.outage_ms = plan.faults.outage_ms.max(120_000);
+        }
+        if random.chance(400_000) {
+            plan.faults.snapshot_ppm = random.between(1_000, 100_000);
         }
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         plan

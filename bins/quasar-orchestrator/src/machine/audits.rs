@@ -1,8 +1,9 @@
 //! Audits: selected by the beacon when a cycle is over, announced, opened by their miners, ordered from their validators.
 
 use protocol::audits::{NOTICES_OF_SLOT, Selection, select};
-use protocol::documents::{MergeManifest, OPENING_PARTS, OpeningPart, Progress, VerdictResult, opening_part_bytes_max};
+use protocol::documents::{MergeManifest, Notice, OPENING_PARTS, OpeningPart, Progress, VerdictResult, opening_part_bytes_max};
 use protocol::log::LogKind;
+use protocol::schedule::cycle_of;
 use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -72,10 +73,7 @@ impl Orchestrator {
         // Without a metagraph nobody could be selected.
         if self.closed_below >= end && self.volatile.beacon_asked != Some(self.audit_cycle) && !self.guests.is_empty() {
             let last_block = self.manifests.range(first..end).map(|(_, manifest)| manifest.block).max();
-            let Some(last_block) = last_block else {
-                self.audit_cycle += 1;
-                return;
-            };
+            let Some(last_block) = last_block else { return self.end_audit_cycle() };
             let block = last_block + u64::from(self.parameters().audit.beacon_blocks);
             if self.block >= block {
                 self.volatile.beacon_asked = Some(self.audit_cycle);
@@ -115,11 +113,44 @@ impl Orchestrator {
             let slot = (selection.hotkey, selection.slot);
             self.order_oldest_unopened(slot);
             let leases = self.leases_of(slot, cycle);
-            let case = AuditCase { selection, leases, key: None, deadline_ms: 0, parts: BTreeMap::new(), ordering: false };
+            let (key, deadline_ms) = self.inherited_notice(&selection.audit).map_or((None, 0), |(key, until_ms)| (Some(key), until_ms));
+            let case = AuditCase { selection, leases, key, deadline_ms, parts: BTreeMap::new(), ordering: false };
             self.audits.insert(case.selection.audit, case);
         }
-        self.audit_cycle += 1;
+        self.end_audit_cycle();
         self.make_opening_keys();
+    }
+
+    fn end_audit_cycle(&mut self) {
+        self.audit_cycle += 1;
+        let (audit_cycle, fragments) = (self.audit_cycle, self.parameters().fragments);
+        self.inherited.retain(|Notice::OpenAudit { t, .. }| cycle_of(*t, fragments) >= audit_cycle);
+    }
+
+    /// Goes on with the notices that a predecessor published after the snapshot: learners drop what they prepared for one that is gone.
+    pub(super) fn inherit_notices(&mut self, notices: &[Notice]) {
+        let fragments = self.parameters().fragments;
+        for notice in notices {
+            let Notice::OpenAudit { audit, t, deadline_ms, key, .. } = notice;
+            match self.audits.get_mut(audit) {
+                Some(case) if case.key.is_none() => (case.key, case.deadline_ms) = (Some(*key), *deadline_ms),
+                None if cycle_of(*t, fragments) >= self.audit_cycle => self.inherited.push(notice.clone()),
+                _ => {}
+            }
+        }
+        self.inherited.truncate(NOTICES_MAX.saturating_sub(self.noticed().count()));
+    }
+
+    /// Key and deadline that a predecessor gave this audit.
+    fn inherited_notice(&self, audit: &Digest) -> Option<([u8; 32], u64)> {
+        self.inherited
+            .iter()
+            .find_map(|Notice::OpenAudit { audit: of, key, deadline_ms, .. }| (of == audit).then_some((*key, *deadline_ms)))
+    }
+
+    /// Audits whose notices are in the head.
+    pub(super) fn noticed(&self) -> impl Iterator<Item = &AuditCase> {
+        self.audits.values().filter(|case| case.is_opening() && case.key.is_some())
     }
 
     /// Who opens nothing does not hold up the audits of others for ever. What is being uploaded is ordered last.
@@ -136,8 +167,8 @@ impl Orchestrator {
     /// Asks for the keys of the audits whose notices the head has room for, oldest first.
     fn make_opening_keys(&mut self) {
         let mut noticed: BTreeMap<Slot, u64> = BTreeMap::new();
-        let mut room = NOTICES_MAX;
-        for case in self.audits.values().filter(|case| case.is_opening() && case.key.is_some()) {
+        let mut room = NOTICES_MAX.saturating_sub(self.inherited.len());
+        for case in self.noticed() {
             *noticed.entry(case.slot()).or_default() += 1;
             room = room.saturating_sub(1);
         }
@@ -159,7 +190,7 @@ impl Orchestrator {
     pub(super) fn on_opening_keys(&mut self, keys: &[(Digest, [u8; 32])]) {
         let (now_ms, opening_ms) = (self.volatile.now_ms, self.parameters().audit.opening_ms);
         let mut busy_until: BTreeMap<Slot, u64> = BTreeMap::new();
-        for case in self.audits.values().filter(|case| case.is_opening() && case.key.is_some()) {
+        for case in self.noticed() {
             let until_ms = busy_until.entry(case.slot()).or_insert(now_ms);
             *until_ms = case.deadline_ms.max(*until_ms);
         }
@@ -189,6 +220,9 @@ impl Orchestrator {
         for case in self.audits.values_mut().filter(|case| away_ms > 0 && case.key.is_some()) {
             case.deadline_ms = case.deadline_ms.saturating_add(away_ms);
             self.head_dirty = true;
+        }
+        for Notice::OpenAudit { deadline_ms, .. } in &mut self.inherited {
+            *deadline_ms = deadline_ms.saturating_add(away_ms);
         }
     }
 

@@ -39,7 +39,9 @@ impl Log {
             tracing::error!(size = head.frontier.size(), "a log head in the bucket does not extend the log; it is left out");
             return;
         }
-        self.waiting.extend(self.publishing.take().into_iter().flat_map(|own| own.entries));
+        // What was decided first stays first: a commitment comes before its merge.
+        let own = self.publishing.take().into_iter().flat_map(|own| own.entries);
+        self.waiting.splice(0..0, own);
         self.logged_before.extend(head.entries.iter().map(|entry| entry.document));
         self.waiting.retain(|entry| !self.logged_before.contains(&entry.document));
         self.frontier = head.frontier;

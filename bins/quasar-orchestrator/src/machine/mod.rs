@@ -28,7 +28,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use daemon::machine::Lane;
 use daemon::{Exit, Machine};
-use protocol::documents::{Lease, MergeManifest, ReleaseRef, RunParameters, RunState};
+use protocol::documents::{Lease, MergeManifest, Notice, ReleaseRef, RunParameters, RunState};
 use protocol::ledger::TokenLedger;
 use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
@@ -104,6 +104,8 @@ pub struct Orchestrator {
     /// Cycle to audit next.
     audit_cycle: u64,
     audits: BTreeMap<Digest, AuditCase>,
+    /// Notices of a predecessor's head whose audits this machine has not selected yet: no learner is to see them gone meanwhile.
+    inherited: Vec<Notice>,
     audits_ordered: u64,
     /// Ordered audits whose verdict is awaited.
     verdicts_awaited: BTreeMap<Digest, AwaitedVerdict>,
@@ -201,6 +203,7 @@ impl Orchestrator {
             retiring: BTreeMap::new(),
             audit_cycle: 0,
             audits: BTreeMap::new(),
+            inherited: Vec::new(),
             audits_ordered: 0,
             verdicts_awaited: BTreeMap::new(),
             openings: BTreeMap::new(),
@@ -417,7 +420,7 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 10;
+    const LAYOUT: u32 = 11;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         let silent_ms = now_ms.saturating_sub(std::mem::replace(&mut self.volatile.now_ms, now_ms));

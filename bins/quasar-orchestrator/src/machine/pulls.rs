@@ -49,6 +49,8 @@ pub struct Offer {
     /// Envelope of the commitment.
     pub id: Digest,
     pub stage: OfferStage,
+    /// The commitment lies in the bucket and is put in the log.
+    is_logged: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,13 +77,6 @@ impl OfferStage {
 }
 
 impl OpenPull {
-    /// Drops offers whose commitments are not in the log yet.
-    pub(super) fn remove_committed(&mut self) {
-        let committed: Vec<Slot> =
-            self.offers.iter().filter(|(_, offer)| offer.stage == OfferStage::Committed).map(|(slot, _)| *slot).collect();
-        committed.iter().for_each(|slot| self.remove(slot));
-    }
-
     pub(super) fn new(fragment: u16, version: u64, now_ms: u64, deadline_ms: u64) -> Self {
         Self {
             fragment,
@@ -250,7 +245,7 @@ impl Orchestrator {
         }
         let t = commitment.t;
         let Some(pull) = self.pulls.get_mut(&t) else { return };
-        pull.add(slot, Offer { commitment: commitment.clone(), id, stage });
+        pull.add(slot, Offer { commitment: commitment.clone(), id, stage, is_logged: false });
         self.pace.pulls_changed = true;
         if stage == OfferStage::Committed {
             self.emit(Effect::StoreCommitment { slot, t, id, commitment: commitment.digest() });
@@ -289,7 +284,7 @@ impl Orchestrator {
             return;
         }
         let Some(offer) = pull.advance(&slot, OfferStage::Committed, OfferStage::Granted) else { return };
-        offer.id = id;
+        (offer.id, offer.is_logged) = (id, true);
         let commitment = offer.commitment.clone();
         self.note_evidence(&commitment, id);
         self.grants_changed(slot);
@@ -326,7 +321,7 @@ impl Orchestrator {
         }
         if let Some(pull) = self.pulls.get_mut(&commitment.t) {
             pull.remove(&slot);
-            pull.add(slot, Offer { commitment, id, stage: OfferStage::Sought });
+            pull.add(slot, Offer { commitment, id, stage: OfferStage::Sought, is_logged: true });
         }
     }
 
@@ -530,11 +525,11 @@ impl Orchestrator {
     pub(super) fn on_merged(&mut self, manifest: MergeManifest, id: Digest, keyframe_length: u64) {
         let now_ms = self.volatile.now_ms;
         let Some(pull) = self.pulls.remove(&manifest.t) else { return };
-        // A step that a predecessor decided may hold commitments that this process never took up, or took up under another record; they
-        // come before their merge.
+        // A step that a predecessor decided may hold commitments that this process never took up, refused, or took up under another record;
+        // they come before their merge.
         let is_logged = |one: &Contribution| {
             let offer = pull.offers.get(&(one.hotkey, one.slot));
-            offer.is_some_and(|offer| offer.id == one.commitment && offer.stage != OfferStage::Committed)
+            offer.is_some_and(|offer| offer.is_logged && offer.id == one.commitment)
         };
         for one in manifest.accepted().filter(|one| !is_logged(one)) {
             self.log.add(LogKind::Commitment, one.commitment);

@@ -123,8 +123,6 @@ impl Orchestrator {
             let version = self.fragments[usize::from(fragment)].version;
             let pull = self.pulls.entry(t).or_insert_with(|| OpenPull::new(fragment, version, now_ms, 0));
             pull.closed_ms = now_ms;
-            // What is not logged by the snapshot is logged with the merge.
-            pull.remove_committed();
             match step {
                 StepFact::Taped(tape) => pull.stage = PullStage::Merging(tape),
                 StepFact::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),
@@ -132,6 +130,7 @@ impl Orchestrator {
             self.next_t = self.next_t.max(t + 1);
         }
         self.take_over(&facts.head);
+        self.inherit_notices(&facts.head.notices);
         self.doubt_versions();
         facts.commitments.into_iter().for_each(|stored| self.adopt_commitment(stored));
         // A predecessor went through the round after the snapshot.

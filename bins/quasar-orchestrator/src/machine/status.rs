@@ -81,9 +81,7 @@ impl Orchestrator {
             .map(|fragment| FragmentHead { version: fragment.version, length: fragment.keyframe_length, digest: fragment.keyframe })
             .collect();
         let notices = self
-            .audits
-            .values()
-            .filter(|case| case.is_opening())
+            .noticed()
             .filter_map(|case| {
                 Some(Notice::OpenAudit {
                     audit: case.selection.audit,
@@ -94,6 +92,7 @@ impl Orchestrator {
                     key: case.key?,
                 })
             })
+            .chain(self.inherited.iter().cloned())
             .collect();
         let totals = self.ledger.totals();
         let books = [totals.waiting_rows, totals.leased_rows, totals.done_rows, totals.lost_rows, totals.done_tokens];

@@ -2,7 +2,7 @@
 
 use daemon::Machine as _;
 use protocol::Reason;
-use protocol::documents::VerdictResult;
+use protocol::documents::{Contribution, VerdictResult};
 
 use super::fixture::{account, contribution, merge, parameters, verdict, view};
 use super::*;
@@ -35,9 +35,13 @@ fn give(machine: &mut Machine, now_ms: u64, input: Input) -> Vec<Effect> {
 }
 
 fn head(state: RunState, closed_below: u64) -> Input {
+    head_at(state, closed_below, closed_below)
+}
+
+fn head_at(state: RunState, closed_below: u64, outer_step: u64) -> Input {
     let fragment = FragmentHead { version: 1, length: 1, digest: Digest::ZERO };
     let log = (&protocol::log::Frontier::default()).into();
-    Input::Head(Some(Box::new(HeadFacts { state, closed_below, fragments: vec![fragment; 2], log })))
+    Input::Head(Some(Box::new(HeadFacts { state, outer_step, closed_below, fragments: vec![fragment; 2], log })))
 }
 
 fn chain(block: u64, own: Option<OwnNeuron>) -> Input {
@@ -239,4 +243,19 @@ fn facts_in_the_wrong_order_or_about_unknown_audits_change_nothing() {
         give(&mut machine, 0, input);
     }
     assert!(machine.audits.is_settled() && machine.scores.scores().is_empty());
+}
+
+#[test]
+fn a_commitment_to_a_step_that_was_open_when_the_watch_began_may_have_been_logged_before() {
+    let mut machine = machine();
+    // Steps close in any order: step 4 is open, far above the first that is not closed.
+    give(&mut machine, 0, head_at(RunState::Open, 1, 5));
+    let mut log = machine.log.clone();
+    let commitments = [4, 5].map(|t| Digest::blake3(&[t]));
+    for (t, commitment) in [4, 5].into_iter().zip(commitments) {
+        log.expect(&merge(t, 2, vec![Contribution { commitment, ..contribution(1, 0, 100, Reason::None) }]));
+    }
+    let nothing = (&protocol::log::Frontier::default()).into();
+    (1..=12).for_each(|minute| log.follow(nothing, 6, minute * 60_000).unwrap());
+    assert_eq!(log.overdue(), [commitments[1]]);
 }

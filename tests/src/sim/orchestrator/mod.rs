@@ -338,6 +338,12 @@ impl World {
             node.since_snapshot = 0;
         }
         self.watch.borrow_mut().orchestrator_is(self, machine);
+        if let Some(hands) = node.hands.clone()
+            && self.random.borrow_mut().chance(self.plan.faults.snapshot_ppm)
+        {
+            let snapshot = Bytes::from(machine.to_snapshot(now_ms).expect("a machine encodes"));
+            self.executor.spawn(life, async move { hands.put_newest_snapshot(snapshot).await });
+        }
         let deadline = machine.deadline();
         self.begin_effects(node, life);
         self.set_orchestrator_tick(node, life, now_ms, deadline);

@@ -76,6 +76,13 @@ impl Hands {
         *tag = Some(self.persist(|| self.swap(key, known.clone(), &make)).await);
     }
 
+    /// A snapshot that the machine did not ask for: it comes in the place of the last one that it did.
+    pub(super) async fn put_newest_snapshot(&self, bytes: Bytes) {
+        let key = self.world.run.snapshot();
+        let revision = self.outbox.borrow().get(&key).map_or(0, |entry| entry.newest);
+        self.put_latest(&key, revision, || bytes.clone()).await;
+    }
+
     pub(super) async fn get_present(&self, key: &str) -> Option<Bytes> {
         self.persist(|| async {
             match self.world.get(self.id, key, None).await {

@@ -1,6 +1,6 @@
 //! A successor without the journal: what the bucket holds is enough.
 
-use protocol::documents::{Action, Lease, LeaseEnd, Order};
+use protocol::documents::{Action, Head, Lease, LeaseEnd, Notice, Order};
 
 use super::*;
 use crate::machine::{BucketFacts, LEASE_EPOCH_SHIFT, StepFact};
@@ -418,4 +418,48 @@ fn a_commitment_that_only_the_predecessors_tape_names_is_logged_before_the_merge
     let place = |document: Digest| entries.iter().position(|entry| entry.document == document);
     assert!(world.merges[&2].accepted().any(|one| one.commitment == foreign));
     assert!(place(foreign).unwrap() < place(merge).unwrap(), "{entries:?}");
+}
+
+#[test]
+fn a_notice_that_the_snapshot_does_not_know_stays_in_the_head_until_its_audit_is_selected_again() {
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    let slot = world.learners[0].slot;
+    world.opens_nothing = Some(slot);
+    let deadlines = |head: &Head| -> BTreeMap<Digest, u64> {
+        let ours = head.notices.iter().filter(|Notice::OpenAudit { hotkey, .. }| *hotkey == slot.0);
+        ours.map(|Notice::OpenAudit { audit, deadline_ms, .. }| (*audit, *deadline_ms)).collect()
+    };
+    // Nothing goes to the bucket between that and the first notice.
+    let mut snapshot = world.machine.to_snapshot(world.now_ms).unwrap();
+    let noticed = loop {
+        let before = world.machine.to_snapshot(world.now_ms).unwrap();
+        world.run(100);
+        let noticed = deadlines(&world.machine.head());
+        if !noticed.is_empty() {
+            break noticed;
+        }
+        snapshot = before;
+    };
+    world.snapshot = Some(snapshot);
+    let recovered = world.recover_from_bucket();
+    assert!(world.machine.audits.is_empty());
+    world.machine.handle(world.now_ms, recovered);
+    let effects: Vec<Effect> = std::iter::from_fn(|| world.machine.poll_effect()).collect();
+    let keeps =
+        |now: &BTreeMap<Digest, u64>| noticed.iter().all(|(audit, until_ms)| now.get(audit).is_some_and(|now_ms| now_ms >= until_ms));
+    let heads: Vec<_> =
+        effects.iter().filter_map(|effect| if let Effect::PublishHead { head } = effect { Some(deadlines(head)) } else { None }).collect();
+    assert!(heads.len() == 1 && keeps(&heads[0]), "{noticed:?} {heads:?}");
+    assert!(world.machine.audits.is_empty() && world.machine.inherited.len() >= noticed.len());
+    // The beacon gives the same audits again, which go on under these notices.
+    let epoch = world.epoch;
+    world.input(Input::Claimed { epoch });
+    world.run(200);
+    assert!(
+        world.machine.inherited.is_empty() && keeps(&deadlines(&world.machine.head())),
+        "{noticed:?} {:?}",
+        world.machine.head().notices
+    );
+    assert!(noticed.keys().all(|audit| world.machine.audits.contains_key(audit)));
 }
