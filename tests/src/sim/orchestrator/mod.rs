@@ -338,7 +338,8 @@ impl World {
             node.since_snapshot = 0;
         }
         self.watch.borrow_mut().orchestrator_is(self, machine);
-        if let Some(hands) = node.hands.clone()
+        if self.plan.faults.snapshot_ppm > 0
+            && let Some(hands) = node.hands.clone()
             && self.random.borrow_mut().chance(self.plan.faults.snapshot_ppm)
         {
             let snapshot = Bytes::from(machine.to_snapshot(now_ms).expect("a machine encodes"));
