@@ -133,7 +133,7 @@ fn without_faults_everybody_takes_part_in_every_merge_and_every_audit_passes() {
 
 #[test]
 fn whatever_befalls_orchestrator_and_store_no_honest_audit_counts_as_unopened() {
-    for seed in 1..=6 {
+    for seed in 1..=40 {
         let mut plan = Plan::calm(seed, 8, 4);
         plan.has_standby = seed % 2 == 0;
         plan.parameters.audit.opening_ms = 20_000;

@@ -1,7 +1,7 @@
 //! A miner's node: its real machine, a trainer of digests, and an edge that reads, verifies and redeems grants like
 //! `quasar-miner`'s. The spool is its disk: segments of earlier sessions stay, the machine begins anew.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -25,39 +25,16 @@ use super::executor::{Life, WORLD};
 use super::net::Node as NodeId;
 use super::paper::Identity;
 use super::plan::Behaviour;
+use super::spool::{Asked, Disk, Segment};
 use super::tensors::{self, Weights};
 use super::world::{BASE_FILE, BASE_RELEASE, SlotKeys, World};
 
-/// Steps whose segments the spool keeps, in cycles.
-const SPOOLED_CYCLES: u64 = 3;
 /// A record that was not written for so long is given up.
 const PROGRESS_TIMEOUT_PER_TTL: u64 = 5;
 /// From the begin of a boundary to its commitments.
 const PREPARE_MS: u64 = 40;
 const BASE_MS: u64 = 500;
 const OPEN_MS: u64 = 300;
-
-/// Survives a crash.
-#[derive(Default)]
-struct Disk {
-    /// States before steps, by session and local step, with the applied versions.
-    states: BTreeMap<(u64, u64), (Weights, Vec<u64>)>,
-    steps: BTreeMap<(u64, u64), OpenedStep>,
-    /// By outer step, session and local step.
-    exports: BTreeMap<(u64, u64, u64), Export>,
-    keyframes: HashMap<(u16, u64), Bytes>,
-    sequence: u64,
-    session: u64,
-}
-
-/// What a payload is bound to.
-#[derive(Clone, Copy)]
-struct Export {
-    start_step: u64,
-    local_step: u64,
-    payload: Digest,
-    is_uploaded: bool,
-}
 
 /// Lives and dies with the process.
 #[derive(Default)]
@@ -69,9 +46,7 @@ struct Memory {
     shards: Shards,
     payloads: BTreeMap<u64, Bytes>,
     receipts: BTreeMap<u64, Bytes>,
-    openings: BTreeMap<(Digest, u8), Bytes>,
-    /// Outer steps whose payloads audits ask for.
-    asked: BTreeSet<u64>,
+    asked: Asked,
     /// Tag and highest sequence seen of each object that is looked at.
     seen: [(Option<Rc<str>>, u64); Look::ALL.len()],
 }
@@ -330,13 +305,7 @@ impl World {
                     None => Put::Refused,
                 };
                 if put.is_done() {
-                    let mut node = self.learners[index].borrow_mut();
-                    let session = node.disk.session;
-                    if let Some(export) =
-                        node.disk.exports.range_mut((t, session, 0)..(t, session + 1, 0)).next_back().map(|(_, export)| export)
-                    {
-                        export.is_uploaded = true;
-                    }
+                    self.learners[index].borrow_mut().disk.mark_uploaded(t);
                 }
                 Input::PayloadPut { t, put }
             }
@@ -368,7 +337,7 @@ impl World {
             Effect::PutOpening { audit, part } => {
                 let (bytes, behaviour) = {
                     let node = self.learners[index].borrow();
-                    (node.memory.openings.get(&(audit, part)).cloned(), node.behaviour)
+                    (node.disk.openings.get(&audit).map(|parts| parts[usize::from(part)].clone()), node.behaviour)
                 };
                 let put = match bytes {
                     Some(_) if behaviour == Behaviour::Hollow => Put::Stored,
@@ -388,8 +357,8 @@ impl World {
             }
             Effect::KeepOpenings { asked, .. } => {
                 let mut node = self.learners[index].borrow_mut();
-                node.memory.openings.retain(|(of, _), _| asked.iter().any(|(audit, _)| audit == of));
-                node.memory.asked = asked.into_iter().map(|(_, t)| t).collect();
+                node.disk.openings.retain(|of, _| asked.iter().any(|(audit, _)| audit == of));
+                node.memory.asked.steps = asked.into_iter().map(|(_, t)| t).collect();
                 return None;
             }
         })
@@ -595,10 +564,6 @@ impl World {
             let opened =
                 OpenedStep { local_step: step.local_step, lease: step.lease, lease_step: step.lease_step, exchanged: step.exchanged, loss };
             node.disk.steps.insert((node.disk.session, step.local_step), opened);
-            let kept = SPOOLED_CYCLES * u64::from(self.plan.parameters.inner_steps);
-            while node.disk.steps.len() as u64 > kept {
-                node.disk.steps.pop_first();
-            }
             StepDone { loss, tokens: u64::from(self.plan.parameters.batch_rows) * 128, step_ms: step_ms as u32 }
         };
         self.tell_miner(index, life, Input::Finished { number, step: Some(done) });
@@ -619,19 +584,8 @@ impl World {
         }
         let snapshot = boundary.snapshot.as_ref().map(|order| {
             node.unsaved_ms = 0;
-            node.disk.states.insert((session, order.local_step), (weights.clone(), order.versions.clone()));
-            let kept = SPOOLED_CYCLES * u64::from(self.plan.parameters.inner_steps);
-            let Node { disk, memory, .. } = &mut *node;
-            let is_asked = |at: &(u64, u64)| {
-                let of = |((t, session, _), export): (&(u64, u64, u64), &Export)| {
-                    memory.asked.contains(t) && (*session, export.start_step) == *at
-                };
-                disk.exports.iter().any(of)
-            };
-            while disk.states.len() as u64 > kept {
-                let Some(oldest) = disk.states.keys().copied().find(|at| !is_asked(at)) else { break };
-                disk.states.remove(&oldest);
-            }
+            let fragments = self.plan.parameters.fragments;
+            node.disk.put_state(order.local_step, weights.clone(), order.versions.clone(), fragments, &node.memory.asked);
             weights.digest()
         });
         let mut exported = Vec::new();
@@ -644,8 +598,7 @@ impl World {
             }
             let (length, sha256, blake3) = (payload.len() as u64, Digest::sha256(&payload), Digest::blake3(&payload));
             node.memory.payloads.insert(order.t, payload);
-            let export = Export { start_step: order.start_step, local_step: order.local_step, payload: blake3, is_uploaded: false };
-            node.disk.exports.insert((order.t, session, order.local_step), export);
+            node.disk.put_export(order.t, order.start_step, order.local_step, blake3);
             exported.push(Exported { t: order.t, length, sha256, blake3, residual: None });
         }
         node.memory.weights = Some(weights);
@@ -656,29 +609,19 @@ impl World {
     }
 
     fn prepare_opening(&self, index: usize, audit: Digest, t: u64, payload: Option<Digest>) -> Option<Vec<PreparedPart>> {
-        let (manifest, state) = {
-            let node = self.learners[index].borrow();
-            let answers = || node.disk.exports.range((t, 0, 0)..(t + 1, 0, 0));
-            // Two sessions may have answered the same pull. Where nobody knows which payload was merged, the one that reached the store
-            // counts, else the first.
-            let merged = answers().find(|(_, export)| Some(export.payload) == payload);
-            let uploaded = answers().find(|(_, export)| export.is_uploaded);
-            let ((_, session, _), Export { start_step, local_step, .. }) = merged.or(uploaded).or(answers().next())?;
-            let (session, start_step, local_step) = (*session, *start_step, *local_step);
-            let (weights, versions) = node.disk.states.get(&(session, start_step))?.clone();
-            let steps: Vec<OpenedStep> =
-                (start_step..local_step).map(|step| node.disk.steps.get(&(session, step)).cloned()).collect::<Option<_>>()?;
-            (OpeningManifest { audit, t, start_step, versions, steps }, weights.to_bytes())
-        };
-        let manifest = self.signed::<OpeningManifest>(index, &manifest);
-        let parts = [manifest, state, Bytes::from_static(&[0; 4])];
-        let mut node = self.learners[index].borrow_mut();
-        let prepared = (0..OPENING_PARTS).zip(parts).map(|(part, bytes)| {
-            let prepared = PreparedPart { part, length: bytes.len() as u64, sha256: Digest::sha256(&bytes) };
-            node.memory.openings.insert((audit, part), bytes);
-            prepared
-        });
-        Some(prepared.collect())
+        let is_prepared = self.learners[index].borrow().disk.openings.contains_key(&audit);
+        if !is_prepared {
+            let Segment { start_step, state, versions, steps } = self.learners[index].borrow().disk.segment(t, payload)?;
+            let manifest = self.signed::<OpeningManifest>(index, &OpeningManifest { audit, t, start_step, versions, steps });
+            let parts = [manifest, state.to_bytes(), Bytes::from_static(&[0; 4])];
+            let mut node = self.learners[index].borrow_mut();
+            let Node { disk, memory, .. } = &mut *node;
+            disk.openings.insert(audit, parts);
+            disk.release(t, self.plan.parameters.fragments, &mut memory.asked);
+        }
+        let node = self.learners[index].borrow();
+        let describe = |(part, bytes): (u8, &Bytes)| PreparedPart { part, length: bytes.len() as u64, sha256: Digest::sha256(bytes) };
+        Some((0..OPENING_PARTS).zip(&node.disk.openings[&audit]).map(describe).collect())
     }
 }
 

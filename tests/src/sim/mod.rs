@@ -23,6 +23,7 @@ mod orchestrator;
 pub mod paper;
 pub mod plan;
 pub mod random;
+mod spool;
 mod tensors;
 mod validator;
 pub mod watch;

@@ -127,7 +127,7 @@ impl Learner {
             || !self.grants.can_put(&self.progress_key, now_ms);
         let pull = self.pulls.awaits_upload()
             || self.receipts.awaits_upload()
-            || self.openings.awaits_upload(now_ms)
+            || self.openings.awaits_upload()
             || self.leases.wants_tokens()
             || self.grants.is_renewing();
         self.polls.set_eager(Look::Standing, standing);

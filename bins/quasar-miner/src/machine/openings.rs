@@ -1,7 +1,8 @@
 //! Openings: when an audit asks for it, the learner uploads the state at the start of a segment and what it did after it.
 //!
 //! One audit at a time, oldest first: a progress record has room for the parts of one. Parts stay in the record until the
-//! notice is gone, so that the orchestrator cannot miss them.
+//! notice is gone, so that the orchestrator cannot miss them. Whoever takes a notice away decides that it is too late: its
+//! deadline is by the orchestrator's clock, which may be behind after it slept.
 
 use protocol::documents::{Notice, OpeningPart};
 use protocol::{AccountId, Digest};
@@ -43,7 +44,6 @@ enum Upload {
 struct Opening {
     audit: Digest,
     t: u64,
-    deadline_ms: u64,
     /// What the parts are sealed to.
     key: [u8; 32],
     state: State,
@@ -69,26 +69,13 @@ impl Openings {
     pub(super) fn set_notices(&mut self, notices: &[Notice], hotkey: &AccountId, slot: u8) -> Changes {
         let mut ours = Vec::new();
         for notice in notices {
-            let Notice::OpenAudit { audit, hotkey: of, slot: of_slot, t, deadline_ms, key } = notice;
+            let Notice::OpenAudit { audit, hotkey: of, slot: of_slot, t, key, .. } = notice;
             if of == hotkey && *of_slot == slot {
-                ours.push(Opening {
-                    audit: *audit,
-                    t: *t,
-                    deadline_ms: *deadline_ms,
-                    key: *key,
-                    state: State::Noticed { not_before_ms: 0 },
-                });
+                ours.push(Opening { audit: *audit, t: *t, key: *key, state: State::Noticed { not_before_ms: 0 } });
             }
         }
         let (mut changes, before) = (Changes::default(), self.all.len());
-        self.all.retain_mut(|opening| {
-            let notice = ours.iter().find(|notice| notice.audit == opening.audit);
-            if let Some(notice) = notice {
-                // An orchestrator that was away gives so much longer.
-                opening.deadline_ms = notice.deadline_ms;
-            }
-            notice.is_some()
-        });
+        self.all.retain(|opening| ours.iter().any(|notice| notice.audit == opening.audit));
         let are_gone = self.all.len() < before;
         for notice in ours {
             if !self.all.iter().any(|opening| opening.audit == notice.audit) {
@@ -104,14 +91,14 @@ impl Openings {
         changes
     }
 
-    /// The opening that is worked on: the first one that can still be uploaded in time.
-    fn current(&self, now_ms: u64) -> Option<&Opening> {
-        self.all.iter().find(|opening| opening.state != State::Impossible && (opening.deadline_ms > now_ms || opening.is_uploaded()))
+    /// The opening that is worked on.
+    fn current(&self) -> Option<&Opening> {
+        self.all.iter().find(|opening| opening.state != State::Impossible)
     }
 
     /// The opening whose parts are to be prepared now: audit, outer step, key.
     pub(super) fn to_prepare(&self, now_ms: u64) -> Option<(Digest, u64, [u8; 32])> {
-        let opening = self.current(now_ms)?;
+        let opening = self.current()?;
         let is_due = matches!(opening.state, State::Noticed { not_before_ms } if not_before_ms <= now_ms);
         is_due.then_some((opening.audit, opening.t, opening.key))
     }
@@ -143,14 +130,14 @@ impl Openings {
 
     /// Parts whose upload was not begun: audit, part, digest.
     pub(super) fn waiting(&self, now_ms: u64) -> Vec<(Digest, u8, Digest)> {
-        let Some(Opening { audit, state: State::Ready(parts), .. }) = self.current(now_ms) else { return Vec::new() };
+        let Some(Opening { audit, state: State::Ready(parts), .. }) = self.current() else { return Vec::new() };
         let is_due = |part: &&Part| matches!(part.upload, Upload::Waiting { not_before_ms } if not_before_ms <= now_ms);
         parts.iter().filter(is_due).map(|part| (*audit, part.part, part.sha256)).collect()
     }
 
     /// Whether some part is not uploaded.
-    pub(super) fn awaits_upload(&self, now_ms: u64) -> bool {
-        self.current(now_ms).is_some_and(|opening| !opening.is_uploaded())
+    pub(super) fn awaits_upload(&self) -> bool {
+        self.current().is_some_and(|opening| !opening.is_uploaded())
     }
 
     fn set_upload(&mut self, audit: &Digest, part: u8, upload: Upload) {
@@ -172,8 +159,8 @@ impl Openings {
         put.is_done() && self.find(audit).is_some_and(|opening| opening.is_uploaded())
     }
 
-    pub(super) fn record(&self, now_ms: u64) -> Vec<OpeningPart> {
-        let Some(Opening { audit, state: State::Ready(parts), .. }) = self.current(now_ms) else { return Vec::new() };
+    pub(super) fn record(&self) -> Vec<OpeningPart> {
+        let Some(Opening { audit, state: State::Ready(parts), .. }) = self.current() else { return Vec::new() };
         let part = |part: &Part| OpeningPart {
             audit: *audit,
             part: part.part,
@@ -185,7 +172,7 @@ impl Openings {
     }
 
     pub(super) fn deadline(&self, now_ms: u64) -> Option<u64> {
-        let parts = match &self.current(now_ms)?.state {
+        let parts = match &self.current()?.state {
             State::Ready(parts) => parts,
             State::Noticed { not_before_ms } => return Some(*not_before_ms).filter(|due_ms| *due_ms > now_ms),
             State::Preparing | State::Impossible => return None,
@@ -212,7 +199,7 @@ mod tests {
     const KEY: [u8; 32] = [9; 32];
 
     fn notice(name: &[u8], t: u64, hotkey: AccountId) -> Notice {
-        Notice::OpenAudit { audit: Digest::blake3(name), hotkey, slot: 0, t, deadline_ms: 1_000, key: KEY }
+        Notice::OpenAudit { audit: Digest::blake3(name), hotkey, slot: 0, t, deadline_ms: 0, key: KEY }
     }
 
     fn parts() -> Result<Vec<PreparedPart>, NotPrepared> {
@@ -233,25 +220,26 @@ mod tests {
         assert_eq!(openings.to_prepare(0), None);
         openings.prepared(&a, parts(), 0);
         assert_eq!(openings.waiting(0).len(), 3);
-        assert_eq!(openings.record(0).len(), 3);
+        assert_eq!(openings.record().len(), 3);
         for part in 0..3 {
             openings.uploading(&a, part);
             assert_eq!(openings.uploaded(&a, part, Put::Stored, 0), part == 2);
         }
-        assert!(openings.record(2_000).iter().all(|part| part.uploaded), "the record keeps them after the deadline, too");
+        assert!(openings.record().iter().all(|part| part.uploaded), "the record keeps them until the notice is gone");
         assert_eq!(openings.to_prepare(0), None);
         assert_eq!(openings.set_notices(&notices[2..], &US, 0).asked, Some((2, vec![(b, 5)])));
         assert_eq!(openings.to_prepare(0), Some((b, 5, KEY)));
     }
 
     #[test]
-    fn an_opening_that_cannot_be_made_or_is_too_late_does_not_block_the_next() {
+    fn an_opening_that_cannot_be_made_does_not_block_the_next() {
         let mut openings = Openings::default();
         openings.set_notices(&[notice(b"a", 3, US), notice(b"b", 5, US)], &US, 0);
         openings.prepared(&Digest::blake3(b"a"), Err(NotPrepared::Gone), 0);
         assert_eq!(openings.to_prepare(0), Some((Digest::blake3(b"b"), 5, KEY)));
-        assert_eq!(openings.to_prepare(1_000), None);
-        assert!(!openings.awaits_upload(1_000));
+        openings.prepared(&Digest::blake3(b"b"), Err(NotPrepared::Gone), 0);
+        assert_eq!(openings.to_prepare(0), None);
+        assert!(!openings.awaits_upload());
     }
 
     #[test]
@@ -260,8 +248,7 @@ mod tests {
         let mut openings = Openings::default();
         assert_eq!(openings.set_notices(&[], &US, 0).asked, Some((1, vec![])), "nothing that an earlier process prepared");
         assert_eq!(openings.set_notices(&[], &US, 0).asked, None);
-        let Notice::OpenAudit { audit, hotkey, slot, t, key, .. } = notice(b"a", 3, US);
-        openings.set_notices(&[Notice::OpenAudit { audit, hotkey, slot, t, deadline_ms: 9 * PREPARE_RETRY_MS, key }], &US, 0);
+        openings.set_notices(&[notice(b"a", 3, US)], &US, 0);
         openings.preparing(&a);
         openings.prepared(&a, Err(NotPrepared::Failed), 5);
         assert_eq!((openings.to_prepare(6), openings.deadline(6)), (None, Some(5 + PREPARE_RETRY_MS)));
@@ -269,14 +256,15 @@ mod tests {
     }
 
     #[test]
-    fn a_notice_that_gives_more_time_is_taken_up() {
+    fn what_is_late_by_this_clock_is_opened_as_long_as_its_notice_is_there() {
         let a = Digest::blake3(b"a");
         let mut openings = Openings::default();
         openings.set_notices(&[notice(b"a", 3, US)], &US, 0);
-        assert_eq!(openings.to_prepare(5_000), None);
-        let Notice::OpenAudit { audit, hotkey, slot, t, key, .. } = notice(b"a", 3, US);
-        openings.set_notices(&[Notice::OpenAudit { audit, hotkey, slot, t, deadline_ms: 9_000, key }], &US, 0);
-        assert_eq!(openings.to_prepare(5_000), Some((a, 3, KEY)));
+        assert_eq!(openings.to_prepare(90_000), Some((a, 3, KEY)));
+        openings.prepared(&a, parts(), 90_000);
+        assert_eq!((openings.waiting(90_000).len(), openings.record().len()), (3, 3));
+        openings.set_notices(&[], &US, 0);
+        assert_eq!((openings.to_prepare(90_000), openings.record().len()), (None, 0));
     }
 
     #[test]

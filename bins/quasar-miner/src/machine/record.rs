@@ -170,14 +170,14 @@ impl Learner {
             return;
         }
         let mut progress = self.record.take_scratch();
-        self.fill(&mut progress, now_ms);
+        self.fill(&mut progress);
         if let Some(progress) = self.record.take_due(progress, self.ending.is_some(), now_ms) {
             self.effects.push_back(Effect::PutProgress(Box::new(progress)));
         }
     }
 
     /// Makes `progress` the record as of now. It is looked at after every input and rarely differs: nothing is allocated anew.
-    fn fill(&self, progress: &mut Progress, now_ms: u64) {
+    fn fill(&self, progress: &mut Progress) {
         let (state, reason) = self.state();
         let (lease, lease_step) = self.leases.cursor();
         progress.worker.clone_from(&self.settings.worker);
@@ -191,7 +191,7 @@ impl Learner {
         progress.commitments.extend(self.pulls.commitments().cloned());
         progress.uploaded.clear();
         progress.uploaded.extend(self.pulls.uploads_done());
-        progress.openings = self.openings.record(now_ms);
+        progress.openings = self.openings.record();
         progress.receipt = self.receipts.record();
     }
 }

@@ -16,7 +16,10 @@ const NOTICES_MAX: usize = 1_900;
 /// Of a slot that has so many audits unopened, the oldest one is ordered unopened when another one comes.
 const UNOPENED_MAX: usize = 8;
 /// A head that takes so long has found no store.
-const HEAD_SLOW_MS: u64 = 10_000;
+pub(super) const HEAD_SLOW_MS: u64 = 10_000;
+/// After a record that was heard, so many polls count as heard, and at least so much time.
+const HEARD_POLLS: u64 = 2;
+const HEARD_MIN_MS: u64 = 1_000;
 /// A verdict is awaited as long as the grants of its audit live, and looked for after so many polls.
 pub const VERDICT_MS: u64 = 6 * 3_600_000;
 /// An opening is there for longer than its grants live, whatever the clocks say: to a validator, one that is not there was never uploaded.
@@ -82,8 +85,8 @@ impl Orchestrator {
             }
         }
         let now_ms = self.volatile.now_ms;
-        let is_away = self.is_store_away();
-        let is_overdue = |case: &AuditCase| !is_away && case.key.is_some() && now_ms >= case.deadline_ms;
+        let is_in_touch = self.out_of_touch_ms() == 0;
+        let is_overdue = |case: &AuditCase| is_in_touch && case.key.is_some() && now_ms >= case.deadline_ms;
         let due: Vec<Digest> = self
             .audits
             .iter()
@@ -148,9 +151,9 @@ impl Orchestrator {
             .find_map(|Notice::OpenAudit { audit: of, key, deadline_ms, .. }| (of == audit).then_some((*key, *deadline_ms)))
     }
 
-    /// Audits whose notices are in the head.
+    /// Audits whose notices are in the head: until the order is in the bucket, for a successor from there may need the opening.
     pub(super) fn noticed(&self) -> impl Iterator<Item = &AuditCase> {
-        self.audits.values().filter(|case| case.is_opening() && case.key.is_some())
+        self.audits.values().filter(|case| case.key.is_some())
     }
 
     /// Who opens nothing does not hold up the audits of others for ever. What is being uploaded is ordered last.
@@ -190,7 +193,7 @@ impl Orchestrator {
     pub(super) fn on_opening_keys(&mut self, keys: &[(Digest, [u8; 32])]) {
         let (now_ms, opening_ms) = (self.volatile.now_ms, self.parameters().audit.opening_ms);
         let mut busy_until: BTreeMap<Slot, u64> = BTreeMap::new();
-        for case in self.noticed() {
+        for case in self.noticed().filter(|case| case.is_opening()) {
             let until_ms = busy_until.entry(case.slot()).or_insert(now_ms);
             *until_ms = case.deadline_ms.max(*until_ms);
         }
@@ -204,22 +207,31 @@ impl Orchestrator {
         }
     }
 
-    /// Whether a head has been on its way to the store for so long that nothing else may get there.
-    fn is_store_away(&self) -> bool {
-        self.volatile.head_in_flight && self.volatile.now_ms > self.volatile.head_ms + HEAD_SLOW_MS
+    /// For how long nobody may have reached the store, or this process: it or the store was away, its machine slept, its clock was set, or
+    /// it is so wrong that every record is refused. Whatever it was, no records were read, or no heads published.
+    fn out_of_touch_ms(&self) -> u64 {
+        let heard_ms = (HEARD_POLLS * self.parameters().poll_ms).max(HEARD_MIN_MS);
+        self.volatile.now_ms.saturating_sub(self.in_touch_ms).saturating_sub(heard_ms)
     }
 
-    /// How long nobody may have reached the store until now, where that is longer than `silent_ms`.
-    pub(super) fn away_ms(&self, silent_ms: u64) -> u64 {
-        let since_ms = if self.is_store_away() { self.volatile.now_ms - self.volatile.head_ms } else { 0 };
-        silent_ms.max(since_ms)
+    /// A learner was heard. While the heads get out, too, the time to open something runs.
+    pub(super) fn note_heard(&mut self) {
+        if self.volatile.head_in_flight && self.volatile.now_ms > self.volatile.head_ms + HEAD_SLOW_MS {
+            return;
+        }
+        let away_ms = self.out_of_touch_ms();
+        self.in_touch_ms = self.volatile.now_ms;
+        self.give_longer(away_ms);
     }
 
-    /// Nobody could open anything for so long: what is noticed has so much longer.
-    pub(super) fn give_longer(&mut self, away_ms: u64) {
-        for case in self.audits.values_mut().filter(|case| away_ms > 0 && case.key.is_some()) {
+    /// Nobody could open anything for so long: what is noticed has so much longer. The head need not say so at once: a learner opens what is
+    /// noticed for as long as it is.
+    fn give_longer(&mut self, away_ms: u64) {
+        if away_ms == 0 {
+            return;
+        }
+        for case in self.audits.values_mut().filter(|case| case.key.is_some()) {
             case.deadline_ms = case.deadline_ms.saturating_add(away_ms);
-            self.head_dirty = true;
         }
         for Notice::OpenAudit { deadline_ms, .. } in &mut self.inherited {
             *deadline_ms = deadline_ms.saturating_add(away_ms);
@@ -272,7 +284,6 @@ impl Orchestrator {
         let selection = Box::new(case.selection.clone());
         let leases = case.leases.iter().filter_map(|id| self.leases.get(id)).map(|record| record.lease.clone()).collect();
         let recipient = self.recipient(&selection.validator);
-        self.head_dirty = true;
         self.emit(Effect::OrderAudit { selection, recipient, parts, leases });
     }
 

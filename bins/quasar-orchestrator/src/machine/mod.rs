@@ -106,6 +106,8 @@ pub struct Orchestrator {
     audits: BTreeMap<Digest, AuditCase>,
     /// Notices of a predecessor's head whose audits this machine has not selected yet: no learner is to see them gone meanwhile.
     inherited: Vec<Notice>,
+    /// When a learner was last heard while heads got out.
+    in_touch_ms: u64,
     audits_ordered: u64,
     /// Ordered audits whose verdict is awaited.
     verdicts_awaited: BTreeMap<Digest, AwaitedVerdict>,
@@ -204,6 +206,7 @@ impl Orchestrator {
             audit_cycle: 0,
             audits: BTreeMap::new(),
             inherited: Vec::new(),
+            in_touch_ms: 0,
             audits_ordered: 0,
             verdicts_awaited: BTreeMap::new(),
             openings: BTreeMap::new(),
@@ -299,10 +302,9 @@ impl Orchestrator {
         &self.ledger
     }
 
-    /// Asks again for everything that was open when the last process ended, `silent_ms` ago as far as is known.
-    fn resume(&mut self, silent_ms: u64) {
+    /// Asks again for everything that was open when the last process ended.
+    fn resume(&mut self) {
         let now_ms = self.volatile.now_ms;
-        self.give_longer(self.away_ms(silent_ms));
         // A replay has left what the last process was told, asked for and waited for: nothing of that reached this one.
         let effects = std::mem::take(&mut self.volatile.effects);
         self.volatile = Volatile { effects, now_ms, ..Volatile::default() };
@@ -420,19 +422,19 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 11;
+    const LAYOUT: u32 = 12;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
-        let silent_ms = now_ms.saturating_sub(std::mem::replace(&mut self.volatile.now_ms, now_ms));
+        self.volatile.now_ms = now_ms;
         self.note_input(&input);
         match input {
             Input::Claimed { epoch } => {
                 self.epoch = epoch;
-                self.resume(silent_ms);
+                self.resume();
             }
             Input::Recovered { facts } => {
                 self.on_recovered(*facts);
-                self.resume(silent_ms);
+                self.resume();
             }
             Input::Tick => {}
             Input::Block { number } => self.block = self.block.max(number),
@@ -445,10 +447,7 @@ impl Machine for Orchestrator {
             Input::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),
             Input::ReceiptChecked { slot, lease, outcome } => self.on_receipt_checked(slot, lease, outcome),
             Input::LeaseEnded { end } => self.on_lease_ended(&end),
-            Input::HeadPublished => {
-                self.give_longer(self.away_ms(0));
-                self.volatile.head_in_flight = false;
-            }
+            Input::HeadPublished => self.volatile.head_in_flight = false,
             Input::Beacon { cycle, block, hash } => self.on_beacon(cycle, block, &hash),
             Input::OpeningKeys { keys } => self.on_opening_keys(&keys),
             Input::AuditOrdered { audit } => self.on_audit_ordered(audit),

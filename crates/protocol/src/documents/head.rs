@@ -101,6 +101,7 @@ pub enum Notice {
         hotkey: AccountId,
         slot: u8,
         t: u64,
+        /// By the orchestrator's clock, and later where it was out of touch: a learner has time for as long as this notice is there.
         deadline_ms: u64,
         #[serde(with = "hex::serde")]
         key: [u8; 32],
