@@ -136,15 +136,19 @@ fn whatever_befalls_orchestrator_and_store_no_honest_audit_counts_as_unopened() 
     for seed in 1..=40 {
         let mut plan = Plan::calm(seed, 8, 4);
         plan.has_standby = seed % 2 == 0;
-        plan.parameters.audit.opening_ms = 20_000;
         let until_ms = 4 * 24 * plan.step_ms;
         plan.faults = Faults {
             until_ms,
             orchestrator_crash_ms: 40_000,
             lost_disk_ppm: 300_000,
+            snapshot_ppm: 50_000,
             pause_ms: 150_000,
             outage_ms: 120_000,
             longest_outage_ms: 120_000,
+            chain_stall_ms: 120_000,
+            error_ppm: 50_000,
+            lost_reply_ppm: 50_000,
+            stale_ppm: 100_000,
             ..Faults::default()
         };
         let outcome = sim::run(plan);

@@ -23,6 +23,9 @@ pub struct Selection {
 
 /// Audits of a slot that it is asked to open at a time: one after the other, so that the last may take so many times as long.
 pub const NOTICES_OF_SLOT: u64 = 2;
+/// A learner keeps the segments of payloads of the last so many cycles: an audit asks for one of a finished cycle, some blocks later. What
+/// is older when its audit is selected, because the chain was away for long, is not audited.
+pub const SEGMENT_CYCLES: u64 = 3;
 /// How much more often a learner is audited that a filter left something out of. Honest work may look odd for days: it has to be possible
 /// to open all these audits.
 const SUSPECT_FACTOR: u64 = 4;

@@ -304,9 +304,6 @@ impl World {
                     }
                     None => Put::Refused,
                 };
-                if put.is_done() {
-                    self.learners[index].borrow_mut().disk.mark_uploaded(t);
-                }
                 Input::PayloadPut { t, put }
             }
             Effect::PrepareReceipt(receipt) => {
@@ -327,12 +324,9 @@ impl World {
             Effect::PrepareOpening { audit, t, .. } => {
                 self.executor.sleep(PREPARE_MS).await;
                 let manifest = self.published::<MergeManifest>(id, &self.run.merge(t)).await;
-                let account = self.learners[index].borrow().identity.account;
-                let ours = manifest.and_then(|manifest| manifest.contributions.into_iter().find(|one| one.hotkey == account));
-                Input::OpeningPrepared {
-                    audit,
-                    parts: self.prepare_opening(index, audit, t, ours.map(|one| one.payload)).ok_or(NotPrepared::Gone),
-                }
+                let is_asked = self.learners[index].borrow().memory.asked.steps.contains(&t);
+                let parts = if is_asked { self.prepare_opening(index, audit, t, manifest) } else { Err(NotPrepared::Failed) };
+                Input::OpeningPrepared { audit, parts }
             }
             Effect::PutOpening { audit, part } => {
                 let (bytes, behaviour) = {
@@ -608,10 +602,20 @@ impl World {
         Some((Input::Prepared { number: boundary.number, snapshot, exported }, step_ms, fails))
     }
 
-    fn prepare_opening(&self, index: usize, audit: Digest, t: u64, payload: Option<Digest>) -> Option<Vec<PreparedPart>> {
+    fn prepare_opening(
+        &self,
+        index: usize,
+        audit: Digest,
+        t: u64,
+        manifest: Option<Box<MergeManifest>>,
+    ) -> Result<Vec<PreparedPart>, NotPrepared> {
+        let account = self.learners[index].borrow().identity.account;
+        let ours = manifest.ok_or(NotPrepared::Unknown)?.contributions.into_iter().find(|one| one.hotkey == account);
+        let payload = ours.ok_or(NotPrepared::Gone)?.payload;
         let is_prepared = self.learners[index].borrow().disk.openings.contains_key(&audit);
         if !is_prepared {
-            let Segment { start_step, state, versions, steps } = self.learners[index].borrow().disk.segment(t, payload)?;
+            let Segment { start_step, state, versions, steps } =
+                self.learners[index].borrow().disk.segment(t, payload).ok_or(NotPrepared::Gone)?;
             let manifest = self.signed::<OpeningManifest>(index, &OpeningManifest { audit, t, start_step, versions, steps });
             let parts = [manifest, state.to_bytes(), Bytes::from_static(&[0; 4])];
             let mut node = self.learners[index].borrow_mut();
@@ -621,7 +625,7 @@ impl World {
         }
         let node = self.learners[index].borrow();
         let describe = |(part, bytes): (u8, &Bytes)| PreparedPart { part, length: bytes.len() as u64, sha256: Digest::sha256(bytes) };
-        Some((0..OPENING_PARTS).zip(&node.disk.openings[&audit]).map(describe).collect())
+        Ok((0..OPENING_PARTS).zip(&node.disk.openings[&audit]).map(describe).collect())
     }
 }
 

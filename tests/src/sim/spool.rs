@@ -4,12 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bytes::Bytes;
 use protocol::Digest;
+use protocol::audits::SEGMENT_CYCLES;
 use protocol::documents::{OPENING_PARTS, OpenedStep};
 
 use super::tensors::Weights;
-
-/// Cycles whose payloads an audit may ask for.
-const SPOOLED_CYCLES: u64 = 3;
 
 /// Session and local step.
 pub type Moment = (u64, u64);
@@ -35,7 +33,6 @@ pub struct Disk {
 struct Export {
     start_step: u64,
     payload: Digest,
-    is_uploaded: bool,
 }
 
 /// What audits may still ask for, as far as this process was told.
@@ -63,26 +60,13 @@ impl Disk {
     }
 
     pub fn put_export(&mut self, t: u64, start_step: u64, local_step: u64, payload: Digest) {
-        self.exports.insert((t, self.session, local_step), Export { start_step, payload, is_uploaded: false });
+        self.exports.insert((t, self.session, local_step), Export { start_step, payload });
     }
 
-    /// This session's payload of an outer step reached the store.
-    pub fn mark_uploaded(&mut self, t: u64) {
-        let mut ours = self.exports.range_mut((t, self.session, 0)..(t, self.session + 1, 0));
-        if let Some((_, export)) = ours.next_back() {
-            export.is_uploaded = true;
-        }
-    }
-
-    /// The segment of outer step `t`'s payload, if it is there. Two sessions may have answered the same pull. Where nobody knows which payload
-    /// was merged, the one that reached the store counts, else the first.
-    pub fn segment(&self, t: u64, payload: Option<Digest>) -> Option<Segment> {
-        let answers = || self.exports.range((t, 0, 0)..(t + 1, 0, 0));
-        let found = match payload {
-            Some(payload) => answers().find(|(_, export)| export.payload == payload),
-            None => answers().find(|(_, export)| export.is_uploaded).or(answers().next()),
-        };
-        let ((_, session, local_step), Export { start_step, .. }) = found?;
+    /// The segment of the payload of outer step `t` with this digest, if it is there: two answers to one pull may lie here.
+    pub fn segment(&self, t: u64, payload: Digest) -> Option<Segment> {
+        let mut answers = self.exports.range((t, 0, 0)..(t + 1, 0, 0));
+        let ((_, session, local_step), Export { start_step, .. }) = answers.find(|(_, export)| export.payload == payload)?;
         let (state, versions) = self.states.get(&(*session, *start_step))?.clone();
         let steps: Option<_> = (*start_step..*local_step).map(|step| self.steps.get(&(*session, step)).cloned()).collect();
         Some(Segment { start_step: *start_step, state, versions, steps: steps? })
@@ -98,7 +82,7 @@ impl Disk {
 
     fn trim(&mut self, fragments: u16, asked: &Asked) {
         let newest = self.exports.last_key_value().map_or(0, |((t, ..), _)| *t);
-        let spooled = SPOOLED_CYCLES * u64::from(fragments);
+        let spooled = SEGMENT_CYCLES * u64::from(fragments);
         self.exports.retain(|(t, ..), _| asked.steps.contains(t) || (*t >= asked.released && *t + spooled > newest));
         let mut kept: BTreeSet<Moment> = self.exports.iter().map(|((_, session, _), export)| (*session, export.start_step)).collect();
         // A restart begins with the newest, and the next export may belong to the one before it.

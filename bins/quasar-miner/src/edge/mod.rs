@@ -23,6 +23,7 @@ use chain::Hotkey;
 use daemon::evidence::Evidence;
 use daemon::sequence::Sequence;
 use daemon::{JournalError, clock};
+use protocol::audits::SEGMENT_CYCLES;
 use protocol::documents::{Lease, MergeManifest, Progress, Receipt, encode_progress, opening_volume_bytes};
 use protocol::envelope::{self, Document};
 use protocol::{Digest, GrantRequest, Method};
@@ -90,7 +91,7 @@ impl Plane {
     pub fn open(folder: &Path, session: u64, facts: &RunFacts) -> Result<Self, SpoolError> {
         let fail = |source: io::Error| SpoolError::Io { path: folder.to_owned(), source };
         let parameters = &facts.manifest.parameters;
-        let outer_steps_kept = SPOOLED_CYCLES * u64::from(parameters.fragments);
+        let outer_steps_kept = SEGMENT_CYCLES * u64::from(parameters.fragments);
         let codecs = (parameters.codec_up, parameters.codec_down);
         Ok(Self {
             keyframes: Keyframes::open(folder.join("fragments"), facts.plan.clone(), codecs).map_err(fail)?,
@@ -105,9 +106,6 @@ impl Plane {
         })
     }
 }
-
-/// An audit asks for a segment of a finished cycle, some blocks later: what belongs to three cycles' pulls is kept for it.
-const SPOOLED_CYCLES: u64 = 3;
 
 /// What all learners of a process share.
 pub struct Shared {
@@ -237,9 +235,6 @@ impl Edge {
                     Some(payload) => self.put(&run.payload(&account, self.slot, t), payload).await,
                     None => Put::Refused,
                 };
-                if put.is_done() {
-                    self.plane.spool.mark_uploaded(t);
-                }
                 Input::PayloadPut { t, put }
             }
             Effect::DropPayload { t } => {
@@ -406,10 +401,10 @@ impl Edge {
     async fn prepare_opening(self: &Arc<Self>, audit: Digest, t: u64, key: [u8; 32]) -> Result<Vec<PreparedPart>, NotPrepared> {
         let preparation = self.openings.begin(audit);
         // Which of the payloads that several sessions may have offered was taken.
-        let manifest = self.published::<MergeManifest>(&self.facts.run.merge(t)).await;
+        let manifest = self.published::<MergeManifest>(&self.facts.run.merge(t)).await.ok_or(NotPrepared::Unknown)?;
         let us = (self.hotkey.account(), self.slot);
-        let ours = manifest.and_then(|manifest| manifest.contributions.into_iter().find(|one| (one.hotkey, one.slot) == us));
-        let payload = ours.map(|contribution| contribution.payload);
+        let ours = manifest.contributions.into_iter().find(|one| (one.hotkey, one.slot) == us);
+        let payload = ours.ok_or(NotPrepared::Gone)?.payload;
         let this = self.clone();
         let prepare = move || -> anyhow::Result<_> {
             let now_ms = clock::now_ms();
@@ -417,7 +412,7 @@ impl Edge {
             let sign = |manifest: &_| envelope::sign(manifest, &this.facts.context, &*this.hotkey, sequence, now_ms);
             let info = |part| this.facts.context.opening_info(&audit, part);
             let spool = (&this.plane.spool, this.facts.plan.total_elements() as usize);
-            let parts = this.openings.prepare((&preparation, t, payload.as_ref()), &key, info, spool, sign)?;
+            let parts = this.openings.prepare((&preparation, t, &payload), &key, info, spool, sign)?;
             // One payload of a learner and cycle is audited: with this one, nobody asks for the others, nor for earlier ones.
             let fragments = u64::from(this.facts.manifest.parameters.fragments);
             this.plane.spool.release(t, (t / fragments + 1) * fragments)?;

@@ -109,7 +109,7 @@ impl OpeningFiles {
     /// Something cannot be read or written, or the notice is gone; then nothing is left of it.
     pub fn prepare(
         &self,
-        (preparation, t, payload): (&Preparation, u64, Option<&Digest>),
+        (preparation, t, payload): (&Preparation, u64, &Digest),
         key: &[u8; 32],
         info: impl Fn(u8) -> Vec<u8>,
         (spool, elements): (&Spool, usize),
@@ -264,7 +264,7 @@ mod tests {
                 vec![part]
             };
             let sign = |_: &OpeningManifest| b"manifest".to_vec();
-            openings.prepare((preparation, 100, None), &[9; 32], info, (&spool, 2), sign).map(|parts| parts.len())
+            openings.prepare((preparation, 100, &Digest::ZERO), &[9; 32], info, (&spool, 2), sign).map(|parts| parts.len())
         };
         let dropped = openings.begin(audit);
         openings.retain(|_| false);

@@ -3,7 +3,7 @@
 //!
 //! Files are named by session and local step (or outer step), zero-padded, so that their order is the order of events:
 //! `S-N.state` is the trainer's state before step N, `S-N.segment` describes it and is written after it, `S-N.step` is one
-//! step, `S-T-N.export` is one payload, `S-T.uploaded` marks that one of outer step T reached the store, and `S-T-N.residual` is what the
+//! step, `S-T-N.export` is one payload, and `S-T-N.residual` is what the
 //! codec had withheld before it ([`super::feedback`]). A session answers a pull twice if it is opened again after the first answer.
 //!
 //! A learner that opens what a power loss has changed fails its audit; one that opens nothing is not blamed. So every file has a digest
@@ -211,13 +211,6 @@ impl Spool {
         self.write(Write::Export { at, record: ExportRecord { start_step, payload, has_residual: residual.is_some() } })
     }
 
-    /// The payload of outer step `t` reached the store.
-    pub fn mark_uploaded(&self, t: u64) {
-        if let Err(error) = fs::write(self.folder.join(name((self.session, t), ".uploaded")), []) {
-            tracing::warn!(t, %error, "an upload could not be noted");
-        }
-    }
-
     /// The segment of outer step `opened` is not needed any more, nor those of payloads before `below` that no audit waits for.
     pub fn release(&self, opened: u64, below: u64) -> Result<(), SpoolError> {
         self.write(Write::Release { opened, below })
@@ -270,21 +263,16 @@ impl Spool {
         segments.iter().rev().find_map(find)
     }
 
-    /// The segment that a payload of outer step `t` is bound to: the one with digest `payload`, if that is known. Found whole, for a model
-    /// with `elements` parameters: what is damaged is not opened.
-    pub fn open_segment(&self, t: u64, payload: Option<&Digest>, elements: usize) -> Result<OpenedSegment, SpoolError> {
+    /// The segment that the payload of outer step `t` with this digest is bound to. Found whole, for a model with `elements` parameters: what
+    /// is damaged is not opened.
+    pub fn open_segment(&self, t: u64, payload: &Digest, elements: usize) -> Result<OpenedSegment, SpoolError> {
         self.flush()?;
         let missing = || SpoolError::Missing { path: self.folder.clone(), t };
         let io = |source| SpoolError::Io { path: self.folder.clone(), source };
+        // Two answers to one pull may lie here, and the segment of one does not open the other.
         let exports: Vec<ExportAt> = exports(&self.folder, ".export").map_err(io)?.into_iter().filter(|(_, of, _)| *of == t).collect();
-        // Two sessions may have answered the same pull, and the segment of one answer does not open the other. Where nobody knows which payload
-        // was merged, the one that reached the store counts, else the first.
         let record = |at: &ExportAt| self.meta::<ExportRecord>(&export_name(*at, ".export"));
-        let uploaded = |at: &&ExportAt| self.folder.join(name((at.0, at.1), ".uploaded")).exists();
-        let found = match payload {
-            Some(payload) => exports.iter().find(|at| record(at).is_ok_and(|record| record.payload == *payload)),
-            None => exports.iter().find(uploaded).or(exports.first()),
-        };
+        let found = exports.iter().find(|at| record(at).is_ok_and(|record| record.payload == *payload));
         let export_at = *found.ok_or_else(missing)?;
         let export = record(&export_at)?;
         let start = (export_at.0, export.start_step);
@@ -477,7 +465,6 @@ impl Writer {
                 }
                 _ => {
                     files::remove(&path)?;
-                    files::remove(&self.folder.join(name((at.0, at.1), ".uploaded")))?;
                     files::remove(&self.folder.join(export_name(at, ".residual")))?;
                 }
             }
@@ -539,11 +526,11 @@ mod tests {
         spool.flush().unwrap();
         drop(spool);
         let spool = Spool::open(folder.path().join("spool"), 60, 72).unwrap();
-        let opened = spool.open_segment(100, None, 2).unwrap();
+        let opened = spool.open_segment(100, &Digest::ZERO, 2).unwrap();
         assert_eq!((opened.start_step, opened.versions), (4, vec![9, 4]));
         assert_eq!(opened.steps.iter().map(|(step, routes)| (step.local_step, routes[0])).collect::<Vec<_>>(), [(4, 4), (5, 5), (6, 6)]);
         assert_eq!(fs::read(opened.state).unwrap(), state(4).to_bytes());
-        assert!(matches!(spool.open_segment(101, None, 2), Err(SpoolError::Missing { t: 101, .. })));
+        assert!(matches!(spool.open_segment(101, &Digest::ZERO, 2), Err(SpoolError::Missing { t: 101, .. })));
     }
 
     #[test]
@@ -554,7 +541,7 @@ mod tests {
         fs::write(&residual, [b"withheld".as_slice(), &Digest::blake3(b"withheld").0].concat()).unwrap();
         fill(&spool, 0..7);
         spool.put_export(100, (4, 7), Digest::ZERO, Some(&residual)).unwrap();
-        let open = |elements| spool.open_segment(100, None, elements).map(drop);
+        let open = |elements| spool.open_segment(100, &Digest::ZERO, elements).map(drop);
         assert!(open(2).is_ok());
         assert!(matches!(open(3), Err(SpoolError::Damaged { .. })), "a state of another model");
         let files = [
@@ -595,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_answers_to_one_pull_the_uploaded_one_is_opened() {
+    fn of_two_answers_to_one_pull_the_one_that_was_merged_is_opened() {
         let folder = tempfile::tempdir().unwrap();
         let first = Spool::open(folder.path().to_owned(), 50, 72).unwrap();
         fill(&first, 0..5);
@@ -604,12 +591,9 @@ mod tests {
         let second = Spool::open(folder.path().to_owned(), 60, 72).unwrap();
         fill(&second, 0..9);
         second.put_export(100, (4, 8), Digest::blake3(b"second"), None).unwrap();
-        assert_eq!(second.open_segment(100, None, 2).unwrap().start_step, 0);
-        second.mark_uploaded(100);
-        assert_eq!(second.open_segment(100, None, 2).unwrap().start_step, 4);
-        let of = |payload: &[u8]| second.open_segment(100, Some(&Digest::blake3(payload)), 2).unwrap().start_step;
-        assert_eq!((of(b"first"), of(b"second")), (0, 4), "whatever was marked");
-        let unknown = second.open_segment(100, Some(&Digest::blake3(b"of a lost disk")), 2);
+        let of = |payload: &[u8]| second.open_segment(100, &Digest::blake3(payload), 2).unwrap().start_step;
+        assert_eq!((of(b"first"), of(b"second")), (0, 4));
+        let unknown = second.open_segment(100, &Digest::blake3(b"of a lost disk"), 2);
         assert!(matches!(unknown, Err(SpoolError::Missing { t: 100, .. })), "another answer's segment would fail the audit");
         // The pull is opened once more, and this session answers it once more.
         second.put_export(100, (8, 9), Digest::blake3(b"third"), None).unwrap();
@@ -659,7 +643,7 @@ mod tests {
         let numbers = |ending| moments(folder.path(), ending).unwrap().into_iter().map(|(_, number)| number).collect::<Vec<_>>();
         assert_eq!(numbers(".state"), [0, 32, 36]);
         assert_eq!(numbers(".step"), [vec![0, 1, 2, 3], (32..40).collect()].concat());
-        let opened = spool.open_segment(100, None, 2).unwrap();
+        let opened = spool.open_segment(100, &Digest::ZERO, 2).unwrap();
         assert_eq!((opened.start_step, opened.steps.len()), (0, 2));
         assert_eq!(fs::read(opened.residual.unwrap()).unwrap(), withheld);
         spool.put_export(109, (36, 40), Digest::ZERO, None).unwrap();
@@ -673,12 +657,12 @@ mod tests {
         spool.release(109, 109).unwrap();
         fill(&spool, 44..48);
         assert_eq!((exports(), residuals()), (vec![100, 109, 110], 1));
-        assert_eq!(spool.open_segment(100, None, 2).unwrap().start_step, 0);
+        assert_eq!(spool.open_segment(100, &Digest::ZERO, 2).unwrap().start_step, 0);
         spool.release(100, 0).unwrap();
         spool.flush().unwrap();
         assert_eq!((exports(), residuals()), (vec![109, 110], 0));
         assert_eq!(numbers(".state"), [36, 40, 44]);
-        assert!(matches!(spool.open_segment(100, None, 2), Err(SpoolError::Missing { t: 100, .. })));
+        assert!(matches!(spool.open_segment(100, &Digest::ZERO, 2), Err(SpoolError::Missing { t: 100, .. })));
         // The audit of their cycle is drawn, and opened.
         spool.release(109, 110).unwrap();
         spool.flush().unwrap();

@@ -106,6 +106,8 @@ pub struct PreparedPart {
 pub enum NotPrepared {
     /// The segment is not on this disk any more, or not whole.
     Gone,
+    /// Nobody says which payload of it was merged: the store may do so soon.
+    Unknown,
     /// The disk or the memory: it may do later.
     Failed,
 }

@@ -9,7 +9,7 @@ use protocol::{AccountId, Digest};
 
 use super::io::{NotPrepared, PreparedPart, Put};
 
-/// Pause before an upload is tried again.
+/// Pause before the store is asked again.
 const RETRY_MS: u64 = 1_000;
 /// Pause before an opening is prepared again: a full disk takes its time.
 const PREPARE_RETRY_MS: u64 = 30_000;
@@ -124,6 +124,7 @@ impl Openings {
         opening.state = match parts {
             Ok(parts) => State::Ready(parts.into_iter().map(fresh).collect()),
             Err(NotPrepared::Gone) => State::Impossible,
+            Err(NotPrepared::Unknown) => State::Noticed { not_before_ms: now_ms + RETRY_MS },
             Err(NotPrepared::Failed) => State::Noticed { not_before_ms: now_ms + PREPARE_RETRY_MS },
         };
     }
@@ -243,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_disk_could_not_do_is_tried_again_and_the_first_head_says_what_is_asked_for() {
+    fn what_a_disk_or_the_store_could_not_do_is_tried_again_and_the_first_head_says_what_is_asked_for() {
         let a = Digest::blake3(b"a");
         let mut openings = Openings::default();
         assert_eq!(openings.set_notices(&[], &US, 0).asked, Some((1, vec![])), "nothing that an earlier process prepared");
@@ -253,6 +254,9 @@ mod tests {
         openings.prepared(&a, Err(NotPrepared::Failed), 5);
         assert_eq!((openings.to_prepare(6), openings.deadline(6)), (None, Some(5 + PREPARE_RETRY_MS)));
         assert_eq!(openings.to_prepare(5 + PREPARE_RETRY_MS), Some((a, 3, KEY)));
+        openings.preparing(&a);
+        openings.prepared(&a, Err(NotPrepared::Unknown), PREPARE_RETRY_MS);
+        assert_eq!(openings.deadline(PREPARE_RETRY_MS), Some(PREPARE_RETRY_MS + RETRY_MS));
     }
 
     #[test]

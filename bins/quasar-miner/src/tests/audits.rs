@@ -129,6 +129,7 @@ fn a_segment_of_an_earlier_session_is_opened_after_a_restart() {
     assert_eq!(world.uploads, ["payload 1"]);
     world.plane.spool.flush().unwrap();
     let mut again = World::new(folder.path(), START_MS + 60_000);
+    again.records.clone_from(&world.records);
     let audit = Digest::blake3(b"audit");
     again.notice(audit, 1);
     again.run_for(1_000);

@@ -464,9 +464,6 @@ impl World {
             Effect::PutPayload { t } => {
                 assert!(self.plane.payloads.get(t).is_some());
                 let put = self.put(format!("payload {t}"));
-                if put == Put::Stored {
-                    self.plane.spool.mark_uploaded(t);
-                }
                 self.answer(5, Input::PayloadPut { t, put });
             }
             Effect::DropPayload { t } => self.dropped.push(t),
@@ -515,7 +512,10 @@ impl World {
     fn prepare(&self, audit: Digest, t: u64, key: [u8; 32]) -> Result<Vec<PreparedPart>, NotPrepared> {
         let sign = |manifest: &OpeningManifest| protocol::codec::encode(manifest);
         let spool = (&self.plane.spool, toy().plan().total_elements() as usize);
-        self.openings.prepare((&self.openings.begin(audit), t, None), &key, |part| vec![part], spool, sign).map_err(|_| NotPrepared::Gone)
+        let commitments = self.records.iter().flat_map(|record| &record.commitments);
+        let payload = commitments.filter(|commitment| commitment.t == t).next_back().ok_or(NotPrepared::Gone)?.blake3;
+        let preparation = self.openings.begin(audit);
+        self.openings.prepare((&preparation, t, &payload), &key, |part| vec![part], spool, sign).map_err(|_| NotPrepared::Gone)
     }
 
     /// A part of a prepared opening, as its validator sees it.

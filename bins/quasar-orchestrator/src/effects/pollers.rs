@@ -154,7 +154,7 @@ impl Service {
             return None;
         }
         self.records.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, (verified.id, object.bytes));
-        Some(Input::Progress { slot, id: verified.id, record: Box::new(verified.document) })
+        Some(Input::Progress { slot, id: verified.id, issued_ms: verified.header.issued_ms, record: Box::new(verified.document) })
     }
 }
 

@@ -1,7 +1,8 @@
 //! Audits: selected by the beacon when a cycle is over, announced, opened by their miners, ordered from their validators.
 
-use protocol::audits::{NOTICES_OF_SLOT, Selection, select};
+use protocol::audits::{NOTICES_OF_SLOT, SEGMENT_CYCLES, Selection, select};
 use protocol::documents::{MergeManifest, Notice, OPENING_PARTS, OpeningPart, Progress, VerdictResult, opening_part_bytes_max};
+use protocol::envelope::SKEW_MS;
 use protocol::log::LogKind;
 use protocol::schedule::cycle_of;
 use protocol::{AccountId, Digest};
@@ -9,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
-use super::{Effect, Key, Orchestrator, Retired, Slot, Want};
+use super::{Effect, Key, Orchestrator, Retired, Slot, Volatile, Want};
 
 /// Notices that the head has room for.
 const NOTICES_MAX: usize = 1_900;
@@ -17,9 +18,10 @@ const NOTICES_MAX: usize = 1_900;
 const UNOPENED_MAX: usize = 8;
 /// A head that takes so long has found no store.
 pub(super) const HEAD_SLOW_MS: u64 = 10_000;
-/// After a record that was heard, so many polls count as heard, and at least so much time.
+/// A learner that lives renews its record in this part of the time after which it counts as gone.
+const RENEWALS_PER_TTL: u64 = 5;
+/// Until it is read, so many polls may pass.
 const HEARD_POLLS: u64 = 2;
-const HEARD_MIN_MS: u64 = 1_000;
 /// A verdict is awaited as long as the grants of its audit live, and looked for after so many polls.
 pub const VERDICT_MS: u64 = 6 * 3_600_000;
 /// An opening is there for longer than its grants live, whatever the clocks say: to a validator, one that is not there was never uploaded.
@@ -111,12 +113,22 @@ impl Orchestrator {
             self.payloads.entry(merge.t).or_default().extend(merge.contributions.iter().map(|one| (one.hotkey, one.slot)));
         }
         let validators: Vec<AccountId> = self.guests.iter().filter(|guest| guest.validator).map(|guest| guest.hotkey).collect();
+        // Until the notice is read, so many more pulls may be answered.
+        let answered = self.next_t + u64::from(self.parameters().overlap) + 1;
+        let kept_from = answered.saturating_sub(SEGMENT_CYCLES * fragments);
         for selection in select(self.setup.run, self.parameters().audit.rate_ppm, cycle, block, hash, &merges, &validators) {
             tracing::debug!(cycle, hotkey = %selection.hotkey.short(), validator = %selection.validator.short(), t = selection.t, "audit selected");
+            if selection.t < kept_from {
+                tracing::warn!(cycle, t = selection.t, "not audited: the beacon came so late that learners have let go of the segment");
+                continue;
+            }
             let slot = (selection.hotkey, selection.slot);
             self.order_oldest_unopened(slot);
             let leases = self.leases_of(slot, cycle);
-            let (key, deadline_ms) = self.inherited_notice(&selection.audit).map_or((None, 0), |(key, until_ms)| (Some(key), until_ms));
+            // Nobody took up what its learner may have uploaded meanwhile.
+            let later_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
+            let inherited = self.inherited_notice(&selection.audit);
+            let (key, deadline_ms) = inherited.map_or((None, 0), |(key, until_ms)| (Some(key), until_ms.max(later_ms)));
             let case = AuditCase { selection, leases, key, deadline_ms, parts: BTreeMap::new(), ordering: false };
             self.audits.insert(case.selection.audit, case);
         }
@@ -133,11 +145,13 @@ impl Orchestrator {
     /// Goes on with the notices that a predecessor published after the snapshot: learners drop what they prepared for one that is gone.
     pub(super) fn inherit_notices(&mut self, notices: &[Notice]) {
         let fragments = self.parameters().fragments;
+        let later_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
         for notice in notices {
             let Notice::OpenAudit { audit, t, deadline_ms, key, .. } = notice;
+            let is_known = self.inherited_notice(audit).is_some();
             match self.audits.get_mut(audit) {
-                Some(case) if case.key.is_none() => (case.key, case.deadline_ms) = (Some(*key), *deadline_ms),
-                None if cycle_of(*t, fragments) >= self.audit_cycle => self.inherited.push(notice.clone()),
+                Some(case) if case.key.is_none() => (case.key, case.deadline_ms) = (Some(*key), later_ms.max(*deadline_ms)),
+                None if cycle_of(*t, fragments) >= self.audit_cycle && !is_known => self.inherited.push(notice.clone()),
                 _ => {}
             }
         }
@@ -198,7 +212,7 @@ impl Orchestrator {
             *until_ms = case.deadline_ms.max(*until_ms);
         }
         for (audit, key) in keys {
-            if let Some(case) = self.audits.get_mut(audit).filter(|case| case.key.is_none()) {
+            if let Some(case) = self.audits.get_mut(audit).filter(|case| case.is_opening() && case.key.is_none()) {
                 let until_ms = busy_until.entry(case.slot()).or_insert(now_ms);
                 *until_ms += opening_ms;
                 (case.key, case.deadline_ms) = (Some(*key), *until_ms);
@@ -208,19 +222,20 @@ impl Orchestrator {
     }
 
     /// For how long nobody may have reached the store, or this process: it or the store was away, its machine slept, its clock was set, or
-    /// it is so wrong that every record is refused. Whatever it was, no records were read, or no heads published.
+    /// is so wrong that one side refuses what the other writes. Whatever it was, no new records were read, or no heads published.
     fn out_of_touch_ms(&self) -> u64 {
-        let heard_ms = (HEARD_POLLS * self.parameters().poll_ms).max(HEARD_MIN_MS);
+        let heard_ms = self.parameters().learner_ttl_ms / RENEWALS_PER_TTL + HEARD_POLLS * self.parameters().poll_ms;
         self.volatile.now_ms.saturating_sub(self.in_touch_ms).saturating_sub(heard_ms)
     }
 
-    /// A learner was heard. While the heads get out, too, the time to open something runs.
-    pub(super) fn note_heard(&mut self) {
-        if self.volatile.head_in_flight && self.volatile.now_ms > self.volatile.head_ms + HEAD_SLOW_MS {
+    /// A record was read that was signed at `issued_ms`. If that is now, and the heads get out, too, the time to open something runs.
+    pub(super) fn note_heard(&mut self, issued_ms: u64) {
+        let Volatile { now_ms, head_ms, head_in_flight, .. } = self.volatile;
+        if now_ms.abs_diff(issued_ms) > SKEW_MS || (head_in_flight && now_ms > head_ms + HEAD_SLOW_MS) {
             return;
         }
         let away_ms = self.out_of_touch_ms();
-        self.in_touch_ms = self.volatile.now_ms;
+        self.in_touch_ms = now_ms;
         self.give_longer(away_ms);
     }
 

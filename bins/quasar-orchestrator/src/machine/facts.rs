@@ -140,6 +140,8 @@ pub enum Input {
     Progress {
         slot: Slot,
         id: Digest,
+        /// When its learner signed it.
+        issued_ms: u64,
         record: Box<Progress>,
     },
     /// The commitment of `slot` for outer step `t` lies write-once in the bucket, in the envelope `id`.

@@ -103,7 +103,6 @@ impl Orchestrator {
         if slot.1 != record.slot || !self.miners.contains(&slot.0) || self.banned.contains_key(&slot.0) {
             return;
         }
-        self.note_heard();
         match self.learners.get(&slot) {
             Some(learner) if record.session_epoch < learner.session_epoch => return,
             Some(learner) if record.session_epoch == learner.session_epoch => {}

@@ -439,7 +439,10 @@ impl Machine for Orchestrator {
             Input::Tick => {}
             Input::Block { number } => self.block = self.block.max(number),
             Input::Metagraph { guests } => self.on_metagraph(guests),
-            Input::Progress { slot, id, record } => self.on_progress(slot, id, *record),
+            Input::Progress { slot, id, issued_ms, record } => {
+                self.note_heard(issued_ms);
+                self.on_progress(slot, id, *record);
+            }
             Input::CommitmentStored { slot, t, id, commitment } => self.on_commitment_stored(slot, t, id, &commitment),
             Input::CommitmentRefused { slot, t } => self.on_commitment_refused(slot, t),
             Input::PayloadChecked { slot, t, outcome } => self.on_payload_checked(slot, t, outcome),

@@ -88,7 +88,8 @@ fn a_learner_that_ran_out_of_memory_hands_its_job_back_at_once() {
     let leased = world.machine.ledger.totals().leased_rows;
     let mut last = world.learners[0].record.clone();
     (last.state, last.reason) = (LearnerState::Faulted, Reason::OutOfMemory);
-    world.input(Input::Progress { slot, id: Digest::blake3(b"last"), record: Box::new(last) });
+    let issued_ms = world.now_ms;
+    world.input(Input::Progress { slot, id: Digest::blake3(b"last"), issued_ms, record: Box::new(last) });
     let learner = &world.machine.learners[&slot];
     assert!(!learner.live && learner.leases.is_empty());
     assert!(world.machine.ledger.totals().leased_rows < leased, "its rows wait for another learner");
@@ -103,7 +104,8 @@ fn a_newer_session_takes_the_slot_and_the_older_one_is_not_heard_any_more() {
     world.learners[0] = Sim::new(1, 600, STEP_MS);
     world.run(3_000);
     assert_eq!(world.machine.learners[&slot].session_epoch, 600);
-    world.input(Input::Progress { slot, id: Digest::ZERO, record: Box::new(old) });
+    let issued_ms = world.now_ms;
+    world.input(Input::Progress { slot, id: Digest::ZERO, issued_ms, record: Box::new(old) });
     assert_eq!(world.machine.learners[&slot].session_epoch, 600);
     assert!(world.learners[0].record.local_step > 0);
 }
@@ -223,12 +225,13 @@ fn who_left_the_subnet_is_forgotten_and_counts_again_when_it_comes_back() {
 #[test]
 fn a_miner_that_does_not_open_gets_an_order_without_opening() {
     let mut world = World::new(1, 2);
+    let slot = world.learners[0].slot;
+    world.opens_nothing = Some(slot);
     world.until_complete(60_000);
     world.learners[0].silent = true;
-    let slot = world.learners[0].slot;
     world.run(60_000);
-    let order = world.orders.iter().find(|(selection, _)| selection.hotkey == slot.0).unwrap();
-    assert_eq!(order.1, 0);
+    let parts: Vec<usize> = world.orders.iter().filter(|(selection, _)| selection.hotkey == slot.0).map(|(_, parts)| *parts).collect();
+    assert_eq!(parts, [0, 0], "of the cycle and of the closing round");
 }
 
 #[test]

@@ -50,7 +50,8 @@ impl Hands {
                 }
                 sequences.insert(slot, verified.header.sequence);
                 self.records.borrow_mut().insert(slot, (verified.id, object.bytes));
-                self.tell(Input::Progress { slot, id: verified.id, record: Box::new(verified.document) });
+                let issued_ms = verified.header.issued_ms;
+                self.tell(Input::Progress { slot, id: verified.id, issued_ms, record: Box::new(verified.document) });
             }
             self.world.executor.sleep(self.world.plan.parameters.poll_ms).await;
         }

@@ -1,6 +1,6 @@
 //! Audits that wait for room in the head, and openings that are let go of.
 
-use protocol::audits::Selection;
+use protocol::audits::{SEGMENT_CYCLES, Selection};
 use protocol::documents::{Notice, OpeningPart, opening_part_bytes_max};
 use protocol::envelope::Purpose;
 
@@ -124,34 +124,95 @@ fn nobody_is_late_while_the_orchestrator_is_out_of_touch_and_then_has_so_much_lo
     let no_store: (u64, Second) = (1_000, |_| vec![Input::Tick]);
     let no_store_for_writes: (u64, Second) = (1_000, |world| {
         let learner = &world.learners[1];
-        vec![Input::Progress { slot: learner.slot, id: Digest::ZERO, record: Box::new(learner.record.clone()) }]
+        let record = Box::new(learner.record.clone());
+        vec![Input::Progress { slot: learner.slot, id: Digest::ZERO, issued_ms: world.now_ms, record }]
     });
     let no_readable_record: (u64, Second) = (1_000, |_| vec![Input::HeadPublished, Input::Tick]);
     for (pause_ms, second) in [no_process, sleep_or_clock, no_store, no_store_for_writes, no_readable_record] {
         let (mut world, slot) = with_notices();
-        let before = deadlines(&world, slot);
+        // Until a head is slow, it may be under way; the first one is due within a second; and between two records lies a fifth of the time
+        // after which a learner counts as gone.
+        let usual_ms = HEAD_SLOW_MS + 1_000 + world.machine.parameters().learner_ttl_ms / 5 + 200;
+        let mut before = deadlines(&world, slot);
+        before.retain(|_, deadline_ms| *deadline_ms > world.now_ms + usual_ms);
         assert!(!before.is_empty());
-        let (mut unopened, end_ms) = (0, world.now_ms + AWAY_MS);
+        let (mut late, end_ms) = (0, world.now_ms + AWAY_MS);
         while world.now_ms < end_ms {
             world.now_ms += pause_ms;
             for input in second(&world) {
                 world.machine.handle(world.now_ms, input);
             }
             let effects = std::iter::from_fn(|| world.machine.poll_effect());
-            unopened += effects.filter(|effect| matches!(effect, Effect::OrderAudit { parts, .. } if parts.is_empty())).count();
+            let is_late = |effect: &Effect| matches!(effect, Effect::OrderAudit { selection, .. } if before.contains_key(&selection.audit));
+            late += effects.filter(is_late).count();
         }
-        assert_eq!(unopened, 0);
+        assert_eq!(late, 0);
         world.machine.handle(world.now_ms, Input::HeadPublished);
         world.run(200);
         let after = deadlines(&world, slot);
-        // Until a head is slow, it may be under way; the first one is due within a second; and a record is heard for another.
-        let usual_ms = HEAD_SLOW_MS + 2_000;
         let has_longer =
             |(audit, deadline_ms): (&Digest, &u64)| after.get(audit).is_some_and(|later| *later + usual_ms >= deadline_ms + AWAY_MS);
         assert!(before.iter().all(has_longer), "{before:?} {after:?}");
         // Then its time is over.
         world.run(100_000);
         assert!(before.keys().all(|audit| world.orders.iter().any(|(selection, parts)| selection.audit == *audit && *parts == 0)));
+    }
+}
+
+#[test]
+fn the_clock_of_an_orchestrator_that_no_learner_can_follow_makes_nobody_late() {
+    const AHEAD_MS: u64 = 180_000;
+    let (mut world, slot) = with_notices();
+    let before = deadlines(&world, slot);
+    // Its records are current for a reader whose clock is right, and not older than they may be for this one.
+    let mut orders = 0;
+    for second in 1..=120 {
+        let right_ms = world.now_ms + 1_000 * second;
+        let record = Box::new(world.learners[1].record.clone());
+        let heard = Input::Progress { slot: world.learners[1].slot, id: Digest::ZERO, issued_ms: right_ms, record };
+        for input in [Input::HeadPublished, heard, Input::Tick] {
+            world.machine.handle(right_ms + AHEAD_MS, input);
+        }
+        let effects = std::iter::from_fn(|| world.machine.poll_effect());
+        orders += effects.filter(|effect| matches!(effect, Effect::OrderAudit { parts, .. } if parts.is_empty())).count();
+    }
+    assert!(!before.is_empty() && orders == 0);
+    assert!(before.keys().all(|audit| world.machine.audits[audit].is_opening()));
+}
+
+#[test]
+fn a_notice_stays_until_its_order_is_in_the_bucket() {
+    let (mut world, slot) = with_notices();
+    let (audit, _) = deadlines(&world, slot).pop_first().unwrap();
+    let noticed = |world: &World| world.machine.head().notices.iter().any(|Notice::OpenAudit { audit: of, .. }| *of == audit);
+    let mut record = world.learners[0].record.clone();
+    record.openings = (0..3).map(|part| OpeningPart { audit, part, length: 1, sha256: Digest::ZERO, uploaded: true }).collect();
+    world.machine.on_openings(slot, &record);
+    world.machine.handle(world.now_ms + 1_000, Input::Tick);
+    let is_order = |effect: &Effect| matches!(effect, Effect::OrderAudit { selection, .. } if selection.audit == audit);
+    assert!(std::iter::from_fn(|| world.machine.poll_effect()).any(|effect| is_order(&effect)));
+    assert!(noticed(&world), "a successor with an older snapshot may still need what is prepared for it");
+    world.machine.handle(world.now_ms + 1_100, Input::AuditOrdered { audit });
+    assert!(!noticed(&world));
+}
+
+#[test]
+fn what_learners_have_let_go_of_before_the_beacon_came_is_not_audited() {
+    let mut world = World::new(0, 2);
+    world.run(5_000);
+    let cycle = world.machine.audit_cycle;
+    let first = cycle * u64::from(P);
+    let merges = |world: &World| world.machine.manifests.range(first..first + u64::from(P)).count();
+    while merges(&world) < usize::from(P) {
+        world.run(100);
+    }
+    assert_eq!(world.machine.audit_cycle, cycle, "its beacon is some blocks away");
+    let mut late = world.machine.clone();
+    late.next_t += SEGMENT_CYCLES * u64::from(P);
+    for (machine, selected) in [(&mut world.machine, 2), (&mut late, 0)] {
+        let before = machine.audits.len();
+        machine.on_beacon(cycle, 1, &[7; 32]);
+        assert_eq!((machine.audits.len() - before, machine.audit_cycle), (selected, cycle + 1));
     }
 }
 

@@ -54,7 +54,7 @@ pub(super) fn parameters(cycles: u64) -> RunParameters {
             loss_rows: 16,
             replay_steps: 4,
             replay_tolerance_ppm: 1,
-            beacon_blocks: 3,
+            beacon_blocks: 1,
             opening_ms: 20_000,
         },
         training: Default::default(),
@@ -503,7 +503,7 @@ impl World {
                 }
                 let sim = &self.learners[index];
                 let id = Digest::blake3(&codec::encode(&sim.record));
-                let input = Input::Progress { slot: sim.slot, id, record: Box::new(sim.record.clone()) };
+                let input = Input::Progress { slot: sim.slot, id, issued_ms: self.now_ms, record: Box::new(sim.record.clone()) };
                 self.input(input);
             }
             self.input(Input::Tick);
