@@ -512,8 +512,8 @@ impl World {
     fn prepare(&self, audit: Digest, t: u64, key: [u8; 32]) -> Result<Vec<PreparedPart>, NotPrepared> {
         let sign = |manifest: &OpeningManifest| protocol::codec::encode(manifest);
         let spool = (&self.plane.spool, toy().plan().total_elements() as usize);
-        let commitments = self.records.iter().flat_map(|record| &record.commitments);
-        let payload = commitments.filter(|commitment| commitment.t == t).next_back().ok_or(NotPrepared::Gone)?.blake3;
+        let mut commitments = self.records.iter().flat_map(|record| &record.commitments);
+        let payload = commitments.rfind(|commitment| commitment.t == t).ok_or(NotPrepared::Gone)?.blake3;
         let preparation = self.openings.begin(audit);
         self.openings.prepare((&preparation, t, &payload), &key, |part| vec![part], spool, sign).map_err(|_| NotPrepared::Gone)
     }
