@@ -193,7 +193,7 @@ impl Load {
         }
         let record = Box::new(record.clone());
         let id = Digest::blake3(&local_step.to_le_bytes());
-        self.feed(Input::Progress { slot, id, issued_ms: self.now_ms, record });
+        self.feed(Input::Progress { slot, id, is_current: true, record });
     }
 }
 

@@ -12,7 +12,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use protocol::AccountId;
 use protocol::documents::{Order, Progress};
-use protocol::envelope::{Expect, Purpose, SequenceGuard, open};
+use protocol::envelope::{Expect, Purpose, SKEW_MS, SequenceGuard, open};
 use storage::{Object, StoreError};
 use tokio::time::Instant;
 
@@ -137,7 +137,8 @@ impl Service {
         if let Some(etag) = object.etag {
             seen.etags.insert(slot, etag);
         }
-        let verified = match open::<Progress>(&object.bytes, &self.context, Expect::Account(&slot.0), clock::now_ms()) {
+        let now_ms = clock::now_ms();
+        let verified = match open::<Progress>(&object.bytes, &self.context, Expect::Account(&slot.0), now_ms) {
             Ok(verified) => verified,
             Err(error) => {
                 tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, "progress record refused: {error}");
@@ -154,7 +155,8 @@ impl Service {
             return None;
         }
         self.records.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, (verified.id, object.bytes));
-        Some(Input::Progress { slot, id: verified.id, issued_ms: verified.header.issued_ms, record: Box::new(verified.document) })
+        let is_current = verified.header.issued_ms.abs_diff(now_ms) <= SKEW_MS;
+        Some(Input::Progress { slot, id: verified.id, is_current, record: Box::new(verified.document) })
     }
 }
 

@@ -2,7 +2,6 @@
 
 use protocol::audits::{NOTICES_OF_SLOT, SEGMENT_CYCLES, Selection, select};
 use protocol::documents::{MergeManifest, Notice, OPENING_PARTS, OpeningPart, Progress, VerdictResult, opening_part_bytes_max};
-use protocol::envelope::SKEW_MS;
 use protocol::log::LogKind;
 use protocol::schedule::cycle_of;
 use protocol::{AccountId, Digest};
@@ -118,7 +117,8 @@ impl Orchestrator {
         let kept_from = answered.saturating_sub(SEGMENT_CYCLES * fragments);
         for selection in select(self.setup.run, self.parameters().audit.rate_ppm, cycle, block, hash, &merges, &validators) {
             tracing::debug!(cycle, hotkey = %selection.hotkey.short(), validator = %selection.validator.short(), t = selection.t, "audit selected");
-            if selection.t < kept_from {
+            let inherited = self.inherited_notice(&selection.audit);
+            if selection.t < kept_from && inherited.is_none() {
                 tracing::warn!(cycle, t = selection.t, "not audited: the beacon came so late that learners have let go of the segment");
                 continue;
             }
@@ -127,7 +127,6 @@ impl Orchestrator {
             let leases = self.leases_of(slot, cycle);
             // Nobody took up what its learner may have uploaded meanwhile.
             let later_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
-            let inherited = self.inherited_notice(&selection.audit);
             let (key, deadline_ms) = inherited.map_or((None, 0), |(key, until_ms)| (Some(key), until_ms.max(later_ms)));
             let case = AuditCase { selection, leases, key, deadline_ms, parts: BTreeMap::new(), ordering: false };
             self.audits.insert(case.selection.audit, case);
@@ -142,20 +141,25 @@ impl Orchestrator {
         self.inherited.retain(|Notice::OpenAudit { t, .. }| cycle_of(*t, fragments) >= audit_cycle);
     }
 
-    /// Goes on with the notices that a predecessor published after the snapshot: learners drop what they prepared for one that is gone.
+    /// Goes on with the notices that a predecessor published after the snapshot: learners drop what they prepared for one that is gone. For
+    /// what is noticed there is the whole time anew: who knows what of it was heard.
     pub(super) fn inherit_notices(&mut self, notices: &[Notice]) {
         let fragments = self.parameters().fragments;
-        let later_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
         for notice in notices {
             let Notice::OpenAudit { audit, t, deadline_ms, key, .. } = notice;
             let is_known = self.inherited_notice(audit).is_some();
             match self.audits.get_mut(audit) {
-                Some(case) if case.key.is_none() => (case.key, case.deadline_ms) = (Some(*key), later_ms.max(*deadline_ms)),
+                Some(case) if case.key.is_none() => (case.key, case.deadline_ms) = (Some(*key), *deadline_ms),
                 None if cycle_of(*t, fragments) >= self.audit_cycle && !is_known => self.inherited.push(notice.clone()),
                 _ => {}
             }
         }
         self.inherited.truncate(NOTICES_MAX.saturating_sub(self.noticed().count()));
+        self.in_touch_ms = self.volatile.now_ms;
+        let later_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
+        for case in self.audits.values_mut().filter(|case| case.key.is_some()) {
+            case.deadline_ms = case.deadline_ms.max(later_ms);
+        }
     }
 
     /// Key and deadline that a predecessor gave this audit.
@@ -228,10 +232,10 @@ impl Orchestrator {
         self.volatile.now_ms.saturating_sub(self.in_touch_ms).saturating_sub(heard_ms)
     }
 
-    /// A record was read that was signed at `issued_ms`. If that is now, and the heads get out, too, the time to open something runs.
-    pub(super) fn note_heard(&mut self, issued_ms: u64) {
+    /// A current record was read. While the heads get out, too, the time to open something runs.
+    pub(super) fn note_heard(&mut self) {
         let Volatile { now_ms, head_ms, head_in_flight, .. } = self.volatile;
-        if now_ms.abs_diff(issued_ms) > SKEW_MS || (head_in_flight && now_ms > head_ms + HEAD_SLOW_MS) {
+        if head_in_flight && now_ms > head_ms + HEAD_SLOW_MS {
             return;
         }
         let away_ms = self.out_of_touch_ms();

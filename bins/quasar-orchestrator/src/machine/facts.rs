@@ -140,8 +140,8 @@ pub enum Input {
     Progress {
         slot: Slot,
         id: Digest,
-        /// When its learner signed it.
-        issued_ms: u64,
+        /// Whether it was signed just now, by the clock of this machine: else one of both clocks is wrong, or it is read again.
+        is_current: bool,
         record: Box<Progress>,
     },
     /// The commitment of `slot` for outer step `t` lies write-once in the bucket, in the envelope `id`.

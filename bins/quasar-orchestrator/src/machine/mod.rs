@@ -439,8 +439,10 @@ impl Machine for Orchestrator {
             Input::Tick => {}
             Input::Block { number } => self.block = self.block.max(number),
             Input::Metagraph { guests } => self.on_metagraph(guests),
-            Input::Progress { slot, id, issued_ms, record } => {
-                self.note_heard(issued_ms);
+            Input::Progress { slot, id, is_current, record } => {
+                if is_current {
+                    self.note_heard();
+                }
                 self.on_progress(slot, id, *record);
             }
             Input::CommitmentStored { slot, t, id, commitment } => self.on_commitment_stored(slot, t, id, &commitment),

@@ -88,8 +88,7 @@ fn a_learner_that_ran_out_of_memory_hands_its_job_back_at_once() {
     let leased = world.machine.ledger.totals().leased_rows;
     let mut last = world.learners[0].record.clone();
     (last.state, last.reason) = (LearnerState::Faulted, Reason::OutOfMemory);
-    let issued_ms = world.now_ms;
-    world.input(Input::Progress { slot, id: Digest::blake3(b"last"), issued_ms, record: Box::new(last) });
+    world.input(Input::Progress { slot, id: Digest::blake3(b"last"), is_current: true, record: Box::new(last) });
     let learner = &world.machine.learners[&slot];
     assert!(!learner.live && learner.leases.is_empty());
     assert!(world.machine.ledger.totals().leased_rows < leased, "its rows wait for another learner");
@@ -104,8 +103,7 @@ fn a_newer_session_takes_the_slot_and_the_older_one_is_not_heard_any_more() {
     world.learners[0] = Sim::new(1, 600, STEP_MS);
     world.run(3_000);
     assert_eq!(world.machine.learners[&slot].session_epoch, 600);
-    let issued_ms = world.now_ms;
-    world.input(Input::Progress { slot, id: Digest::ZERO, issued_ms, record: Box::new(old) });
+    world.input(Input::Progress { slot, id: Digest::ZERO, is_current: true, record: Box::new(old) });
     assert_eq!(world.machine.learners[&slot].session_epoch, 600);
     assert!(world.learners[0].record.local_step > 0);
 }

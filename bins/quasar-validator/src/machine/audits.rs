@@ -185,7 +185,7 @@ impl Audits {
                     if !std::mem::replace(is_late, true) {
                         tracing::warn!(
                             audit = audit.short(),
-                            "no audit order came in time: the orchestrator has not delivered what the beacon selected"
+                            "no audit order came in time: the orchestrator has not delivered what the beacon selected, or this came when learners had let go of it"
                         );
                     }
                 }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use chain::Chain;
 use futures::FutureExt;
 use protocol::documents::{Order, Progress};
-use protocol::envelope::Expect;
+use protocol::envelope::{Expect, SKEW_MS};
 use quasar_orchestrator::machine::{Guest, Input, Slot, StoredOrder};
 
 use super::Hands;
@@ -50,8 +50,8 @@ impl Hands {
                 }
                 sequences.insert(slot, verified.header.sequence);
                 self.records.borrow_mut().insert(slot, (verified.id, object.bytes));
-                let issued_ms = verified.header.issued_ms;
-                self.tell(Input::Progress { slot, id: verified.id, issued_ms, record: Box::new(verified.document) });
+                let is_current = verified.header.issued_ms.abs_diff(now_ms) <= SKEW_MS;
+                self.tell(Input::Progress { slot, id: verified.id, is_current, record: Box::new(verified.document) });
             }
             self.world.executor.sleep(self.world.plan.parameters.poll_ms).await;
         }

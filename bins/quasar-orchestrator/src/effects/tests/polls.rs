@@ -2,7 +2,7 @@
 
 use daemon::driver::{Driver, Executor, Inputs, Recovered};
 use protocol::documents::{Action, FragmentProgress, Order};
-use protocol::envelope::Purpose;
+use protocol::envelope::{Purpose, SKEW_MS};
 use serde::Serialize;
 
 use super::writers::Slow;
@@ -67,8 +67,8 @@ async fn heard(driver: Driver<Listener, Idle>, writing: impl Future<Output = ()>
     tokio::time::timeout(patience, hearing).await.expect("it is heard in time")
 }
 
-/// The record of a learner with this number and so many steps.
-fn record(bucket: &Bucket, learner: u8, number: u64) -> Vec<u8> {
+/// The record of a learner with this number and so many steps, signed so long ago.
+fn record(bucket: &Bucket, learner: u8, number: u64, age_ms: u64) -> Vec<u8> {
     let record = Progress {
         worker: "learner".into(),
         session_epoch: 1,
@@ -89,7 +89,7 @@ fn record(bucket: &Bucket, learner: u8, number: u64) -> Vec<u8> {
         receipt: None,
         padding: Vec::new(),
     };
-    sign(&record, &bucket.context, &Ed25519Signer::from_seed([learner; 32]), number, daemon::clock::now_ms())
+    sign(&record, &bucket.context, &Ed25519Signer::from_seed([learner; 32]), number, daemon::clock::now_ms() - age_ms)
 }
 
 #[tokio::test]
@@ -104,7 +104,7 @@ async fn a_record_whose_read_hangs_holds_up_no_other_record() {
     spawn_progress(&service, &driver.inputs(), &shutdown);
     let writing = async {
         for number in 1.. {
-            bucket.put(&service.run.progress(&other, 0), record(&bucket, 12, number)).await;
+            bucket.put(&service.run.progress(&other, 0), record(&bucket, 12, number, 0)).await;
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
@@ -122,7 +122,7 @@ async fn a_slot_that_falls_silent_is_read_on_from_what_was_seen_of_it() {
     service.manifest.parameters.poll_ms = 20;
     let (service, slot) = (Arc::new(service), (miner(11), 0));
     let key = service.run.progress(&slot.0, 0);
-    bucket.put(&key, record(&bucket, 11, 5)).await;
+    bucket.put(&key, record(&bucket, 11, 5, 0)).await;
     service.watch(1, vec![slot], Vec::new());
     let (driver, shutdown) = (listener(2), Shutdown::new());
     spawn_progress(&service, &driver.inputs(), &shutdown);
@@ -132,20 +132,20 @@ async fn a_slot_that_falls_silent_is_read_on_from_what_was_seen_of_it() {
         }
         service.watch(2, Vec::new(), vec![slot]);
         // Somebody puts an old one back; whoever reads the silent slots knows of the newer one.
-        bucket.put(&key, record(&bucket, 11, 3)).await;
+        bucket.put(&key, record(&bucket, 11, 3, 0)).await;
         tokio::time::sleep(Duration::from_millis(600)).await;
-        bucket.put(&key, record(&bucket, 11, 6)).await;
+        bucket.put(&key, record(&bucket, 11, 6, 2 * SKEW_MS)).await;
         std::future::pending::<()>().await
     };
-    let numbers: Vec<u64> = heard(driver, writing, Duration::from_secs(10))
+    let told: Vec<(u64, bool)> = heard(driver, writing, Duration::from_secs(10))
         .await
         .into_iter()
         .map(|input| match input {
-            Input::Progress { record, .. } => record.local_step,
+            Input::Progress { record, is_current, .. } => (record.local_step, is_current),
             other => panic!("{other:?}"),
         })
         .collect();
-    assert_eq!(numbers, [5, 6]);
+    assert_eq!(told, [(5, true), (6, false)], "one that was signed two minutes ago counts, and is no sign that anybody is heard now");
     shutdown.trigger();
 }
 

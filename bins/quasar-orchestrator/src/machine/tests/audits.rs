@@ -125,7 +125,7 @@ fn nobody_is_late_while_the_orchestrator_is_out_of_touch_and_then_has_so_much_lo
     let no_store_for_writes: (u64, Second) = (1_000, |world| {
         let learner = &world.learners[1];
         let record = Box::new(learner.record.clone());
-        vec![Input::Progress { slot: learner.slot, id: Digest::ZERO, issued_ms: world.now_ms, record }]
+        vec![Input::Progress { slot: learner.slot, id: Digest::ZERO, is_current: true, record }]
     });
     let no_readable_record: (u64, Second) = (1_000, |_| vec![Input::HeadPublished, Input::Tick]);
     for (pause_ms, second) in [no_process, sleep_or_clock, no_store, no_store_for_writes, no_readable_record] {
@@ -169,7 +169,7 @@ fn the_clock_of_an_orchestrator_that_no_learner_can_follow_makes_nobody_late() {
     for second in 1..=120 {
         let right_ms = world.now_ms + 1_000 * second;
         let record = Box::new(world.learners[1].record.clone());
-        let heard = Input::Progress { slot: world.learners[1].slot, id: Digest::ZERO, issued_ms: right_ms, record };
+        let heard = Input::Progress { slot: world.learners[1].slot, id: Digest::ZERO, is_current: false, record };
         for input in [Input::HeadPublished, heard, Input::Tick] {
             world.machine.handle(right_ms + AHEAD_MS, input);
         }

@@ -459,12 +459,14 @@ fn a_notice_that_the_snapshot_does_not_know_stays_in_the_head_until_its_audit_is
     for _ in 0..60 {
         world.now_ms += 1_000;
         let record = Box::new(world.learners[1].record.clone());
-        let heard = Input::Progress { slot: world.learners[1].slot, id: Digest::ZERO, issued_ms: world.now_ms, record };
+        let heard = Input::Progress { slot: world.learners[1].slot, id: Digest::ZERO, is_current: true, record };
         for input in [Input::HeadPublished, heard, Input::Tick] {
             world.machine.handle(world.now_ms, input);
         }
         while world.machine.poll_effect().is_some() {}
     }
+    let now_ms = world.now_ms;
+    assert!(deadlines(&world.machine.head()).values().all(|until_ms| *until_ms < now_ms + 60_000), "no more than the whole time anew");
     // The beacon gives the same audits again, which go on under these notices.
     let epoch = world.epoch;
     world.input(Input::Claimed { epoch });

@@ -503,7 +503,7 @@ impl World {
                 }
                 let sim = &self.learners[index];
                 let id = Digest::blake3(&codec::encode(&sim.record));
-                let input = Input::Progress { slot: sim.slot, id, issued_ms: self.now_ms, record: Box::new(sim.record.clone()) };
+                let input = Input::Progress { slot: sim.slot, id, is_current: true, record: Box::new(sim.record.clone()) };
                 self.input(input);
             }
             self.input(Input::Tick);
