@@ -201,6 +201,11 @@ impl Header {
     pub fn digest(&self) -> Digest {
         Digest::blake3(&codec::encode(self))
     }
+
+    /// Whether it was signed just now, by a clock that shows `now_ms`: else that clock or the signer's is wrong, or the document is old.
+    pub fn is_current(&self, now_ms: u64) -> bool {
+        self.issued_ms.abs_diff(now_ms) <= SKEW_MS
+    }
 }
 
 /// The signed unit.

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use protocol::Digest;
 use protocol::audits::SEGMENT_CYCLES;
 use protocol::documents::{OPENING_PARTS, OpenedStep};
+use protocol::schedule::cycle_of;
 
 use super::tensors::Weights;
 
@@ -74,8 +75,7 @@ impl Disk {
 
     /// Outer step `t` is opened: of its cycle nobody asks for another payload, nor of those before it.
     pub fn release(&mut self, t: u64, fragments: u16, asked: &mut Asked) {
-        let cycle = t / u64::from(fragments);
-        asked.released = asked.released.max((cycle + 1) * u64::from(fragments));
+        asked.released = asked.released.max((cycle_of(t, fragments) + 1) * u64::from(fragments));
         asked.steps.remove(&t);
         self.trim(fragments, asked);
     }

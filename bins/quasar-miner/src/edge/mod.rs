@@ -26,6 +26,7 @@ use daemon::{JournalError, clock};
 use protocol::audits::SEGMENT_CYCLES;
 use protocol::documents::{Lease, MergeManifest, Progress, Receipt, encode_progress, opening_volume_bytes};
 use protocol::envelope::{self, Document};
+use protocol::schedule::cycle_of;
 use protocol::{Digest, GrantRequest, Method};
 use storage::client::{GrantAccess, GrantError, PutOutcome};
 use storage::discovery::{RunFacts, RunReader};
@@ -414,8 +415,8 @@ impl Edge {
             let spool = (&this.plane.spool, this.facts.plan.total_elements() as usize);
             let parts = this.openings.prepare((&preparation, t, &payload), &key, info, spool, sign)?;
             // One payload of a learner and cycle is audited: with this one, nobody asks for the others, nor for earlier ones.
-            let fragments = u64::from(this.facts.manifest.parameters.fragments);
-            this.plane.spool.release(t, (t / fragments + 1) * fragments)?;
+            let fragments = this.facts.manifest.parameters.fragments;
+            this.plane.spool.release(t, (cycle_of(t, fragments) + 1) * u64::from(fragments))?;
             Ok(parts)
         };
         match tokio::task::spawn_blocking(prepare).await {

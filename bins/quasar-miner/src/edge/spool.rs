@@ -3,8 +3,8 @@
 //!
 //! Files are named by session and local step (or outer step), zero-padded, so that their order is the order of events:
 //! `S-N.state` is the trainer's state before step N, `S-N.segment` describes it and is written after it, `S-N.step` is one
-//! step, `S-T-N.export` is one payload, and `S-T-N.residual` is what the
-//! codec had withheld before it ([`super::feedback`]). A session answers a pull twice if it is opened again after the first answer.
+//! step, `S-T-N.export` is one payload, and `S-T-N.residual` is what the codec had withheld before it ([`super::feedback`]). A session
+//! answers a pull twice if it is opened again after the first answer.
 //!
 //! A learner that opens what a power loss has changed fails its audit; one that opens nothing is not blamed. So every file has a digest
 //! that is compared before it is opened. To flush them to the medium would hold up fast learners, and save an opening at most.

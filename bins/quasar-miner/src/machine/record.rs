@@ -1,14 +1,12 @@
 //! The progress record: what it says, and when it is written again.
 
-use protocol::documents::{LearnerState, Progress, RunState};
+use protocol::documents::{LearnerState, Progress, RENEWALS_PER_TTL, RunState};
 use protocol::envelope::PROTOCOL_VERSION;
 use protocol::{Digest, Method, Reason};
 
 use super::io::{Effect, Fault, Put};
 use super::{End, Ending, Learner, TrainerPhase};
 
-/// A record is renewed at the latest after this part of the time after which a silent learner counts as gone.
-const RENEWALS_PER_TTL: u64 = 5;
 /// Pause before a failed write is tried again.
 const RETRY_MS: u64 = 500;
 

@@ -12,7 +12,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use protocol::AccountId;
 use protocol::documents::{Order, Progress};
-use protocol::envelope::{Expect, Purpose, SKEW_MS, SequenceGuard, open};
+use protocol::envelope::{Expect, Purpose, SequenceGuard, open};
 use storage::{Object, StoreError};
 use tokio::time::Instant;
 
@@ -155,7 +155,7 @@ impl Service {
             return None;
         }
         self.records.lock().unwrap_or_else(PoisonError::into_inner).insert(slot, (verified.id, object.bytes));
-        let is_current = verified.header.issued_ms.abs_diff(now_ms) <= SKEW_MS;
+        let is_current = verified.header.is_current(now_ms);
         Some(Input::Progress { slot, id: verified.id, is_current, record: Box::new(verified.document) })
     }
 }

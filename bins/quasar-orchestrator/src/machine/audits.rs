@@ -1,7 +1,9 @@
 //! Audits: selected by the beacon when a cycle is over, announced, opened by their miners, ordered from their validators.
 
 use protocol::audits::{NOTICES_OF_SLOT, SEGMENT_CYCLES, Selection, select};
-use protocol::documents::{MergeManifest, Notice, OPENING_PARTS, OpeningPart, Progress, VerdictResult, opening_part_bytes_max};
+use protocol::documents::{
+    MergeManifest, Notice, OPENING_PARTS, OpeningPart, Progress, RENEWALS_PER_TTL, VerdictResult, opening_part_bytes_max,
+};
 use protocol::log::LogKind;
 use protocol::schedule::cycle_of;
 use protocol::{AccountId, Digest};
@@ -17,9 +19,7 @@ const NOTICES_MAX: usize = 1_900;
 const UNOPENED_MAX: usize = 8;
 /// A head that takes so long has found no store.
 pub(super) const HEAD_SLOW_MS: u64 = 10_000;
-/// A learner that lives renews its record in this part of the time after which it counts as gone.
-const RENEWALS_PER_TTL: u64 = 5;
-/// Until it is read, so many polls may pass.
+/// Until a record is read, so many polls may pass.
 const HEARD_POLLS: u64 = 2;
 /// A verdict is awaited as long as the grants of its audit live, and looked for after so many polls.
 pub const VERDICT_MS: u64 = 6 * 3_600_000;
@@ -115,6 +115,8 @@ impl Orchestrator {
         // Until the notice is read, so many more pulls may be answered.
         let answered = self.next_t + u64::from(self.parameters().overlap) + 1;
         let kept_from = answered.saturating_sub(SEGMENT_CYCLES * fragments);
+        // Of what is inherited, nobody took up what its learner may have uploaded meanwhile.
+        let later_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
         for selection in select(self.setup.run, self.parameters().audit.rate_ppm, cycle, block, hash, &merges, &validators) {
             tracing::debug!(cycle, hotkey = %selection.hotkey.short(), validator = %selection.validator.short(), t = selection.t, "audit selected");
             let inherited = self.inherited_notice(&selection.audit);
@@ -125,8 +127,6 @@ impl Orchestrator {
             let slot = (selection.hotkey, selection.slot);
             self.order_oldest_unopened(slot);
             let leases = self.leases_of(slot, cycle);
-            // Nobody took up what its learner may have uploaded meanwhile.
-            let later_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
             let (key, deadline_ms) = inherited.map_or((None, 0), |(key, until_ms)| (Some(key), until_ms.max(later_ms)));
             let case = AuditCase { selection, leases, key, deadline_ms, parts: BTreeMap::new(), ordering: false };
             self.audits.insert(case.selection.audit, case);

@@ -140,7 +140,7 @@ pub enum Input {
     Progress {
         slot: Slot,
         id: Digest,
-        /// Whether it was signed just now, by the clock of this machine: else one of both clocks is wrong, or it is read again.
+        /// Whether it was signed just now, by the clock of this machine.
         is_current: bool,
         record: Box<Progress>,
     },

@@ -30,8 +30,8 @@ pub use progress::{
 };
 pub use receipt::{LEASE_STEPS_MAX, Receipt, ReceiptFault, ReceiptStep};
 pub use run::{
-    AuditParameters, Bounds, CATALOG_PAGE_SHARDS, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RunManifest,
-    RunParameters, RunRoot, TrainingOptions,
+    AuditParameters, Bounds, CATALOG_PAGE_SHARDS, CatalogPage, CatalogRef, Codec, CurrentRun, InnerOptimizer, LrSchedule, RENEWALS_PER_TTL,
+    RunManifest, RunParameters, RunRoot, TrainingOptions,
 };
 pub use writer::{Action, ORDER_REASON_MAX, Order, WRITER_LEASE_MS, WriterLease};
 

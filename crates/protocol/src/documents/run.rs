@@ -200,6 +200,8 @@ pub struct CatalogRef {
 
 /// Most shards of one catalog page.
 pub const CATALOG_PAGE_SHARDS: usize = 256;
+/// A learner renews its record at the latest after this part of [`RunParameters::learner_ttl_ms`].
+pub const RENEWALS_PER_TTL: u64 = 5;
 
 /// A page of shard manifests; pages are only ever added.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use chain::Chain;
 use futures::FutureExt;
 use protocol::documents::{Order, Progress};
-use protocol::envelope::{Expect, SKEW_MS};
+use protocol::envelope::Expect;
 use quasar_orchestrator::machine::{Guest, Input, Slot, StoredOrder};
 
 use super::Hands;
@@ -50,7 +50,7 @@ impl Hands {
                 }
                 sequences.insert(slot, verified.header.sequence);
                 self.records.borrow_mut().insert(slot, (verified.id, object.bytes));
-                let is_current = verified.header.issued_ms.abs_diff(now_ms) <= SKEW_MS;
+                let is_current = verified.header.is_current(now_ms);
                 self.tell(Input::Progress { slot, id: verified.id, is_current, record: Box::new(verified.document) });
             }
             self.world.executor.sleep(self.world.plan.parameters.poll_ms).await;

@@ -1,7 +1,7 @@
 //! Audits that wait for room in the head, and openings that are let go of.
 
 use protocol::audits::{SEGMENT_CYCLES, Selection};
-use protocol::documents::{Notice, OpeningPart, opening_part_bytes_max};
+use protocol::documents::{Notice, OpeningPart, RENEWALS_PER_TTL, opening_part_bytes_max};
 use protocol::envelope::Purpose;
 
 use super::super::audits::HEAD_SLOW_MS;
@@ -132,7 +132,7 @@ fn nobody_is_late_while_the_orchestrator_is_out_of_touch_and_then_has_so_much_lo
         let (mut world, slot) = with_notices();
         // Until a head is slow, it may be under way; the first one is due within a second; and between two records lies a fifth of the time
         // after which a learner counts as gone.
-        let usual_ms = HEAD_SLOW_MS + 1_000 + world.machine.parameters().learner_ttl_ms / 5 + 200;
+        let usual_ms = HEAD_SLOW_MS + 1_000 + world.machine.parameters().learner_ttl_ms / RENEWALS_PER_TTL + 200;
         let mut before = deadlines(&world, slot);
         before.retain(|_, deadline_ms| *deadline_ms > world.now_ms + usual_ms);
         assert!(!before.is_empty());
@@ -164,7 +164,7 @@ fn the_clock_of_an_orchestrator_that_no_learner_can_follow_makes_nobody_late() {
     const AHEAD_MS: u64 = 180_000;
     let (mut world, slot) = with_notices();
     let before = deadlines(&world, slot);
-    // Its records are current for a reader whose clock is right, and not older than they may be for this one.
+    // It reads records, and none that was signed just now.
     let mut orders = 0;
     for second in 1..=120 {
         let right_ms = world.now_ms + 1_000 * second;
