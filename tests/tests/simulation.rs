@@ -57,6 +57,8 @@ fn long_runs_delete_what_nobody_needs_and_nothing_else() {
         let mut plan = Plan::of_seed(seed, 6, 14);
         plan.parameters.release_every_cycles = 2;
         plan.parameters.audit.opening_ms = 20_000;
+        // Fourteen cycles and a rollback may take more than an hour.
+        plan.limit_ms *= 2;
         let at_ms = plan.faults.until_ms * 3 / 4;
         plan.orders.push((at_ms, Action::Rollback { version: 5 + seed % 3 }));
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);

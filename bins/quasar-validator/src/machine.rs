@@ -272,7 +272,7 @@ impl Machine {
     }
 
     fn on_head(&mut self, head: HeadFacts, now_ms: u64) {
-        self.cycles.follow(head.closed_below);
+        self.cycles.follow(head.closed_below, head.state == RunState::Complete);
         let contradictions = self.cycles.contradictions(&head.fragments);
         if !contradictions.is_empty() {
             tracing::error!(

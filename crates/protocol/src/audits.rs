@@ -24,11 +24,19 @@ pub struct Selection {
 /// Audits of a slot that it is asked to open at a time: one after the other, so that the last may take so many times as long.
 pub const NOTICES_OF_SLOT: u64 = 2;
 /// A learner keeps the segments of payloads of the last so many cycles: an audit asks for one of a finished cycle, some blocks later. What
-/// is older when its audit is selected, because the chain was away for long, is not audited.
+/// is older when its audit is selected, because the beacon came late, is not audited.
 pub const SEGMENT_CYCLES: u64 = 3;
 /// How much more often a learner is audited that a filter left something out of. Honest work may look odd for days: it has to be possible
 /// to open all these audits.
 const SUSPECT_FACTOR: u64 = 4;
+
+/// The block that a cycle's beacon is counted from. `last` is the latest one that the cycle's merges name, `behind` those of the merges
+/// behind it, in order of their steps: it is the first of these that is later. While the orchestrator cannot reach the chain its merges
+/// name an old block, and those after it are public before this cycle's work is committed; who names a later one was decided after all of
+/// the cycle. Where nothing follows, for the run is over, it is `last`. None: not known yet.
+pub fn beacon_from(last: u64, behind: impl IntoIterator<Item = u64>, is_over: bool) -> Option<u64> {
+    behind.into_iter().find(|block| *block > last).or(is_over.then_some(last))
+}
 
 /// Audits of a cycle. `merges` are the cycle's manifests in any order, `validators` the permitted hotkeys in any order. Of the learners
 /// that worked ([`MergeManifest::worked`]) a share of `rate_ppm` is audited on a contribution that was merged, and four times
@@ -133,6 +141,14 @@ mod tests {
         assert_eq!(select(RunId([1; 16]), ALL, 0, 7, &[4; 32], &reversed, &[validators[1], validators[0]]), selected);
         assert_ne!(select(RunId([1; 16]), ALL, 0, 7, &[5; 32], &merges, &validators)[0].audit, selected[0].audit);
         assert!(select(RunId([1; 16]), ALL, 0, 7, &[4; 32], &merges, &[]).is_empty());
+    }
+
+    #[test]
+    fn a_beacon_counts_from_a_block_that_was_seen_after_the_cycle() {
+        assert_eq!(beacon_from(5, [5, 7, 9], false), Some(7));
+        assert_eq!(beacon_from(5, [4, 5, 5], false), None, "the chain is away: what comes after block 5 may be known already");
+        assert_eq!(beacon_from(5, [], true), Some(5));
+        assert_eq!(beacon_from(5, [6], true), Some(6), "whoever reads the run later counts from the same block");
     }
 
     #[test]

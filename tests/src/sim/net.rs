@@ -52,6 +52,8 @@ pub struct Net {
     pub(super) unreachable_until: HashMap<Node, u64>,
     pub(super) down_until_ms: u64,
     pub(super) chain_stalled_until_ms: u64,
+    /// It makes blocks of which nobody hears.
+    pub(super) chain_goes_on: bool,
     pub(super) slow: Vec<Node>,
     previous: KeyMap<(u64, Object)>,
     pub traffic: [Traffic; 3],
@@ -66,6 +68,7 @@ impl Net {
             unreachable_until: HashMap::new(),
             down_until_ms: 0,
             chain_stalled_until_ms: 0,
+            chain_goes_on: false,
             slow: Vec::new(),
             previous: KeyMap::default(),
             traffic: [Traffic::default(); 3],

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use protocol::audits::Selection;
 use protocol::documents::{
     Action, CatalogPage, Commitment, Head, Job, Lease, LeaseEnd, MergeManifest, Order, Progress, RunState, Score, Tape, VerdictResult,
     VerdictReveal,
@@ -65,6 +66,10 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ("log_append_only", "each published head of the log extends the one before, and holds no entry twice"),
     ("log_is_complete", "every merge is in the log in the end, with the commitments that it merged before it"),
     ("journal_is_exact", "snapshot and journal give the very machine that crashed"),
+    (
+        "beacon_after_work",
+        "what is audited was committed before the block came that drew it, but for the cycles behind which no merge names another",
+    ),
     ("honest_is_not_failed", "no honest miner is failed by a verdict, whatever goes wrong"),
     ("lie_is_failed", "no verdict passes a payload that was not trained, or work that was not shown"),
     (
@@ -104,6 +109,10 @@ pub struct Watch {
     /// Epoch of the newest writer, and its node.
     epoch: u64,
     writer: Option<Node>,
+    /// Of the chain, whether anybody hears of it or not.
+    pub block: u64,
+    /// Block at which evidence was written, by its key.
+    committed: BTreeMap<String, u64>,
     pub takeovers: u64,
     /// Which node moved the head in an epoch.
     writers: BTreeMap<u64, Node>,
@@ -161,6 +170,9 @@ impl Watch {
                 {
                     self.newest_commitments.insert(envelope.header.signer.account(), commitment.clone());
                 }
+            }
+            "commitment.qsr" => {
+                self.committed.entry(key.to_owned()).or_insert(self.block);
             }
             name if name.ends_with(".reveal.qsr") => {
                 if let Some((_, reveal)) = decoded::<VerdictReveal>(bytes) {
@@ -377,6 +389,31 @@ impl Watch {
             self.unsound.insert(verdict.hotkey);
         }
         self.hold(world, "lie_is_failed", !(is_lie && verdict.result == VerdictResult::Pass), || verdict.hotkey.short());
+    }
+
+    /// An orchestrator follows the beacon.
+    pub fn drawn(&mut self, world: &World, selection: &Selection) {
+        let cycle_of = |t: u64| cycle_of(t, world.plan.parameters.fragments);
+        let merges = || self.manifests.values().map(|(_, merge)| merge);
+        let last = merges().filter(|merge| cycle_of(merge.t) == selection.cycle).map(|merge| merge.block).max();
+        if !merges().any(|merge| cycle_of(merge.t) > selection.cycle && Some(merge.block) > last) {
+            return;
+        }
+        let keys = world.slot_keys((selection.hotkey, selection.slot));
+        let is_drawn_from = |merge: &&MergeManifest| {
+            let has_worked = || merge.worked().any(|one| (one.hotkey, one.slot) == (selection.hotkey, selection.slot));
+            cycle_of(merge.t) == selection.cycle && has_worked()
+        };
+        let evidence = merges().filter(is_drawn_from).map(|merge| keys.own.commitment(merge.t));
+        let newest = evidence.filter_map(|key| self.committed.get(&key)).max().copied();
+        self.hold(world, "beacon_after_work", newest < Some(selection.beacon_block), || {
+            format!(
+                "{} in cycle {}: committed at {newest:?}, drawn by {}",
+                selection.hotkey.short(),
+                selection.cycle,
+                selection.beacon_block
+            )
+        });
     }
 
     /// Upload grants are about to be published.

@@ -151,6 +151,8 @@ fn outage(world: &Rc<World>) {
 
 fn stall_chain(world: &Rc<World>) {
     let until_ms = world.executor.now_ms() + between(world, 5_000, 60_000);
-    world.net.borrow_mut().chain_stalled_until_ms = until_ms;
+    let goes_on = between(world, 0, 1) == 0;
+    let mut net = world.net.borrow_mut();
+    (net.chain_stalled_until_ms, net.chain_goes_on) = (until_ms, goes_on);
     world.chain.set_reachable(false);
 }

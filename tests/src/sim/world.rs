@@ -458,9 +458,15 @@ impl World {
     async fn make_blocks(self: Rc<Self>) {
         loop {
             self.executor.sleep(self.plan.block_ms).await;
-            if self.net.borrow().chain_stalled_until_ms <= self.executor.now_ms() {
+            let (is_over, goes_on) = {
+                let net = self.net.borrow();
+                (net.chain_stalled_until_ms <= self.executor.now_ms(), net.chain_goes_on)
+            };
+            if is_over {
                 self.chain.set_reachable(true);
-                self.chain.advance(1);
+            }
+            if is_over || goes_on {
+                self.watch.borrow_mut().block = self.chain.advance(1).number;
             }
         }
     }

@@ -1,8 +1,8 @@
-//! Audits: selected by the beacon when a cycle is over, announced, opened by their miners, ordered from their validators.
+//! Audits: selected by the beacon behind a cycle, announced, opened by their miners, ordered from their validators.
 
-use protocol::audits::{NOTICES_OF_SLOT, SEGMENT_CYCLES, Selection, select};
+use protocol::audits::{NOTICES_OF_SLOT, SEGMENT_CYCLES, Selection, beacon_from, select};
 use protocol::documents::{
-    MergeManifest, Notice, OPENING_PARTS, OpeningPart, Progress, RENEWALS_PER_TTL, VerdictResult, opening_part_bytes_max,
+    MergeManifest, Notice, OPENING_PARTS, OpeningPart, Progress, RENEWALS_PER_TTL, RunState, VerdictResult, opening_part_bytes_max,
 };
 use protocol::log::LogKind;
 use protocol::schedule::cycle_of;
@@ -78,8 +78,7 @@ impl Orchestrator {
         if self.closed_below >= end && self.volatile.beacon_asked != Some(self.audit_cycle) && !self.guests.is_empty() {
             let last_block = self.manifests.range(first..end).map(|(_, manifest)| manifest.block).max();
             let Some(last_block) = last_block else { return self.end_audit_cycle() };
-            let block = last_block + u64::from(self.parameters().audit.beacon_blocks);
-            if self.block >= block {
+            if let Some(block) = self.beacon_block(last_block, end) {
                 self.volatile.beacon_asked = Some(self.audit_cycle);
                 let cycle = self.audit_cycle;
                 self.emit(Effect::ReadBeacon { cycle, block });
@@ -98,6 +97,19 @@ impl Orchestrator {
             self.order(audit);
         }
         self.read_verdicts();
+    }
+
+    /// Block of the beacon of the cycle that ends before step `end` and names `last_block` at last, once the chain has it.
+    fn beacon_block(&self, last_block: u64, end: u64) -> Option<u64> {
+        let blocks = u64::from(self.parameters().audit.beacon_blocks);
+        // While the chain is away, there is no need to look at all that was merged meanwhile.
+        if self.block < last_block + blocks {
+            return None;
+        }
+        let behind = self.manifests.range(end..self.closed_below).map(|(_, manifest)| manifest.block);
+        let is_over = self.state == RunState::Complete && self.closed_below >= self.next_t;
+        let block = beacon_from(last_block, behind, is_over)? + blocks;
+        (self.block >= block).then_some(block)
     }
 
     pub(super) fn on_beacon(&mut self, cycle: u64, block: u64, hash: &[u8; 32]) {

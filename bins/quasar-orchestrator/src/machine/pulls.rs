@@ -487,6 +487,8 @@ impl Orchestrator {
             return;
         }
         pull.stage = PullStage::Merging(tape.clone());
+        // It may be a predecessor's, with a newer view of the chain.
+        self.block = self.block.max(tape.block);
         self.emit_merge(tape);
     }
 

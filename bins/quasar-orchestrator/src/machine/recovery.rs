@@ -113,10 +113,12 @@ impl Orchestrator {
         self.next_lease = self.next_lease.max(facts.epoch << LEASE_EPOCH_SHIFT);
         self.epoch = facts.epoch;
         for step in facts.steps {
-            let (t, fragment, closing) = match &step {
-                StepFact::Taped(tape) => (tape.t, tape.fragment, tape.closing),
-                StepFact::Merged { manifest, .. } => (manifest.t, manifest.fragment, manifest.closing),
+            let (t, fragment, closing, block) = match &step {
+                StepFact::Taped(tape) => (tape.t, tape.fragment, tape.closing, tape.block),
+                StepFact::Merged { manifest, .. } => (manifest.t, manifest.fragment, manifest.closing, manifest.block),
             };
+            // What is decided from here on names no earlier one: a step that names a later one than all of a cycle was decided behind it.
+            self.block = self.block.max(block);
             if closing && self.state == RunState::Open {
                 (self.state, self.closing_from) = (RunState::Draining, Some(t));
             }

@@ -236,6 +236,7 @@ fn check(parameters: &RunParameters, root: &RunRoot) -> Result<(), Failure> {
         ("poll_ms", parameters.poll_ms),
         ("audit.replay_steps", u64::from(parameters.audit.replay_steps)),
         ("audit.rate_ppm", u64::from(parameters.audit.rate_ppm)),
+        ("audit.beacon_blocks", u64::from(parameters.audit.beacon_blocks)),
     ];
     if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
         return wrong(format!("{name} is zero"), "1 or more; configs/run-mainnet.toml says what each is for");
@@ -330,7 +331,7 @@ mod tests {
             change(&mut parameters);
             check(&parameters, &root).unwrap_err().to_string()
         };
-        let changes: [(Change, &str); 11] = [
+        let changes: [(Change, &str); 12] = [
             (|p| p.fragments = 0, "1 to 32"),
             (|p| p.fragments = 33, "1 to 32"),
             (|p| p.slots = 5, "1 to 4"),
@@ -338,6 +339,7 @@ mod tests {
             (|p| p.poll_ms = 0, "1 or more"),
             (|p| p.audit.replay_steps = 0, "1 or more"),
             (|p| p.audit.rate_ppm = 0, "1 or more"),
+            (|p| p.audit.beacon_blocks = 0, "1 or more"),
             (|p| p.audit.rate_ppm = 1_000_001, "1 to 1_000_000"),
             (|p| p.lease_steps = LEASE_STEPS_MAX + 1, "at most"),
             (|p| p.codec_down = Codec::TopK, "\"int4\""),

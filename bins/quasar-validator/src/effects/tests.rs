@@ -163,7 +163,8 @@ impl Published {
             merges.collect()
         };
         let draft = Contribution { hotkey: signer().key().account(), ..contribution(1, 0, 100, Reason::None) };
-        let beacon_block = 5 + u64::from(world.parameters.audit.beacon_blocks);
+        // The last cycle of a complete run, at block 6.
+        let beacon_block = 6 + u64::from(world.parameters.audit.beacon_blocks);
         let beacon = chain.block_hash(beacon_block).await.unwrap().unwrap();
         let selections = select(run_id, 1_000_000, 1, beacon_block, &beacon, &merges(draft, Digest::ZERO)[3..], &[hotkey.account()]);
         world.selection = Some(selections[0].clone());

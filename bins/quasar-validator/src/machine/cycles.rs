@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::audits::{Selection, select};
+use protocol::audits::{Selection, beacon_from, select};
 use protocol::documents::{AuditParameters, Contribution, FragmentHead, MergeManifest};
 use protocol::envelope::RunId;
 use protocol::schedule::{Work, cycle_of, fragment_of, merge_weights};
@@ -100,7 +100,10 @@ fn check(manifest: &MergeManifest, t: u64, fragments: u16, latest: &Latest) -> R
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Closed {
     merges: Vec<MergeManifest>,
-    beacon_block: u64,
+    /// The latest block that its merges name.
+    last_block: u64,
+    /// Once a merge behind it says from where it is counted, or the run is over.
+    beacon_block: Option<u64>,
     poller: Poller,
 }
 
@@ -121,6 +124,8 @@ pub struct Cycles {
     retry_ms: u64,
     /// Outer steps below this are closed, as the head says.
     closed_below: u64,
+    /// No step follows these.
+    is_over: bool,
     /// Outer steps below this are folded.
     folded_below: u64,
     arrived: BTreeMap<u64, MergeManifest>,
@@ -143,6 +148,7 @@ impl Cycles {
             beacon_blocks: u64::from(audit.beacon_blocks),
             retry_ms,
             closed_below: 0,
+            is_over: false,
             folded_below: 0,
             arrived: BTreeMap::new(),
             reading: BTreeSet::new(),
@@ -154,9 +160,11 @@ impl Cycles {
         }
     }
 
-    /// The head says that steps below `closed_below` are closed.
-    pub fn follow(&mut self, closed_below: u64) {
+    /// The head says that steps below `closed_below` are closed, and whether the run is over with them.
+    pub fn follow(&mut self, closed_below: u64, is_over: bool) {
         self.closed_below = self.closed_below.max(closed_below);
+        self.is_over |= is_over;
+        self.count_beacons(None);
     }
 
     /// The next manifests to read.
@@ -195,7 +203,16 @@ impl Cycles {
             folded.push(self.fold(manifest));
             self.folded_below += 1;
         }
+        self.count_beacons(None);
         folded
+    }
+
+    /// Says of complete cycles from which block their beacon is counted: a merge behind them that names a later `block`, or the end.
+    fn count_beacons(&mut self, block: Option<u64>) {
+        let is_over = self.is_over && self.folded_below >= self.closed_below;
+        for closed in self.closed.values_mut().filter(|closed| closed.beacon_block.is_none()) {
+            closed.beacon_block = beacon_from(closed.last_block, block, is_over).map(|from| from.saturating_add(self.beacon_blocks));
+        }
     }
 
     fn fold(&mut self, manifest: MergeManifest) -> Folded {
@@ -211,14 +228,14 @@ impl Cycles {
                 self.keyframes.remove(&(fragment, old));
             }
         }
+        self.count_beacons(Some(manifest.block));
         // Faulty ones take part in the selection too: everybody has to draw from the same list.
         self.open.push(manifest.clone());
         let cycle = cycle_of(t, self.fragments);
         if cycle_of(t + 1, self.fragments) != cycle {
             let merges = std::mem::take(&mut self.open);
             let last_block = merges.iter().map(|merge| merge.block).max().unwrap_or(0);
-            let closed = Closed { merges, beacon_block: last_block.saturating_add(self.beacon_blocks), poller: Poller::new(self.retry_ms) };
-            self.closed.insert(cycle, closed);
+            self.closed.insert(cycle, Closed { merges, last_block, beacon_block: None, poller: Poller::new(self.retry_ms) });
         }
         Folded { manifest, fault }
     }
@@ -226,8 +243,8 @@ impl Cycles {
     /// Beacons to ask the chain for: (cycle, block), once the chain is there.
     pub fn beacons_wanted(&mut self, head_block: u64, now_ms: u64) -> Vec<(u64, u64)> {
         let wanted = |(cycle, closed): (&u64, &mut Closed)| {
-            let is_due = closed.beacon_block <= head_block && closed.poller.begin(now_ms);
-            is_due.then_some((*cycle, closed.beacon_block))
+            let block = closed.beacon_block.filter(|block| *block <= head_block)?;
+            closed.poller.begin(now_ms).then_some((*cycle, block))
         };
         self.closed.iter_mut().filter_map(wanted).collect()
     }
@@ -235,20 +252,20 @@ impl Cycles {
     /// The chain's answer: with a hash, the cycle's audits; without, it is asked again, unless the block is lost in the past.
     pub fn beacon(&mut self, cycle: u64, hash: Option<[u8; 32]>, validators: &[AccountId], head_block: u64, now_ms: u64) -> Vec<Subject> {
         let Some(closed) = self.closed.get_mut(&cycle) else { return Vec::new() };
+        let Some(beacon_block) = closed.beacon_block else { return Vec::new() };
         let Some(hash) = hash.filter(|_| !validators.is_empty()) else {
             closed.poller.end(now_ms);
-            if hash.is_none() && closed.beacon_block < head_block.saturating_sub(FORGOTTEN_BLOCKS) {
+            if hash.is_none() && beacon_block < head_block.saturating_sub(FORGOTTEN_BLOCKS) {
                 tracing::warn!(
                     cycle,
-                    block = closed.beacon_block,
+                    block = beacon_block,
                     "the chain node has forgotten the beacon's block: this cycle stays without audits here"
                 );
                 self.closed.remove(&cycle);
             }
             return Vec::new();
         };
-        let closed = self.closed.remove(&cycle).map(|closed| (closed.merges, closed.beacon_block));
-        let Some((merges, beacon_block)) = closed else { return Vec::new() };
+        let Some(Closed { merges, .. }) = self.closed.remove(&cycle) else { return Vec::new() };
         let selections = select(self.run, self.rate_ppm, cycle, beacon_block, &hash, &merges, validators);
         selections.into_iter().filter_map(|selection| subject(selection, &merges)).collect()
     }
@@ -322,7 +339,7 @@ mod tests {
     #[test]
     fn manifests_are_folded_in_order_whatever_order_they_arrive_in() {
         let mut cycles = cycles();
-        cycles.follow(3);
+        cycles.follow(3, true);
         assert_eq!(cycles.wanted(0), [0, 1, 2]);
         assert!(cycles.wanted(0).is_empty());
         assert!(cycles.arrive(1, merge(1, 2, both())).is_empty());
@@ -336,7 +353,7 @@ mod tests {
     #[test]
     fn a_complete_cycle_asks_for_its_beacon_and_then_knows_its_audits() {
         let mut cycles = cycles();
-        cycles.follow(2);
+        cycles.follow(2, true);
         cycles.arrive(0, merge(0, 2, both()));
         assert!(cycles.beacons_wanted(1_000, 0).is_empty());
         cycles.arrive(1, merge(1, 2, both()));
@@ -352,9 +369,24 @@ mod tests {
     }
 
     #[test]
+    fn while_the_chain_is_away_no_beacon_is_counted_from_the_block_that_merges_name() {
+        let mut cycles = cycles();
+        cycles.follow(6, false);
+        let at = |t: u64, block: u64| MergeManifest { block, ..merge(t, 2, both()) };
+        for t in 0..5 {
+            cycles.arrive(t, at(t, 5));
+            assert!(cycles.beacons_wanted(1_000, 0).is_empty(), "a miner may have seen block 8 before it committed");
+        }
+        cycles.arrive(5, at(5, 40));
+        assert_eq!(cycles.beacons_wanted(1_000, 0), [(0, 43), (1, 43)]);
+        cycles.follow(6, true);
+        assert_eq!(cycles.beacons_wanted(1_000, 0), [(2, 43)], "nothing follows");
+    }
+
+    #[test]
     fn a_beacon_that_the_node_has_forgotten_ends_the_wait() {
         let mut cycles = cycles();
-        cycles.follow(2);
+        cycles.follow(2, true);
         cycles.arrive(0, merge(0, 2, both()));
         cycles.arrive(1, merge(1, 2, both()));
         cycles.beacons_wanted(5_000, 0);
@@ -398,7 +430,7 @@ mod tests {
     #[test]
     fn a_faulty_manifest_is_reported_and_stays_in_the_selection_that_everybody_draws() {
         let mut cycles = cycles();
-        cycles.follow(2);
+        cycles.follow(2, true);
         let mut faulty = merge(0, 2, both());
         faulty.contributions[0].weight_ppm = 999_999;
         assert_eq!(cycles.arrive(0, faulty)[0].fault, Some(MergeFault::Weights));
@@ -412,7 +444,7 @@ mod tests {
     #[test]
     fn a_head_that_names_another_keyframe_than_the_merge_is_seen() {
         let mut cycles = cycles();
-        cycles.follow(1);
+        cycles.follow(1, true);
         cycles.arrive(0, merge(0, 2, both()));
         let head = |version, digest| FragmentHead { version, length: 1, digest };
         let same = [head(1, Digest::ZERO), head(0, Digest::ZERO)];

@@ -35,7 +35,7 @@ pub fn contribution(hotkey: u8, slot: u8, tokens: u64, outcome: Reason) -> Contr
     }
 }
 
-/// A sound manifest of outer step `t` with base version `t / fragments`, at block 5. Contributions with tokens were weighed.
+/// A sound manifest of outer step `t` with base version `t / fragments`, five blocks after that. Contributions with tokens were weighed.
 pub fn merge(t: u64, fragments: u16, mut contributions: Vec<Contribution>) -> MergeManifest {
     let base_version = t / u64::from(fragments);
     let weighed: Vec<Work> =
@@ -51,7 +51,7 @@ pub fn merge(t: u64, fragments: u16, mut contributions: Vec<Contribution>) -> Me
         fragment: (t % u64::from(fragments)) as u16,
         base_version,
         version,
-        block: 5,
+        block: 5 + base_version,
         closing: false,
         restores: None,
         contributions,

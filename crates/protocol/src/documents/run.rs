@@ -117,7 +117,7 @@ pub struct AuditParameters {
     pub replay_steps: u16,
     /// Largest ‖claimed − replayed‖ / ‖replayed − start‖ of the audited fragment.
     pub replay_tolerance_ppm: u32,
-    /// The beacon is the hash of the block so many after the cycle's last merge.
+    /// The beacon is the hash of the block so many after that of [`crate::audits::beacon_from`]: more than finality lags behind the head.
     pub beacon_blocks: u32,
     /// How long a miner may take to open a segment.
     pub opening_ms: u64,

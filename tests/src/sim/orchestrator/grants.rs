@@ -95,6 +95,7 @@ impl Hands {
         parts: &[(u64, Digest)],
         leases: Vec<Lease>,
     ) {
+        self.world.watch.borrow_mut().drawn(&self.world, selection);
         let key = self.world.run.audit(&selection.validator, &selection.audit);
         let (hotkey, slot) = (selection.hotkey, selection.slot);
         self.persist(|| async {

@@ -217,6 +217,30 @@ fn what_learners_have_let_go_of_before_the_beacon_came_is_not_audited() {
 }
 
 #[test]
+fn while_the_chain_is_away_nothing_is_audited_by_a_block_that_may_be_known_already() {
+    let mut world = World::new(6, 2);
+    world.run(3_000);
+    let cycle_of = |t: u64| t / u64::from(P);
+    world.is_chain_away = true;
+    world.run(1_000);
+    let (cycle, known) = (world.machine.audit_cycle, world.machine.block);
+    let during = world.merges.len();
+    world.run(2_000);
+    assert!(cycle_of(world.merges.len() as u64) > cycle_of(during as u64), "the run goes on");
+    assert!(world.merges.values().skip(during).all(|merge| merge.block == known));
+    assert_eq!(world.machine.audit_cycle, cycle);
+    world.is_chain_away = false;
+    world.until_complete(120_000);
+    world.run(60_000);
+    assert_eq!(world.machine.audit_cycle, cycle_of(world.machine.closed_below));
+    for (selection, _) in world.orders.iter().filter(|(one, _)| one.cycle + 1 < world.machine.audit_cycle) {
+        let of_cycle = world.merges.values().filter(|merge| cycle_of(merge.t) == selection.cycle);
+        let last = of_cycle.map(|merge| merge.block).max().unwrap();
+        assert!(selection.beacon_block > last + 1, "cycle {}: block {} behind {last}", selection.cycle, selection.beacon_block);
+    }
+}
+
+#[test]
 fn of_a_slot_the_time_to_open_one_begins_when_that_of_the_one_before_is_over() {
     let mut world = World::new(0, 2);
     world.run(5_000);

@@ -253,6 +253,8 @@ pub(super) struct World {
     pub(super) held_merges: Vec<Effect>,
     /// This learner opens no audit.
     pub(super) opens_nothing: Option<Slot>,
+    /// No new block is heard of.
+    pub(super) is_chain_away: bool,
     /// This learner counts ten steps for each.
     pub(super) liar: Option<usize>,
     /// Inputs from here on, for a twin.
@@ -297,6 +299,7 @@ impl World {
             holds_merges: false,
             held_merges: Vec::new(),
             opens_nothing: None,
+            is_chain_away: false,
             liar: None,
             record: None,
         };
@@ -487,7 +490,7 @@ impl World {
     pub(super) fn run(&mut self, ms: u64) {
         for _ in 0..ms / 100 {
             self.now_ms += 100;
-            if self.now_ms.is_multiple_of(1_000) {
+            if self.now_ms.is_multiple_of(1_000) && !self.is_chain_away {
                 self.input(Input::Block { number: self.now_ms / 1_000 });
             }
             for index in 0..self.learners.len() {
@@ -515,13 +518,16 @@ impl World {
         if self.opens_nothing == Some(sim.slot) {
             return;
         }
-        for notice in &head.notices {
+        let ours = |notice: &&Notice| {
             let Notice::OpenAudit { audit, hotkey, key, .. } = notice;
             assert_eq!(*key, audit.0, "the key that was made for this audit");
-            if *hotkey == sim.slot.0 && !sim.record.openings.iter().any(|part| part.audit == *audit) {
-                sim.record.openings =
-                    (0..3).map(|part| OpeningPart { audit: *audit, part, length: 5, sha256: Digest::ZERO, uploaded: false }).collect();
-            }
+            *hotkey == sim.slot.0
+        };
+        // One after the other.
+        let Some(Notice::OpenAudit { audit, .. }) = head.notices.iter().find(ours) else { return };
+        if !sim.record.openings.iter().any(|part| part.audit == *audit) {
+            sim.record.openings =
+                (0..3).map(|part| OpeningPart { audit: *audit, part, length: 5, sha256: Digest::ZERO, uploaded: false }).collect();
         }
     }
 
