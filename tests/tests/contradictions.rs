@@ -52,8 +52,8 @@ impl<'a> Bucket<'a> {
         objects.map(|path| (path.clone(), version(&path))).collect()
     }
 
-    /// Another document lies at the key, with a good signature: a start ends with its name and without a change. Then it is put right.
-    fn refuses<D: Document>(&self, key: &str, change: impl FnOnce(&mut Header, &mut D)) {
+    /// Puts another document to the key, with a good signature; gives what was there.
+    fn replace<D: Document>(&self, key: &str, change: impl FnOnce(&mut Header, &mut D)) -> Vec<u8> {
         let path = self.path(key);
         let whole = std::fs::read(&path).expect("the bucket is readable");
         let (mut header, mut document) = self.document::<D>(key);
@@ -62,7 +62,15 @@ impl<'a> Bucket<'a> {
         // The server knows the length of each object.
         assert!(other.len() == whole.len() && other != whole, "{key}");
         std::fs::write(&path, other).expect("the bucket is writable");
+        whole
+    }
 
+    fn put_back(&self, key: &str, whole: Vec<u8>) {
+        std::fs::write(self.path(key), whole).expect("the bucket is writable");
+    }
+
+    /// A start ends with the name of this object, and without a change.
+    fn is_refused_for(&self, key: &str) {
         let before = self.objects();
         let mut refused = self.office.start("orchestrator", "first", &["run"]);
         assert_eq!(refused.ended_within(START).code(), Some(CONFIGURATION), "{key}: {}", refused.log());
@@ -72,7 +80,23 @@ impl<'a> Bucket<'a> {
         let after = self.objects();
         let changed: Vec<&PathBuf> = before.keys().chain(after.keys()).filter(|path| before.get(*path) != after.get(*path)).collect();
         assert!(changed.is_empty(), "{key}: {changed:?} changed");
-        std::fs::write(&path, whole).expect("the bucket is writable");
+    }
+
+    fn refuses<D: Document>(&self, key: &str, change: impl FnOnce(&mut Header, &mut D)) {
+        let whole = self.replace(key, change);
+        self.is_refused_for(key);
+        self.put_back(key, whole);
+    }
+
+    /// Another run manifest, which the current run names: it says itself what it contradicts.
+    fn refuses_manifest(&self, keys: &Keys, run: RunId, named: &str, change: impl FnOnce(&mut RunManifest)) {
+        let key = keys.run(run).manifest();
+        let manifest = self.replace::<RunManifest>(&key, |_, manifest| change(manifest));
+        let digest = Digest::blake3(&std::fs::read(self.path(&key)).expect("the bucket is readable"));
+        let current = self.replace::<CurrentRun>(&keys.current(), |_, current| current.manifest_digest = digest);
+        self.is_refused_for(named);
+        self.put_back(&key, manifest);
+        self.put_back(&keys.current(), current);
     }
 }
 
@@ -93,6 +117,10 @@ fn a_bucket_that_contradicts_itself_is_refused_by_the_name_of_the_object_and_lef
     bucket.refuses::<FragmentPlan>(&run.plan(&manifest.plan), |_, plan| plan.fragments.swap(0, 1));
     bucket.refuses::<CatalogPage>(&run.catalog(0), |_, page| page.previous = Digest([1; 32]));
     bucket.refuses::<Release>(&keys.release_manifest(&manifest.base_release), |_, release| release.tokens += 1);
+
+    let plan = run.plan(&manifest.plan);
+    bucket.refuses_manifest(&keys, current.run, &plan, |manifest| manifest.parameters.fragments -= 1);
+    bucket.refuses_manifest(&keys, current.run, &run.manifest(), |manifest| manifest.parameters.slots = u8::MAX);
 
     // Nothing else kept it from running, and nobody has held the lease before.
     let mut writer = office.start("orchestrator", "first", &["run"]);

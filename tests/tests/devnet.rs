@@ -45,13 +45,7 @@ fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
         assert_eq!(versions, (1..=versions.len() as u64).collect(), "fragment {fragment} skips a version");
         assert!(versions.len() as u64 >= CYCLES, "fragment {fragment}");
     }
-    let tapes: BTreeMap<u64, Tape> = documents(&bucket).into_iter().map(|(_, tape): (_, Tape)| (tape.t, tape)).collect();
-    for merge in &merges {
-        let tape = &tapes[&merge.t];
-        let taped: BTreeSet<_> = tape.inputs.iter().map(|input| input.payload).collect();
-        let merged: BTreeSet<_> = merge.accepted().map(|contribution| contribution.payload).collect();
-        assert!(merged.is_subset(&taped), "step {} merged something that its tape does not hold", merge.t);
-    }
+    what_was_decided_was_merged_once(&bucket, &merges);
     the_frames_lead_to_the_versions_of_the_merge_manifests(&bucket, &merges);
     releases_came_while_everybody_trained(&bucket, &merges);
     a_journal_is_replayed_to_where_the_run_ended(&dir, merges.len());
@@ -61,23 +55,25 @@ fn a_devnet_whose_processes_are_killed_merges_everything_once_and_learns() {
 }
 
 #[test]
-fn payloads_with_error_feedback_are_merged_and_pass_their_audits() {
+fn payloads_with_error_feedback_are_merged_once_and_pass_their_audits_while_the_orchestrator_is_killed() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let dir = folder.path().join("devnet");
     // Options of training that a replay has to share: documents that begin anew inside a row, and step sizes that are trained.
     let options = ("train_step_sizes = false", "document_end = 1\ntrain_step_sizes = true");
     // In so short a run these payloads hold little, and a large learning rate shakes what they do not hold.
     let run_file = run_file(folder.path(), &[options, ("lr_nano = 12_500_000", "lr_nano = 6_000_000")]);
-    let (summary, _) = devnet(&dir, 2, &["--codec-up", "topk", "--run-file", &run_file]);
+    let (summary, errors) = devnet(&dir, 2, &["--codec-up", "topk", "--kill-every", "20", "--run-file", &run_file]);
     assert_eq!(summary["verdicts"]["fail"], 0, "{summary}");
+    assert!(summary["kills"].as_u64() >= Some(1) && errors.contains("the orchestrator is back after"), "{summary}: {errors}");
     let bucket = dir.join("bucket");
+    let merges: Vec<MergeManifest> = documents(&bucket).into_iter().map(|(_, merge)| merge).collect();
+    what_was_decided_was_merged_once(&bucket, &merges);
     let reveals: Vec<(_, VerdictReveal)> = documents(&bucket);
     let passed = |reveal: &VerdictReveal| reveal.verdict.result == VerdictResult::Pass;
     // From the second cycle on a payload holds what the first one of its fragment left out.
     let later = reveals.iter().filter(|(_, reveal)| passed(reveal) && reveal.verdict.t >= FRAGMENTS).count();
     assert!(later > 0, "{reveals:?}");
-    let merges: Vec<(_, MergeManifest)> = documents(&bucket);
-    assert!(merges.iter().filter(|(_, merge)| merge.version > merge.base_version).count() as u64 >= 2 * FRAGMENTS);
+    assert!(merges.iter().filter(|merge| merge.version > merge.base_version).count() as u64 >= 2 * FRAGMENTS);
     let plan: FragmentPlan = documents(&bucket).remove(0).1;
     let elements = plan.total_elements() as f64;
     let payloads: Vec<_> = files(&bucket).into_iter().filter(|path| path.ends_with("payload.qfd")).collect();
@@ -119,6 +115,24 @@ fn devnet(dir: &Path, cycles: u64, more: &[&str]) -> (serde_json::Value, String)
         serde_json::from_str(text.lines().last().expect("a last line")).expect("the last line is one JSON object");
     assert_eq!(summary["ok"], true, "{summary}");
     (summary, errors)
+}
+
+/// Each step has one tape and one manifest, and what the one holds the other tells; no payload is merged in two steps.
+fn what_was_decided_was_merged_once(bucket: &Path, merges: &[MergeManifest]) {
+    let tapes: BTreeMap<u64, Tape> = documents(bucket).into_iter().map(|(_, tape): (_, Tape)| (tape.t, tape)).collect();
+    let steps: BTreeSet<u64> = merges.iter().map(|merge| merge.t).collect();
+    let all: Vec<u64> = (0..merges.len() as u64).collect();
+    assert!(steps.iter().eq(&all) && tapes.keys().eq(&all), "{steps:?}, tapes {:?}", tapes.keys());
+    let mut payloads = BTreeSet::new();
+    for merge in merges {
+        let taped: BTreeSet<Digest> = tapes[&merge.t].inputs.iter().map(|input| input.payload).collect();
+        let told: BTreeSet<Digest> = merge.contributions.iter().map(|contribution| contribution.payload).collect();
+        assert!(taped.is_subset(&told), "step {} lost something that its tape holds", merge.t);
+        for contribution in merge.accepted() {
+            assert!(taped.contains(&contribution.payload), "step {} merged something that its tape does not hold", merge.t);
+            assert!(payloads.insert(contribution.payload), "step {} merged something once more", merge.t);
+        }
+    }
 }
 
 /// On schedule, each whole and signed; nothing was merged less for it, and no learner began anew.

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use protocol::documents::{MergeManifest, VerdictReveal};
-use quasar_tests::documents;
 use quasar_tests::office::Office;
+use quasar_tests::{documents, files};
 
 const START: Duration = Duration::from_secs(180);
 /// A look at the root each 10 s, and a start of the process that takes over.
@@ -52,7 +52,42 @@ fn a_miner_and_a_validator_that_run_follow_a_rotation_and_merges_go_on() {
         std::thread::sleep(Duration::from_secs(1));
     }
     println!("until a payload of after the rotation was audited: {:.1} s", begun.elapsed().as_secs_f64());
+    goes_back_to_an_earlier_version(&office, &logs);
     assert_eq!(miner.log().matches("learner started").count(), 1, "{}", miner.log());
     assert_eq!(validator.log().matches("run found").count(), 1, "{}", validator.log());
     assert!(miner.is_up() && validator.is_up());
+}
+
+/// What was merged since the first version is taken back while the miner trains: by new versions, whose bytes are those of the first, and
+/// with a release of them. Training goes on from there.
+fn goes_back_to_an_earlier_version(office: &Office, logs: &dyn Fn() -> String) {
+    office.head_within(AUDIT, |seen| seen.head.fragments.iter().filter(|fragment| fragment.version > 1).count() >= 3, logs);
+    let said = office.says("orchestrator-2", &["rollback", "--to-version", "1", "--reason", "the loss rises"]);
+    assert!(said.contains("each fragment beyond version 1 goes back to it, as a new version"), "{said}");
+    let merges = || documents::<MergeManifest>(&office.bucket()).into_iter().map(|(_, merge)| merge);
+    let begun = Instant::now();
+    let last = loop {
+        let restored = merges().filter(|merge| merge.restores.is_some()).map(|merge| merge.t).max();
+        let goes_on = |merge: MergeManifest| restored.is_some_and(|t| merge.t > t + 24) && merge.accepted().count() > 0;
+        if let Some(t) = restored.filter(|_| merges().any(goes_on)) {
+            break t;
+        }
+        assert!(begun.elapsed() < AUDIT, "{}", logs());
+        std::thread::sleep(Duration::from_secs(1));
+    };
+    let all: Vec<MergeManifest> = merges().collect();
+    // Header and digest of a state name its version.
+    let values = |version: u64, fragment: u16| {
+        let ending = format!("/state/{fragment}/{version}.qfs");
+        let path = files(&office.bucket()).into_iter().find(|path| path.to_string_lossy().ends_with(&ending));
+        let state = std::fs::read(path.unwrap_or_else(|| panic!("{ending} is missing"))).expect("the bucket is readable");
+        state[72..state.len() - 32].to_vec()
+    };
+    let restored: Vec<&MergeManifest> = all.iter().filter(|merge| merge.restores.is_some()).collect();
+    assert!(restored.len() >= 3, "{} fragments went back until step {last}", restored.len());
+    for back in restored {
+        assert!((back.restores, back.version, back.accepted().count()) == (Some(1), back.base_version + 1, 0), "{back:?}");
+        assert!(values(1, back.fragment) == values(back.version, back.fragment), "the values of version 1, bit for bit: {back:?}");
+    }
+    office.head_within(AUDIT, |seen| seen.head.release.release.starts_with("run-"), logs);
 }

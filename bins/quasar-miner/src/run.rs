@@ -171,8 +171,7 @@ impl Miner {
     }
 
     async fn run(&self) -> Result<Exit, Failure> {
-        let Some(genesis) = network::genesis(&self.chain, &self.shutdown).await? else { return Ok(Exit::Done) };
-        let following = self.follow(genesis);
+        let following = self.follow(self.settings.network()?.genesis);
         tokio::pin!(following);
         tokio::select! {
             exit = &mut following => exit,

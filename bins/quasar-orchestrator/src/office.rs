@@ -27,7 +27,7 @@ pub struct Office {
 }
 
 impl Office {
-    /// Loads everything and connects to nothing yet. The genesis is that of the network's settings, which have to know it.
+    /// Loads everything and connects to nothing yet. The genesis is that of the network's settings.
     pub fn open(common: &CommonArgs) -> Result<Self, Failure> {
         let settings = common.settings(Role::Orchestrator, ())?;
         daemon::telemetry::init(settings.log_format(), settings.log_filter()).map_err(Failure::configuration)?;
@@ -49,11 +49,7 @@ impl Office {
             path_style: store.path_style,
         })
         .map_err(Failure::configuration)?;
-        let genesis = network.genesis.ok_or_else(|| {
-            Failure::configuration(anyhow::anyhow!("the genesis of this network is not known beforehand"))
-                .hint("use QUASAR_NETWORK=local with a file that names genesis and endpoint")
-        })?;
-        let context = Context { genesis, netuid, run: RunId::NONE };
+        let context = Context { genesis: network.genesis, netuid, run: RunId::NONE };
         Ok(Self { settings, store: Arc::new(s3), signer: Arc::new(signer), context, keys: Keys::new(netuid), store_host: url.host() })
     }
 

@@ -37,7 +37,7 @@ pub use hotkey::Hotkey;
 pub use link::ChainLink;
 pub use memory::{MemoryChain, MemorySettings};
 pub use setter::{Setter, SetterSettings};
-pub use subtensor::{ConnectSettings, Deadlines, FINNEY_ENDPOINTS, FINNEY_GENESIS, SubtensorClient};
+pub use subtensor::{ConnectSettings, Deadlines, FINNEY_ENDPOINTS, FINNEY_GENESIS, SubtensorClient, TEST_ENDPOINTS, TEST_GENESIS};
 pub use types::{BlockRef, Hyperparameter, Hyperparameters, Metagraph, Neuron, Registration};
 pub use view::{How, Landed, PendingCommit, Progress, WeightsRequest, WeightsView};
 pub use wallet::{Password, Wallet, WalletError};

@@ -79,14 +79,6 @@ impl ChainLink {
         self.health().filter(ChainHealth::has_fallen_silent).map(|health| health.to_string())
     }
 
-    /// Genesis of the network: as configured, or as the chain says.
-    pub async fn genesis(&self) -> Result<[u8; 32], ChainError> {
-        match self.settings.genesis {
-            Some(genesis) => Ok(genesis),
-            None => Ok(self.client().await?.genesis()),
-        }
-    }
-
     /// Whether `hotkey` is registered on the subnet.
     pub async fn is_registered(&self, netuid: u16, hotkey: &AccountId) -> Result<bool, ChainError> {
         Ok(self.client().await?.metagraph(netuid).await?.by_hotkey(hotkey).is_some())

@@ -1,15 +1,11 @@
 //! The chain that the settings name: how every program reaches it, waits for it, and reports its failures.
 
 use std::future::{Future, pending};
-use std::time::Duration;
 
 use chain::{ChainError, ChainLink, ConnectSettings, Deadlines, Hotkey, certificate};
 use protocol::KeyKind;
 
-use crate::{Exit, Failure, Settings, Shutdown, Waiting};
-
-/// Pause between two tries to hear which network this is.
-const RETRY: Duration = Duration::from_secs(2);
+use crate::{Exit, Failure, Settings};
 
 /// A failed question with the exit code that it stands for.
 impl From<ChainError> for Failure {
@@ -29,30 +25,12 @@ impl From<ChainError> for Failure {
 /// No network is named, or the file of network `local` is wrong.
 pub fn link(settings: &Settings) -> Result<ChainLink, Failure> {
     let network = settings.network()?;
-    Ok(ChainLink::new(ConnectSettings { endpoints: network.endpoints, genesis: network.genesis }, deadlines(settings)))
+    Ok(ChainLink::new(ConnectSettings { endpoints: network.endpoints, genesis: Some(network.genesis) }, deadlines(settings)))
 }
 
 /// How long the chain may take. An answer that takes longer than blocks may is no answer.
 pub fn deadlines(settings: &Settings) -> Deadlines {
     Deadlines::default().stalled_after(settings.chain_stall_ms())
-}
-
-/// The network's genesis; `None` if a stop comes first.
-///
-/// # Errors
-/// A person must change something: it is the wrong network, or none is named.
-pub async fn genesis(link: &ChainLink, shutdown: &Shutdown) -> Result<Option<[u8; 32]>, Failure> {
-    let mut waiting = Waiting::default();
-    loop {
-        match link.genesis().await {
-            Ok(genesis) => return Ok(Some(genesis)),
-            Err(error) if error.needs_a_person() => return Err(error.into()),
-            Err(error) => waiting.log(&error.to_string()),
-        }
-        if !shutdown.sleep(RETRY).await {
-            return Ok(None);
-        }
-    }
 }
 
 /// Connects to the chain; ends only where a person must change something.

@@ -66,7 +66,7 @@ reasons! {
     StartMismatch = 301, "the opened state is not the one that was committed", "do not edit or move the state folder while training";
     RowsMismatch = 302, "the opened rows are not those that the lease gives", "train on the leased rows in their order";
     NoOpening = 303, "the audited segment was not opened in time", "keep the miner running; the last cycles' segments are kept locally";
-    LossWorse = 304, "the loss test saw no gain on the assigned rows", "statistics only: no penalty, audits may become more frequent";
+    LossWorse = 304, "the loss test saw no gain on the assigned rows", "statistics only: no penalty";
     NotEvaluated = 305, "the validator could not finish the audit for a reason of its own", "no penalty";
     BadOpening = 306, "the opening does not decode or does not fit the model", "update the miner";
     // Devices.

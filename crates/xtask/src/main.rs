@@ -39,7 +39,7 @@ usage: cargo xtask COMMAND [arguments]
   interop                  setup, then the tests against the official Bittensor packages, installed into the cache
   fuzz [TARGET] [--seconds N]   every decoder of files, or one, under libFuzzer (3 seconds each)
   check [STEP…]            setup, then the steps fmt, arrows, clippy (all when none is named)
-  sim [ARGS…]              setup, then simulated worlds: `--seeds N --first-seed S --miners M --json`, `goodput`, `requests`, `crash-points`
+  sim [ARGS…]              setup, then simulated worlds: `--seeds N --first-seed S --miners M --json`, `goodput`, `requests`, `crash-points`, `failing-requests`
   bench learning [ARGS…]   setup, then three learners against one and against data-parallel training (docs/benchmarks.md)
   bench experiments [PART…]   setup, then codecs, outer optimizers, merge rules under attack compared (docs/experiments.md)
   bench gpu TORCH_FOLDER [LAYERS] [BATCHES]   setup, then the miner's training steps beside PyTorch's on this GPU (docs/performance.md)

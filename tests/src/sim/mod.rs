@@ -32,9 +32,11 @@ mod world;
 
 use std::rc::Rc;
 
-pub use net::Traffic;
+use protocol::documents::Action;
+
+pub use net::{FailingRequest, Traffic};
 pub use orchestrator::{Boundary, CrashPoint};
-pub use plan::{Behaviour, Faults, Plan};
+pub use plan::{Ban, Behaviour, Faults, Plan};
 pub use watch::{INVARIANTS, Violation};
 pub use world::{Outcome, World, run};
 
@@ -44,6 +46,30 @@ pub fn small(seed: u64, miners: usize) -> Plan {
     plan.parameters = plan::parameters(4, 2, 1_000, plan.step_ms);
     (plan.validators, plan.snapshot_every) = (1, 60);
     plan
+}
+
+/// A small run that an operator has a hand in: shards join, a hotkey is banned for a while, there are releases, a rollback and, before
+/// its time, the end; and so many versions that old ones are deleted. Nothing fails by itself.
+pub fn operated(seed: u64, miners: usize) -> Plan {
+    let mut plan = small(seed, miners);
+    plan.parameters = plan::parameters(2, 20, 1_000, plan.step_ms);
+    plan.parameters.release_every_cycles = 4;
+    let shards = vec!["added".to_owned()];
+    plan.orders = vec![
+        (10_000, Action::AddShards { shards }),
+        (30_000, Action::Release),
+        (100_000, Action::Rollback { version: 4 }),
+        (200_000, Action::Drain),
+    ];
+    plan.bans = vec![Ban { miner: 0, banned_ms: 20_000, unbanned_ms: Some(50_000) }];
+    plan
+}
+
+/// Runs a world in which one request of the orchestrator fails.
+pub fn run_failing(plan: Plan, request: FailingRequest) -> Outcome {
+    let world: Rc<World> = World::new(plan);
+    world.net.borrow_mut().failing = Some(request);
+    world.live()
 }
 
 /// Runs a world whose orchestrator dies at `point`, before it hears of what it did there, and is started again.

@@ -44,6 +44,15 @@ enum Fate {
     Partial,
 }
 
+/// One request of the orchestrator that fails: nothing of it is done, or it is done and nobody hears of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FailingRequest {
+    pub is_write: bool,
+    /// The so many-th of its reads, or of its writes and deletions.
+    pub count: u64,
+    pub is_done: bool,
+}
+
 /// The weather.
 pub struct Net {
     random: Random,
@@ -57,6 +66,9 @@ pub struct Net {
     pub(super) slow: Vec<Node>,
     previous: KeyMap<(u64, Object)>,
     pub traffic: [Traffic; 3],
+    pub failing: Option<FailingRequest>,
+    /// Reads and writes that the first orchestrator began, lost ones among them.
+    pub asked: [u64; 2],
 }
 
 impl Net {
@@ -72,11 +84,20 @@ impl Net {
             slow: Vec::new(),
             previous: KeyMap::default(),
             traffic: [Traffic::default(); 3],
+            failing: None,
+            asked: [0; 2],
         }
     }
 
     fn draw(&mut self, node: Node, now_ms: u64, is_put: bool) -> (u64, Fate) {
         let mut delay_ms = self.random.between(self.latency_ms / 2 + 1, self.latency_ms * 3 / 2 + 1);
+        if node == 0 {
+            let count = &mut self.asked[usize::from(is_put)];
+            *count += 1;
+            if let Some(FailingRequest { is_done, .. }) = self.failing.filter(|one| (one.is_write, one.count) == (is_put, *count)) {
+                return (delay_ms, if is_done { Fate::ReplyLost } else { Fate::Lost });
+            }
+        }
         let is_cut = self.unreachable_until.get(&node).is_some_and(|until| *until > now_ms) || self.down_until_ms > now_ms;
         if is_cut {
             return (TIMEOUT_MS.min(delay_ms * 20), Fate::Lost);

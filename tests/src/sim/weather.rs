@@ -22,10 +22,16 @@ pub fn begin(world: &Rc<World>) {
         (faults.clock_jump_ms, set_a_clock),
     ];
     if let Some(at_ms) = world.plan.kill_quarter_ms {
+        // Before and after are compared as the run is when it has found its pace.
+        let warm = world.clone();
+        world.executor.after(at_ms / 2, WORLD, move || {
+            warm.watch.borrow_mut().stalls_from_here();
+        });
         let later = world.clone();
         world.executor.after(at_ms, WORLD, move || {
             (0..later.plan.miners / 4).for_each(|index| later.crash_miner(index));
-            later.watch.borrow_mut().stalls_from_here();
+            let mut watch = later.watch.borrow_mut();
+            watch.longest_stall_before_ms = watch.stalls_from_here();
         });
     }
     for (mean_ms, strike) in kinds.into_iter().filter(|(mean_ms, _)| *mean_ms > 0) {

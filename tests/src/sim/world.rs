@@ -154,6 +154,8 @@ pub struct Outcome {
     pub lost_disks: u64,
     /// Objects that the orchestrator wrote or deleted.
     pub writes: u64,
+    /// Requests of the first orchestrator: reads, and writes with deletions.
+    pub requests: [u64; 2],
     /// Times that a process went on from the bucket after another host had written, and processes that found their lease gone.
     pub takeovers: u64,
     pub fenced: u64,
@@ -524,6 +526,7 @@ impl World {
             crashes: sum(|node| node.crashes),
             lost_disks: sum(|node| node.lost_disks),
             writes: sum(|node| node.writes),
+            requests: self.net.borrow().asked,
             takeovers: watch.takeovers,
             fenced: sum(|node| node.fenced),
             effects: sum(|node| node.effects),

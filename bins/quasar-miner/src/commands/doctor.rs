@@ -112,14 +112,13 @@ async fn examine(settings: &Settings, machine: Vec<Check>) -> Vec<Check> {
             None
         }
     };
-    let mut genesis = None;
     if let Some(chain) = &chain {
-        checks.push(timed("chain", chain_check(chain, &mut genesis)).await);
+        checks.push(timed("chain", chain_check(chain)).await);
         if let (Ok(netuid), Some(key)) = (settings.netuid(), key) {
             checks.push(timed("registration", registration(chain, netuid, key)).await);
         }
     }
-    checks.push(timed("run", run_check(settings, genesis)).await);
+    checks.push(timed("run", run_check(settings)).await);
     checks.extend(machine);
     match settings.state_dir() {
         Ok(folder) => {
@@ -206,16 +205,10 @@ async fn timed(name: &'static str, check: impl Future<Output = Check>) -> Check 
     tokio::time::timeout(CHECK_TIMEOUT, check).await.unwrap_or_else(|_| slow())
 }
 
-async fn chain_check(chain: &ChainLink, genesis: &mut Option<[u8; 32]>) -> Check {
-    let ask = async {
-        let client = chain.client().await?;
-        Ok::<_, chain::ChainError>((client.genesis(), client.head().await?))
-    };
+async fn chain_check(chain: &ChainLink) -> Check {
+    let ask = async { chain.client().await?.head().await };
     match ask.await {
-        Ok((found, head)) => {
-            *genesis = Some(found);
-            Check::ok("chain", format!("finalized block {head}"))
-        }
+        Ok(head) => Check::ok("chain", format!("finalized block {head}")),
         Err(error) => Check::failed("chain", &error.to_string()),
     }
 }
@@ -239,14 +232,13 @@ async fn registration(chain: &ChainLink, netuid: u16, key: KeyRef) -> Check {
 }
 
 /// Bucket, owner, run and protocol version at once: all that discovery verifies. The age of the signed head tells about clocks.
-async fn run_check(settings: &Settings, genesis: Option<[u8; 32]>) -> Check {
-    let prepared = || -> Result<_, Failure> { Ok((run::public_reader(settings)?, settings.netuid()?, settings.owner_identity()?)) };
-    let (public, netuid, owner) = match prepared() {
+async fn run_check(settings: &Settings) -> Check {
+    let prepared = || -> Result<_, Failure> {
+        Ok((run::public_reader(settings)?, settings.network()?.genesis, settings.netuid()?, settings.owner_identity()?))
+    };
+    let (public, genesis, netuid, owner) = match prepared() {
         Ok(prepared) => prepared,
         Err(error) => return Check::failed("run", &error.to_string()),
-    };
-    let Some(genesis) = genesis.or_else(|| settings.network().ok()?.genesis) else {
-        return Check::failed("run", "the network's genesis is not known\nhint: see the check of the chain");
     };
     let now_ms = clock::now_ms();
     let mut reader = match RunReader::discover(public, Roots::unremembered(genesis, netuid, owner), None, now_ms).await {

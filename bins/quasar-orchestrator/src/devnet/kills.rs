@@ -27,13 +27,8 @@ impl Kills {
     pub async fn advance(&mut self, place: &Place, children: &mut Children, view: &mut View) -> Result<(), Failure> {
         let Some(every) = self.every else { return Ok(()) };
         let last = *self.last.get_or_insert_with(Instant::now);
-        if let Some((started, before)) = self.awaited {
-            if place.head_sequence().await.is_some_and(|sequence| sequence > before) {
-                let seconds = started.elapsed().as_secs_f64();
-                view.note(&format!("the orchestrator is back after {seconds:.2} s"));
-                self.recoveries.push(seconds);
-                self.awaited = None;
-            }
+        if self.is_awaiting() {
+            self.note_return(place, view).await;
             return Ok(());
         }
         if last.elapsed() < every {
@@ -46,6 +41,17 @@ impl Kills {
         self.awaited = Some((Instant::now(), before));
         self.last = Some(Instant::now());
         Ok(())
+    }
+
+    /// Looks whether the head of a killed orchestrator moves again.
+    pub async fn note_return(&mut self, place: &Place, view: &mut View) {
+        let Some((started, before)) = self.awaited else { return };
+        if place.head_sequence().await.is_some_and(|sequence| sequence > before) {
+            let seconds = started.elapsed().as_secs_f64();
+            view.note(&format!("the orchestrator is back after {seconds:.2} s"));
+            self.recoveries.push(seconds);
+            self.awaited = None;
+        }
     }
 
     /// Whether the orchestrator is on its way back: worth looking more often.

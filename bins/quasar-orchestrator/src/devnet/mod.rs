@@ -5,6 +5,7 @@
 
 mod children;
 mod kills;
+mod merged;
 mod place;
 mod report;
 mod view;
@@ -177,6 +178,10 @@ async fn supervise(
         }
         if status.state != protocol::documents::RunState::Complete {
             kills.advance(place, children, view).await?;
+            continue;
+        }
+        kills.note_return(place, view).await;
+        if kills.is_awaiting() {
             continue;
         }
         let since = *complete.get_or_insert_with(|| {

@@ -6,13 +6,14 @@ use std::time::Instant;
 use chain::{Chain, SubtensorClient};
 use daemon::Failure;
 use data::catalog::Catalog;
-use protocol::documents::{MergeManifest, VerdictResult};
-use protocol::envelope::{Expect, open_stored};
+use protocol::documents::{MergeManifest, Tape, VerdictResult};
+use protocol::envelope::{Document, Expect, open_stored};
 use serde::Serialize;
-use storage::ObjectStore;
+use storage::{ObjectStore, StoreError};
 
 use super::DevnetArgs;
 use super::kills::Kills;
+use super::merged::Merged;
 use super::place::Place;
 use crate::machine::Status;
 
@@ -58,27 +59,14 @@ impl Summary {
         kills: &Kills,
         begun: Instant,
     ) -> Result<Self, Failure> {
-        let mut problems = Vec::new();
-        let mut merged: BTreeMap<u16, u64> = BTreeMap::new();
-        let (mut merges, mut contributions, mut tokens) = (0u64, 0u64, 0u64);
+        let mut merged = Merged::default();
         for t in 0..status.closed_below {
-            let Ok(object) = place.store().get(&place.run_keys().merge(t), 1 << 21).await else { continue };
-            let manifest = open_stored::<MergeManifest>(&object.bytes, &place.context(), Expect::Account(place.orchestrator_account()))
-                .map_err(Failure::unavailable)?
-                .document;
-            if manifest.version > manifest.base_version {
-                merges += 1;
-                *merged.entry(manifest.fragment).or_default() += 1;
-                contributions += manifest.accepted().count() as u64;
-                tokens += manifest.accepted().map(|contribution| contribution.tokens).sum::<u64>();
-            }
+            let keys = place.run_keys();
+            let (tape, manifest) = (read::<Tape>(place, &keys.tape(t)).await?, read::<MergeManifest>(place, &keys.merge(t)).await?);
+            merged.add(t, tape.as_ref(), manifest.as_ref());
         }
-        for fragment in 0..place.fragments() {
-            let count = merged.get(&fragment).copied().unwrap_or(0);
-            if count < arguments.cycles {
-                problems.push(format!("fragment {fragment} was merged {count} times"));
-            }
-        }
+        merged.end(place.fragments(), arguments.cycles);
+        let Merged { merges, contributions, tokens, mut problems, .. } = merged;
         let mut verdicts = Verdicts::default();
         for reveal in place.verdicts().await {
             match reveal.verdict.result {
@@ -108,6 +96,9 @@ impl Summary {
             problems.push("the held-out loss did not fall".to_owned());
         }
         problems.extend(slow_recovery(kills.slowest_seconds()));
+        if arguments.kill_every.is_some() && kills.count() == 0 {
+            problems.push("the orchestrator was never killed: the run was over before".to_owned());
+        }
         Ok(Self {
             ok: problems.is_empty(),
             held_out_loss_before: before,
@@ -161,6 +152,17 @@ impl Summary {
             Err(error) => eprintln!("error: {error}"),
         }
     }
+}
+
+/// A document of the orchestrator; none where its key is empty.
+async fn read<D: Document>(place: &Place, key: &str) -> Result<Option<D>, Failure> {
+    let object = match place.store().get(key, D::PURPOSE.limit() as u64).await {
+        Ok(object) => object,
+        Err(StoreError::NotFound { .. }) => return Ok(None),
+        Err(error) => return Err(Failure::unavailable(error)),
+    };
+    let opened = open_stored::<D>(&object.bytes, &place.context(), Expect::Account(place.orchestrator_account()));
+    Ok(Some(opened.map_err(Failure::unavailable)?.document))
 }
 
 /// What is wrong with the longest recovery of the orchestrator from a kill, if anything is; 0 where nobody killed it.

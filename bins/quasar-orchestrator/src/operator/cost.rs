@@ -66,8 +66,8 @@ pub struct CostArgs {
     /// Validators that audit; in a cycle the share of the learners that the run sets is audited, by one of them each
     #[arg(long, value_name = "N", default_value_t = 2)]
     validators: u64,
-    /// Parameters of the model
-    #[arg(long, value_name = "N", default_value_t = 18_000_000_000)]
+    /// Parameters of the model; those of Quasar Preview if nothing is said
+    #[arg(long, value_name = "N", default_value_t = 16_550_000_000)]
     parameters: u64,
     /// Seconds of an inner step, where the run has no target
     #[arg(long, value_name = "SECONDS", default_value_t = 20.0)]
@@ -291,8 +291,8 @@ mod tests {
     fn the_requests_of_a_learner_are_its_polls_and_the_chunks_of_its_transfers() {
         let cost = of(100, &[]);
         println!("a learner: {:.0} requests an hour; a day of 100 miners: {cost:?}", cost.learner_requests_per_hour);
-        // The head each two seconds is 1,800; 180 merges bring an int4 frame of 387 MB in chunks of 4 MiB each.
-        let chunks = 180.0 * (18e9 / 24.0 * 4.125 / 8.0 / CHUNK).ceil();
+        // The head each two seconds is 1,800; 180 merges bring an int4 frame of 356 MB in chunks of 4 MiB each.
+        let chunks = 180.0 * (16.55e9 / 24.0 * 4.125 / 8.0 / CHUNK).ceil();
         assert!(cost.learner_requests_per_hour > 1_800.0 + chunks && cost.learner_requests_per_hour < 5_000.0 + chunks, "{cost:?}");
         assert_eq!(cost.merges, DAY_S / 20.0);
     }
@@ -302,7 +302,7 @@ mod tests {
         let validators = |count: &str| of(100, &["--validators", count]);
         let (none, two, four) = (validators("0"), validators("2"), validators("4"));
         // 180 cycles a day, in each of which one learner in fifty opens weights and moments of the whole model.
-        let opened_bytes = 180.0 * 100.0 / 50.0 * 18e9 * 6.0;
+        let opened_bytes = 180.0 * 100.0 / 50.0 * 16.55e9 * 6.0;
         let is_close = |left: f64, right: f64| (left / right - 1.0).abs() < 1e-9;
         assert!(is_close(two.bytes_in - none.bytes_in, opened_bytes), "{none:?} {two:?}");
         assert_eq!(two.bytes_in, four.bytes_in, "each learner is audited by one validator, however many there are");

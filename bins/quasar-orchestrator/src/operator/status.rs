@@ -11,7 +11,7 @@ use crate::effects::fence::read_lease;
 use crate::machine::Status;
 use crate::office::{Office, unserved};
 
-/// The goal of the incumbent's network.
+/// Ten trillion.
 const GOAL_TOKENS: u64 = 10_000_000_000_000;
 
 #[derive(Debug, clap::Args)]

@@ -49,6 +49,15 @@ pub const FINNEY_GENESIS: [u8; 32] = [
 /// Public endpoints of the main network, in the order to try.
 pub const FINNEY_ENDPOINTS: [&str; 2] = ["wss://entrypoint-finney.opentensor.ai:443", "wss://lite.chain.opentensor.ai:443"];
 
+/// Genesis of the public test network.
+pub const TEST_GENESIS: [u8; 32] = [
+    0x8f, 0x9c, 0xf8, 0x56, 0xbf, 0x55, 0x8a, 0x14, 0x44, 0x0e, 0x75, 0x56, 0x9c, 0x9e, 0x58, 0x59, 0x47, 0x57, 0x04, 0x8d, 0x7b, 0x3a,
+    0x84, 0xb5, 0xd2, 0x5f, 0x6b, 0xd9, 0x78, 0x26, 0x31, 0x05,
+];
+
+/// Public endpoint of the test network.
+pub const TEST_ENDPOINTS: [&str; 1] = ["wss://test.finney.opentensor.ai:443"];
+
 /// Pause between two looks for an extrinsic whose watching connection broke.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 

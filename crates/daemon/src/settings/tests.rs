@@ -149,7 +149,7 @@ fn the_local_network_is_described_by_a_file_and_endpoints_can_be_overridden() {
     let path = chain.path().to_str().unwrap().to_owned();
     let local = [("QUASAR_NETWORK", "local"), ("QUASAR_LOCAL_CHAIN", path.as_str())];
     let network = Settings::load(Role::Miner, &environment(&local)).unwrap().network().unwrap();
-    assert_eq!((network.name, network.genesis), (NetworkName::Local, Some([0xab; 32])));
+    assert_eq!((network.name, network.genesis), (NetworkName::Local, [0xab; 32]));
     assert_eq!(network.endpoints, ["ws://127.0.0.1:9944"]);
     let overridden = [local[0], local[1], ("QUASAR_CHAIN_ENDPOINTS", "ws://127.0.0.1:1, ws://127.0.0.1:2")];
     let network = Settings::load(Role::Miner, &environment(&overridden)).unwrap().network().unwrap();
@@ -164,11 +164,12 @@ fn the_local_network_is_described_by_a_file_and_endpoints_can_be_overridden() {
 }
 
 #[test]
-fn finney_is_known_by_its_genesis() {
-    let settings = Settings::load(Role::Miner, &environment(&[("QUASAR_NETWORK", "finney")])).unwrap();
-    let network = settings.network().unwrap();
-    assert_eq!(network.genesis.map(|genesis| genesis[..2].to_vec()), Some(vec![0x2f, 0x05]));
-    assert_eq!(network.endpoints.len(), 2);
+fn the_public_networks_are_known_by_their_genesis() {
+    for (name, begins, endpoints) in [("finney", [0x2f, 0x05], 2), ("test", [0x8f, 0x9c], 1)] {
+        let settings = Settings::load(Role::Miner, &environment(&[("QUASAR_NETWORK", name)])).unwrap();
+        let network = settings.network().unwrap();
+        assert_eq!((&network.genesis[..2], network.endpoints.len()), (&begins[..], endpoints));
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use chain::{Deadlines, FINNEY_ENDPOINTS, FINNEY_GENESIS};
+use chain::{Deadlines, FINNEY_ENDPOINTS, FINNEY_GENESIS, TEST_ENDPOINTS, TEST_GENESIS};
 use protocol::{AccountId, Digest};
 use serde::Deserialize;
 
@@ -12,7 +12,6 @@ use super::value::{self, Devices};
 use super::{Settings, SettingsError};
 use crate::telemetry::LogFormat;
 
-const TEST_ENDPOINTS: &[&str] = &["wss://test.finney.opentensor.ai:443"];
 /// Longest file that describes a local chain.
 const LOCAL_FILE_BYTES_MAX: u64 = 64 << 10;
 
@@ -28,8 +27,8 @@ pub enum NetworkName {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Network {
     pub name: NetworkName,
-    /// Hash of block 0 if it is known beforehand; otherwise the endpoint's answer is taken.
-    pub genesis: Option<[u8; 32]>,
+    /// Hash of block 0.
+    pub genesis: [u8; 32],
     pub endpoints: Vec<String>,
 }
 
@@ -147,12 +146,12 @@ impl Settings {
         let own = self.text("chain.endpoints").map(value::list);
         let listed = |known: &[&str]| own.clone().unwrap_or_else(|| known.iter().map(|url| (*url).to_owned()).collect());
         match self.required("network")? {
-            "finney" => Ok(Network { name: NetworkName::Finney, genesis: Some(FINNEY_GENESIS), endpoints: listed(&FINNEY_ENDPOINTS) }),
-            "test" => Ok(Network { name: NetworkName::Test, genesis: None, endpoints: listed(TEST_ENDPOINTS) }),
+            "finney" => Ok(Network { name: NetworkName::Finney, genesis: FINNEY_GENESIS, endpoints: listed(&FINNEY_ENDPOINTS) }),
+            "test" => Ok(Network { name: NetworkName::Test, genesis: TEST_GENESIS, endpoints: listed(&TEST_ENDPOINTS) }),
             _ => {
                 self.required("chain.local_file")?;
                 let (genesis, endpoints) = read_local_chain(&self.path("chain.local_file").unwrap_or_default())?;
-                Ok(Network { name: NetworkName::Local, genesis: Some(genesis), endpoints: own.unwrap_or(endpoints) })
+                Ok(Network { name: NetworkName::Local, genesis, endpoints: own.unwrap_or(endpoints) })
             }
         }
     }

@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! sim [--seeds N] [--first-seed S] [--miners M] [--cycles C] [--scheme cheap|ed25519] [--threads T] [--json]
-//! sim goodput | requests | crash-points     measurements and enumerations of docs/reliability.md
+//! sim goodput | requests                     measurements of docs/reliability.md
+//! sim crash-points | failing-requests        enumerations of a small run
 //! ```
 //!
 //! Exit code 1 says that an invariant did not hold, or that a world panicked; each failing seed is printed with the command that
 //! replays it.
 
+mod enumerations;
 mod goodput;
 mod requests;
 mod seeds;
@@ -35,7 +37,9 @@ enum What {
     /// Requests and bytes for each miner-hour at the default polling
     Requests(Print),
     /// A small run, crashed at every boundary of an effect in turn
-    CrashPoints(seeds::CrashPoints),
+    CrashPoints(enumerations::CrashPoints),
+    /// A small run, in which each request of the orchestrator to the store fails in turn
+    FailingRequests(enumerations::FailingRequests),
 }
 
 #[derive(clap::Args)]
@@ -66,6 +70,7 @@ fn main() -> ExitCode {
         None => seeds::run(&arguments.seeds),
         Some(What::Goodput(arguments)) => goodput::run(&arguments),
         Some(What::Requests(print)) => requests::run(print.json),
-        Some(What::CrashPoints(crash_points)) => seeds::crash_points(&crash_points),
+        Some(What::CrashPoints(arguments)) => enumerations::crash_points(&arguments),
+        Some(What::FailingRequests(arguments)) => enumerations::failing_requests(&arguments),
     }
 }

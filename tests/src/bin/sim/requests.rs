@@ -19,5 +19,8 @@ pub fn run(json: bool) -> ExitCode {
     if json {
         println!("{}", serde_json::json!({ "rows": rows, "merges": outcome.merges }));
     }
-    ExitCode::SUCCESS
+    for violation in &outcome.violations {
+        println!("  {} at {} ms: {}", violation.invariant, violation.at_ms, violation.what);
+    }
+    if outcome.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

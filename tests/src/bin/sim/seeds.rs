@@ -1,11 +1,11 @@
-//! Many seeds, one world each, on as many threads as there are cores; and one seed, crashed everywhere.
+//! Many seeds, one world each, on as many threads as there are cores.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use quasar_tests::sim::{self, Boundary, CrashPoint, Outcome, Plan};
+use quasar_tests::sim::{self, Outcome, Plan};
 
 use crate::SchemeName;
 use crate::worlds::{World, live};
@@ -50,13 +50,6 @@ impl Seeds {
     }
 }
 
-fn tell(seed: u64, world: &World, replay: &str) {
-    for what in world.violations() {
-        println!("seed {seed}: {what}");
-    }
-    println!("replay: {replay}");
-}
-
 pub fn run(seeds: &Seeds) -> ExitCode {
     let begun = Instant::now();
     let next = AtomicU64::new(0);
@@ -72,9 +65,7 @@ pub fn run(seeds: &Seeds) -> ExitCode {
                     }
                     let seed = seeds.first_seed + index;
                     let world = live(|| sim::run(seeds.plan(seed)));
-                    if world.has_failed() {
-                        tell(seed, &world, &seeds.replay(seed));
-                    }
+                    world.tell_if_failed(seed, &seeds.replay(seed));
                     worlds.lock().unwrap_or_else(PoisonError::into_inner).push((seed, world));
                 }
             });
@@ -121,69 +112,4 @@ pub fn run(seeds: &Seeds) -> ExitCode {
         println!("{summary}");
     }
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-#[derive(clap::Args)]
-pub struct CrashPoints {
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    #[arg(long, default_value_t = 3)]
-    miners: usize,
-    /// Crash at each so many-th boundary only
-    #[arg(long, default_value_t = 1)]
-    every: u64,
-    /// Crash at this boundary only
-    #[arg(long)]
-    point: Option<u64>,
-    /// Crash after each object that is written or deleted, not only after each effect
-    #[arg(long)]
-    writes: bool,
-    /// Each crash takes the disk along: the next process has the bucket alone
-    #[arg(long)]
-    lose_disk: bool,
-    /// Print one JSON object as the last line
-    #[arg(long)]
-    json: bool,
-}
-
-pub fn crash_points(arguments: &CrashPoints) -> ExitCode {
-    let begun = Instant::now();
-    let plan = sim::small(arguments.seed, arguments.miners);
-    let whole = live(|| sim::run(plan.clone()));
-    let (mut points, mut violations) = (0, whole.violations().len());
-    arguments.tell_if_any(0, &whole);
-    // One that did not come to its end says nothing of how many points there are.
-    let (effects, writes, merges) = whole.outcome().map_or((0, 0, 0), |whole| (whole.effects, whole.writes, whole.merges));
-    let (boundary, last) = if arguments.writes { (Boundary::Write, writes) } else { (Boundary::Effect, effects) };
-    let (first, last) = arguments.point.map_or((1, last), |point| (point, point));
-    for count in (first..=last).step_by(arguments.every.max(1) as usize) {
-        let point = CrashPoint { boundary, count, loses_disk: arguments.lose_disk };
-        let world = live(|| sim::run_crashing(plan.clone(), point));
-        points += 1;
-        violations += world.violations().len();
-        arguments.tell_if_any(count, &world);
-    }
-    let seconds = begun.elapsed().as_secs_f64();
-    println!(
-        "{points} crash points of a run of {effects} effects, {writes} writes and {merges} merges: {violations} violations, {seconds:.1} s"
-    );
-    if arguments.json {
-        println!(
-            "{}",
-            serde_json::json!({ "points": points, "effects": effects, "writes": writes, "violations": violations, "seconds": seconds })
-        );
-    }
-    if violations == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-impl CrashPoints {
-    /// Point 0 is the run without a crash.
-    fn tell_if_any(&self, point: u64, world: &World) {
-        if world.has_failed() {
-            let (writes, disk) = (if self.writes { " --writes" } else { "" }, if self.lose_disk { " --lose-disk" } else { "" });
-            let (seed, miners) = (self.seed, self.miners);
-            let replay = format!("cargo xtask sim crash-points --seed {seed} --miners {miners} --point {point}{writes}{disk}");
-            tell(seed, world, &replay);
-        }
-    }
 }

@@ -45,6 +45,14 @@ impl World {
         }
     }
 
+    /// Prints what did not hold, with the command that gives the same world again.
+    pub fn tell_if_failed(&self, seed: u64, replay: &str) {
+        if self.has_failed() {
+            self.violations().iter().for_each(|what| println!("seed {seed}: {what}"));
+            println!("replay: {replay}");
+        }
+    }
+
     pub fn has_failed(&self) -> bool {
         self.outcome().is_none_or(|outcome| !outcome.violations.is_empty())
     }
