@@ -11,11 +11,7 @@ use quasar_tests::sim::{self, Boundary, CrashPoint, FailingRequest, Faults, INVA
 
 /// Every invariant held; if not, it is told with `replay`, what gives the same world again.
 fn must_hold(outcome: &Outcome, replay: &str) {
-    let told: Vec<String> = outcome
-        .violations
-        .iter()
-        .map(|violation| format!("{} at {} ms: {}", violation.invariant, violation.at_ms, violation.what))
-        .collect();
+    let told: Vec<String> = outcome.violations.iter().map(ToString::to_string).collect();
     assert!(told.is_empty(), "{}\nreplay: {replay}", told.join("\n"));
 }
 

@@ -3,6 +3,7 @@
 //! Each invariant has a name; a violation is reported with the time and with the command that replays its seed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use bytes::Bytes;
 use protocol::audits::Selection;
@@ -36,6 +37,12 @@ pub struct Violation {
     pub invariant: &'static str,
     pub at_ms: u64,
     pub what: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {:.3} s: {}", self.invariant, self.at_ms as f64 / 1e3, self.what)
+    }
 }
 
 /// Versions of a fragment that are never deleted.

@@ -23,14 +23,10 @@ impl Kills {
         Self { every: every_sec.map(Duration::from_secs), ..Self::default() }
     }
 
-    /// Kills the orchestrator when it is time, starts it again at once, and notes when the head moves.
+    /// Kills the orchestrator when it is time, and starts it again at once; for a caller that awaits no return.
     pub async fn advance(&mut self, place: &Place, children: &mut Children, view: &mut View) -> Result<(), Failure> {
         let Some(every) = self.every else { return Ok(()) };
         let last = *self.last.get_or_insert_with(Instant::now);
-        if self.is_awaiting() {
-            self.note_return(place, view).await;
-            return Ok(());
-        }
         if last.elapsed() < every {
             return Ok(());
         }

@@ -176,12 +176,12 @@ async fn supervise(
         if let Some(chaos) = &mut chaos {
             chaos.advance(&status, arguments, place, children, view).await?;
         }
-        if status.state != protocol::documents::RunState::Complete {
-            kills.advance(place, children, view).await?;
-            continue;
-        }
         kills.note_return(place, view).await;
         if kills.is_awaiting() {
+            continue;
+        }
+        if status.state != protocol::documents::RunState::Complete {
+            kills.advance(place, children, view).await?;
             continue;
         }
         let since = *complete.get_or_insert_with(|| {

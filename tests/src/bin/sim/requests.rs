@@ -20,7 +20,7 @@ pub fn run(json: bool) -> ExitCode {
         println!("{}", serde_json::json!({ "rows": rows, "merges": outcome.merges }));
     }
     for violation in &outcome.violations {
-        println!("  {} at {} ms: {}", violation.invariant, violation.at_ms, violation.what);
+        println!("  {violation}");
     }
     if outcome.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

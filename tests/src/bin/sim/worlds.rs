@@ -37,10 +37,7 @@ impl World {
     /// What did not hold, one text each.
     pub fn violations(&self) -> Vec<String> {
         match self {
-            Self::Ended(outcome) => {
-                let told = outcome.violations.iter();
-                told.map(|one| format!("{} at {:.3} s: {}", one.invariant, one.at_ms as f64 / 1e3, one.what)).collect()
-            }
+            Self::Ended(outcome) => outcome.violations.iter().map(ToString::to_string).collect(),
             Self::Panicked(text) => vec![format!("panic: {text}")],
         }
     }

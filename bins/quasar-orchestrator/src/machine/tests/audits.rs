@@ -220,7 +220,7 @@ fn what_learners_have_let_go_of_before_the_beacon_came_is_not_audited() {
 fn while_the_chain_is_away_nothing_is_audited_by_a_block_that_may_be_known_already() {
     let mut world = World::new(6, 2);
     world.run(3_000);
-    let cycle_of = |t: u64| t / u64::from(P);
+    let cycle_of = |t: u64| protocol::schedule::cycle_of(t, P);
     world.is_chain_away = true;
     world.run(1_000);
     let (cycle, known) = (world.machine.audit_cycle, world.machine.block);
