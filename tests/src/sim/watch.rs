@@ -123,6 +123,8 @@ pub struct Watch {
     pub takeovers: u64,
     /// Which node moved the head in an epoch.
     writers: BTreeMap<u64, Node>,
+    /// Orders up to this number were taken by somebody.
+    orders_seen: u64,
     /// The outer steps from which on a banned hotkey is left out.
     banned: BTreeMap<AccountId, u64>,
     ledger: Option<LedgerTotals>,
@@ -521,32 +523,32 @@ impl Watch {
         if machine.epoch() != self.epoch || stored.number != machine.orders_taken() + 1 {
             return;
         }
-        self.take(machine, stored);
+        if let Ok(order) = &stored.order {
+            self.take(machine, stored.number, &order.action);
+        }
     }
 
-    fn take(&mut self, machine: &Orchestrator, stored: &StoredOrder) {
-        let Ok(order) = &stored.order else { return };
-        match order.action {
+    fn take(&mut self, machine: &Orchestrator, number: u64, action: &Action) {
+        self.orders_seen = self.orders_seen.max(number);
+        match action {
             Action::Rollback { .. } => self.accepted.clear(),
             Action::Ban { hotkey } => {
-                self.banned.entry(hotkey).or_insert_with(|| machine.status().outer_step);
-                self.accepted.values_mut().for_each(|slots| slots.retain(|slot| slot.0 != hotkey));
+                self.banned.entry(*hotkey).or_insert_with(|| machine.status().outer_step);
+                self.accepted.values_mut().for_each(|slots| slots.retain(|slot| slot.0 != *hotkey));
             }
             Action::Unban { hotkey } => {
-                self.banned.remove(&hotkey);
+                self.banned.remove(hotkey);
             }
             _ => {}
         }
     }
 
-    /// A writer that was about to lose the lease may have taken a pardon which its successor knows from its snapshot or journal.
-    pub fn pardoned(&mut self, world: &World, machine: &Orchestrator) {
-        for number in 1..=machine.orders_taken() {
-            match world.peek(&world.run.order(number)).and_then(|bytes| decoded::<Order>(&bytes)).map(|(_, order)| order.action) {
-                Some(Action::Unban { hotkey }) if !machine.status().banned.contains(&hotkey) => {
-                    self.banned.remove(&hotkey);
-                }
-                _ => {}
+    /// A process goes on. A writer that had lost the lease, or was about to, may have taken orders that this one knows from its snapshot or
+    /// journal.
+    pub fn recalls(&mut self, world: &World, machine: &Orchestrator) {
+        for number in self.orders_seen + 1..=machine.orders_taken() {
+            if let Some((_, order)) = world.peek(&world.run.order(number)).and_then(|bytes| decoded::<Order>(&bytes)) {
+                self.take(machine, number, &order.action);
             }
         }
     }
@@ -565,7 +567,10 @@ impl Watch {
             let is_lost = self.books.is_open(lease.id);
             self.hold(world, "rows_once", !is_lost, || format!("lease {} is not taken up", lease.id));
         }
-        orders.iter().for_each(|order| self.take(machine, order));
+        // What it takes once more counts once more.
+        if let Some(first) = orders.first() {
+            self.orders_seen = self.orders_seen.min(first.number - 1);
+        }
         self.takeovers += u64::from(self.epoch > 1);
         self.crashed.remove(&host);
     }

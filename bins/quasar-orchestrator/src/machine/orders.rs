@@ -1,5 +1,7 @@
 //! What the operator orders: taken in the order of their numbers, each once.
 
+use std::collections::BTreeSet;
+
 use protocol::AccountId;
 use protocol::Reason;
 use protocol::documents::{Action, RunState, Tape};
@@ -156,7 +158,9 @@ impl Orchestrator {
 
     fn ban(&mut self, hotkey: AccountId, reason: &str) -> String {
         self.banned.insert(hotkey, reason.to_owned());
-        let slots: Vec<Slot> = self.learners.keys().filter(|slot| slot.0 == hotkey).copied().collect();
+        // Also of learners that are forgotten, because their hotkey left the subnet.
+        let offerers = self.pulls.values().flat_map(|pull| pull.offers.keys());
+        let slots: BTreeSet<Slot> = self.learners.keys().chain(offerers).filter(|slot| slot.0 == hotkey).copied().collect();
         for slot in &slots {
             self.end_leases(*slot);
             self.remove_offers(*slot, |_| true);

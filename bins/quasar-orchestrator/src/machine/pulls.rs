@@ -306,8 +306,8 @@ impl Orchestrator {
     }
 
     /// What a predecessor granted, and may have accepted, counts also if its learner is gone.
-    pub(super) fn adopt_commitment(&mut self, stored: StoredCommitment) {
-        let StoredCommitment { slot, id, commitment } = stored;
+    pub(super) fn adopt_commitment(&mut self, stored: &StoredCommitment) {
+        let StoredCommitment { slot, id, commitment } = stored.clone();
         let Some(pull) = self.pulls.get(&commitment.t).filter(|pull| pull.stage == PullStage::Open) else { return };
         let known = pull.offers.get(&slot);
         let is_another = known.is_some_and(|offer| offer.commitment != commitment);

@@ -134,7 +134,7 @@ impl Orchestrator {
         self.take_over(&facts.head);
         self.inherit_notices(&facts.head.notices);
         self.doubt_versions();
-        facts.commitments.into_iter().for_each(|stored| self.adopt_commitment(stored));
+        facts.commitments.iter().for_each(|stored| self.adopt_commitment(stored));
         // A predecessor went through the round after the snapshot.
         if self.restoring.as_ref().is_some_and(|restoring| self.next_t >= restoring.until) {
             self.end_rollback();
@@ -142,6 +142,8 @@ impl Orchestrator {
         for order in facts.orders {
             self.on_order(order);
         }
+        // Who was banned, and is pardoned by one of them, may have been accepted since.
+        facts.commitments.iter().for_each(|stored| self.adopt_commitment(stored));
     }
 
     fn take_over(&mut self, head: &Head) {

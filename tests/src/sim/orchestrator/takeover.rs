@@ -73,7 +73,7 @@ impl World {
                 machine
             }
         };
-        self.watch.borrow_mut().pardoned(&self, &machine);
+        self.watch.borrow_mut().recalls(&self, &machine);
         self.begin_orchestrating(&hands, machine, epoch);
     }
 }

@@ -190,6 +190,31 @@ fn a_banned_hotkey_gets_no_rows_and_does_not_count_until_it_is_unbanned() {
 }
 
 #[test]
+fn what_a_forgotten_learner_offered_is_dropped_when_its_hotkey_is_banned() {
+    let mut world = World::new(0, 3);
+    let slot = world.learners[0].slot;
+    // The others answer nothing: what it offered waits.
+    world.learners[1..].iter_mut().for_each(|sim| sim.mute = true);
+    let has_offer = |world: &World| {
+        let mut open = world.machine.pulls.values().filter(|pull| pull.stage == PullStage::Open);
+        open.any(|pull| pull.offers.contains_key(&slot))
+    };
+    let answers = (0..100).any(|_| {
+        world.run(100);
+        has_offer(&world)
+    });
+    assert!(answers);
+    world.learners[0].silent = true;
+    world.run(6_000);
+    let guests = world.guests.iter().filter(|guest| guest.hotkey != slot.0).cloned().collect();
+    world.input(Input::Metagraph { guests });
+    assert!(!world.machine.learners.contains_key(&slot) && has_offer(&world));
+    world.input(order(1, Action::Ban { hotkey: slot.0 }));
+    assert!(!has_offer(&world));
+    world.machine.check_invariants().unwrap();
+}
+
+#[test]
 fn releases_come_on_schedule_while_everybody_trains_and_reset_nobody() {
     let mut world = World::new(0, 3);
     world.machine.setup.parameters.release_every_cycles = 2;

@@ -403,6 +403,37 @@ fn a_successor_takes_the_orders_that_its_snapshot_lacks_before_it_asks_anybody()
 }
 
 #[test]
+fn what_a_pardoned_hotkey_committed_counts_though_the_snapshot_bans_it() {
+    let mut world = World::new(0, 3);
+    let slot = world.learners[0].slot;
+    let order = |number, action| StoredOrder { number, order: Ok(Order { number, action, reason: "for the test".into() }) };
+    world.run(3_000);
+    world.input(Input::Order { order: order(1, Action::Ban { hotkey: slot.0 }) });
+    world.run(2_000);
+    let old = world.snapshot.clone();
+    let pardon = order(2, Action::Unban { hotkey: slot.0 });
+    world.input(Input::Order { order: pardon.clone() });
+    let is_open = |world: &World| {
+        let open = |t: &u64| world.machine.pulls.get(t).is_some_and(|pull| pull.stage == PullStage::Open);
+        world.commitments.keys().find(|(t, of)| *of == slot && open(t)).map(|(t, _)| *t)
+    };
+    let t = (0..200).find_map(|_| {
+        world.run(100);
+        is_open(&world)
+    });
+    let t = t.expect("it answers a pull again");
+    // It says no more, and no snapshot since the pardon came through.
+    world.learners[0].silent = true;
+    world.snapshot = old;
+    let Input::Recovered { mut facts } = world.recover_from_bucket() else { unreachable!("that is what it gives") };
+    facts.orders = vec![pardon];
+    world.input(Input::Recovered { facts });
+    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.run(10_000);
+    assert!(world.tapes[&t].inputs.iter().any(|input| (input.hotkey, input.slot) == slot), "step {t}");
+}
+
+#[test]
 fn a_commitment_that_only_the_predecessors_tape_names_is_logged_before_the_merge() {
     let mut first = World::new(1, 3);
     first.until_complete(120_000);
