@@ -86,6 +86,7 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ("only_writer", "an orchestrator that is alone is never fenced"),
     ("one_writer_per_epoch", "the head's epochs never fall, each is one process's, and a process that lost its lease ends"),
     ("banned_is_left_out", "what a banned hotkey sends is in no merge that was opened after the ban, and it holds no rows"),
+    ("rollback_is_whole", "a rollback takes every fragment back that is beyond its version, in one round"),
     ("restored_is_kept", "what a rollback goes back to lies in the bucket until it is there again"),
     ("page_before_rows", "a learner takes rows of a shard only after it has read and checked the catalog page that names it"),
     ("nobody_cries", "no machine logs an error that accuses the orchestrator"),
@@ -653,6 +654,21 @@ impl Watch {
         }
     }
 
+    /// The P outer steps from the first one on that restores a version: none leaves its fragment beyond that.
+    fn rollbacks_are_whole(&mut self, world: &World) {
+        let fragments = u64::from(world.plan.parameters.fragments);
+        let (mut until, mut left) = (0, Vec::new());
+        for (t, restored) in self.tapes.values().filter_map(|tape| Some((tape.t, tape.restores?))) {
+            if t < until {
+                continue;
+            }
+            until = t + fragments;
+            let round = self.tapes.range(t..until).map(|(_, tape)| tape);
+            left.extend(round.filter(|tape| tape.base_version > restored && tape.restores != Some(restored)).map(|tape| tape.t));
+        }
+        self.hold(world, "rollback_is_whole", left.is_empty(), || format!("steps {left:?} stay as they are"));
+    }
+
     /// The run is over.
     pub fn end(&mut self, world: &World) {
         self.listen(world);
@@ -671,6 +687,7 @@ impl Watch {
         let outlived = outlived.count();
         self.hold(world, "one_writer_per_epoch", outlived == 0, || format!("{outlived} processes go on without the lease"));
         self.replay_tapes(world);
+        self.rollbacks_are_whole(world);
         let missing: Vec<u64> = (0..head.outer_step).filter(|t| !self.manifests.contains_key(t)).collect();
         self.hold(world, "merged_once", missing.is_empty(), || format!("steps without a manifest: {missing:?}"));
         if head.state != RunState::Complete {

@@ -191,15 +191,17 @@ impl Service {
         }
     }
 
-    /// Overwrites a mutable key by compare-and-swap with what this process last wrote there.
-    pub(crate) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Result<Bytes, String> + Sync) {
-        let Some(mut tag) = self.outbox.turn(key, revision).await else { return };
+    /// Overwrites a mutable key by compare-and-swap with what this process last wrote there. Whether it did: not where a newer revision is
+    /// on its way.
+    pub(crate) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Result<Bytes, String> + Sync) -> bool {
+        let Some(mut tag) = self.outbox.turn(key, revision).await else { return false };
         let make = &make;
         *tag = persist(key, || {
             let known = tag.clone();
             async move { self.swap(key, known, make).await }
         })
         .await;
+        true
     }
 
     /// One attempt of a write by compare-and-swap; `known` is the tag of what this process wrote there last.
@@ -325,7 +327,7 @@ impl Executor for Hands {
                 Some(Ok(id)) => inputs.send(Input::CommitmentStored { slot, t, id, commitment }).await,
                 Some(Err(reason)) => {
                     tracing::debug!(hotkey = %slot.0.short(), slot = slot.1, t, "commitment refused: {reason}");
-                    inputs.send(Input::CommitmentRefused { slot, t }).await;
+                    inputs.send(Input::CommitmentRefused { slot, t, commitment }).await;
                 }
                 None => {}
             },
@@ -373,7 +375,9 @@ impl Executor for Hands {
             Effect::PublishStatus { status } => service.publish_status(&status).await,
             Effect::StoreSnapshot { revision, bytes } => {
                 let bytes = Bytes::from(bytes);
-                service.put_latest(&service.run.snapshot(), revision, || Ok(bytes.clone())).await;
+                if service.put_latest(&service.run.snapshot(), revision, || Ok(bytes.clone())).await {
+                    inputs.send(Input::SnapshotStored { revision }).await;
+                }
             }
             Effect::WritePage { page, previous, shards } => {
                 let outcome = service.write_page(page, previous, &shards).await;

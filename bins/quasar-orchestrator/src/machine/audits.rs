@@ -323,9 +323,8 @@ impl Orchestrator {
         self.audits_ordered += 1;
         self.head_dirty = true;
         let until_ms = self.volatile.now_ms + VERDICT_MS;
-        if !case.parts.is_empty() {
-            self.openings.insert(audit, (case.slot(), self.volatile.now_ms + OPENING_KEPT_MS));
-        }
+        // Also where none is known of: a predecessor may have known.
+        self.openings.insert(audit, (case.slot(), self.volatile.now_ms + OPENING_KEPT_MS));
         let awaited = AwaitedVerdict { validator: case.selection.validator, until_ms, t: case.selection.t, is_opened: case.is_opened() };
         self.verdicts_awaited.insert(audit, awaited);
         self.make_opening_keys();

@@ -58,8 +58,9 @@ impl Orchestrator {
             return;
         }
         let every = u64::from(self.parameters().release_every_cycles);
-        let is_restored = self.release_due && self.restored_version().is_none();
-        if self.releasing.is_none() && (is_restored || (every > 0 && lowest >= self.released_version + every)) {
+        let is_due = self.release_due || (every > 0 && lowest >= self.released_version + every);
+        // In the middle of a rollback it would hold what is taken back.
+        if is_due && self.releasing.is_none() && self.restored_version().is_none() {
             self.release_due = false;
             self.release_now(false);
         }
@@ -70,9 +71,9 @@ impl Orchestrator {
         if self.state == RunState::Open {
             self.state = RunState::Draining;
             // A rollback has its round to itself.
-            let from = self.restoring.as_ref().map_or(self.next_t, |restoring| restoring.until);
+            let from = self.restoring.as_ref().map_or(self.next_t, |restoring| restoring.until.max(self.next_t));
             self.closing_from.get_or_insert(from);
-            self.head_dirty = true;
+            (self.head_dirty, self.pace.snapshot) = (true, true);
         }
     }
 
@@ -84,6 +85,8 @@ impl Orchestrator {
     pub(super) fn release_now(&mut self, last: bool) {
         if self.releasing.is_none() {
             self.releasing = Some(Releasing { versions: self.fragment_versions(), tokens: self.tokens, last });
+            // A successor makes the same one, and leaves no half of another.
+            self.pace.snapshot = true;
             self.resume_release();
         }
     }

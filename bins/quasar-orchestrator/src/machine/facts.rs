@@ -157,6 +157,8 @@ pub enum Input {
     CommitmentRefused {
         slot: Slot,
         t: u64,
+        /// Digest of the commitment that is refused.
+        commitment: Digest,
     },
     /// Static checks of an upload ended; [`Reason::None`] = passed.
     PayloadChecked {
@@ -185,6 +187,10 @@ pub enum Input {
         end: Box<LeaseEnd>,
     },
     HeadPublished,
+    /// The bucket holds the snapshot of this revision.
+    SnapshotStored {
+        revision: u64,
+    },
     Beacon {
         cycle: u64,
         block: u64,
@@ -232,7 +238,7 @@ pub struct BucketFacts {
     /// Of the writer that goes on.
     pub epoch: u64,
     pub head: Head,
-    /// Commitments to outer steps that are open.
+    /// Commitments to outer steps that are not merged.
     pub commitments: Vec<StoredCommitment>,
     /// Outer steps with a tape, from the first that the snapshot has not closed, by t.
     pub steps: Vec<StepFact>,

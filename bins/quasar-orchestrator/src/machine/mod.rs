@@ -422,7 +422,7 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 12;
+    const LAYOUT: u32 = 13;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         self.volatile.now_ms = now_ms;
@@ -446,13 +446,14 @@ impl Machine for Orchestrator {
                 self.on_progress(slot, id, *record);
             }
             Input::CommitmentStored { slot, t, id, commitment } => self.on_commitment_stored(slot, t, id, &commitment),
-            Input::CommitmentRefused { slot, t } => self.on_commitment_refused(slot, t),
+            Input::CommitmentRefused { slot, t, commitment } => self.on_commitment_refused(slot, t, &commitment),
             Input::PayloadChecked { slot, t, outcome } => self.on_payload_checked(slot, t, outcome),
             Input::TapeWritten { tape } => self.on_tape_written(*tape),
             Input::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),
             Input::ReceiptChecked { slot, lease, outcome } => self.on_receipt_checked(slot, lease, outcome),
             Input::LeaseEnded { end } => self.on_lease_ended(&end),
             Input::HeadPublished => self.volatile.head_in_flight = false,
+            Input::SnapshotStored { revision } => self.on_snapshot_stored(revision),
             Input::Beacon { cycle, block, hash } => self.on_beacon(cycle, block, &hash),
             Input::OpeningKeys { keys } => self.on_opening_keys(&keys),
             Input::AuditOrdered { audit } => self.on_audit_ordered(audit),

@@ -32,6 +32,11 @@ pub(super) struct Restoring {
     pub version: u64,
     /// Outer step after the round.
     pub until: u64,
+    /// The order, until the bucket holds a snapshot that knows of it. The round waits for that: whoever finds steps of it must know what they
+    /// are part of.
+    pub order: Option<u64>,
+    /// Snapshots of later revisions know of it.
+    pub revision: u64,
 }
 
 impl Orchestrator {
@@ -50,7 +55,10 @@ impl Orchestrator {
         tracing::info!(number = order.number, reason = order.reason, "order taken");
         let outcome = match order.action {
             Action::Drain => self.order_drain(),
-            Action::Rollback { version } => self.order_rollback(version),
+            Action::Rollback { version } => match self.order_rollback(order.number, version) {
+                Ok(()) => return,
+                Err(why) => Err(why),
+            },
             Action::Ban { hotkey } => Ok(self.ban(hotkey, &order.reason)),
             Action::Unban { hotkey } => self.unban(&hotkey),
             Action::Release => self.order_release(),
@@ -88,11 +96,14 @@ impl Orchestrator {
         if self.releasing.is_some() {
             return Err("a release is being made".to_owned());
         }
+        if self.restored_version().is_some() {
+            return Err("fragments are going back: a release of what that gives follows by itself".to_owned());
+        }
         self.release_now(false);
         Ok("releasing what is merged now".to_owned())
     }
 
-    fn order_rollback(&mut self, version: u64) -> Result<String, String> {
+    fn order_rollback(&mut self, order: u64, version: u64) -> Result<(), String> {
         if self.state != RunState::Open || self.restoring.is_some() {
             return Err("a run goes back only while it is open, and one step at a time".to_owned());
         }
@@ -102,7 +113,8 @@ impl Orchestrator {
         if self.fragments.iter().all(|fragment| fragment.version <= version) {
             return Err(format!("no fragment is beyond version {version}"));
         }
-        self.restoring = Some(Restoring { version, until: self.next_t + u64::from(self.parameters().fragments) });
+        let (until, revision) = (self.next_t + u64::from(self.parameters().fragments), self.next_revision());
+        self.restoring = Some(Restoring { version, until, order: Some(order), revision });
         // What is open was trained on what is taken back.
         let open: Vec<u64> = self.pulls.iter().filter(|(_, pull)| pull.stage == PullStage::Open).map(|(t, _)| *t).collect();
         for t in open {
@@ -111,31 +123,52 @@ impl Orchestrator {
             }
             self.close_pull(t);
         }
-        Ok(format!("each fragment beyond version {version} goes back to it, as a new version; then a release of that"))
+        Ok(())
+    }
+
+    /// The bucket holds the snapshot of `revision`, or a later one.
+    pub(super) fn on_snapshot_stored(&mut self, revision: u64) {
+        if self.restoring.as_ref().is_some_and(|restoring| revision > restoring.revision) {
+            self.begin_round();
+        }
+    }
+
+    /// The bucket knows of the rollback: from here on a successor goes on with it.
+    pub(super) fn begin_round(&mut self) {
+        let Some(restoring) = &mut self.restoring else { return };
+        let version = restoring.version;
+        if let Some(order) = restoring.order.take() {
+            let text = format!("each fragment beyond version {version} goes back to it, as a new version; then a release of that");
+            self.settle_order(order, Ok(text));
+            self.pace.scan = true;
+        }
     }
 
     /// The next step of a rollback. What is being merged comes first: the round begins from what that gives.
-    pub(super) fn restore_next(&mut self, fragment: u16) {
-        let Some(restoring) = self.restoring.clone() else { return };
-        let t = self.next_t;
-        let from = &self.fragments[usize::from(fragment)];
-        let (base_version, base_state) = (from.version, from.state);
-        let restores = (base_version > restoring.version).then_some(restoring.version);
-        let tape = Tape {
-            t,
-            fragment,
-            epoch: self.epoch,
-            base_version,
-            base_state,
-            block: self.block,
-            closing: false,
-            restores,
-            step_mean: 0,
-            inputs: Vec::new(),
-        };
+    pub(super) fn restore_next(&mut self) {
+        let Some(restoring) = self.restoring.clone().filter(|restoring| restoring.order.is_none()) else { return };
+        let tape = self.restoring_tape(restoring.version, self.next_t);
         self.tape_at_once(tape);
         if self.next_t >= restoring.until {
             self.end_rollback();
+        }
+    }
+
+    /// Step `t` of the rollback to `version`.
+    pub(super) fn restoring_tape(&self, version: u64, t: u64) -> Tape {
+        let fragment = protocol::schedule::fragment_of(t, self.parameters().fragments);
+        let from = &self.fragments[usize::from(fragment)];
+        Tape {
+            t,
+            fragment,
+            epoch: self.epoch,
+            base_version: from.version,
+            base_state: from.state,
+            block: self.block,
+            closing: false,
+            restores: (from.version > version).then_some(version),
+            step_mean: 0,
+            inputs: Vec::new(),
         }
     }
 

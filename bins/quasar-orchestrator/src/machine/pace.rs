@@ -50,6 +50,7 @@ impl Orchestrator {
             | Input::Block { .. }
             | Input::LeaseEnded { .. }
             | Input::RetiredAll { .. }
+            | Input::SnapshotStored { .. }
             | Input::Verdict { verdict: None, .. } => {}
             Input::CommitmentStored { .. }
             | Input::CommitmentRefused { .. }

@@ -50,7 +50,7 @@ pub struct Offer {
     pub id: Digest,
     pub stage: OfferStage,
     /// The commitment lies in the bucket and is put in the log.
-    is_logged: bool,
+    pub(super) is_logged: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,7 +117,7 @@ impl OpenPull {
         }
     }
 
-    fn add(&mut self, slot: Slot, offer: Offer) {
+    pub(super) fn add(&mut self, slot: Slot, offer: Offer) {
         self.count(offer.stage, 1);
         self.offers.insert(slot, offer);
     }
@@ -166,7 +166,7 @@ impl Orchestrator {
             return;
         }
         if self.restoring.is_some() {
-            return self.restore_next(fragment);
+            return self.restore_next();
         }
         if !is_closing && cycles > 0 && version >= cycles {
             let is_open = |fragment: usize| self.pulls.values().any(|pull| usize::from(pull.fragment) == fragment);
@@ -308,25 +308,32 @@ impl Orchestrator {
     /// What a predecessor granted, and may have accepted, counts also if its learner is gone.
     pub(super) fn adopt_commitment(&mut self, stored: &StoredCommitment) {
         let StoredCommitment { slot, id, commitment } = stored.clone();
-        let Some(pull) = self.pulls.get(&commitment.t).filter(|pull| pull.stage == PullStage::Open) else { return };
+        let Some(pull) = self.pulls.get(&commitment.t) else { return };
+        let is_open = pull.stage == PullStage::Open;
         let known = pull.offers.get(&slot);
         let is_another = known.is_some_and(|offer| offer.commitment != commitment);
-        if is_another || self.banned.contains_key(&slot.0) || self.refusal(slot, pull, &commitment) != Reason::None {
+        if is_another || (is_open && self.banned.contains_key(&slot.0)) || self.refusal(slot, pull, &commitment) != Reason::None {
             return;
         }
         match known.map(|offer| offer.stage) {
             None | Some(OfferStage::Committed) => self.note_evidence(&commitment, id),
-            Some(OfferStage::Granted | OfferStage::Checking) => {}
-            Some(OfferStage::Sought | OfferStage::Accepted | OfferStage::Rejected(_)) => return,
+            Some(OfferStage::Granted | OfferStage::Checking) if is_open => {}
+            Some(_) => return,
         }
+        // What is decided has no room for it. It is told so, and what it uploaded is deleted with its step.
+        let stage = if is_open { OfferStage::Sought } else { OfferStage::Granted };
         if let Some(pull) = self.pulls.get_mut(&commitment.t) {
             pull.remove(&slot);
-            pull.add(slot, Offer { commitment, id, stage: OfferStage::Sought, is_logged: true });
+            pull.add(slot, Offer { commitment, id, stage, is_logged: true });
         }
     }
 
-    pub(super) fn on_commitment_refused(&mut self, slot: Slot, t: u64) {
+    pub(super) fn on_commitment_refused(&mut self, slot: Slot, t: u64, commitment: &Digest) {
         let Some(pull) = self.pulls.get_mut(&t) else { return };
+        // That of an earlier session says nothing of this one's.
+        if pull.offers.get(&slot).is_none_or(|offer| offer.commitment.digest() != *commitment) {
+            return;
+        }
         let refused = OfferStage::Rejected(Reason::RepeatedCommitment);
         if pull.advance(&slot, OfferStage::Committed, refused).is_some() {
             self.note(slot, Reason::RepeatedCommitment);
@@ -594,6 +601,7 @@ impl Orchestrator {
             pull.deadline_ms = pull.deadline_ms.max(deadline_ms);
             match &pull.stage {
                 PullStage::Open => {
+                    pull.quorum_ms = None;
                     for (slot, offer) in &pull.offers {
                         match offer.stage {
                             OfferStage::Committed => {

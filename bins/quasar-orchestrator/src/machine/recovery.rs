@@ -11,7 +11,7 @@ use protocol::Digest;
 use protocol::documents::{Head, Job, LearnerState, Lease, LeaseEnd, RowRange, RunState};
 use protocol::log::LogKind;
 
-use super::{BucketFacts, Effect, Learner, LeaseRecord, OpenPull, Orchestrator, PullStage, StepFact};
+use super::{BucketFacts, Effect, Learner, LeaseRecord, OfferStage, OpenPull, Orchestrator, PullStage, StepFact};
 
 /// A snapshot follows the last one by at least so many polls.
 const SNAPSHOT_POLLS: u64 = 30;
@@ -103,6 +103,8 @@ impl Orchestrator {
 
     pub(super) fn on_recovered(&mut self, facts: BucketFacts) {
         let now_ms = self.volatile.now_ms;
+        // Where this machine comes from, its rollback is known.
+        self.begin_round();
         for head in facts.log {
             self.log.adopt(head);
         }
@@ -152,17 +154,26 @@ impl Orchestrator {
         let fragments = self.parameters().fragments;
         // Opened, and not decided: asked for again.
         for t in self.closed_below..self.next_t {
-            if !self.closed.contains(&t) && !self.pulls.contains_key(&t) {
-                let fragment = protocol::schedule::fragment_of(t, fragments);
-                let version = self.fragments[usize::from(fragment)].version;
-                let deadline_ms = self.parameters().pull_deadline_ms;
-                self.pulls.insert(t, OpenPull::new(fragment, version, now_ms, deadline_ms));
+            if self.closed.contains(&t) || self.pulls.contains_key(&t) {
+                continue;
             }
+            if let Some(restoring) =
+                self.restoring.as_ref().filter(|restoring| t < restoring.until && t + u64::from(fragments) >= restoring.until)
+            {
+                // A step of the round whose tape did not come through.
+                let tape = self.restoring_tape(restoring.version, t);
+                self.tape_at_once(tape);
+                continue;
+            }
+            let fragment = protocol::schedule::fragment_of(t, fragments);
+            let version = self.fragments[usize::from(fragment)].version;
+            let deadline_ms = self.parameters().pull_deadline_ms;
+            self.pulls.insert(t, OpenPull::new(fragment, version, now_ms, deadline_ms));
         }
         if head.state as u8 > self.state as u8 {
-            // The round has begun with no tape yet: what is open belongs to it.
+            // No tape of the closing round lies there: it begins anew, with what is opened next.
+            self.drain();
             self.state = head.state;
-            self.closing_from.get_or_insert(self.pulls.keys().next().copied().unwrap_or(self.next_t));
         }
         let known = std::iter::once(&self.setup.release.release).chain(&self.releases).any(|name| *name == head.release.release);
         if !known {
@@ -213,6 +224,8 @@ impl Orchestrator {
             Some(session) if session == job.session_epoch => {}
             _ => {
                 self.end_leases(slot);
+                // What the session before had offered, with no evidence of it in the bucket, stands in nobody's way.
+                self.remove_offers(slot, |offer| offer.stage == OfferStage::Committed);
                 self.learners.insert(slot, Learner::of_session(job.session_epoch, now_ms));
             }
         }

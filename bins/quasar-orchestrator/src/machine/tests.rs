@@ -14,6 +14,7 @@ mod liars;
 mod operator;
 mod pulls;
 mod recovery;
+mod rollback;
 mod world;
 
 use world::*;

@@ -101,9 +101,11 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
     }
     let mut slots = machine.slots();
     slots.extend(leases.iter().map(|job| (job.hotkey, job.slot)));
-    let is_open = |t: &u64| !machine.is_closed(*t) && !steps.iter().any(|step| step.t() == *t);
-    let open = (machine.closed_below()..head.outer_step).filter(is_open);
-    let commitments = commitments(bucket, keys, open.flat_map(|t| slots.iter().map(move |slot| (*slot, t)))).await?;
+    // Of steps that are decided and not merged too: what has no place in the tape is told so, and deleted.
+    let is_merged = |t: u64| steps.iter().any(|step| step.t() == t && matches!(step, StepFact::Merged { .. }));
+    let until = steps.iter().map(|step| step.t() + 1).fold(head.outer_step, u64::max);
+    let unmerged = (machine.closed_below()..until).filter(|t| !machine.is_closed(*t) && !is_merged(*t));
+    let commitments = commitments(bucket, keys, unmerged.flat_map(|t| slots.iter().map(move |slot| (*slot, t)))).await?;
     let mut log = Vec::new();
     let mut size = head.log.size;
     while size > machine.log_size() {

@@ -60,7 +60,7 @@ impl Hands {
             }
             Effect::StoreCommitment { slot, t, id, commitment } => match self.store_commitment(slot, t, id, commitment).await? {
                 Ok(id) => Input::CommitmentStored { slot, t, id, commitment },
-                Err(_) => Input::CommitmentRefused { slot, t },
+                Err(_) => Input::CommitmentRefused { slot, t, commitment },
             },
             Effect::CheckPayload { slot, t, commitment } => {
                 Input::PayloadChecked { slot, t, outcome: self.check_payload(slot, t, &commitment).await }
@@ -113,8 +113,8 @@ impl Hands {
             }
             Effect::StoreSnapshot { revision, bytes } => {
                 let bytes = Bytes::from(bytes);
-                self.put_latest(&self.world.run.snapshot(), revision, || bytes.clone()).await;
-                return None;
+                let is_newest = self.put_latest(&self.world.run.snapshot(), revision, || bytes.clone()).await;
+                return is_newest.then_some(Input::SnapshotStored { revision });
             }
             Effect::RecordLeaseEnd { end } => {
                 let bytes = self.put_once(&self.world.run.lease_end(end.lease), &*end).await;

@@ -469,5 +469,6 @@ fn kind_of(input: &Input) -> u64 {
         Input::PageWritten { page, .. } => 23 + (u64::from(*page) << 8),
         Input::LeaseEnded { end } => 24 + (end.lease << 8),
         Input::RetiredAll { number } => 25 + (number << 8),
+        Input::SnapshotStored { revision } => 26 + (revision << 8),
     }
 }

@@ -61,7 +61,7 @@ impl Hands {
         self.persist(|| self.put_bytes_once(key, self.sign_ours(document, &self.world.context))).await
     }
 
-    pub(super) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Bytes) {
+    pub(super) async fn put_latest(&self, key: &str, revision: u64, make: impl Fn() -> Bytes) -> bool {
         let lock = {
             let mut outbox = self.outbox.borrow_mut();
             let entry = outbox.entry(key.to_owned()).or_default();
@@ -70,10 +70,11 @@ impl Hands {
         };
         let mut tag = lock.lock().await;
         if self.outbox.borrow().get(key).is_some_and(|entry| entry.newest != revision) {
-            return;
+            return false;
         }
         let known = tag.take();
         *tag = Some(self.persist(|| self.swap(key, known.clone(), &make)).await);
+        true
     }
 
     /// A snapshot that the machine did not ask for: it comes in the place of the last one that it did.

@@ -1,6 +1,6 @@
 //! A successor without the journal: what the bucket holds is enough.
 
-use protocol::documents::{Action, Head, Lease, LeaseEnd, Notice, Order};
+use protocol::documents::{Action, Commitment, Head, Lease, LeaseEnd, Notice, Order};
 
 use super::*;
 use crate::machine::{BucketFacts, LEASE_EPOCH_SHIFT, StepFact};
@@ -41,7 +41,7 @@ impl World {
         log.reverse();
         self.machine = machine;
         let orders = Vec::new();
-        let is_open = |t: u64| !self.machine.is_closed(t) && !self.tapes.contains_key(&t) && t < head.outer_step;
+        let is_open = |t: u64| !self.machine.is_closed(t) && !self.merges.contains_key(&t) && t < head.outer_step;
         let commitments = self.commitments.iter().filter(|((t, _), _)| is_open(*t)).map(|(_, stored)| stored.clone()).collect();
         Input::Recovered {
             facts: Box::new(BucketFacts { epoch: self.epoch, head, commitments, steps, pages, leases, lease_ends, orders, log }),
@@ -83,7 +83,9 @@ fn a_successor_with_the_bucket_alone_loses_no_merge_and_makes_none_twice() {
         world.loses_disk = true;
         world.until_complete(60_000);
         world.check_books();
-        assert_eq!(world.machine.fragment_versions(), vec![2; usize::from(P)], "crash after {crash_after}");
+        // A closing round that only the head knew of begins anew.
+        let versions = world.machine.fragment_versions();
+        assert!(versions.iter().all(|version| (2..=3).contains(version)), "crash after {crash_after}: {versions:?}");
         let steps: Vec<u64> = world.merges.keys().copied().collect();
         assert_eq!(steps, (0..world.machine.closed_below()).collect::<Vec<_>>(), "crash after {crash_after}: a step is missing");
         for (t, tape) in &world.tapes {
@@ -508,4 +510,143 @@ fn a_notice_that_the_snapshot_does_not_know_stays_in_the_head_until_its_audit_is
         world.machine.head().notices
     );
     assert!(noticed.keys().all(|audit| world.machine.audits.get(audit).is_some_and(|case| case.is_opening())), "nobody was late");
+}
+
+#[test]
+fn a_closing_round_of_which_only_the_head_knows_begins_anew_and_pulls_every_fragment() {
+    let mut world = World::new(0, 3);
+    world.run(10_000);
+    world.holds_merges = true;
+    world.run(2_000);
+    let old = world.snapshot.clone();
+    world.holds_merges = false;
+    let mut head = world.head.clone().unwrap();
+    head.state = RunState::Draining;
+    assert!(world.tapes.range(world.machine.closed_below()..).next().is_some_and(|(_, tape)| !tape.closing));
+    world.snapshot = old;
+    world.head = Some(head);
+    world.loses_disk = true;
+    let recovered = world.recover_from_bucket();
+    world.input(recovered);
+    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.until_complete(60_000);
+    let closing: BTreeSet<u16> = world.tapes.values().filter(|tape| tape.closing).map(|tape| tape.fragment).collect();
+    assert_eq!(closing.len(), usize::from(P));
+}
+
+#[test]
+fn uploads_that_ended_while_no_process_ran_still_have_the_grace_of_their_pull() {
+    let mut world = World::new(0, 4);
+    world.run(10_000);
+    let slow = world.learners[3].slot;
+    world.withheld.insert(slow);
+    let waits = |world: &World| {
+        let is_awaited = |pull: &OpenPull| {
+            let stage = pull.offers.get(&slow).map(|offer| offer.stage);
+            pull.stage == PullStage::Open && pull.quorum_ms.is_some() && stage == Some(OfferStage::Granted)
+        };
+        world.machine.pulls.iter().find(|(_, pull)| is_awaited(pull)).map(|(t, _)| *t)
+    };
+    let t = (0..200).find_map(|_| {
+        world.run(100);
+        waits(&world)
+    });
+    let t = t.expect("one is waited for");
+    // It uploads while the process restarts.
+    world.now_ms += 60_000;
+    world.input(Input::Claimed { epoch: 1 });
+    assert!(!world.tapes.contains_key(&t), "the pull is still open");
+    world.withheld.clear();
+    world.learners[3].record.uploaded.push(t);
+    world.run(5_000);
+    assert!(world.tapes[&t].inputs.iter().any(|input| (input.hotkey, input.slot) == slow));
+}
+
+#[test]
+fn what_an_earlier_session_offered_stands_not_in_the_way_of_what_the_next_one_committed() {
+    let mut world = World::new(0, 3);
+    world.run(10_000);
+    let slot = world.learners[0].slot;
+    let is_open = |world: &World, t: &u64| world.machine.pulls.get(t).is_some_and(|pull| pull.stage == PullStage::Open);
+    let t = (0..200).find_map(|_| {
+        world.run(100);
+        world.commitments.keys().find(|(t, of)| *of == slot && is_open(&world, t)).map(|(t, _)| *t)
+    });
+    let t = t.expect("it answers a pull");
+    let input = world.recover_from_bucket();
+    // The snapshot has what the session before offered, of which no evidence came into the bucket.
+    let snapshot = world.snapshot.clone().unwrap();
+    world.machine = Orchestrator::from_snapshot(&snapshot).unwrap().1;
+    let offered = world.commitments[&(t, slot)].commitment.clone();
+    let earlier = Commitment { blake3: Digest::blake3(b"of the session before"), ..offered };
+    let fragment = protocol::schedule::fragment_of(t, P);
+    let version = world.machine.fragments[usize::from(fragment)].version;
+    let mut pull = OpenPull::new(fragment, version, world.now_ms, 10_000);
+    let id = Digest::blake3(b"its record");
+    pull.add(slot, Offer { commitment: earlier, id, stage: OfferStage::Committed, is_logged: false });
+    world.machine.pulls.insert(t, pull);
+    let learner = world.machine.learners.get_mut(&slot).unwrap();
+    learner.session_epoch -= 1;
+    world.machine.next_t = world.machine.next_t.max(t + 1);
+    let Input::Recovered { mut facts } = input else { unreachable!("that is what it gives") };
+    // A lease of the session that answered; its rows were given out after the snapshot.
+    let lease = world.commitments[&(t, slot)].commitment.lease;
+    let job = world.leases[&lease].clone();
+    world.machine.end_leases(slot);
+    world.machine.leases.remove(&lease);
+    facts.leases.push(job);
+    world.learners[0].silent = true;
+    world.loses_disk = true;
+    world.input(Input::Recovered { facts });
+    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.run(10_000);
+    assert!(world.tapes[&t].inputs.iter().any(|input| (input.hotkey, input.slot) == slot), "step {t}");
+}
+
+#[test]
+fn a_refusal_of_what_an_earlier_session_committed_is_none_of_this_ones() {
+    let mut world = World::new(0, 3);
+    world.run(10_000);
+    let slot = world.learners[0].slot;
+    let (t, offer) = (0..200)
+        .find_map(|_| {
+            world.run(100);
+            let mut open = world.machine.pulls.iter().filter(|(_, pull)| pull.stage == PullStage::Open);
+            open.find_map(|(t, pull)| Some((*t, pull.offers.get(&slot)?.clone())))
+        })
+        .expect("it answers a pull");
+    let mut pull = OpenPull::new(protocol::schedule::fragment_of(t, P), 0, world.now_ms, 10_000);
+    pull.add(slot, Offer { stage: OfferStage::Committed, ..offer.clone() });
+    world.machine.pulls.insert(t, pull);
+    world.machine.on_commitment_refused(slot, t, &Digest::ZERO);
+    assert_eq!(world.machine.pulls[&t].offers[&slot].stage, OfferStage::Committed);
+    world.machine.on_commitment_refused(slot, t, &offer.commitment.digest());
+    assert_eq!(world.machine.pulls[&t].offers[&slot].stage, OfferStage::Rejected(Reason::RepeatedCommitment));
+}
+
+#[test]
+fn what_was_uploaded_for_a_step_and_has_no_place_in_its_tape_is_in_the_manifest_of_a_successor_too() {
+    let mut world = World::new(0, 4);
+    world.run(10_000);
+    let late = world.learners[3].slot;
+    world.withheld.insert(late);
+    let old = world.snapshot.clone();
+    let first = world.machine.next_t;
+    world.holds_merges = true;
+    let has_late = |world: &World, t: u64| world.commitments.contains_key(&(t, late)) && world.tapes.contains_key(&t);
+    let t = (0..300).find_map(|_| {
+        world.run(100);
+        (first..world.machine.next_t).find(|t| has_late(&world, *t))
+    });
+    let t = t.expect("a step is decided without it");
+    world.holds_merges = false;
+    world.snapshot = old;
+    world.loses_disk = true;
+    world.learners[3].silent = true;
+    let recovered = world.recover_from_bucket();
+    world.input(recovered);
+    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.run(2_000);
+    let told = world.merges[&t].contributions.iter().find(|one| (one.hotkey, one.slot) == late).map(|one| one.outcome);
+    assert_eq!(told, Some(Reason::NotUploaded));
 }

@@ -246,6 +246,8 @@ pub(super) struct World {
     pub(super) bundles: u64,
     /// Releases do not come to an end.
     pub(super) holds_releases: bool,
+    /// Snapshots do not reach the bucket.
+    pub(super) holds_snapshots: bool,
     /// Nor do deletions.
     pub(super) holds_deletions: bool,
     /// Nor do merges: they lie in `held_merges`.
@@ -295,6 +297,7 @@ impl World {
             pages: Vec::new(),
             bundles: 0,
             holds_releases: false,
+            holds_snapshots: false,
             holds_deletions: false,
             holds_merges: false,
             held_merges: Vec::new(),
@@ -392,7 +395,9 @@ impl World {
                 }
                 None
             }
-            Effect::StoreCommitment { slot, t, .. } if self.answered_before.contains(&slot) => Some(Input::CommitmentRefused { slot, t }),
+            Effect::StoreCommitment { slot, t, commitment, .. } if self.answered_before.contains(&slot) => {
+                Some(Input::CommitmentRefused { slot, t, commitment })
+            }
             Effect::StoreCommitment { slot, t, id, .. } => {
                 let record = self.learners.iter().find(|sim| sim.slot == slot).map(|sim| &sim.record)?;
                 let commitment = record.commitments.iter().find(|commitment| commitment.t == t)?.clone();
@@ -458,9 +463,10 @@ impl World {
                 self.released += 1;
                 Some(Input::Released { release: ReleaseRef { release: format!("run-{}", self.released), manifest: Digest::ZERO } })
             }
-            Effect::StoreSnapshot { bytes, .. } => {
+            Effect::StoreSnapshot { .. } if self.holds_snapshots => None,
+            Effect::StoreSnapshot { revision, bytes } => {
                 self.snapshot = Some(bytes);
-                None
+                Some(Input::SnapshotStored { revision })
             }
             Effect::WritePage { page, previous, shards } => {
                 if shards.iter().any(|id| id == "held") {
