@@ -663,8 +663,8 @@ impl Watch {
                 continue;
             }
             until = t + fragments;
-            let round = self.tapes.range(t..until).map(|(_, tape)| tape);
-            left.extend(round.filter(|tape| tape.base_version > restored && tape.restores != Some(restored)).map(|tape| tape.t));
+            let stays = |tape: &&Tape| tape.base_version > restored && tape.restores.is_none();
+            left.extend(self.tapes.range(t..until).map(|(_, tape)| tape).filter(stays).map(|tape| tape.t));
         }
         self.hold(world, "rollback_is_whole", left.is_empty(), || format!("steps {left:?} stay as they are"));
     }

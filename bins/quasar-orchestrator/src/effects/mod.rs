@@ -376,6 +376,8 @@ impl Executor for Hands {
             Effect::StoreSnapshot { revision, bytes } => {
                 let bytes = Bytes::from(bytes);
                 if service.put_latest(&service.run.snapshot(), revision, || Ok(bytes.clone())).await {
+                    // A successor may have read the one before it.
+                    service.confirm().await;
                     inputs.send(Input::SnapshotStored { revision }).await;
                 }
             }

@@ -15,7 +15,17 @@ const OUTCOMES_SHOWN: usize = 16;
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Orders {
     pub taken: u64,
-    pub outcomes: Vec<OrderOutcome>,
+    /// Each with the newest revision when it came: snapshots of later ones know of it.
+    outcomes: Vec<(u64, OrderOutcome)>,
+    /// Revision of the newest snapshot that the bucket is known to hold.
+    stored: u64,
+}
+
+impl Orders {
+    /// Outcomes that a successor would know of too: what was told stands.
+    pub fn told(&self) -> impl Iterator<Item = &OrderOutcome> {
+        self.outcomes.iter().filter(|(revision, _)| *revision < self.stored).map(|(_, outcome)| outcome)
+    }
 }
 
 /// What came of an order.
@@ -32,10 +42,7 @@ pub(super) struct Restoring {
     pub version: u64,
     /// Outer step after the round.
     pub until: u64,
-    /// The order, until the bucket holds a snapshot that knows of it. The round waits for that: whoever finds steps of it must know what they
-    /// are part of.
-    pub order: Option<u64>,
-    /// Snapshots of later revisions know of it.
+    /// Snapshots of later revisions know of it. The round waits for one: whoever finds steps of it must know what they are part of.
     pub revision: u64,
 }
 
@@ -55,10 +62,7 @@ impl Orchestrator {
         tracing::info!(number = order.number, reason = order.reason, "order taken");
         let outcome = match order.action {
             Action::Drain => self.order_drain(),
-            Action::Rollback { version } => match self.order_rollback(order.number, version) {
-                Ok(()) => return,
-                Err(why) => Err(why),
-            },
+            Action::Rollback { version } => self.order_rollback(version),
             Action::Ban { hotkey } => Ok(self.ban(hotkey, &order.reason)),
             Action::Unban { hotkey } => self.unban(&hotkey),
             Action::Release => self.order_release(),
@@ -73,7 +77,8 @@ impl Orchestrator {
             Err(text) => (false, text),
         };
         tracing::info!(number, done, "order: {text}");
-        self.orders.outcomes.push(OrderOutcome { number, done, text });
+        self.pace.snapshot = true;
+        self.orders.outcomes.push((self.revision, OrderOutcome { number, done, text }));
         let superfluous = self.orders.outcomes.len().saturating_sub(OUTCOMES_SHOWN);
         self.orders.outcomes.drain(..superfluous);
     }
@@ -103,7 +108,7 @@ impl Orchestrator {
         Ok("releasing what is merged now".to_owned())
     }
 
-    fn order_rollback(&mut self, order: u64, version: u64) -> Result<(), String> {
+    fn order_rollback(&mut self, version: u64) -> Result<String, String> {
         if self.state != RunState::Open || self.restoring.is_some() {
             return Err("a run goes back only while it is open, and one step at a time".to_owned());
         }
@@ -113,8 +118,8 @@ impl Orchestrator {
         if self.fragments.iter().all(|fragment| fragment.version <= version) {
             return Err(format!("no fragment is beyond version {version}"));
         }
-        let (until, revision) = (self.next_t + u64::from(self.parameters().fragments), self.next_revision());
-        self.restoring = Some(Restoring { version, until, order: Some(order), revision });
+        let until = self.next_t + u64::from(self.parameters().fragments);
+        self.restoring = Some(Restoring { version, until, revision: self.revision });
         // What is open was trained on what is taken back.
         let open: Vec<u64> = self.pulls.iter().filter(|(_, pull)| pull.stage == PullStage::Open).map(|(t, _)| *t).collect();
         for t in open {
@@ -123,30 +128,17 @@ impl Orchestrator {
             }
             self.close_pull(t);
         }
-        Ok(())
+        Ok(format!("each fragment beyond version {version} goes back to it, as a new version; then a release of that"))
     }
 
-    /// The bucket holds the snapshot of `revision`, or a later one.
+    /// The bucket holds the snapshot of `revision`: of what that knows, a successor does too.
     pub(super) fn on_snapshot_stored(&mut self, revision: u64) {
-        if self.restoring.as_ref().is_some_and(|restoring| revision > restoring.revision) {
-            self.begin_round();
-        }
-    }
-
-    /// The bucket knows of the rollback: from here on a successor goes on with it.
-    pub(super) fn begin_round(&mut self) {
-        let Some(restoring) = &mut self.restoring else { return };
-        let version = restoring.version;
-        if let Some(order) = restoring.order.take() {
-            let text = format!("each fragment beyond version {version} goes back to it, as a new version; then a release of that");
-            self.settle_order(order, Ok(text));
-            self.pace.scan = true;
-        }
+        self.orders.stored = self.orders.stored.max(revision);
     }
 
     /// The next step of a rollback. What is being merged comes first: the round begins from what that gives.
     pub(super) fn restore_next(&mut self) {
-        let Some(restoring) = self.restoring.clone().filter(|restoring| restoring.order.is_none()) else { return };
+        let Some(restoring) = self.restoring.clone().filter(|restoring| restoring.revision < self.orders.stored) else { return };
         let tape = self.restoring_tape(restoring.version, self.next_t);
         self.tape_at_once(tape);
         if self.next_t >= restoring.until {

@@ -50,7 +50,6 @@ impl Orchestrator {
             | Input::Block { .. }
             | Input::LeaseEnded { .. }
             | Input::RetiredAll { .. }
-            | Input::SnapshotStored { .. }
             | Input::Verdict { verdict: None, .. } => {}
             Input::CommitmentStored { .. }
             | Input::CommitmentRefused { .. }

@@ -1,6 +1,6 @@
 //! Pulls: opened on schedule, answered by commitments, closed by quorum and grace, merged from a tape.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::documents::{Commitment, Contribution, MergeManifest, Progress, RunState, Tape, TapeInput};
 use protocol::log::LogKind;
@@ -543,6 +543,12 @@ impl Orchestrator {
         for one in manifest.accepted().filter(|one| !is_logged(one)) {
             self.log.add(LogKind::Commitment, one.commitment);
         }
+        // Nor need a predecessor have known of all that was offered to this one: what is in no manifest is deleted with its step.
+        let named: BTreeSet<Slot> = manifest.contributions.iter().map(|one| (one.hotkey, one.slot)).collect();
+        let unnamed: Vec<Slot> = pull.offers.keys().filter(|slot| !named.contains(slot)).copied().collect();
+        if !unnamed.is_empty() {
+            self.payloads.entry(manifest.t).or_default().extend(unnamed);
+        }
         self.log.add(LogKind::Merge, id);
         self.timing.add_sync(now_ms.saturating_sub(pull.closed_ms));
         let fragment = &mut self.fragments[usize::from(manifest.fragment)];
@@ -596,12 +602,13 @@ impl Orchestrator {
         let mut effects = Vec::new();
         let mut merges = Vec::new();
         // Nobody could be answered while no process ran: open pulls get their whole time again.
-        let deadline_ms = self.volatile.now_ms + self.parameters().pull_deadline_ms;
+        let now_ms = self.volatile.now_ms;
+        let deadline_ms = now_ms + self.parameters().pull_deadline_ms;
         for (t, pull) in &mut self.pulls {
             pull.deadline_ms = pull.deadline_ms.max(deadline_ms);
             match &pull.stage {
                 PullStage::Open => {
-                    pull.quorum_ms = None;
+                    (pull.opened_ms, pull.quorum_ms) = (now_ms, None);
                     for (slot, offer) in &pull.offers {
                         match offer.stage {
                             OfferStage::Committed => {

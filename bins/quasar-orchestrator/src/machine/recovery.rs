@@ -103,8 +103,8 @@ impl Orchestrator {
 
     pub(super) fn on_recovered(&mut self, facts: BucketFacts) {
         let now_ms = self.volatile.now_ms;
-        // Where this machine comes from, its rollback is known.
-        self.begin_round();
+        // It is that of a snapshot.
+        self.on_snapshot_stored(self.revision);
         for head in facts.log {
             self.log.adopt(head);
         }
@@ -144,6 +144,11 @@ impl Orchestrator {
         for order in facts.orders {
             self.on_order(order);
         }
+        if facts.head.state != RunState::Open {
+            // No tape of the closing round lies there: it begins anew, with what is opened next. A rollback that was ordered before has its
+            // own round first.
+            self.drain();
+        }
         // Who was banned, and is pardoned by one of them, may have been accepted since.
         facts.commitments.iter().for_each(|stored| self.adopt_commitment(stored));
     }
@@ -170,10 +175,9 @@ impl Orchestrator {
             let deadline_ms = self.parameters().pull_deadline_ms;
             self.pulls.insert(t, OpenPull::new(fragment, version, now_ms, deadline_ms));
         }
-        if head.state as u8 > self.state as u8 {
-            // No tape of the closing round lies there: it begins anew, with what is opened next.
+        if head.state == RunState::Complete {
             self.drain();
-            self.state = head.state;
+            self.state = RunState::Complete;
         }
         let known = std::iter::once(&self.setup.release.release).chain(&self.releases).any(|name| *name == head.release.release);
         if !known {

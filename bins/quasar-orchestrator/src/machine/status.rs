@@ -154,7 +154,7 @@ impl Orchestrator {
             epoch: self.epoch,
             rollback_from: self.rollback_from(),
             orders: self.orders.taken,
-            outcomes: self.orders.outcomes.clone(),
+            outcomes: self.orders.told().cloned().collect(),
             banned: self.banned.keys().copied().collect(),
         }
     }

@@ -113,8 +113,12 @@ impl Hands {
             }
             Effect::StoreSnapshot { revision, bytes } => {
                 let bytes = Bytes::from(bytes);
-                let is_newest = self.put_latest(&self.world.run.snapshot(), revision, || bytes.clone()).await;
-                return is_newest.then_some(Input::SnapshotStored { revision });
+                if !self.put_latest(&self.world.run.snapshot(), revision, || bytes.clone()).await {
+                    return None;
+                }
+                // A successor may have read the one before it.
+                self.confirm().await;
+                Input::SnapshotStored { revision }
             }
             Effect::RecordLeaseEnd { end } => {
                 let bytes = self.put_once(&self.world.run.lease_end(end.lease), &*end).await;
