@@ -27,7 +27,8 @@ use daemon::{Executor, Journal, clock};
 use fragments::codec::PayloadHeader;
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditOrder, OPENING_PARTS, OpenedPart, PROGRESS_BYTES, Score, Scores, VerdictResult, opening_part_bytes_max, opening_volume_bytes,
+    AuditDraw, AuditOrder, OPENING_PARTS, OpenedPart, PROGRESS_BYTES, Score, Scores, VerdictResult, opening_part_bytes_max,
+    opening_volume_bytes,
 };
 use protocol::envelope::Document;
 use protocol::paths::SlotKeys;
@@ -38,6 +39,7 @@ use zeroize::Zeroizing;
 
 use crate::audit::{Evidence, Judgement, Opening, Subject};
 use crate::machine::audits::{Judged, OrderRead, Written, compare};
+use crate::machine::cycles::DrawRead;
 use crate::machine::{Effect, HeadFacts, Input};
 use ::chain::ChainLink;
 use base::BaseTree;
@@ -203,6 +205,30 @@ impl Effects {
         answer.map_err(|error| tracing::debug!(error = error.into().line(), "the chain was not read")).ok()
     }
 
+    /// What a cycle's audits are drawn with: the chain's beacon, and who could audit at its block, as the chain says or, where it has
+    /// forgotten that, as it was written down then.
+    async fn draw(&self, cycle: u64, block: u64) -> DrawRead {
+        self.try_draw(cycle, block).await.unwrap_or_else(|trouble| {
+            tracing::debug!(cycle, block, error = trouble.line(), "what audits are drawn with was not read");
+            DrawRead::Failed
+        })
+    }
+
+    async fn try_draw(&self, cycle: u64, block: u64) -> Result<DrawRead, Trouble> {
+        let Some(beacon) = self.chain.beacon(block).await?.map(Digest) else { return Ok(DrawRead::Failed) };
+        let published = self.archive.published::<AuditDraw>(&self.facts.run.draw(cycle)).await?.map(|draw| draw.document);
+        let seen = self.chain.validators_at(block).await?;
+        let seen = seen.map(|validators| AuditDraw { cycle, beacon_block: block, beacon, validators });
+        let fits = |draw: &AuditDraw| (draw.cycle, draw.beacon_block, draw.beacon) == (cycle, block, beacon);
+        if let Some(published) = &published
+            && seen.as_ref().map_or(!fits(published), |seen| seen != published)
+        {
+            tracing::error!(cycle, block, "the orchestrator draws audits with something else than the chain's");
+        }
+        let draw = seen.or(published.filter(fits));
+        Ok(draw.map_or(DrawRead::Forgotten, |draw| DrawRead::Drawn(Box::new(draw))))
+    }
+
     async fn order(&self, selection: &Selection) -> OrderRead {
         let key = self.facts.run.audit(&self.own, &selection.audit);
         let order = match self.archive.published::<AuditOrder>(&key).await {
@@ -344,10 +370,10 @@ impl Executor for Effects {
         let input = match effect {
             Effect::ReadHead => Input::Head(self.head().await),
             Effect::ReadMerge { t } => Input::Merge { t, manifest: self.published(&self.facts.run.merge(t)).await },
-            Effect::Keep { keyframe, from } => return self.keyframes.demand(keyframe, from),
+            Effect::Keep { keyframe, from, is_wanted } => return self.keyframes.demand(keyframe, from, is_wanted),
             Effect::ReadBlock => Input::Block(Self::of_chain(self.chain.block().await)),
             Effect::ReadChain => Input::Chain(Self::of_chain(self.chain.view().await).map(Box::new)),
-            Effect::ReadBeacon { cycle, block } => Input::Beacon { cycle, hash: Self::of_chain(self.chain.beacon(block).await).flatten() },
+            Effect::ReadBeacon { cycle, block } => Input::Beacon { cycle, read: self.draw(cycle, block).await },
             Effect::ReadOrder(selection) => Input::Order { audit: selection.audit, read: self.order(&selection).await },
             Effect::Judge { subject, versions } => {
                 Input::Judged { audit: subject.selection.audit, judged: self.judge(*subject, versions).await }
@@ -359,16 +385,22 @@ impl Executor for Effects {
             Effect::Reveal(audit) => Input::Revealed { audit, written: self.verdicts.reveal(audit).await },
             Effect::ReadVerdict(subject) => {
                 let audit = subject.selection.audit;
-                let verdict = self.verdicts.revealed(&subject).await.unwrap_or_else(|trouble| {
-                    tracing::warn!(
-                        audit = audit.short(),
-                        validator = subject.selection.validator.short(),
-                        error = trouble.line(),
-                        "a verdict could not be read"
-                    );
-                    None
-                });
-                Input::Verdict { audit, verdict: verdict.map(Box::new) }
+                match self.verdicts.revealed(&subject).await {
+                    Ok(verdict) => Input::Verdict { audit, verdict: verdict.map(Box::new) },
+                    Err(trouble) => {
+                        tracing::warn!(
+                            audit = audit.short(),
+                            validator = subject.selection.validator.short(),
+                            error = trouble.line(),
+                            "a verdict could not be read"
+                        );
+                        // What contradicts itself is no verdict, and stays none.
+                        match trouble {
+                            Trouble::Malformed { .. } => Input::Verdict { audit, verdict: None },
+                            _ => Input::NoVerdict { audit },
+                        }
+                    }
+                }
             }
             Effect::Weights(effect) => Input::Weights(self.chain.weights(effect, &inputs).await),
             Effect::SendWeights { send, memory } => Input::Weights(self.chain.send(send, *memory, &inputs).await),

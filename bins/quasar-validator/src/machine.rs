@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Subject;
 use audits::{Audits, Judged, OrderRead, Written};
-use cycles::{Cycles, KeyframeRef, VERSIONS_KEPT, VERSIONS_KEPT_MAX};
+use cycles::{Cycles, DrawRead, KeyframeRef, VERSIONS_KEPT, VERSIONS_KEPT_MAX};
 use log::LogMonitor;
 use poller::Poller;
 use scores::ScoreLedger;
@@ -51,6 +51,9 @@ const CHAIN_MS: (u64, u64) = (5_000, 60_000);
 /// An unregistered hotkey is waited for this long, with a hint each minute.
 const REGISTRATION_MS: u64 = 10 * 60_000;
 const REGISTRATION_HINT_MS: u64 = 60_000;
+/// Beacons and verdicts of a run that goes on are waited for so long before the first weights of a life. One that can never be read must not
+/// keep weights away for ever.
+const CATCH_UP_MS: u64 = 30 * 60_000;
 
 /// What a machine needs to know beforehand.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -92,8 +95,6 @@ pub struct OwnNeuron {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChainView {
     pub block: u64,
-    /// Hotkeys that may set weights on others.
-    pub validators: Vec<AccountId>,
     /// `None` while our hotkey is not registered.
     pub own: Option<OwnNeuron>,
 }
@@ -113,7 +114,7 @@ pub enum Input {
     Chain(Option<Box<ChainView>>),
     Beacon {
         cycle: u64,
-        hash: Option<[u8; 32]>,
+        read: DrawRead,
     },
     Order {
         audit: Digest,
@@ -136,6 +137,10 @@ pub enum Input {
         audit: Digest,
         verdict: Option<Box<Verdict>>,
     },
+    /// The store did not say whether a verdict is revealed.
+    NoVerdict {
+        audit: Digest,
+    },
     Weights(setter::Input),
     /// `None` = absent or unreadable.
     LogHead {
@@ -152,10 +157,12 @@ pub enum Effect {
     ReadMerge {
         t: u64,
     },
-    /// Fetch a keyframe while its grant lives. No audit needs versions of its fragment below `from` any more.
+    /// Remember a keyframe, and fetch it while its grant lives if it `is_wanted`. No audit needs versions of its fragment below `from` any
+    /// more.
     Keep {
         keyframe: KeyframeRef,
         from: u64,
+        is_wanted: bool,
     },
     ReadBlock,
     ReadChain,
@@ -218,6 +225,10 @@ pub struct Machine {
     audits: Audits,
     verdicts: Verdicts,
     scores: ScoreLedger,
+    /// Once all that is known of the run so far was read in this life.
+    is_caught_up: bool,
+    /// Since when all manifests are.
+    folded_since_ms: Option<u64>,
     /// Something was credited or judged since scores were last handed over.
     has_new_scores: bool,
     /// Cycles and finality of the scores that were handed over.
@@ -248,6 +259,8 @@ impl Machine {
             audits: Audits::new(settings.own, slow_ms, opening_ms),
             verdicts: Verdicts::new(slow_ms, opening_ms),
             scores: ScoreLedger::default(),
+            is_caught_up: false,
+            folded_since_ms: None,
             has_new_scores: false,
             weighed: None,
             log: LogMonitor::new(slow_ms),
@@ -269,6 +282,13 @@ impl Machine {
     /// Set once this machine's life is over.
     pub fn ended(&self) -> Option<Ended> {
         self.ended
+    }
+
+    /// Scores of a complete run whose verdicts all came in time: then every validator has the same ones.
+    pub fn agreed_scores(&mut self) -> Option<Vec<(AccountId, u64)>> {
+        let is_complete = self.head.as_ref().is_some_and(|head| head.state == RunState::Complete);
+        let is_settled = is_complete && self.cycles.is_settled() && self.verdicts.is_settled() && self.verdicts.tally().missing == 0;
+        is_settled.then(|| self.scores.scores())
     }
 
     fn on_head(&mut self, head: HeadFacts, now_ms: u64) {
@@ -300,10 +320,13 @@ impl Machine {
             self.log.expect(merge);
             let newest = self.head.as_ref().and_then(|head| head.fragments.get(usize::from(merge.fragment))).map_or(0, |head| head.version);
             let kept = self.versions_needed(cycle_of(merge.t, self.settings.parameters.fragments));
-            if merge.version > merge.base_version && merge.version.saturating_add(kept) > newest {
+            // Before it is known which audits are ours, nothing that one of them may need is let go of.
+            let known = if self.is_caught_up { kept } else { VERSIONS_KEPT_MAX };
+            if merge.version > merge.base_version && merge.version.saturating_add(known) > newest {
                 let keyframe = KeyframeRef { fragment: merge.fragment, version: merge.version, digest: merge.keyframe };
-                let from = merge.version.saturating_add(1).saturating_sub(kept);
-                self.effects.push_back(Effect::Keep { keyframe, from });
+                let from = merge.version.saturating_add(1).saturating_sub(known);
+                let is_wanted = merge.version.saturating_add(kept) > newest;
+                self.effects.push_back(Effect::Keep { keyframe, from, is_wanted });
             }
         }
     }
@@ -385,14 +408,29 @@ impl Machine {
         for commitment in self.log.overdue() {
             tracing::error!(%commitment, "a merged commitment is missing in the append-only log");
         }
-        let versions = self.cycles.versions();
-        self.audits.effects(now_ms, &versions, &mut self.effects);
+        // A version that a miner applied, and that is not read here yet, is none that never was.
+        let versions = self.cycles.is_folded().then(|| self.cycles.versions());
+        self.audits.effects(now_ms, versions.as_deref(), &mut self.effects);
+        self.catch_up(now_ms);
         self.plan_weights(now_ms);
     }
 
+    /// Before manifests and verdicts are caught up after a restart, scores would be those of an earlier time, and pay what was voided.
+    fn catch_up(&mut self, now_ms: u64) {
+        if self.is_caught_up || self.head.is_none() || !self.cycles.is_folded() {
+            return;
+        }
+        let since_ms = *self.folded_since_ms.get_or_insert(now_ms);
+        let head_block = self.chain.as_ref().map_or(u64::MAX, |chain| chain.block);
+        let has_read = self.cycles.is_caught_up(head_block) && self.verdicts.is_caught_up();
+        if !has_read && now_ms >= since_ms.saturating_add(CATCH_UP_MS) {
+            tracing::warn!("beacons or verdicts of the run cannot be read: scores are made without them");
+        }
+        self.is_caught_up = has_read || now_ms >= since_ms.saturating_add(CATCH_UP_MS);
+    }
+
     fn plan_weights(&mut self, now_ms: u64) {
-        // Before the manifests are caught up after a restart, scores would be those of an earlier time.
-        if let Some(head) = self.head.as_ref().filter(|head| self.cycles.folded_below() >= head.closed_below) {
+        if let Some(head) = self.head.as_ref().filter(|_| self.is_caught_up && self.cycles.is_folded()) {
             let is_final = head.state == RunState::Complete && self.cycles.is_settled() && self.verdicts.is_settled();
             let cycles = cycle_of(self.cycles.folded_below(), self.settings.parameters.fragments);
             // To add them up is too much for each input.
@@ -421,7 +459,7 @@ impl daemon::Machine for Machine {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 5;
+    const LAYOUT: u32 = 6;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         match input {
@@ -445,9 +483,9 @@ impl daemon::Machine for Machine {
                     self.on_chain(*view, now_ms);
                 }
             }
-            Input::Beacon { cycle, hash } => {
-                let Some(chain) = &self.chain else { return };
-                for subject in self.cycles.beacon(cycle, hash, &chain.validators, chain.block, now_ms) {
+            Input::Beacon { cycle, read } => {
+                let head_block = self.chain.as_ref().map_or(0, |chain| chain.block);
+                for subject in self.cycles.drawn(cycle, read, head_block, now_ms) {
                     self.verdicts.watch(subject, now_ms);
                 }
             }
@@ -460,6 +498,7 @@ impl daemon::Machine for Machine {
                 }
             }
             Input::Verdict { audit, verdict } => self.on_verdict(audit, verdict, now_ms),
+            Input::NoVerdict { audit } => self.verdicts.not_read(&audit, now_ms),
             Input::Weights(input) => self.weights.handle(now_ms, input, &mut self.effects),
             Input::LogHead { size, head } => {
                 if let Err(fault) = self.log.read(size, head.map(|head| *head), now_ms) {

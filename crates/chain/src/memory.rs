@@ -102,6 +102,11 @@ impl MemoryChain {
         inner.time_offset_ms = now_ms.saturating_sub(inner.head * BLOCK_MS);
     }
 
+    /// A neuron as it is now.
+    pub fn neuron(&self, uid: u16) -> Option<Neuron> {
+        self.lock().settings.neurons.iter().find(|neuron| neuron.uid == uid).cloned()
+    }
+
     /// Adds a neuron at the next uid, or replaces the one that has its uid.
     pub fn register(&self, neuron: Neuron) {
         let mut inner = self.lock();

@@ -54,6 +54,14 @@ impl Metagraph {
     pub fn by_uid(&self, uid: u16) -> Option<&Neuron> {
         self.neurons.iter().find(|neuron| neuron.uid == uid)
     }
+
+    /// Hotkeys with a validator permit, ascending.
+    pub fn validators(&self) -> Vec<AccountId> {
+        let mut validators: Vec<AccountId> =
+            self.neurons.iter().filter(|neuron| neuron.validator_permit).map(|neuron| neuron.hotkey).collect();
+        validators.sort();
+        validators
+    }
 }
 
 /// The parameters of a subnet that weights and epochs depend on.

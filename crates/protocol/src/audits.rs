@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::documents::{MergeManifest, PPM};
+use crate::documents::{AuditDraw, MergeManifest, PPM};
 use crate::envelope::RunId;
 use crate::{AccountId, Digest};
 
@@ -40,29 +40,19 @@ pub fn beacon_from(last: u64, behind: impl IntoIterator<Item = u64>, is_over: bo
 
 /// Audits of a cycle. `merges` are the cycle's manifests in any order, `validators` the permitted hotkeys in any order. Of the learners
 /// that worked ([`MergeManifest::worked`]) a share of `rate_ppm` is audited on a contribution that was merged, and four times
-/// that share of those that a filter left something out of, on that: each once, by one validator.
-pub fn select(
-    run: RunId,
-    rate_ppm: u32,
-    cycle: u64,
-    beacon_block: u64,
-    beacon: &[u8; 32],
-    merges: &[MergeManifest],
-    validators: &[AccountId],
-) -> Vec<Selection> {
-    let mut validators = validators.to_vec();
+/// that share of those that a filter left something out of, on that: each once, by one validator, and by nobody whose own work it is.
+pub fn select(run: RunId, rate_ppm: u32, draw: &AuditDraw, merges: &[MergeManifest]) -> Vec<Selection> {
+    let AuditDraw { cycle, beacon_block, beacon, ref validators } = *draw;
+    let mut validators = validators.clone();
     validators.sort();
     validators.dedup();
-    if validators.is_empty() {
-        return Vec::new();
-    }
     let mut offers: BTreeMap<(AccountId, u8), Vec<(u64, bool)>> = BTreeMap::new();
     for merge in merges {
         for contribution in merge.worked() {
             offers.entry((contribution.hotkey, contribution.slot)).or_default().push((merge.t, contribution.is_suspect()));
         }
     }
-    let seed = Digest::derive("quasar/v1/challenge", &[beacon, &run.0, &cycle.to_le_bytes()]);
+    let seed = Digest::derive("quasar/v1/challenge", &[&beacon.0, &run.0, &cycle.to_le_bytes()]);
     offers
         .into_iter()
         .filter_map(|((hotkey, slot), mut steps)| {
@@ -75,9 +65,12 @@ pub fn select(
             let draw = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| audit.0[at + i]));
             let factor = if is_suspect { SUSPECT_FACTOR } else { 1 };
             let is_drawn = draw(16) % PPM < factor * u64::from(rate_ppm);
+            let mut others = validators.iter().filter(|validator| **validator != hotkey);
+            let count = others.clone().count() as u64;
+            let validator = others.nth(draw(8).checked_rem(count)? as usize)?;
             is_drawn.then(|| Selection {
                 audit,
-                validator: validators[(draw(8) % validators.len() as u64) as usize],
+                validator: *validator,
                 cycle,
                 hotkey,
                 slot,
@@ -129,18 +122,35 @@ mod tests {
         }
     }
 
+    fn draw(cycle: u64, beacon: u8, validators: &[AccountId]) -> AuditDraw {
+        AuditDraw { cycle, beacon_block: 7, beacon: Digest([beacon; 32]), validators: validators.to_vec() }
+    }
+
+    #[test]
+    fn nobody_audits_its_own_work() {
+        let merges: Vec<MergeManifest> = (0..40).map(|t| merge(t, &[(1, Reason::None), (2, Reason::None)])).collect();
+        let (one, two) = (AccountId([1; 32]), AccountId([2; 32]));
+        for beacon in 0..32 {
+            let selected = select(RunId([1; 16]), ALL, &draw(0, beacon, &[one, two]), &merges);
+            let pairs: Vec<(AccountId, AccountId)> = selected.iter().map(|one| (one.hotkey, one.validator)).collect();
+            assert_eq!(pairs, [(one, two), (two, one)]);
+            let alone = select(RunId([1; 16]), ALL, &draw(0, beacon, &[one]), &merges);
+            assert_eq!(alone.iter().map(|one| one.hotkey).collect::<Vec<_>>(), [two]);
+        }
+    }
+
     #[test]
     fn each_merged_learner_is_audited_once_by_one_validator_whatever_the_order_of_inputs() {
         let merges = [merge(0, &[(1, Reason::None), (2, Reason::None)]), merge(1, &[(1, Reason::None), (3, Reason::Late)])];
         let validators = [AccountId([9; 32]), AccountId([8; 32])];
-        let selected = select(RunId([1; 16]), ALL, 0, 7, &[4; 32], &merges, &validators);
+        let selected = select(RunId([1; 16]), ALL, &draw(0, 4, &validators), &merges);
         assert_eq!(selected.len(), 2);
         assert_eq!(selected[1].t, 0, "learner 2 merged only in step 0");
         let mut reversed = merges.to_vec();
         reversed.reverse();
-        assert_eq!(select(RunId([1; 16]), ALL, 0, 7, &[4; 32], &reversed, &[validators[1], validators[0]]), selected);
-        assert_ne!(select(RunId([1; 16]), ALL, 0, 7, &[5; 32], &merges, &validators)[0].audit, selected[0].audit);
-        assert!(select(RunId([1; 16]), ALL, 0, 7, &[4; 32], &merges, &[]).is_empty());
+        assert_eq!(select(RunId([1; 16]), ALL, &draw(0, 4, &[validators[1], validators[0]]), &reversed), selected);
+        assert_ne!(select(RunId([1; 16]), ALL, &draw(0, 5, &validators), &merges)[0].audit, selected[0].audit);
+        assert!(select(RunId([1; 16]), ALL, &draw(0, 4, &[]), &merges).is_empty());
     }
 
     #[test]
@@ -156,7 +166,7 @@ mod tests {
         for suspect in [Reason::DirectionOutlier, Reason::TooSimilar] {
             let merges = [merge(0, &[(1, Reason::None)]), merge(1, &[(1, suspect), (2, suspect)]), merge(2, &[(1, Reason::NormTooLarge)])];
             for beacon in 0..8 {
-                let selected = select(RunId([1; 16]), ALL, 0, 7, &[beacon; 32], &merges, &[AccountId([9; 32])]);
+                let selected = select(RunId([1; 16]), ALL, &draw(0, beacon, &[AccountId([9; 32])]), &merges);
                 assert_eq!(selected.iter().map(|one| one.t).collect::<Vec<_>>(), [1, 1], "{suspect:?}");
             }
         }
@@ -169,8 +179,8 @@ mod tests {
         let merges = [merge(0, &(1..=100).map(sober).chain((101..=200).map(odd)).collect::<Vec<_>>())];
         let mut drawn = [0, 0];
         for beacon in 0..40 {
-            let selected = select(RunId([1; 16]), 100_000, 0, 7, &[beacon; 32], &merges, &[AccountId([9; 32])]);
-            let all = select(RunId([1; 16]), ALL, 0, 7, &[beacon; 32], &merges, &[AccountId([9; 32])]);
+            let selected = select(RunId([1; 16]), 100_000, &draw(0, beacon, &[AccountId([250; 32])]), &merges);
+            let all = select(RunId([1; 16]), ALL, &draw(0, beacon, &[AccountId([250; 32])]), &merges);
             assert_eq!(all.len(), 200);
             assert!(selected.iter().all(|one| all.contains(one)), "the rate changes whether, not what");
             selected.iter().for_each(|one| drawn[usize::from(one.hotkey.0[0] > 100)] += 1);

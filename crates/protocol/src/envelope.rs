@@ -94,10 +94,11 @@ pub enum Purpose {
     Order = 24,
     Equivocation = 25,
     LeaseEnd = 26,
+    AuditDraw = 27,
 }
 
 impl Purpose {
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::RunRoot,
         Self::CurrentRun,
         Self::RunManifest,
@@ -124,6 +125,7 @@ impl Purpose {
         Self::Order,
         Self::Equivocation,
         Self::LeaseEnd,
+        Self::AuditDraw,
     ];
 
     pub fn from_number(number: u16) -> Option<Self> {
@@ -149,13 +151,13 @@ impl Purpose {
             Self::CatalogPage
             | Self::Job
             | Self::StandingGrants
+            | Self::PullGrants
             | Self::MergeManifest
             | Self::Release
             | Self::ShardManifest
             | Self::Tape => 1 << 20,
             Self::Plan | Self::AuditOrder => 4 << 20,
             Self::RunRoot
-            | Self::PullGrants
             | Self::Receipt
             | Self::OpeningManifest
             | Self::FragmentManifest
@@ -163,7 +165,8 @@ impl Purpose {
             | Self::VerdictCommit
             | Self::VerdictReveal
             | Self::Scores
-            | Self::LeaseEnd => 64 << 10,
+            | Self::LeaseEnd
+            | Self::AuditDraw => 64 << 10,
         }
     }
 

@@ -101,6 +101,10 @@ impl RunKeys {
         format!("{}/merges/{t}.qsr", self.public)
     }
 
+    pub fn draw(&self, cycle: u64) -> String {
+        format!("{}/draws/{cycle}.qsr", self.public)
+    }
+
     pub fn audit(&self, validator: &AccountId, audit: &Digest) -> String {
         format!("{}/audits/{validator}/{audit}.qsr", self.public)
     }

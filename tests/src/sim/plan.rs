@@ -80,6 +80,15 @@ pub struct Ban {
     pub unbanned_ms: Option<u64>,
 }
 
+/// A hotkey gains or loses its validator permit, and has it back, or loses it again.
+#[derive(Clone, Copy, Debug)]
+pub struct Permit {
+    /// Miners come first, then validators.
+    pub uid: usize,
+    pub changed_ms: u64,
+    pub back_ms: u64,
+}
+
 /// A world before it begins.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -107,6 +116,8 @@ pub struct Plan {
     pub orders: Vec<(u64, Action)>,
     /// Whom the operator bans.
     pub bans: Vec<Ban>,
+    /// Whose permit changes.
+    pub permits: Vec<Permit>,
     pub faults: Faults,
     /// A run that is not complete by then hangs.
     pub limit_ms: u64,
@@ -182,6 +193,7 @@ impl Plan {
             behaviours: vec![Behaviour::Honest; miners],
             orders: Vec::new(),
             bans: Vec::new(),
+            permits: Vec::new(),
             faults: Faults::default(),
             limit_ms: 3_600_000,
             is_open_ended: false,
@@ -302,6 +314,11 @@ impl Plan {
         }
         if random.chance(400_000) {
             plan.faults.snapshot_ppm = random.between(1_000, 100_000);
+        }
+        if random.chance(300_000) {
+            let uid = if random.chance(500_000) { random.below(miners as u64) as usize } else { miners + plan.validators - 1 };
+            let changed_ms = random.between(0, until_ms);
+            plan.permits.push(Permit { uid, changed_ms, back_ms: random.between(changed_ms, 2 * until_ms) });
         }
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         plan

@@ -11,13 +11,14 @@ use daemon::clock::Steady;
 use futures::FutureExt;
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditOrder, Measurements, MergeManifest, OpeningManifest, Progress, Verdict, VerdictCommit, VerdictResult, VerdictReveal,
+    AuditDraw, AuditOrder, Measurements, MergeManifest, OpeningManifest, Progress, Verdict, VerdictCommit, VerdictResult, VerdictReveal,
 };
 use protocol::envelope::{self, Document, Expect, SequenceGuard, next_sequence};
 use protocol::log::LogHead;
-use protocol::{Digest, GrantBundle, Method, Reason, steps};
+use protocol::{AccountId, Digest, GrantBundle, Method, Reason, steps};
 use quasar_validator::audit::{Judgement, Subject};
 use quasar_validator::machine::audits::{Judged, OrderRead, Written, compare};
+use quasar_validator::machine::cycles::DrawRead;
 use quasar_validator::machine::weights::{WeightSettings, WeightsMemory};
 use quasar_validator::machine::{ChainView, Effect, Ended, HeadFacts, Input, Machine, MachineSettings, OwnNeuron};
 use storage::StoreError;
@@ -29,6 +30,8 @@ use super::paper::Identity;
 use super::tensors;
 use super::world::World;
 
+/// Nodes forget the states of older blocks.
+const STATE_BLOCKS: u64 = 5;
 /// What measuring one contribution takes.
 const JUDGE_MS: u64 = 800;
 
@@ -61,6 +64,11 @@ pub struct Node {
 }
 
 impl Node {
+    /// See [`Machine::agreed_scores`].
+    pub fn agreed_scores(&mut self) -> Option<Vec<(AccountId, u64)>> {
+        self.machine.as_mut()?.agreed_scores()
+    }
+
     pub fn new(identity: Identity, hotkey: Rc<Hotkey>, id: NodeId) -> Self {
         Self {
             identity,
@@ -187,7 +195,7 @@ impl World {
             }
             Effect::ReadBeacon { cycle, block } => {
                 self.executor.sleep(self.plan.latency_ms).await;
-                Input::Beacon { cycle, hash: self.chain.block_hash(block).now_or_never().and_then(Result::ok).flatten() }
+                Input::Beacon { cycle, read: self.read_draw(id, cycle, block).await }
             }
             Effect::ReadOrder(selection) => Input::Order { audit: selection.audit, read: self.read_order(index, id, &selection).await },
             Effect::Judge { subject, .. } => {
@@ -226,7 +234,11 @@ impl World {
                 Input::Revealed { audit, written }
             }
             Effect::ReadVerdict(subject) => {
-                Input::Verdict { audit: subject.selection.audit, verdict: self.revealed(id, &subject).await.map(Box::new) }
+                let audit = subject.selection.audit;
+                match self.revealed(id, &subject).await {
+                    Ok(verdict) => Input::Verdict { audit, verdict: verdict.map(Box::new) },
+                    Err(_) => Input::NoVerdict { audit },
+                }
             }
             Effect::Weights(effect) => Input::Weights(self.weights(index, &effect).await),
             Effect::SendWeights { send, memory } => {
@@ -254,8 +266,21 @@ impl World {
         let metagraph = self.chain.metagraph(self.context.netuid).now_or_never()?.ok()?;
         let account = self.validators[index].borrow().identity.account;
         let own = metagraph.by_hotkey(&account).map(|neuron| OwnNeuron { uid: neuron.uid, validator_permit: neuron.validator_permit });
-        let validators = metagraph.neurons.iter().filter(|neuron| neuron.validator_permit).map(|neuron| neuron.hotkey).collect();
-        Some(ChainView { block: metagraph.block.number, validators, own })
+        Some(ChainView { block: metagraph.block.number, own })
+    }
+
+    /// As the chain says, or where it has forgotten, as it was written down.
+    async fn read_draw(&self, id: NodeId, cycle: u64, block: u64) -> DrawRead {
+        let head = self.chain.head().now_or_never().and_then(Result::ok).map_or(0, |head| head.number);
+        if head < block {
+            return DrawRead::Failed;
+        }
+        let draw = if block + STATE_BLOCKS < head {
+            self.published::<AuditDraw>(id, &self.run.draw(cycle)).await
+        } else {
+            self.draw_at(cycle, block).map(Box::new)
+        };
+        draw.map_or(DrawRead::Failed, DrawRead::Drawn)
     }
 
     /// What the setter asks of the chain; a row takes a block.
@@ -392,15 +417,26 @@ impl World {
         }
     }
 
-    async fn revealed(&self, id: NodeId, subject: &Subject) -> Option<Verdict> {
+    /// The revealed verdict; the error is the store's.
+    async fn revealed(&self, id: NodeId, subject: &Subject) -> Result<Option<Verdict>, StoreError> {
         let Selection { audit, validator, .. } = &subject.selection;
-        let read = |found: Result<Option<storage::Object>, StoreError>| found.ok().flatten().map(|object| object.bytes);
-        let bytes = read(self.get(id, &self.run.verdict_reveal(validator, audit), None).await)?;
-        let reveal = self.plan.scheme.open::<VerdictReveal>(&bytes, &self.context, Expect::Account(validator), None).ok()?.document;
-        let bytes = read(self.get(id, &self.run.verdict_commit(validator, audit), None).await)?;
-        let commit = self.plan.scheme.open::<VerdictCommit>(&bytes, &self.context, Expect::Account(validator), None).ok()?.document;
+        let Some(reveal) = self.of_validator::<VerdictReveal>(id, &self.run.verdict_reveal(validator, audit), validator).await? else {
+            return Ok(None);
+        };
+        let commit = self.of_validator::<VerdictCommit>(id, &self.run.verdict_commit(validator, audit), validator).await?;
         let belongs = reveal.verdict.audit == *audit && reveal.verdict.payload == subject.contribution.payload;
-        (belongs && commit.commitment == reveal.verdict.commitment(&reveal.salt)).then_some(reveal.verdict)
+        let opens = commit.is_some_and(|commit| commit.commitment == reveal.verdict.commitment(&reveal.salt));
+        Ok((belongs && opens).then_some(reveal.verdict))
+    }
+
+    async fn of_validator<D: Document>(&self, id: NodeId, key: &str, validator: &AccountId) -> Result<Option<D>, StoreError> {
+        let found = match self.get(id, key, None).await {
+            Err(StoreError::NotFound { .. }) => None,
+            found => found?,
+        };
+        let open =
+            |object: storage::Object| self.plan.scheme.open::<D>(&object.bytes, &self.context, Expect::Account(validator), None).ok();
+        Ok(found.and_then(open).map(|verified| verified.document))
     }
 }
 
@@ -420,5 +456,6 @@ fn kind_of(input: &Input) -> u64 {
         Input::Weights(_) => 75,
         Input::LogHead { size, .. } => 76 + (size << 8),
         Input::Moved(_) => 77,
+        Input::NoVerdict { audit } => 78 + (u64::from(audit.0[0]) << 8),
     }
 }

@@ -86,6 +86,7 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ("only_writer", "an orchestrator that is alone is never fenced"),
     ("one_writer_per_epoch", "the head's epochs never fall, each is one process's, and a process that lost its lease ends"),
     ("banned_is_left_out", "what a banned hotkey sends is in no merge that was opened after the ban, and it holds no rows"),
+    ("validators_agree", "validators that know all verdicts have the same scores, to the token"),
     ("rollback_is_whole", "a rollback takes every fragment back that is beyond its version, in one round"),
     ("restored_is_kept", "what a rollback goes back to lies in the bucket until it is there again"),
     ("page_before_rows", "a learner takes rows of a shard only after it has read and checked the catalog page that names it"),
@@ -688,6 +689,9 @@ impl Watch {
         self.hold(world, "one_writer_per_epoch", outlived == 0, || format!("{outlived} processes go on without the lease"));
         self.replay_tapes(world);
         self.rollbacks_are_whole(world);
+        let agreed: Vec<_> = world.validators.iter().filter_map(|node| node.borrow_mut().agreed_scores()).collect();
+        let differs = agreed.windows(2).find(|pair| pair[0] != pair[1]);
+        self.hold(world, "validators_agree", differs.is_none(), || format!("{differs:?}"));
         let missing: Vec<u64> = (0..head.outer_step).filter(|t| !self.manifests.contains_key(t)).collect();
         self.hold(world, "merged_once", missing.is_empty(), || format!("steps without a manifest: {missing:?}"));
         if head.state != RunState::Complete {

@@ -10,7 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use chain::memory::{MemoryChain, MemorySettings};
 use chain::{Chain, Hotkey, Hyperparameters, Neuron};
-use protocol::documents::{Action, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, Order, ReleaseRef};
+use futures::FutureExt;
+use protocol::documents::{Action, AuditDraw, CatalogRef, CurrentRun, FragmentHead, FragmentManifest, Head, Order, ReleaseRef};
 use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, RunId, SKEW_MS, Verified};
 use protocol::paths::{self, Keys, RunKeys};
 use protocol::{AccountId, Digest, FileRecord, KeyKind};
@@ -22,7 +23,7 @@ use tokio::time::Instant;
 use super::executor::{Executor, WORLD};
 use super::net::{Net, Traffic};
 use super::paper::Identity;
-use super::plan::{Behaviour, Plan};
+use super::plan::{Behaviour, Permit, Plan};
 use super::random::Random;
 use super::watch::{Violation, Watch};
 use super::{learner, orchestrator, tensors, validator};
@@ -179,6 +180,13 @@ pub struct Outcome {
 }
 
 impl World {
+    /// What the chain says of a block with which a cycle's audits are drawn; `None` while it is not there.
+    pub(super) fn draw_at(&self, cycle: u64, block: u64) -> Option<AuditDraw> {
+        let beacon = self.chain.block_hash(block).now_or_never()?.ok()??;
+        let metagraph = self.chain.metagraph_at(self.context.netuid, block).now_or_never()?.ok()?;
+        Some(AuditDraw { cycle, beacon_block: block, beacon: Digest(beacon), validators: metagraph.validators() })
+    }
+
     pub fn new(plan: Plan) -> Rc<Self> {
         let mut random = Random::new(plan.seed);
         let office = Identity::new(plan.scheme, "orchestrator", 0);
@@ -440,9 +448,21 @@ impl World {
                 world.plant_signed(&world.run.order(number), &Order { number, action, reason: "as planned".into() });
             });
         }
+        for Permit { uid, changed_ms, back_ms } in self.plan.permits.clone() {
+            for at_ms in [changed_ms, back_ms] {
+                let world = self.me();
+                self.executor.after(at_ms, WORLD, move || world.change_permit(uid));
+            }
+        }
         let world = self.me();
         self.executor.spawn(WORLD, async move { world.make_blocks().await });
         super::weather::begin(&self.me());
+    }
+
+    /// A hotkey that had a validator permit has none from here on, and one that had none has one.
+    fn change_permit(&self, uid: usize) {
+        let neuron = self.chain.neuron(uid as u16).expect("its hotkey is registered");
+        self.chain.register(Neuron { validator_permit: !neuron.validator_permit, ..neuron });
     }
 
     /// What the operator orders, and when, in the order of time.

@@ -100,8 +100,8 @@ impl Keyframes {
         }
         if let Some(near) = self.near(fragment, version) {
             match self.follow(route, fragment, near, version, promise.digest).await {
-                // What is here or a frame is damaged: the whole way from the keyframe.
-                Err(Trouble::Corrupt) => {}
+                // What is here or a frame is damaged, or frames are not granted any more: the whole way from the keyframe.
+                Err(Trouble::Corrupt | Trouble::Grant | Trouble::Absent) => {}
                 result => return result,
             }
         }

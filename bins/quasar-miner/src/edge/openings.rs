@@ -106,7 +106,7 @@ impl OpeningFiles {
     /// gives the bytes of part 0. The model has `elements` parameters.
     ///
     /// # Errors
-    /// Something cannot be read or written, or the notice is gone; then nothing is left of it.
+    /// Something cannot be read or written, or the notice is gone; nothing is left of it then, unless it was whole.
     pub fn prepare(
         &self,
         (preparation, t, payload): (&Preparation, u64, &Digest),
@@ -133,6 +133,10 @@ impl OpeningFiles {
         };
         let parts = prepare();
         self.end(preparation).map_err(fail)?;
+        if parts.is_err() && !self.path(audit, MANIFEST).exists() {
+            // A full disk must not stay full for what has to be begun anew: training needs room too.
+            let _ = fs::remove_dir_all(self.folder_of(audit));
+        }
         parts
     }
 

@@ -1,12 +1,13 @@
 //! Audits at the edge: the beacon, the keys that openings are sealed to, and the orders that deliver grants to validators.
 
 use bytes::Bytes;
+use chain::ChainError;
 use daemon::clock;
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditOrder, Lease, OpenedPart, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES, opening_volume_bytes, opening_volumes,
+    AuditDraw, AuditOrder, Lease, OpenedPart, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES, opening_volume_bytes, opening_volumes,
 };
-use protocol::envelope::{self, Purpose, header_for};
+use protocol::envelope::{self, Document, Purpose, header_for};
 use protocol::{Digest, GrantBundle, Reason, codec};
 use storage::{Presign, bundle, seal_stream};
 use zeroize::Zeroizing;
@@ -15,16 +16,37 @@ use super::{Service, persist};
 use crate::machine::VERDICT_MS;
 
 impl Service {
-    pub(super) async fn read_beacon(&self, block: u64) -> [u8; 32] {
-        persist("reading the beacon", || async {
-            let chain = self.chain.client().await.map_err(|error| error.to_string())?;
-            match chain.block_hash(block).await {
-                Ok(Some(hash)) => Ok(hash),
-                Ok(None) => Err(format!("block {block} is not finalized yet")),
-                Err(error) => Err(error.to_string()),
-            }
+    /// What the audits of `cycle` are drawn with: what a process before this one wrote down, or what the chain says of `block`.
+    pub(super) async fn draw_audits(&self, cycle: u64, block: u64) -> AuditDraw {
+        let key = self.run.draw(cycle);
+        persist("drawing audits", || async {
+            let found = self.read_document(&key, AuditDraw::PURPOSE.file_limit()).await.map_err(|error| error.to_string())?;
+            let bytes = match found {
+                Some(bytes) => bytes,
+                None => self.put_once(&key, &self.read_draw(cycle, block).await?).await,
+            };
+            self.open_own::<AuditDraw>(&bytes).map(|draw| draw.document).map_err(|error| error.to_string())
         })
         .await
+    }
+
+    async fn read_draw(&self, cycle: u64, block: u64) -> Result<AuditDraw, String> {
+        let chain = self.chain.client().await.map_err(|error| error.to_string())?;
+        let hash = match chain.block_hash(block).await {
+            Ok(Some(hash)) => hash,
+            Ok(None) => return Err(format!("block {block} is not finalized yet")),
+            Err(error) => return Err(error.to_string()),
+        };
+        let netuid = self.context.netuid;
+        let metagraph = match chain.metagraph_at(netuid, block).await {
+            Err(error @ ChainError::StateForgotten { .. }) => {
+                tracing::warn!(cycle, block, "audits go to those who may audit now: {error}");
+                chain.metagraph(netuid).await
+            }
+            read => read,
+        };
+        let metagraph = metagraph.map_err(|error| error.to_string())?;
+        Ok(AuditDraw { cycle, beacon_block: block, beacon: Digest(hash), validators: metagraph.validators() })
     }
 
     /// X25519 secret and public key that the opening of an audit is sealed to: the same after any restart.

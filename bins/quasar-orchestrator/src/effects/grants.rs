@@ -15,7 +15,7 @@ const STANDING_MS: u64 = 60 * 60_000;
 const ON_DEMAND_MS: u64 = 15 * 60_000;
 
 impl Service {
-    pub(super) async fn publish_standing(&self, revision: u64, slot: Slot, validator: bool, mark: &StandingMark, cycle: u64) {
+    pub(super) async fn publish_standing(&self, revision: u64, slot: Slot, mark: &StandingMark, cycle: u64) {
         let session_epoch = mark.session_epoch;
         let key = self.run.standing(&slot.0, slot.1);
         self.put_latest(&key, revision, || {
@@ -32,18 +32,17 @@ impl Service {
                 now_ms,
                 expires_in_ms: STANDING_MS,
             };
-            if validator {
+            if mark.validator {
                 let scores = |epoch| write(self.run.scores(&slot.0, epoch), SCORES_BYTES, true);
                 wanted.extend((cycle..=cycle + VERSIONS_AHEAD).map(scores));
                 let held_out = self.shards.iter().filter(|shard| shard.held_out);
                 wanted.extend(held_out.map(|shard| read(self.keys.shard_tokens(&shard.id))));
-            } else {
-                wanted.push(write(self.run.progress(&slot.0, slot.1), PROGRESS_BYTES as u64, false));
             }
+            wanted.push(write(self.run.progress(&slot.0, slot.1), PROGRESS_BYTES as u64, false));
             if mark.live {
                 for (fragment, version) in mark.versions.iter().enumerate() {
                     // Replays go back to older versions; learners look ahead.
-                    let from = if validator { version.saturating_sub(VERSIONS_AHEAD / 2) } else { *version };
+                    let from = if mark.validator { version.saturating_sub(VERSIONS_AHEAD / 2) } else { *version };
                     let (down, fragment) = (self.manifest.parameters.codec_down, fragment as u16);
                     // Where frames travel, the way to a version begins at the keyframe before it.
                     let from = keyframe_version(down, from);

@@ -317,8 +317,8 @@ impl Executor for Hands {
             }
             Effect::PublishCurrent => service.publish_current().await,
             Effect::PublishJob { revision, job } => service.publish_job(revision, &job).await,
-            Effect::PublishStanding { revision, slot, validator, mark, cycle } => {
-                service.publish_standing(revision, slot, validator, &mark, cycle).await;
+            Effect::PublishStanding { revision, slot, mark, cycle } => {
+                service.publish_standing(revision, slot, &mark, cycle).await;
             }
             Effect::PublishPullGrants { revision, slot, session_epoch, recipient, wants } => {
                 service.publish_pull_grants(revision, slot, session_epoch, recipient, &wants).await;
@@ -348,8 +348,8 @@ impl Executor for Hands {
                 inputs.send(Input::Merged { manifest: Box::new(manifest), id, keyframe_length }).await;
             }
             Effect::ReadBeacon { cycle, block } => {
-                let hash = service.read_beacon(block).await;
-                inputs.send(Input::Beacon { cycle, block, hash }).await;
+                let draw = Box::new(service.draw_audits(cycle, block).await);
+                inputs.send(Input::Beacon { draw }).await;
             }
             Effect::MakeOpeningKeys { audits } => {
                 let keys = audits.into_iter().map(|audit| (audit, service.opening_key(&audit).1)).collect();

@@ -2,7 +2,8 @@
 
 use protocol::audits::{NOTICES_OF_SLOT, SEGMENT_CYCLES, Selection, beacon_from, select};
 use protocol::documents::{
-    MergeManifest, Notice, OPENING_PARTS, OpeningPart, Progress, RENEWALS_PER_TTL, RunState, VerdictResult, opening_part_bytes_max,
+    AuditDraw, MergeManifest, Notice, OPENING_PARTS, OpeningPart, Progress, RENEWALS_PER_TTL, RunState, VerdictResult,
+    opening_part_bytes_max,
 };
 use protocol::log::LogKind;
 use protocol::schedule::cycle_of;
@@ -112,7 +113,8 @@ impl Orchestrator {
         (self.block >= block).then_some(block)
     }
 
-    pub(super) fn on_beacon(&mut self, cycle: u64, block: u64, hash: &[u8; 32]) {
+    pub(super) fn on_beacon(&mut self, draw: &AuditDraw) {
+        let cycle = draw.cycle;
         if cycle != self.audit_cycle {
             return;
         }
@@ -123,13 +125,12 @@ impl Orchestrator {
         for merge in &merges {
             self.payloads.entry(merge.t).or_default().extend(merge.contributions.iter().map(|one| (one.hotkey, one.slot)));
         }
-        let validators: Vec<AccountId> = self.guests.iter().filter(|guest| guest.validator).map(|guest| guest.hotkey).collect();
         // Until the notice is read, so many more pulls may be answered.
         let answered = self.next_t + u64::from(self.parameters().overlap) + 1;
         let kept_from = answered.saturating_sub(SEGMENT_CYCLES * fragments);
         // Of what is inherited, nobody took up what its learner may have uploaded meanwhile.
         let later_ms = self.volatile.now_ms + self.parameters().audit.opening_ms;
-        for selection in select(self.setup.run, self.parameters().audit.rate_ppm, cycle, block, hash, &merges, &validators) {
+        for selection in select(self.setup.run, self.parameters().audit.rate_ppm, draw, &merges) {
             tracing::debug!(cycle, hotkey = %selection.hotkey.short(), validator = %selection.validator.short(), t = selection.t, "audit selected");
             let inherited = self.inherited_notice(&selection.audit);
             if selection.t < kept_from && inherited.is_none() {

@@ -1,7 +1,7 @@
 //! What the machine is told: its run, and the inputs.
 
 use protocol::documents::{
-    CatalogPage, CatalogRef, Commitment, Head, Job, LeaseEnd, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape,
+    AuditDraw, CatalogPage, CatalogRef, Commitment, Head, Job, LeaseEnd, MergeManifest, Order, Progress, ReleaseRef, RunParameters, Tape,
     VerdictResult,
 };
 use protocol::envelope::{EnvelopeError, RunId, Verified};
@@ -191,10 +191,9 @@ pub enum Input {
     SnapshotStored {
         revision: u64,
     },
+    /// As it lies in the bucket, which may be what an earlier process wrote.
     Beacon {
-        cycle: u64,
-        block: u64,
-        hash: [u8; 32],
+        draw: Box<AuditDraw>,
     },
     /// Public keys that openings are sealed to.
     OpeningKeys {

@@ -5,7 +5,7 @@ use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
 use super::timing::Average;
-use super::{Effect, Guest, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want};
+use super::{Effect, Guest, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want, guest_of};
 
 /// A learner that left so many more pulls without an answer than it answered is not waited for; it is pulled and merged all the same.
 const MISSES_MAX: u8 = 3;
@@ -100,7 +100,7 @@ impl Learner {
 impl Orchestrator {
     pub(super) fn on_progress(&mut self, slot: Slot, id: Digest, record: Progress) {
         let (now_ms, ttl_ms) = (self.volatile.now_ms, self.parameters().learner_ttl_ms);
-        if slot.1 != record.slot || !self.miners.contains(&slot.0) || self.banned.contains_key(&slot.0) {
+        if slot.1 != record.slot || guest_of(&self.guests, &slot.0).is_none() || self.banned.contains_key(&slot.0) {
             return;
         }
         match self.learners.get(&slot) {
@@ -195,8 +195,9 @@ impl Orchestrator {
         let versions = self.fragment_versions();
         let welcome: Vec<Guest> = self.guests.iter().filter(|guest| !self.banned.contains_key(&guest.hotkey)).cloned().collect();
         for guest in welcome {
-            let slots = if guest.validator { 1 } else { self.setup.parameters.slots };
-            for slot in 0..slots {
+            for slot in 0..self.setup.parameters.slots {
+                // What an auditor needs lies at its first slot.
+                let guest = Guest { validator: guest.validator && slot == 0, ..guest.clone() };
                 self.refresh_standing((guest.hotkey, slot), &guest, &versions, now_ms);
             }
         }
@@ -227,17 +228,18 @@ impl Orchestrator {
         let due = mark.published_ms == 0
             || now_ms >= mark.published_ms + STANDING_REFRESH_MS
             || mark.live != live
+            || mark.validator != validator
             || mark.session_epoch != session_epoch
             || mark.recipient != recipient
             || outrun;
         if !due {
             return;
         }
-        *mark = StandingMark { published_ms: now_ms.max(1), live, session_epoch, recipient, versions: versions.to_vec() };
+        *mark = StandingMark { published_ms: now_ms.max(1), live, validator, session_epoch, recipient, versions: versions.to_vec() };
         let mark = mark.clone();
         let revision = self.next_revision();
         let cycle = protocol::schedule::cycle_of(self.closed_below, self.parameters().fragments);
-        self.emit(Effect::PublishStanding { revision, slot, validator, mark, cycle });
+        self.emit(Effect::PublishStanding { revision, slot, mark, cycle });
     }
 
     fn refresh_job(&mut self, slot: Slot) {
@@ -284,6 +286,8 @@ impl Orchestrator {
 pub struct StandingMark {
     pub published_ms: u64,
     pub live: bool,
+    /// With what an auditor needs.
+    pub validator: bool,
     pub session_epoch: u64,
     /// The X25519 key that they are sealed to; with another one they are sealed anew.
     pub recipient: Option<[u8; 32]>,

@@ -77,7 +77,6 @@ pub struct Orchestrator {
     block: u64,
     /// Sorted by hotkey.
     guests: Vec<Guest>,
-    miners: BTreeSet<AccountId>,
     /// Hotkeys that the operator excluded, with the reason.
     banned: BTreeMap<AccountId, String>,
     learners: BTreeMap<Slot, Learner>,
@@ -184,7 +183,6 @@ impl Orchestrator {
             state: RunState::Open,
             block: 0,
             guests: Vec::new(),
-            miners: BTreeSet::new(),
             banned: BTreeMap::new(),
             learners: BTreeMap::new(),
             standing: BTreeMap::new(),
@@ -377,7 +375,8 @@ impl Orchestrator {
     fn watch(&mut self) {
         let mut live = Vec::new();
         let mut silent = Vec::new();
-        for hotkey in self.miners.iter().filter(|hotkey| !self.banned.contains_key(hotkey)) {
+        // Also hotkeys with a validator permit: who earns much has one, whether it wants to or not.
+        for Guest { hotkey, .. } in self.guests.iter().filter(|guest| !self.banned.contains_key(&guest.hotkey)) {
             for slot in 0..self.parameters().slots {
                 let slot = (*hotkey, slot);
                 let list = if self.learners.get(&slot).is_some_and(|learner| learner.live) { &mut live } else { &mut silent };
@@ -405,10 +404,9 @@ impl Orchestrator {
             learner.grants_dirty = true;
             self.pace.dirty.insert(*slot);
         }
-        self.miners = guests.iter().filter(|guest| !guest.validator).map(|guest| guest.hotkey).collect();
         self.guests = guests;
         // Whoever left the subnet is forgotten when its records have grown old.
-        self.learners.retain(|slot, learner| learner.live || self.miners.contains(&slot.0));
+        self.learners.retain(|slot, learner| learner.live || guest_of(&self.guests, &slot.0).is_some());
         self.standing.retain(|slot, _| guest_of(&self.guests, &slot.0).is_some());
     }
 }
@@ -454,7 +452,7 @@ impl Machine for Orchestrator {
             Input::LeaseEnded { end } => self.on_lease_ended(&end),
             Input::HeadPublished => self.volatile.head_in_flight = false,
             Input::SnapshotStored { revision } => self.on_snapshot_stored(revision),
-            Input::Beacon { cycle, block, hash } => self.on_beacon(cycle, block, &hash),
+            Input::Beacon { draw } => self.on_beacon(&draw),
             Input::OpeningKeys { keys } => self.on_opening_keys(&keys),
             Input::AuditOrdered { audit } => self.on_audit_ordered(audit),
             Input::Verdict { audit, verdict } => self.on_verdict(audit, verdict),

@@ -61,6 +61,8 @@ pub enum OfferStage {
     Granted,
     /// A predecessor granted the upload, and may have accepted it: its payload is looked for in the bucket.
     Sought,
+    /// Its session is over, and its upload may be there: it is looked for.
+    Left,
     Checking,
     Accepted,
     Rejected(Reason),
@@ -72,7 +74,12 @@ impl OfferStage {
     }
 
     pub(super) fn is_pending(self) -> bool {
-        matches!(self, Self::Committed | Self::Granted | Self::Sought | Self::Checking)
+        matches!(self, Self::Committed | Self::Granted | Self::Sought | Self::Left | Self::Checking)
+    }
+
+    /// Looked for in the bucket; nothing is decided before that is known.
+    fn is_sought(self) -> bool {
+        matches!(self, Self::Sought | Self::Left)
     }
 }
 
@@ -112,7 +119,7 @@ impl OpenPull {
         } else if stage == OfferStage::Accepted {
             self.accepted = self.accepted.saturating_add_signed(by);
         }
-        if stage == OfferStage::Sought {
+        if stage.is_sought() {
             self.sought = self.sought.saturating_add_signed(by);
         }
     }
@@ -317,7 +324,7 @@ impl Orchestrator {
         }
         match known.map(|offer| offer.stage) {
             None | Some(OfferStage::Committed) => self.note_evidence(&commitment, id),
-            Some(OfferStage::Granted | OfferStage::Checking) if is_open => {}
+            Some(OfferStage::Granted | OfferStage::Checking | OfferStage::Left) if is_open => {}
             Some(_) => return,
         }
         // What is decided has no room for it. It is told so, and what it uploaded is deleted with its step.
@@ -345,9 +352,13 @@ impl Orchestrator {
         if outcome == Reason::NotUploaded && pull.advance(&slot, OfferStage::Sought, OfferStage::Granted).is_some() {
             return self.grants_changed(slot);
         }
+        if outcome == Reason::NotUploaded {
+            // Nobody is there any more who could upload it.
+            pull.advance(&slot, OfferStage::Left, OfferStage::Rejected(Reason::SessionReplaced));
+        }
         let stage = if outcome == Reason::None { OfferStage::Accepted } else { OfferStage::Rejected(outcome) };
         let was_checked =
-            pull.advance(&slot, OfferStage::Checking, stage).is_some() || pull.advance(&slot, OfferStage::Sought, stage).is_some();
+            [OfferStage::Checking, OfferStage::Sought, OfferStage::Left].iter().any(|from| pull.advance(&slot, *from, stage).is_some());
         if was_checked && outcome != Reason::None {
             self.note(slot, outcome);
         }
@@ -371,8 +382,11 @@ impl Orchestrator {
     /// what is not.
     pub(super) fn withdraw_offers(&mut self, slot: Slot) {
         self.remove_offers(slot, |offer| offer.stage == OfferStage::Committed);
-        for pull in self.pulls.values_mut().filter(|pull| pull.stage == PullStage::Open) {
-            pull.advance(&slot, OfferStage::Granted, OfferStage::Rejected(Reason::SessionReplaced));
+        for (t, pull) in self.pulls.iter_mut().filter(|(_, pull)| pull.stage == PullStage::Open) {
+            // Its upload may have ended just before, or goes on to its end.
+            if let Some(offer) = pull.advance(&slot, OfferStage::Granted, OfferStage::Left) {
+                self.volatile.effects.push_back(Effect::CheckPayload { slot, t: *t, commitment: offer.commitment.clone() });
+            }
         }
     }
 
@@ -437,7 +451,7 @@ impl Orchestrator {
         let is_judged = self.restoring.is_none();
         for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| is_judged && learner.is_asked(pull.fragment, closing)) {
             // A commitment alone is no answer, nor is what was refused: whoever sends no more is not waited for either.
-            let answers = |offer: &Offer| matches!(offer.stage, OfferStage::Sought | OfferStage::Checking | OfferStage::Accepted);
+            let answers = |offer: &Offer| offer.stage.is_sought() || matches!(offer.stage, OfferStage::Checking | OfferStage::Accepted);
             learner.note_answer(pull.offers.get(slot).is_some_and(answers));
         }
         self.pace.survey = true;
@@ -521,7 +535,7 @@ impl Orchestrator {
                 rest_ppm: 0,
                 outcome: match offer.stage {
                     OfferStage::Rejected(reason) => reason,
-                    OfferStage::Committed | OfferStage::Granted | OfferStage::Sought => Reason::NotUploaded,
+                    OfferStage::Committed | OfferStage::Granted | OfferStage::Sought | OfferStage::Left => Reason::NotUploaded,
                     OfferStage::Checking | OfferStage::Accepted => Reason::Late,
                 },
             })
@@ -615,7 +629,7 @@ impl Orchestrator {
                                 let commitment = offer.commitment.digest();
                                 effects.push(Effect::StoreCommitment { slot: *slot, t: *t, id: offer.id, commitment });
                             }
-                            OfferStage::Sought | OfferStage::Checking => {
+                            OfferStage::Sought | OfferStage::Left | OfferStage::Checking => {
                                 effects.push(Effect::CheckPayload { slot: *slot, t: *t, commitment: offer.commitment.clone() })
                             }
                             OfferStage::Granted | OfferStage::Accepted | OfferStage::Rejected(_) => {}

@@ -44,7 +44,6 @@ pub enum Effect {
     PublishStanding {
         revision: u64,
         slot: Slot,
-        validator: bool,
         mark: StandingMark,
         /// Cycles that are merged: a validator publishes scores for this one and those that follow.
         cycle: u64,
@@ -83,6 +82,7 @@ pub enum Effect {
         rejected: Vec<Contribution>,
         previous_keyframe: (Digest, u64),
     },
+    /// What a cycle's audits are drawn with, written down before anybody is asked.
     ReadBeacon {
         cycle: u64,
         block: u64,

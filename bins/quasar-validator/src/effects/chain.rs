@@ -19,6 +19,8 @@ use crate::machine::{ChainView, Input, OwnNeuron};
 
 /// Steps of a sent row that wait to be told; there are four, and two more for each fork.
 const PROGRESS_MAX: usize = 32;
+/// Nodes that are no archives keep the states of so many blocks.
+const STATE_BLOCKS: u64 = 240;
 /// Where the daemon leaves how weights stand, in its state folder.
 pub const WEIGHTS_FILE: &str = "weights.json";
 
@@ -89,8 +91,7 @@ impl ChainDesk {
         let own = metagraph
             .by_hotkey(&self.hotkey.account())
             .map(|neuron| OwnNeuron { uid: neuron.uid, validator_permit: neuron.validator_permit });
-        let validators = metagraph.neurons.iter().filter(|neuron| neuron.validator_permit).map(|neuron| neuron.hotkey).collect();
-        Ok(ChainView { block: metagraph.block.number, validators, own })
+        Ok(ChainView { block: metagraph.block.number, own })
     }
 
     /// Hash of a finalized block. Once seen it is kept, because nodes forget and restarts ask again.
@@ -106,6 +107,19 @@ impl ChainDesk {
             blocking(move || journal.put(&name, &hash)).await?;
         }
         Ok(hash)
+    }
+
+    /// Who could audit at a finalized block; `None` where nodes have forgotten that.
+    pub async fn validators_at(&self, block: u64) -> Result<Option<Vec<AccountId>>, ChainError> {
+        let client = self.link.client().await?;
+        if block + STATE_BLOCKS < client.head().await?.number {
+            return Ok(None);
+        }
+        match client.metagraph_at(self.netuid, block).await {
+            Ok(metagraph) => Ok(Some(metagraph.validators())),
+            Err(ChainError::StateForgotten { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Sends a row when the next life is sure to know of it.

@@ -61,11 +61,14 @@ struct Demands {
 }
 
 impl Demands {
-    fn add(&mut self, demand: Demand) {
+    fn add(&mut self, demand: Demand, is_wanted: bool) {
         let Demand { keyframe: KeyframeRef { fragment, version, digest }, from } = demand;
         self.known.retain(|(of, version), _| *of != fragment || *version >= from);
         self.known.insert((fragment, version), digest);
         self.waiting.retain(|waiting| waiting.keyframe.fragment != fragment || waiting.keyframe.version >= from);
+        if !is_wanted {
+            return;
+        }
         if self.waiting.len() >= DEMANDS_MAX {
             self.waiting.pop_front();
         }
@@ -107,10 +110,10 @@ impl Keyframes {
         KeyframeId { plan: self.facts.manifest.plan, fragment: u32::from(fragment), version }
     }
 
-    /// Remembers a version that a merge manifest stated, to be fetched by the [`Keeper`]. Of its fragment, versions below `from` are not
-    /// needed any more.
-    pub fn demand(&self, keyframe: KeyframeRef, from: u64) {
-        self.demands().add(Demand { keyframe, from });
+    /// Remembers a version that a merge manifest stated, to be fetched by the [`Keeper`] if it `is_wanted`. Of its fragment, versions below
+    /// `from` are not needed any more.
+    pub fn demand(&self, keyframe: KeyframeRef, from: u64, is_wanted: bool) {
+        self.demands().add(Demand { keyframe, from }, is_wanted);
         self.demanded.notify_one();
     }
 
@@ -274,9 +277,9 @@ mod tests {
     fn a_demand_for_a_version_that_is_not_needed_any_more_is_dropped_and_the_newest_comes_last() {
         let mut demands = Demands::default();
         for (fragment, version) in [(0, 1), (1, 1), (0, 2), (1, 2)] {
-            demands.add(demand(fragment, version, 0));
+            demands.add(demand(fragment, version, 0), true);
         }
-        demands.add(demand(0, 9, 2));
+        demands.add(demand(0, 9, 2), true);
         let waiting: Vec<_> = demands.waiting.iter().map(|one| (one.keyframe.fragment, one.keyframe.version)).collect();
         assert_eq!(waiting, [(1, 1), (0, 2), (1, 2), (0, 9)]);
         assert!(!demands.known.contains_key(&(0, 1)) && demands.known.contains_key(&(1, 1)));
@@ -286,7 +289,7 @@ mod tests {
     fn demands_for_a_fragment_that_is_busy_let_others_pass() {
         let mut demands = Demands::default();
         for (fragment, version) in [(0, 1), (0, 2), (1, 1)] {
-            demands.add(demand(fragment, version, 0));
+            demands.add(demand(fragment, version, 0), true);
         }
         assert_eq!(demands.next(|fragment| fragment == 0), Some(demand(1, 1, 0)));
         assert_eq!(demands.next(|fragment| fragment == 0), None);
@@ -297,7 +300,7 @@ mod tests {
     fn demands_that_nobody_works_off_do_not_pile_up() {
         let mut demands = Demands::default();
         for version in 0..DEMANDS_MAX as u64 + 5 {
-            demands.add(demand(0, version, 0));
+            demands.add(demand(0, version, 0), true);
         }
         assert_eq!((demands.waiting.len(), demands.waiting.front().copied()), (DEMANDS_MAX, Some(demand(0, 5, 0))));
     }

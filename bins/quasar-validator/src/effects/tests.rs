@@ -166,7 +166,8 @@ impl Published {
         // The last cycle of a complete run, at block 6.
         let beacon_block = 6 + u64::from(world.parameters.audit.beacon_blocks);
         let beacon = chain.block_hash(beacon_block).await.unwrap().unwrap();
-        let selections = select(run_id, 1_000_000, 1, beacon_block, &beacon, &merges(draft, Digest::ZERO)[3..], &[hotkey.account()]);
+        let draw = AuditDraw { cycle: 1, beacon_block, beacon: Digest(beacon), validators: vec![hotkey.account()] };
+        let selections = select(run_id, 1_000_000, &draw, &merges(draft, Digest::ZERO)[3..]);
         world.selection = Some(selections[0].clone());
         let case = case(&world, cheat);
 

@@ -143,8 +143,8 @@ impl Audits {
         self.open.retain(|(_, digest), _| digest != audit);
     }
 
-    /// What to do now.
-    pub fn effects(&mut self, now_ms: u64, versions: &[u64], effects: &mut impl Extend<Effect>) {
+    /// What to do now. `versions` are those of every fragment; without them nothing is judged.
+    pub fn effects(&mut self, now_ms: u64, versions: Option<&[u64]>, effects: &mut impl Extend<Effect>) {
         self.open.retain(|(_, audit), one| {
             let is_alive = one.until_ms > now_ms || matches!(one.stage, Stage::Ready | Stage::Judging);
             if !is_alive && !matches!(one.stage, Stage::AwaitingOrder { .. }) {
@@ -158,10 +158,13 @@ impl Audits {
                 Stage::AwaitingOrder { .. } if one.poller.begin(now_ms) => {
                     effects.extend([Effect::ReadOrder(one.subject.selection.clone())])
                 }
-                Stage::Ready if !self.is_judging && one.poller.begin(now_ms) => {
+                Stage::Ready if versions.is_some() && !self.is_judging && one.poller.begin(now_ms) => {
                     one.stage = Stage::Judging;
                     self.is_judging = true;
-                    effects.extend([Effect::Judge { subject: Box::new(one.subject.clone()), versions: versions.to_vec() }]);
+                    effects.extend([Effect::Judge {
+                        subject: Box::new(one.subject.clone()),
+                        versions: versions.unwrap_or_default().to_vec(),
+                    }]);
                 }
                 Stage::Committing(judgement) if one.poller.begin(now_ms) => {
                     effects.extend([Effect::Commit(Box::new(one.subject.verdict(judgement)))]);
@@ -362,7 +365,7 @@ mod tests {
 
     fn effects(audits: &mut Audits, now_ms: u64) -> Vec<Effect> {
         let mut effects = Vec::new();
-        audits.effects(now_ms, &[0], &mut effects);
+        audits.effects(now_ms, Some(&[0]), &mut effects);
         effects
     }
 

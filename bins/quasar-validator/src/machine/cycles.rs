@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::audits::{Selection, beacon_from, select};
-use protocol::documents::{AuditParameters, Contribution, FragmentHead, MergeManifest};
+use protocol::documents::{AuditDraw, AuditParameters, Contribution, FragmentHead, MergeManifest};
 use protocol::envelope::RunId;
 use protocol::schedule::{Work, cycle_of, fragment_of, merge_weights};
-use protocol::{AccountId, Digest, Reason};
+use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
 use super::poller::Poller;
@@ -18,8 +18,10 @@ const READS_MAX: usize = 16;
 pub const VERSIONS_KEPT: u64 = 8;
 /// So many while audits of earlier cycles wait: learners may take the time of many cycles to open. More would fill disks.
 pub const VERSIONS_KEPT_MAX: u64 = 24;
-/// A block this far behind the chain's head that a node does not know any more will not come back.
+/// Of a block this far behind the chain's head nobody will write down any more who could audit then.
 const FORGOTTEN_BLOCKS: u64 = 1_000;
+/// Complete cycles whose beacon is fixed and not read. While the chain does not answer, no more are gathered: they would fill memory.
+const CLOSED_MAX: usize = 64;
 
 /// A published keyframe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -114,6 +116,16 @@ pub struct Folded {
     pub fault: Option<MergeFault>,
 }
 
+/// What a look for a cycle's draw brought.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DrawRead {
+    Drawn(Box<AuditDraw>),
+    /// The chain has forgotten who could audit then, and nobody has written it down.
+    Forgotten,
+    /// Chain or store did not answer, or the block is not final there.
+    Failed,
+}
+
 /// All manifests of a run, as far as they were read.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Cycles {
@@ -169,6 +181,9 @@ impl Cycles {
 
     /// The next manifests to read.
     pub fn wanted(&mut self, now_ms: u64) -> Vec<u64> {
+        if self.closed.values().filter(|closed| closed.beacon_block.is_some()).count() > CLOSED_MAX {
+            return Vec::new();
+        }
         // What waits to be folded counts as well: one missing step must not make the rest of a long run pile up here.
         let end = self.closed_below.min(self.folded_below + 4 * READS_MAX as u64);
         let mut wanted = Vec::new();
@@ -249,25 +264,38 @@ impl Cycles {
         self.closed.iter_mut().filter_map(wanted).collect()
     }
 
-    /// The chain's answer: with a hash, the cycle's audits; without, it is asked again, unless the block is lost in the past.
-    pub fn beacon(&mut self, cycle: u64, hash: Option<[u8; 32]>, validators: &[AccountId], head_block: u64, now_ms: u64) -> Vec<Subject> {
+    /// What was found of the cycle's draw: its audits. Where it was not read, it is asked for again, unless it is lost in the past.
+    pub fn drawn(&mut self, cycle: u64, read: DrawRead, head_block: u64, now_ms: u64) -> Vec<Subject> {
         let Some(closed) = self.closed.get_mut(&cycle) else { return Vec::new() };
         let Some(beacon_block) = closed.beacon_block else { return Vec::new() };
-        let Some(hash) = hash.filter(|_| !validators.is_empty()) else {
-            closed.poller.end(now_ms);
-            if hash.is_none() && beacon_block < head_block.saturating_sub(FORGOTTEN_BLOCKS) {
+        match read {
+            DrawRead::Drawn(draw) => {
+                let Some(Closed { merges, .. }) = self.closed.remove(&cycle) else { return Vec::new() };
+                let selections = select(self.run, self.rate_ppm, &draw, &merges);
+                return selections.into_iter().filter_map(|selection| subject(selection, &merges)).collect();
+            }
+            DrawRead::Forgotten if beacon_block.saturating_add(FORGOTTEN_BLOCKS) < head_block => {
                 tracing::warn!(
                     cycle,
                     block = beacon_block,
-                    "the chain node has forgotten the beacon's block: this cycle stays without audits here"
+                    "the chain has forgotten who could audit at the beacon's block, and nobody wrote it down: this cycle stays without audits here"
                 );
                 self.closed.remove(&cycle);
             }
-            return Vec::new();
-        };
-        let Some(Closed { merges, .. }) = self.closed.remove(&cycle) else { return Vec::new() };
-        let selections = select(self.run, self.rate_ppm, cycle, beacon_block, &hash, &merges, validators);
-        selections.into_iter().filter_map(|selection| subject(selection, &merges)).collect()
+            DrawRead::Forgotten | DrawRead::Failed => closed.poller.end(now_ms),
+        }
+        Vec::new()
+    }
+
+    /// Whether everything that is closed is folded, and all audits are drawn whose block the chain has.
+    pub fn is_caught_up(&self, head_block: u64) -> bool {
+        let is_due = |closed: &Closed| closed.beacon_block.is_some_and(|block| block <= head_block);
+        self.is_folded() && !self.closed.values().any(is_due)
+    }
+
+    /// Whether everything that the head calls closed is folded.
+    pub fn is_folded(&self) -> bool {
+        self.folded_below >= self.closed_below
     }
 
     /// Whether the chain and the head disagree on a keyframe of the same version: the fragments for which they do.
@@ -300,7 +328,7 @@ impl Cycles {
 
     /// Whether everything that is closed was folded and every complete cycle's audits are known.
     pub fn is_settled(&self) -> bool {
-        self.folded_below >= self.closed_below && self.closed.is_empty()
+        self.is_folded() && self.closed.is_empty()
     }
 
     pub fn folded_below(&self) -> u64 {
@@ -326,7 +354,7 @@ fn subject(selection: Selection, merges: &[MergeManifest]) -> Option<Subject> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::fixture::{account, contribution, merge, parameters};
+    use crate::machine::fixture::{account, contribution, drawn, merge, parameters};
 
     fn cycles() -> Cycles {
         Cycles::new(RunId([1; 16]), 2, &parameters().audit, 100)
@@ -360,9 +388,9 @@ mod tests {
         assert!(!cycles.is_settled());
         assert!(cycles.beacons_wanted(7, 0).is_empty(), "block 5 + 3 is not there yet");
         assert_eq!(cycles.beacons_wanted(8, 0), [(0, 8)]);
-        assert!(cycles.beacon(0, None, &[account(9)], 8, 0).is_empty());
+        assert!(cycles.drawn(0, DrawRead::Failed, 8, 0).is_empty() && !cycles.is_caught_up(8) && cycles.is_caught_up(7));
         assert_eq!(cycles.beacons_wanted(9, 100), [(0, 8)]);
-        let subjects = cycles.beacon(0, Some([4; 32]), &[account(9)], 9, 100);
+        let subjects = cycles.drawn(0, drawn(0, 8, 9), 9, 100);
         assert_eq!(subjects.len(), 2);
         assert!(subjects.iter().all(|one| one.selection.validator == account(9) && one.contribution.hotkey == one.selection.hotkey));
         assert!(cycles.is_settled());
@@ -384,14 +412,38 @@ mod tests {
     }
 
     #[test]
-    fn a_beacon_that_the_node_has_forgotten_ends_the_wait() {
+    fn a_draw_that_the_chain_has_forgotten_ends_the_wait_and_one_that_was_not_read_does_not() {
         let mut cycles = cycles();
         cycles.follow(2, true);
         cycles.arrive(0, merge(0, 2, both()));
         cycles.arrive(1, merge(1, 2, both()));
         cycles.beacons_wanted(5_000, 0);
-        cycles.beacon(0, None, &[account(9)], 5_000, 0);
+        cycles.drawn(0, DrawRead::Failed, 5_000, 0);
+        cycles.drawn(0, DrawRead::Forgotten, 500, 0);
+        assert!(!cycles.is_settled());
+        cycles.drawn(0, DrawRead::Forgotten, 5_000, 0);
         assert!(cycles.is_settled());
+    }
+
+    #[test]
+    fn while_the_chain_does_not_answer_cycles_do_not_pile_up() {
+        let mut cycles = cycles();
+        cycles.follow(1_000, false);
+        let mut t = 0;
+        loop {
+            let wanted = cycles.wanted(0);
+            if wanted.is_empty() {
+                break;
+            }
+            for t in wanted {
+                cycles.arrive(t, MergeManifest { block: t, ..merge(t, 2, Vec::new()) });
+            }
+            t += 1;
+        }
+        assert!(cycles.folded_below() > 2 * CLOSED_MAX as u64 && cycles.folded_below() < 300, "{t}");
+        let oldest = cycles.oldest_closed().unwrap();
+        cycles.drawn(oldest, drawn(oldest, 4, 9), 1_000, 0);
+        assert_eq!(cycles.oldest_closed(), Some(oldest + 1));
     }
 
     #[test]
@@ -436,7 +488,7 @@ mod tests {
         assert_eq!(cycles.arrive(0, faulty)[0].fault, Some(MergeFault::Weights));
         cycles.arrive(1, merge(1, 2, vec![contribution(3, 0, 10, Reason::None)]));
         cycles.beacons_wanted(1_000, 0);
-        let subjects = cycles.beacon(0, Some([4; 32]), &[account(9)], 1_000, 0);
+        let subjects = cycles.drawn(0, drawn(0, 8, 9), 1_000, 0);
         let audited: Vec<_> = subjects.iter().map(|one| one.selection.hotkey).collect();
         assert_eq!(audited, [account(1), account(2), account(3)]);
     }

@@ -5,15 +5,22 @@ use chain::epoch::EpochState;
 use chain::{BlockRef, Hyperparameters, Metagraph, Neuron, WeightsView};
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditParameters, Codec, Contribution, InnerOptimizer, LrSchedule, Measurements, MergeManifest, RunParameters, Verdict, VerdictResult,
+    AuditDraw, AuditParameters, Codec, Contribution, InnerOptimizer, LrSchedule, Measurements, MergeManifest, RunParameters, Verdict,
+    VerdictResult,
 };
 use protocol::schedule::{Work, merge_weights};
 use protocol::{AccountId, Digest, Reason};
 
+use super::cycles::DrawRead;
 use crate::audit::Subject;
 
 pub fn account(byte: u8) -> AccountId {
     AccountId([byte; 32])
+}
+
+/// A draw with one auditor.
+pub fn drawn(cycle: u64, beacon_block: u64, auditor: u8) -> DrawRead {
+    DrawRead::Drawn(Box::new(AuditDraw { cycle, beacon_block, beacon: Digest([4; 32]), validators: vec![account(auditor)] }))
 }
 
 pub fn contribution(hotkey: u8, slot: u8, tokens: u64, outcome: Reason) -> Contribution {

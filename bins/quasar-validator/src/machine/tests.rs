@@ -4,7 +4,7 @@ use daemon::Machine as _;
 use protocol::Reason;
 use protocol::documents::{Contribution, VerdictResult};
 
-use super::fixture::{account, contribution, merge, parameters, verdict, view};
+use super::fixture::{account, contribution, drawn, merge, parameters, verdict, view};
 use super::*;
 use crate::audit::Judgement;
 
@@ -45,7 +45,7 @@ fn head_at(state: RunState, closed_below: u64, outer_step: u64) -> Input {
 }
 
 fn chain(block: u64, own: Option<OwnNeuron>) -> Input {
-    Input::Chain(Some(Box::new(ChainView { block, validators: vec![account(9)], own })))
+    Input::Chain(Some(Box::new(ChainView { block, own })))
 }
 
 fn merged(t: u64) -> Input {
@@ -61,7 +61,7 @@ fn audited(machine: &mut Machine, state: RunState) -> Vec<Subject> {
     give(machine, 0, head(state, last + 1));
     let effects: Vec<Effect> = (0..=last).flat_map(|t| give(machine, 0, merged(t))).collect();
     assert!(effects.contains(&Effect::ReadBeacon { cycle: 0, block }), "{effects:?}");
-    let effects = give(machine, 10, Input::Beacon { cycle: 0, hash: Some([4; 32]) });
+    let effects = give(machine, 10, Input::Beacon { cycle: 0, read: drawn(0, block, 9) });
     let subjects = effects.into_iter().filter_map(|effect| match effect {
         Effect::ReadVerdict(subject) => Some(*subject),
         _ => None,
@@ -69,11 +69,15 @@ fn audited(machine: &mut Machine, state: RunState) -> Vec<Subject> {
     subjects.collect()
 }
 
+/// The first look for a verdict finds none.
+fn not_revealed(machine: &mut Machine, subject: &Subject, now_ms: u64) {
+    let effects = give(machine, now_ms, Input::Verdict { audit: subject.selection.audit, verdict: None });
+    assert!(effects.contains(&Effect::ReadOrder(subject.selection.clone())));
+}
+
 /// Plays the audit of `subject` from order to reveal with this result.
 fn play(machine: &mut Machine, subject: &Subject, result: VerdictResult, now_ms: u64) {
     let audit = subject.selection.audit;
-    let effects = give(machine, now_ms, Input::Verdict { audit, verdict: None });
-    assert!(effects.contains(&Effect::ReadOrder(subject.selection.clone())));
     give(machine, now_ms, Input::Order { audit, read: OrderRead::Fits });
     let judgement = Judgement { result, ..Judgement::not_evaluated("") };
     let effects = give(machine, now_ms, Input::Judged { audit, judged: Judged::Done(Box::new(judgement)) });
@@ -141,6 +145,8 @@ fn a_complete_run_is_audited_and_ends_with_final_weights_without_the_failed_lear
     let mut machine = machine();
     let subjects = audited(&mut machine, RunState::Complete);
     assert_eq!(subjects.len(), 2);
+    assert_eq!(look(&mut machine, 10, 20, &[], 0), None, "a verdict that is there already would count");
+    subjects.iter().for_each(|subject| not_revealed(&mut machine, subject, 10));
     let (attempt, regular) = look(&mut machine, 10, 20, &[], 0).expect("this epoch has no row yet");
     landed(&mut machine, 10, attempt, 21);
     for (subject, result) in subjects.iter().zip([VerdictResult::Mismatch, VerdictResult::Pass]) {
@@ -162,6 +168,7 @@ fn a_restarted_machine_reads_the_same_facts_and_comes_to_the_same_scores() {
     let (mut first, mut second) = (machine(), machine());
     let subjects = audited(&mut first, RunState::Open);
     for subject in &subjects {
+        not_revealed(&mut first, subject, 20);
         play(&mut first, subject, VerdictResult::Mismatch, 20);
     }
     let again = audited(&mut second, RunState::Open);
@@ -179,19 +186,24 @@ fn a_restarted_machine_reads_the_same_facts_and_comes_to_the_same_scores() {
 fn kept_from(cycles: u64, has_beacons: bool) -> Option<(u64, u64)> {
     let mut machine = machine();
     give(&mut machine, 0, Input::Tick);
-    let view = ChainView { block: 1_000, validators: vec![account(8)], own: Some(OWN) };
+    let view = ChainView { block: 1_000, own: Some(OWN) };
     give(&mut machine, 0, Input::Chain(Some(Box::new(view))));
-    give(&mut machine, 0, head(RunState::Open, 2 * cycles));
     let mut kept = None;
     for t in 0..2 * cycles {
-        for effect in give(&mut machine, 0, merged(t)) {
-            match effect {
-                Effect::Keep { keyframe, from } => kept = Some((keyframe.version, from)),
-                Effect::ReadBeacon { cycle, .. } if has_beacons => {
-                    give(&mut machine, 0, Input::Beacon { cycle, hash: Some([4; 32]) });
+        give(&mut machine, 0, head(RunState::Open, t + 1));
+        let mut effects: VecDeque<Effect> = give(&mut machine, 0, merged(t)).into();
+        while let Some(effect) = effects.pop_front() {
+            effects.extend(match effect {
+                Effect::Keep { keyframe, from, .. } => {
+                    kept = Some((keyframe.version, from));
+                    Vec::new()
                 }
-                _ => {}
-            }
+                Effect::ReadBeacon { cycle, block } if has_beacons => {
+                    give(&mut machine, 0, Input::Beacon { cycle, read: drawn(cycle, block, 8) })
+                }
+                Effect::ReadVerdict(subject) => give(&mut machine, 0, Input::Verdict { audit: subject.selection.audit, verdict: None }),
+                _ => Vec::new(),
+            });
         }
     }
     kept
@@ -231,7 +243,7 @@ fn facts_in_the_wrong_order_or_about_unknown_audits_change_nothing() {
     let mut machine = machine();
     let audit = Digest::blake3(b"unknown");
     for input in [
-        Input::Beacon { cycle: 3, hash: Some([1; 32]) },
+        Input::Beacon { cycle: 3, read: drawn(3, 1, 9) },
         Input::Order { audit, read: OrderRead::Fits },
         Input::Committed { audit, written: Written::Done },
         Input::Revealed { audit, written: Written::Done },

@@ -1,6 +1,7 @@
 //! Revealed verdicts of all validators on all selected learner-cycles: watched until they are there or their time is over.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use protocol::Digest;
 use protocol::audits::NOTICES_OF_SLOT;
@@ -63,12 +64,14 @@ pub struct Verdicts {
     opening_ms: u64,
     watched: BTreeMap<Digest, Watch>,
     reading: usize,
+    /// The one that was looked for last: all have their turn.
+    last: Option<Digest>,
     tally: Tally,
 }
 
 impl Verdicts {
     pub fn new(every_ms: u64, opening_ms: u64) -> Self {
-        Self { every_ms, opening_ms, watched: BTreeMap::new(), reading: 0, tally: Tally::default() }
+        Self { every_ms, opening_ms, watched: BTreeMap::new(), reading: 0, last: None, tally: Tally::default() }
     }
 
     /// Starts to wait for the verdict on a selected learner-cycle.
@@ -81,16 +84,34 @@ impl Verdicts {
     /// The next reveals to look for.
     pub fn wanted(&mut self, now_ms: u64) -> Vec<Subject> {
         let mut wanted = Vec::new();
-        for watch in self.watched.values_mut() {
-            if self.reading >= READS_MAX {
-                break;
-            }
-            if watch.poller.begin(now_ms) {
-                self.reading += 1;
-                wanted.push(watch.subject.clone());
+        let last = self.last.unwrap_or(Digest::ZERO);
+        for is_behind in [true, false] {
+            let bounds = if is_behind { (Bound::Excluded(last), Bound::Unbounded) } else { (Bound::Unbounded, Bound::Included(last)) };
+            for (audit, watch) in self.watched.range_mut(bounds) {
+                if self.reading >= READS_MAX {
+                    return wanted;
+                }
+                if watch.poller.begin(now_ms) {
+                    self.reading += 1;
+                    self.last = Some(*audit);
+                    wanted.push(watch.subject.clone());
+                }
             }
         }
         wanted
+    }
+
+    /// A look ended with no answer of the store.
+    pub fn not_read(&mut self, audit: &Digest, now_ms: u64) {
+        if let Some(watch) = self.watched.get_mut(audit) {
+            self.reading = self.reading.saturating_sub(1);
+            watch.poller.end(now_ms);
+        }
+    }
+
+    /// Whether each of them was looked for.
+    pub fn is_caught_up(&self) -> bool {
+        self.watched.values().all(|watch| watch.is_open)
     }
 
     /// A look ended.

@@ -21,7 +21,6 @@ use super::fault::chain_error;
 use super::read::{AtBlock, block_ref};
 use crate::error::ChainError;
 use crate::health::ChainHealth;
-use crate::types::BlockRef;
 
 /// First and longest pause before a dead endpoint is tried again.
 const RECONNECT_FIRST_MS: u64 = 50;
@@ -334,11 +333,6 @@ impl Connections {
     pub(super) fn health(&self) -> ChainHealth {
         let watch = lock(&self.watch);
         ChainHealth { block_age_ms: watch.block_at.elapsed().as_millis() as u64, ..watch.health.clone() }
-    }
-
-    /// The newest finalized block seen so far.
-    pub(super) fn newest(&self) -> Option<BlockRef> {
-        lock(&self.watch).health.block
     }
 
     /// One look of the watchdog: asks for the newest block, and replaces the connection if none has come for too long.

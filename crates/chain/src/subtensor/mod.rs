@@ -179,12 +179,12 @@ impl Chain for SubtensorClient {
     }
 
     async fn block_hash(&self, number: u64) -> Result<Option<[u8; 32]>, ChainError> {
-        let is_known_final = self.connections.newest().is_some_and(|newest| number <= newest.number);
-        if !is_known_final && number > self.head().await?.number {
-            return Ok(None);
-        }
         self.connections
             .ask("block_hash", |link| async move {
+                // Of the endpoint that is asked for the hash: what another one has finalized may still be a fork there.
+                if number > read::block_ref(&link.at_head().await?).number {
+                    return Ok(None);
+                }
                 let hash: Option<H256> = link.rpc.request("chain_getBlockHash", rpc_params![number]).await?;
                 Ok(hash.map(|hash| hash.0))
             })

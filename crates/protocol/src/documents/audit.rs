@@ -11,6 +11,18 @@ use crate::envelope::Purpose;
 use crate::steps::Exchange;
 use crate::{AccountId, Digest, Reason, SealedBytes};
 
+/// What the audits of a cycle are drawn with. All of it is the chain's at `beacon_block`, where a validator reads it for itself; but nodes
+/// forget who had a permit, and whoever comes later draws the same.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct AuditDraw {
+    pub cycle: u64,
+    pub beacon_block: u64,
+    /// Hash of the block.
+    pub beacon: Digest,
+    /// Hotkeys with a validator permit at the block, ascending.
+    pub validators: Vec<AccountId>,
+}
+
 /// Delivers the grants of one audit to its validator. It selects nothing: the validator derives the selection itself from
 /// merge manifests and beacon, and refuses an order that differs.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]

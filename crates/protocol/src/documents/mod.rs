@@ -17,9 +17,9 @@ mod run;
 mod writer;
 
 pub use audit::{
-    AuditOrder, Measurements, OPENING_PARTS, OpenedPart, OpenedStep, OpeningManifest, SCORES_BYTES, Score, Scores, VERDICT_COMMIT_BYTES,
-    VERDICT_REVEAL_BYTES, Verdict, VerdictCommit, VerdictResult, VerdictReveal, opening_bytes_max, opening_part_bytes_max,
-    opening_volume_bytes, opening_volumes,
+    AuditDraw, AuditOrder, Measurements, OPENING_PARTS, OpenedPart, OpenedStep, OpeningManifest, SCORES_BYTES, Score, Scores,
+    VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES, Verdict, VerdictCommit, VerdictResult, VerdictReveal, opening_bytes_max,
+    opening_part_bytes_max, opening_volume_bytes, opening_volumes,
 };
 pub use equivocation::{Equivocation, NoEquivocation};
 pub use head::{FragmentHead, Head, Notice, Pull, ReleaseRef, RunState};
@@ -68,6 +68,7 @@ document! {
     Order => Order,
     Equivocation => Equivocation,
     LeaseEnd => LeaseEnd,
+    AuditDraw => AuditDraw,
 }
 
 /// JSON of a payload of any purpose, for `inspect`.
@@ -103,6 +104,7 @@ pub fn payload_json(purpose: Purpose, payload: &[u8]) -> Result<serde_json::Valu
         Purpose::Order => json::<Order>(payload),
         Purpose::Equivocation => json::<Equivocation>(payload),
         Purpose::LeaseEnd => json::<LeaseEnd>(payload),
+        Purpose::AuditDraw => json::<AuditDraw>(payload),
     }
 }
 

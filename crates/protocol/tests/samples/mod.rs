@@ -307,6 +307,7 @@ pub fn all() -> Vec<(&'static str, Vec<u8>)> {
             }],
         }),
         file_of(&WriterLease { epoch: 3, instance: [5; 16], host: "control-1".into(), renewal: 9, released: false }),
+        file_of(&AuditDraw { cycle: 2, beacon_block: 4_100, beacon: digest("beacon"), validators: vec![hotkey()] }),
         file_of(&LeaseEnd::new(77, [0, 1, 2, 5], 7, Some(digest("receipt")))),
         file_of(&Order { number: 2, action: Action::Rollback { version: 3 }, reason: "diverged after a bad shard".into() }),
         file_of(&Equivocation {

@@ -1,8 +1,6 @@
 //! What each effect of the machine does to the bucket.
 
 use bytes::Bytes;
-use chain::Chain;
-use futures::FutureExt;
 use protocol::documents::{
     CatalogPage, Commitment, Job, Lease, LeaseEnd, OPENING_PARTS, Progress, PullGrants, Receipt, Tape, VerdictReveal,
 };
@@ -43,8 +41,8 @@ impl Hands {
                 self.put_latest(&key, revision, || self.sign_ours::<Job>(&job, &self.world.context)).await;
                 return None;
             }
-            Effect::PublishStanding { revision, slot, validator, mark, cycle } => {
-                self.publish_standing(revision, slot, validator, &mark, cycle).await;
+            Effect::PublishStanding { revision, slot, mark, cycle } => {
+                self.publish_standing(revision, slot, &mark, cycle).await;
                 return None;
             }
             Effect::PublishPullGrants { revision, slot, session_epoch, recipient, wants } => {
@@ -78,10 +76,7 @@ impl Hands {
                 let (manifest, id, keyframe_length) = self.merge(*tape, rejected, previous_keyframe).await;
                 Input::Merged { manifest: Box::new(manifest), id, keyframe_length }
             }
-            Effect::ReadBeacon { cycle, block } => {
-                let read = || async { self.world.chain.block_hash(block).now_or_never().and_then(Result::ok).flatten() };
-                Input::Beacon { cycle, block, hash: self.persist(read).await }
-            }
+            Effect::ReadBeacon { cycle, block } => Input::Beacon { draw: Box::new(self.draw_audits(cycle, block).await) },
             Effect::MakeOpeningKeys { audits } => {
                 Input::OpeningKeys { keys: audits.into_iter().map(|audit| (audit, Digest::blake3(&audit.0).0)).collect() }
             }

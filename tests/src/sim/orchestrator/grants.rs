@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditOrder, Lease, OpenedPart, PROGRESS_BYTES, SCORES_BYTES, StandingGrants, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES,
+    AuditDraw, AuditOrder, Lease, OpenedPart, PROGRESS_BYTES, SCORES_BYTES, StandingGrants, VERDICT_COMMIT_BYTES, VERDICT_REVEAL_BYTES,
 };
 use protocol::envelope::{self, Document};
 use protocol::{Digest, GrantBundle, SealedBytes};
@@ -38,7 +38,7 @@ impl Hands {
         }
     }
 
-    pub(super) async fn publish_standing(&self, revision: u64, slot: Slot, validator: bool, mark: &StandingMark, cycle: u64) {
+    pub(super) async fn publish_standing(&self, revision: u64, slot: Slot, mark: &StandingMark, cycle: u64) {
         let key = self.world.slot_keys(slot).standing.clone();
         let make = || {
             let now_ms = self.world.clock_ms(self.id);
@@ -53,15 +53,14 @@ impl Hands {
             };
             let mut wanted =
                 vec![read(self.world.keys.release_manifest(BASE_RELEASE)), read(self.world.keys.release_file(BASE_RELEASE, BASE_FILE))];
-            if validator {
+            if mark.validator {
                 wanted
                     .extend((cycle..=cycle + VERSIONS_AHEAD).map(|epoch| write(self.world.run.scores(&slot.0, epoch), SCORES_BYTES, true)));
-            } else {
-                wanted.push(write(self.world.slot_keys(slot).progress.clone(), PROGRESS_BYTES as u64, false));
             }
+            wanted.push(write(self.world.slot_keys(slot).progress.clone(), PROGRESS_BYTES as u64, false));
             if mark.live {
                 for (fragment, version) in mark.versions.iter().enumerate() {
-                    let from = if validator { version.saturating_sub(VERSIONS_AHEAD / 2) } else { *version };
+                    let from = if mark.validator { version.saturating_sub(VERSIONS_AHEAD / 2) } else { *version };
                     wanted.extend((from..=version + VERSIONS_AHEAD).map(|version| read(self.world.run.keyframe(fragment as u16, version))));
                 }
             }
@@ -86,6 +85,18 @@ impl Hands {
         let recipient = recipient.expect("an Ed25519 hotkey can be sealed to");
         let sealed = self.world.plan.scheme.seal::<D>(&self.world.context, &header, &recipient, &grants);
         Bytes::from(envelope::sign_with_header(header, &document(sealed), &*self.world.office.signer))
+    }
+
+    pub(super) async fn draw_audits(&self, cycle: u64, block: u64) -> AuditDraw {
+        let key = self.world.run.draw(cycle);
+        let bytes = match self.get_present(&key).await {
+            Some(bytes) => bytes,
+            None => {
+                let draw = self.persist(|| async { self.world.draw_at(cycle, block) }).await;
+                self.put_once(&key, &draw).await
+            }
+        };
+        self.world.open_office::<AuditDraw>(&bytes).expect("our own draw").document
     }
 
     pub(super) async fn order_audit(

@@ -457,7 +457,7 @@ fn kind_of(input: &Input) -> u64 {
         Input::Merged { id, .. } => 9 + (u64::from(id.0[0]) << 8) + (u64::from(id.0[1]) << 16),
         Input::ReceiptChecked { lease, .. } => 10 + (lease << 8),
         Input::HeadPublished => 11,
-        Input::Beacon { cycle, .. } => 12 + (cycle << 8),
+        Input::Beacon { draw } => 12 + (draw.cycle << 8),
         Input::OpeningKeys { keys } => 13 + ((keys.len() as u64) << 8),
         Input::AuditOrdered { audit } | Input::Verdict { audit, .. } => 14 + (u64::from(audit.0[0]) << 8),
         Input::LogPublished => 15,

@@ -1,7 +1,7 @@
 //! Audits that wait for room in the head, and openings that are let go of.
 
 use protocol::audits::{SEGMENT_CYCLES, Selection};
-use protocol::documents::{Notice, OpeningPart, RENEWALS_PER_TTL, opening_part_bytes_max};
+use protocol::documents::{AuditDraw, Notice, OpeningPart, RENEWALS_PER_TTL, opening_part_bytes_max};
 use protocol::envelope::Purpose;
 
 use super::super::audits::HEAD_SLOW_MS;
@@ -211,7 +211,8 @@ fn what_learners_have_let_go_of_before_the_beacon_came_is_not_audited() {
     late.next_t += SEGMENT_CYCLES * u64::from(P);
     for (machine, selected) in [(&mut world.machine, 2), (&mut late, 0)] {
         let before = machine.audits.len();
-        machine.on_beacon(cycle, 1, &[7; 32]);
+        let draw = AuditDraw { cycle, beacon_block: 1, beacon: Digest([7; 32]), validators: vec![miner(200)] };
+        machine.on_beacon(&draw);
         assert_eq!((machine.audits.len() - before, machine.audit_cycle), (selected, cycle + 1));
     }
 }

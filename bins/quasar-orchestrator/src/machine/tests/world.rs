@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 
 use protocol::audits::Selection;
 use protocol::documents::{
-    AuditParameters, CatalogRef, Codec, Commitment, Contribution, FragmentProgress, Head, InnerOptimizer, Job, LearnerState, LeaseEnd,
-    LrSchedule, Notice, OpeningPart, Progress, ReceiptOffer, RunState, Tape, VerdictResult,
+    AuditDraw, AuditParameters, CatalogRef, Codec, Commitment, Contribution, FragmentProgress, Head, InnerOptimizer, Job, LearnerState,
+    LeaseEnd, LrSchedule, Notice, OpeningPart, Progress, ReceiptOffer, RunState, Tape, VerdictResult,
 };
 use protocol::envelope::RunId;
 use protocol::log::{LogHead, LogRef};
@@ -450,7 +450,11 @@ impl World {
                 let id = Digest::blake3(&codec::encode(&manifest));
                 Some(Input::Merged { manifest: Box::new(manifest), id, keyframe_length: 100 })
             }
-            Effect::ReadBeacon { cycle, block } => Some(Input::Beacon { cycle, block, hash: [block as u8; 32] }),
+            Effect::ReadBeacon { cycle, block } => {
+                let validators = self.guests.iter().filter(|guest| guest.validator).map(|guest| guest.hotkey).collect();
+                let draw = AuditDraw { cycle, beacon_block: block, beacon: Digest([block as u8; 32]), validators };
+                Some(Input::Beacon { draw: Box::new(draw) })
+            }
             Effect::OrderAudit { selection, parts, .. } => {
                 let audit = selection.audit;
                 if !self.orders.iter().any(|(known, _)| known.audit == audit) {

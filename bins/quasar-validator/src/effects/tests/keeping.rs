@@ -78,7 +78,7 @@ async fn demanded_versions_are_made_two_at_a_time_each_from_the_one_before_until
     let keyframes = Arc::new(Keyframes::new(facts, grants, base, folder.clone()));
 
     let keeper = keyframes.keeper();
-    refs.iter().for_each(|one| keyframes.demand(*one, 0));
+    refs.iter().for_each(|one| keyframes.demand(*one, 0, true));
     // An audit asks beside that.
     assert!(keyframes.values(2, 1).await.is_ok());
     until(|| names_in(&folder).iter().filter(|name| name.ends_with(".safetensors")).count() == refs.len()).await;
@@ -88,7 +88,7 @@ async fn demanded_versions_are_made_two_at_a_time_each_from_the_one_before_until
 
     drop(keeper);
     std::fs::remove_file(folder.join("0-1.safetensors")).unwrap();
-    keyframes.demand(refs[0], 0);
+    keyframes.demand(refs[0], 0, true);
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(count(&slow.reads), refs.len(), "nobody works any more");
 }
@@ -104,6 +104,6 @@ async fn what_lies_on_disk_from_before_a_pause_goes_at_the_start_or_with_the_fir
     let effects = published.effects(broken()).await;
     assert_eq!(names_in(&folder), ["1-2.safetensors", "1-30.safetensors", "2-2.safetensors"]);
     // Room is made also where the version itself cannot be had.
-    effects.keyframes.demand(KeyframeRef { fragment: 1, version: 37, digest: Digest::ZERO }, 30);
+    effects.keyframes.demand(KeyframeRef { fragment: 1, version: 37, digest: Digest::ZERO }, 30, true);
     until(|| names_in(&folder) == ["1-30.safetensors", "2-2.safetensors"]).await;
 }
