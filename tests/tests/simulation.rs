@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use protocol::documents::Action;
 use protocol::schedule::pull_interval_ms;
 use quasar_tests::sim::paper::Scheme;
-use quasar_tests::sim::{self, Boundary, CrashPoint, FailingRequest, Faults, INVARIANTS, Outcome, Plan};
+use quasar_tests::sim::{self, Boundary, CrashPoint, FailingRequest, Faults, INVARIANTS, Outcome, Permit, Plan};
 
 /// Every invariant held; if not, it is told with `replay`, what gives the same world again.
 fn must_hold(outcome: &Outcome, replay: &str) {
@@ -54,6 +54,19 @@ fn long_runs_delete_what_nobody_needs_and_nothing_else() {
         rollbacks += outcome.status["outcomes"].as_array().map_or(0, |orders| orders.iter().filter(is_done).count());
     }
     assert!(rollbacks > 0, "every rollback was refused");
+}
+
+#[test]
+fn who_audits_a_cycle_does_not_change_with_permits_that_change_later() {
+    for seed in 1..=3 {
+        let mut plan = Plan::calm(seed, 8, 4);
+        let span_ms = 4 * 24 * plan.step_ms;
+        plan.validators = 3;
+        plan.faults = Faults { until_ms: 2 * span_ms, validator_crash_ms: span_ms / 8, ..Faults::default() };
+        // The last validator has none from the middle of the run on; whoever restarts draws the cycles before once more.
+        plan.permits.push(Permit { uid: 8 + 2, changed_ms: span_ms / 2, back_ms: plan.limit_ms });
+        must_hold(&sim::run(plan), &this_test(seed, "a permit that goes"));
+    }
 }
 
 #[test]

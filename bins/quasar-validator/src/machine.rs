@@ -284,11 +284,11 @@ impl Machine {
         self.ended
     }
 
-    /// Scores of a complete run whose verdicts all came in time: then every validator has the same ones.
-    pub fn agreed_scores(&mut self) -> Option<Vec<(AccountId, u64)>> {
-        let is_complete = self.head.as_ref().is_some_and(|head| head.state == RunState::Complete);
-        let is_settled = is_complete && self.cycles.is_settled() && self.verdicts.is_settled() && self.verdicts.tally().missing == 0;
-        is_settled.then(|| self.scores.scores())
+    /// In what all validators of a complete run agree: the audits that were drawn, and where all their verdicts came in time, the scores.
+    pub fn agreed(&mut self) -> Option<(Digest, Option<Vec<(AccountId, u64)>>)> {
+        let is_drawn = self.head.as_ref().is_some_and(|head| head.state == RunState::Complete) && self.cycles.is_settled();
+        let is_judged = self.verdicts.is_settled() && self.verdicts.tally().missing == 0;
+        is_drawn.then(|| (self.verdicts.drawn(), is_judged.then(|| self.scores.scores())))
     }
 
     fn on_head(&mut self, head: HeadFacts, now_ms: u64) {

@@ -36,7 +36,7 @@ use protocol::documents::Action;
 
 pub use net::{FailingRequest, Traffic};
 pub use orchestrator::{Boundary, CrashPoint};
-pub use plan::{Ban, Behaviour, Faults, Plan};
+pub use plan::{Ban, Behaviour, Faults, Permit, Plan};
 pub use watch::{INVARIANTS, Violation};
 pub use world::{Outcome, World, run};
 

@@ -64,9 +64,9 @@ pub struct Node {
 }
 
 impl Node {
-    /// See [`Machine::agreed_scores`].
-    pub fn agreed_scores(&mut self) -> Option<Vec<(AccountId, u64)>> {
-        self.machine.as_mut()?.agreed_scores()
+    /// See [`Machine::agreed`].
+    pub fn agreed(&mut self) -> Option<(Digest, Option<Vec<(AccountId, u64)>>)> {
+        self.machine.as_mut()?.agreed()
     }
 
     pub fn new(identity: Identity, hotkey: Rc<Hotkey>, id: NodeId) -> Self {

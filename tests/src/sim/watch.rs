@@ -6,10 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use bytes::Bytes;
-use protocol::audits::Selection;
+use protocol::audits::{Selection, select};
 use protocol::documents::{
-    Action, CatalogPage, Commitment, Head, Job, Lease, LeaseEnd, MergeManifest, Order, Progress, RunState, Score, Tape, VerdictResult,
-    VerdictReveal,
+    Action, AuditDraw, CatalogPage, Commitment, Head, Job, Lease, LeaseEnd, MergeManifest, Order, Progress, RunState, Score, Tape,
+    VerdictResult, VerdictReveal,
 };
 use protocol::envelope::{Document, peek};
 use protocol::ledger::LedgerTotals;
@@ -17,6 +17,7 @@ use protocol::log::{Frontier, LogHead, LogKind};
 use protocol::schedule::cycle_of;
 use protocol::{AccountId, Digest, ShardManifest, codec};
 use quasar_orchestrator::machine::{OfferStage, Orchestrator, PullStage, Slot, StoredOrder, StoredPage};
+use quasar_validator::machine::verdicts;
 use storage::Presign;
 
 use super::books::Books;
@@ -86,7 +87,7 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ("only_writer", "an orchestrator that is alone is never fenced"),
     ("one_writer_per_epoch", "the head's epochs never fall, each is one process's, and a process that lost its lease ends"),
     ("banned_is_left_out", "what a banned hotkey sends is in no merge that was opened after the ban, and it holds no rows"),
-    ("validators_agree", "validators that know all verdicts have the same scores, to the token"),
+    ("validators_agree", "validators draw the same audits, and with all verdicts have the same scores, to the token"),
     ("rollback_is_whole", "a rollback takes every fragment back that is beyond its version, in one round"),
     ("restored_is_kept", "what a rollback goes back to lies in the bucket until it is there again"),
     ("page_before_rows", "a learner takes rows of a shard only after it has read and checked the catalog page that names it"),
@@ -670,6 +671,21 @@ impl Watch {
         self.hold(world, "rollback_is_whole", left.is_empty(), || format!("steps {left:?} stay as they are"));
     }
 
+    /// The audits that the orchestrator drew, with their auditors, as a validator sums them up.
+    fn audits_drawn(&self, world: &World) -> Digest {
+        let parameters = &world.plan.parameters;
+        let mut sum = Digest::ZERO;
+        for cycle in 0.. {
+            let Some((_, draw)) = world.peek(&world.run.draw(cycle)).and_then(|bytes| decoded::<AuditDraw>(&bytes)) else { break };
+            let of_cycle = |merge: &&MergeManifest| cycle_of(merge.t, parameters.fragments) == cycle;
+            let merges: Vec<MergeManifest> = self.manifests.values().map(|(_, merge)| merge).filter(of_cycle).cloned().collect();
+            for Selection { audit, validator, .. } in select(world.context.run, parameters.audit.rate_ppm, &draw, &merges) {
+                sum = verdicts::with(sum, &audit, &validator);
+            }
+        }
+        sum
+    }
+
     /// The run is over.
     pub fn end(&mut self, world: &World) {
         self.listen(world);
@@ -689,8 +705,12 @@ impl Watch {
         self.hold(world, "one_writer_per_epoch", outlived == 0, || format!("{outlived} processes go on without the lease"));
         self.replay_tapes(world);
         self.rollbacks_are_whole(world);
-        let agreed: Vec<_> = world.validators.iter().filter_map(|node| node.borrow_mut().agreed_scores()).collect();
-        let differs = agreed.windows(2).find(|pair| pair[0] != pair[1]);
+        let agreed: Vec<_> = world.validators.iter().filter_map(|node| node.borrow_mut().agreed()).collect();
+        let drawn = self.audits_drawn(world);
+        let differs = agreed.iter().any(|(of_validator, _)| *of_validator != drawn);
+        self.hold(world, "validators_agree", !differs, || "one draws other audits than the orchestrator".to_owned());
+        let scores: Vec<_> = agreed.into_iter().filter_map(|(_, scores)| scores).collect();
+        let differs = scores.windows(2).find(|pair| pair[0] != pair[1]);
         self.hold(world, "validators_agree", differs.is_none(), || format!("{differs:?}"));
         let missing: Vec<u64> = (0..head.outer_step).filter(|t| !self.manifests.contains_key(t)).collect();
         self.hold(world, "merged_once", missing.is_empty(), || format!("steps without a manifest: {missing:?}"));

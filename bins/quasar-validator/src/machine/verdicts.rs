@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
-use protocol::Digest;
-use protocol::audits::NOTICES_OF_SLOT;
+use protocol::audits::{NOTICES_OF_SLOT, Selection};
 use protocol::documents::{Verdict, VerdictResult};
+use protocol::{AccountId, Digest};
 use serde::{Deserialize, Serialize};
 
 use super::poller::Poller;
@@ -26,6 +26,13 @@ pub const LATE_EVERY_MS: u64 = 5 * 60_000;
 /// judgement.
 pub fn verdict_ms(opening_ms: u64) -> u64 {
     NOTICES_OF_SLOT * opening_ms + (opening_ms / 4 * 3).max(JUDGING_MS_MIN)
+}
+
+/// A sum over audits and their auditors, with one more: the same in whatever order they come.
+pub fn with(mut sum: Digest, audit: &Digest, validator: &AccountId) -> Digest {
+    let pair = Digest::blake3(&[audit.0, validator.0].concat());
+    sum.0.iter_mut().zip(pair.0).for_each(|(sum, byte)| *sum ^= byte);
+    sum
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -66,17 +73,21 @@ pub struct Verdicts {
     reading: usize,
     /// The one that was looked for last: all have their turn.
     last: Option<Digest>,
+    /// Over all audits that were ever watched, with their auditors, in whatever order.
+    drawn: Digest,
     tally: Tally,
 }
 
 impl Verdicts {
     pub fn new(every_ms: u64, opening_ms: u64) -> Self {
-        Self { every_ms, opening_ms, watched: BTreeMap::new(), reading: 0, last: None, tally: Tally::default() }
+        Self { every_ms, opening_ms, watched: BTreeMap::new(), reading: 0, last: None, drawn: Digest::ZERO, tally: Tally::default() }
     }
 
     /// Starts to wait for the verdict on a selected learner-cycle.
     pub fn watch(&mut self, subject: Subject, now_ms: u64) {
         let until_ms = now_ms + verdict_ms(self.opening_ms);
+        let Selection { audit, validator, .. } = &subject.selection;
+        self.drawn = with(self.drawn, audit, validator);
         let watch = Watch { subject, poller: Poller::new(self.every_ms), until_ms, is_late: false, is_open: false };
         self.watched.insert(watch.subject.selection.audit, watch);
     }
@@ -149,6 +160,11 @@ impl Verdicts {
         if let Some(watch) = self.watched.get_mut(audit) {
             watch.poller.hurry(now_ms);
         }
+    }
+
+    /// The same for everybody who watches the same audits of the same auditors.
+    pub fn drawn(&self) -> Digest {
+        self.drawn
     }
 
     pub fn tally(&self) -> Tally {
