@@ -211,6 +211,15 @@ pub enum Ended {
     Unregistered,
 }
 
+/// In what all validators of a complete run agree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Agreed {
+    /// Over all audits and their auditors ([`verdicts::with`]).
+    pub drawn: Digest,
+    /// `None` where a verdict did not come in time: then they may differ for a while.
+    pub scores: Option<Vec<(AccountId, u64)>>,
+}
+
 /// See the module's text.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Machine {
@@ -284,11 +293,11 @@ impl Machine {
         self.ended
     }
 
-    /// In what all validators of a complete run agree: the audits that were drawn, and where all their verdicts came in time, the scores.
-    pub fn agreed(&mut self) -> Option<(Digest, Option<Vec<(AccountId, u64)>>)> {
+    /// `None` before the run is complete and all its audits are drawn.
+    pub fn agreed(&mut self) -> Option<Agreed> {
         let is_drawn = self.head.as_ref().is_some_and(|head| head.state == RunState::Complete) && self.cycles.is_settled();
         let is_judged = self.verdicts.is_settled() && self.verdicts.tally().missing == 0;
-        is_drawn.then(|| (self.verdicts.drawn(), is_judged.then(|| self.scores.scores())))
+        is_drawn.then(|| Agreed { drawn: self.verdicts.drawn(), scores: is_judged.then(|| self.scores.scores()) })
     }
 
     fn on_head(&mut self, head: HeadFacts, now_ms: u64) {

@@ -20,7 +20,7 @@ use quasar_validator::audit::{Judgement, Subject};
 use quasar_validator::machine::audits::{Judged, OrderRead, Written, compare};
 use quasar_validator::machine::cycles::DrawRead;
 use quasar_validator::machine::weights::{WeightSettings, WeightsMemory};
-use quasar_validator::machine::{ChainView, Effect, Ended, HeadFacts, Input, Machine, MachineSettings, OwnNeuron};
+use quasar_validator::machine::{Agreed, ChainView, Effect, Ended, HeadFacts, Input, Machine, MachineSettings, OwnNeuron};
 use storage::StoreError;
 use storage::client::{GrantError, PutOutcome};
 
@@ -65,7 +65,7 @@ pub struct Node {
 
 impl Node {
     /// See [`Machine::agreed`].
-    pub fn agreed(&mut self) -> Option<(Digest, Option<Vec<(AccountId, u64)>>)> {
+    pub fn agreed(&mut self) -> Option<Agreed> {
         self.machine.as_mut()?.agreed()
     }
 

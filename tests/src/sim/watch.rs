@@ -707,9 +707,9 @@ impl Watch {
         self.rollbacks_are_whole(world);
         let agreed: Vec<_> = world.validators.iter().filter_map(|node| node.borrow_mut().agreed()).collect();
         let drawn = self.audits_drawn(world);
-        let differs = agreed.iter().any(|(of_validator, _)| *of_validator != drawn);
+        let differs = agreed.iter().any(|one| one.drawn != drawn);
         self.hold(world, "validators_agree", !differs, || "one draws other audits than the orchestrator".to_owned());
-        let scores: Vec<_> = agreed.into_iter().filter_map(|(_, scores)| scores).collect();
+        let scores: Vec<_> = agreed.into_iter().filter_map(|one| one.scores).collect();
         let differs = scores.windows(2).find(|pair| pair[0] != pair[1]);
         self.hold(world, "validators_agree", differs.is_none(), || format!("{differs:?}"));
         let missing: Vec<u64> = (0..head.outer_step).filter(|t| !self.manifests.contains_key(t)).collect();
