@@ -38,7 +38,7 @@ pub fn beacon_from(last: u64, behind: impl IntoIterator<Item = u64>, is_over: bo
     behind.into_iter().find(|block| *block > last).or(is_over.then_some(last))
 }
 
-/// Audits of a cycle. `merges` are the cycle's manifests in any order, `validators` the permitted hotkeys in any order. Of the learners
+/// Audits of a cycle. `merges` are the cycle's manifests in any order, and so may the auditors of `draw` be. Of the learners
 /// that worked ([`MergeManifest::worked`]) a share of `rate_ppm` is audited on a contribution that was merged, and four times
 /// that share of those that a filter left something out of, on that: each once, by one validator, and by nobody whose own work it is.
 pub fn select(run: RunId, rate_ppm: u32, draw: &AuditDraw, merges: &[MergeManifest]) -> Vec<Selection> {

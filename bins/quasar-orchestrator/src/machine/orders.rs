@@ -22,9 +22,14 @@ pub(super) struct Orders {
 }
 
 impl Orders {
+    /// Whether the bucket holds a snapshot of a later revision: what came at this one, a successor knows too.
+    fn is_stored(&self, revision: u64) -> bool {
+        revision < self.stored
+    }
+
     /// Outcomes that a successor would know of too: what was told stands.
     pub fn told(&self) -> impl Iterator<Item = &OrderOutcome> {
-        self.outcomes.iter().filter(|(revision, _)| *revision < self.stored).map(|(_, outcome)| outcome)
+        self.outcomes.iter().filter(|(revision, _)| self.is_stored(*revision)).map(|(_, outcome)| outcome)
     }
 }
 
@@ -138,7 +143,7 @@ impl Orchestrator {
 
     /// The next step of a rollback. What is being merged comes first: the round begins from what that gives.
     pub(super) fn restore_next(&mut self) {
-        let Some(restoring) = self.restoring.clone().filter(|restoring| restoring.revision < self.orders.stored) else { return };
+        let Some(restoring) = self.restoring.clone().filter(|restoring| self.orders.is_stored(restoring.revision)) else { return };
         let tape = self.restoring_tape(restoring.version, self.next_t);
         self.tape_at_once(tape);
         if self.next_t >= restoring.until {

@@ -50,9 +50,15 @@ impl World {
 
     /// The disk is gone, and a successor goes on from the bucket.
     fn succeed(&mut self) {
+        self.succeed_with(Vec::new());
+    }
+
+    /// The same, with orders that the snapshot lacks.
+    pub(super) fn succeed_with(&mut self, orders: Vec<StoredOrder>) {
         self.loses_disk = true;
-        let recovered = self.recover_from_bucket();
-        self.input(recovered);
+        let Input::Recovered { mut facts } = self.recover_from_bucket() else { unreachable!("that is what it gives") };
+        facts.orders = orders;
+        self.input(Input::Recovered { facts });
         self.input(Input::Metagraph { guests: self.guests.clone() });
     }
 
@@ -393,10 +399,7 @@ fn a_successor_takes_the_orders_that_its_snapshot_lacks_before_it_asks_anybody()
     let from = world.machine.next_t;
     // The snapshot with the ban did not come through.
     world.snapshot = before;
-    let Input::Recovered { mut facts } = world.recover_from_bucket() else { unreachable!("that is what it gives") };
-    facts.orders = vec![ban];
-    world.input(Input::Recovered { facts });
-    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.succeed_with(vec![ban]);
     assert_eq!(world.machine.orders_taken(), 1);
     assert!(world.machine.open_leases().all(|(_, slot)| slot.0 != hotkey), "its rows are back");
     world.run(10_000);
@@ -415,24 +418,13 @@ fn what_a_pardoned_hotkey_committed_counts_though_the_snapshot_bans_it() {
     let old = world.snapshot.clone();
     let pardon = order(2, Action::Unban { hotkey: slot.0 });
     world.input(Input::Order { order: pardon.clone() });
-    let is_open = |world: &World| {
-        let open = |t: &u64| world.machine.pulls.get(t).is_some_and(|pull| pull.stage == PullStage::Open);
-        world.commitments.keys().find(|(t, of)| *of == slot && open(t)).map(|(t, _)| *t)
-    };
-    let t = (0..200).find_map(|_| {
-        world.run(100);
-        is_open(&world)
-    });
-    let t = t.expect("it answers a pull again");
+    let t = world.run_until(|world| world.answered(slot));
     // It says no more, and no snapshot since the pardon came through.
     world.learners[0].silent = true;
     world.snapshot = old;
-    let Input::Recovered { mut facts } = world.recover_from_bucket() else { unreachable!("that is what it gives") };
-    facts.orders = vec![pardon];
-    world.input(Input::Recovered { facts });
-    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.succeed_with(vec![pardon]);
     world.run(10_000);
-    assert!(world.tapes[&t].inputs.iter().any(|input| (input.hotkey, input.slot) == slot), "step {t}");
+    assert!(world.is_merged(t, slot), "step {t}");
 }
 
 #[test]
@@ -525,10 +517,7 @@ fn a_closing_round_of_which_only_the_head_knows_begins_anew_and_pulls_every_frag
     assert!(world.tapes.range(world.machine.closed_below()..).next().is_some_and(|(_, tape)| !tape.closing));
     world.snapshot = old;
     world.head = Some(head);
-    world.loses_disk = true;
-    let recovered = world.recover_from_bucket();
-    world.input(recovered);
-    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.succeed();
     world.until_complete(60_000);
     let closing: BTreeSet<u16> = world.tapes.values().filter(|tape| tape.closing).map(|tape| tape.fragment).collect();
     assert_eq!(closing.len(), usize::from(P));
@@ -540,18 +529,13 @@ fn uploads_that_ended_while_no_process_ran_still_have_the_grace_of_their_pull() 
     world.run(10_000);
     let slow = world.learners[3].slot;
     world.withheld.insert(slow);
-    let waits = |world: &World| {
+    let t = world.run_until(|world| {
         let is_awaited = |pull: &OpenPull| {
             let stage = pull.offers.get(&slow).map(|offer| offer.stage);
             pull.stage == PullStage::Open && pull.quorum_ms.is_some() && stage == Some(OfferStage::Granted)
         };
         world.machine.pulls.iter().find(|(_, pull)| is_awaited(pull)).map(|(t, _)| *t)
-    };
-    let t = (0..200).find_map(|_| {
-        world.run(100);
-        waits(&world)
     });
-    let t = t.expect("one is waited for");
     // It uploads while the process restarts.
     world.now_ms += 60_000;
     world.input(Input::Claimed { epoch: 1 });
@@ -559,7 +543,7 @@ fn uploads_that_ended_while_no_process_ran_still_have_the_grace_of_their_pull() 
     world.withheld.clear();
     world.learners[3].record.uploaded.push(t);
     world.run(5_000);
-    assert!(world.tapes[&t].inputs.iter().any(|input| (input.hotkey, input.slot) == slow));
+    assert!(world.is_merged(t, slow));
 }
 
 #[test]
@@ -567,12 +551,7 @@ fn what_an_earlier_session_offered_stands_not_in_the_way_of_what_the_next_one_co
     let mut world = World::new(0, 3);
     world.run(10_000);
     let slot = world.learners[0].slot;
-    let is_open = |world: &World, t: &u64| world.machine.pulls.get(t).is_some_and(|pull| pull.stage == PullStage::Open);
-    let t = (0..200).find_map(|_| {
-        world.run(100);
-        world.commitments.keys().find(|(t, of)| *of == slot && is_open(&world, t)).map(|(t, _)| *t)
-    });
-    let t = t.expect("it answers a pull");
+    let t = world.run_until(|world| world.answered(slot));
     let input = world.recover_from_bucket();
     // The snapshot has what the session before offered, of which no evidence came into the bucket.
     let snapshot = world.snapshot.clone().unwrap();
@@ -600,7 +579,7 @@ fn what_an_earlier_session_offered_stands_not_in_the_way_of_what_the_next_one_co
     world.input(Input::Recovered { facts });
     world.input(Input::Metagraph { guests: world.guests.clone() });
     world.run(10_000);
-    assert!(world.tapes[&t].inputs.iter().any(|input| (input.hotkey, input.slot) == slot), "step {t}");
+    assert!(world.is_merged(t, slot), "step {t}");
 }
 
 #[test]
@@ -608,13 +587,8 @@ fn a_refusal_of_what_an_earlier_session_committed_is_none_of_this_ones() {
     let mut world = World::new(0, 3);
     world.run(10_000);
     let slot = world.learners[0].slot;
-    let (t, offer) = (0..200)
-        .find_map(|_| {
-            world.run(100);
-            let mut open = world.machine.pulls.iter().filter(|(_, pull)| pull.stage == PullStage::Open);
-            open.find_map(|(t, pull)| Some((*t, pull.offers.get(&slot)?.clone())))
-        })
-        .expect("it answers a pull");
+    let t = world.run_until(|world| world.answered(slot));
+    let offer = world.machine.pulls[&t].offers[&slot].clone();
     let mut pull = OpenPull::new(protocol::schedule::fragment_of(t, P), 0, world.now_ms, 10_000);
     pull.add(slot, Offer { stage: OfferStage::Committed, ..offer.clone() });
     world.machine.pulls.insert(t, pull);
@@ -634,18 +608,11 @@ fn what_was_uploaded_for_a_step_and_has_no_place_in_its_tape_is_in_the_manifest_
     let first = world.machine.next_t;
     world.holds_merges = true;
     let has_late = |world: &World, t: u64| world.commitments.contains_key(&(t, late)) && world.tapes.contains_key(&t);
-    let t = (0..300).find_map(|_| {
-        world.run(100);
-        (first..world.machine.next_t).find(|t| has_late(&world, *t))
-    });
-    let t = t.expect("a step is decided without it");
+    let t = world.run_until(|world| (first..world.machine.next_t).find(|t| has_late(world, *t)));
     world.holds_merges = false;
     world.snapshot = old;
-    world.loses_disk = true;
     world.learners[3].silent = true;
-    let recovered = world.recover_from_bucket();
-    world.input(recovered);
-    world.input(Input::Metagraph { guests: world.guests.clone() });
+    world.succeed();
     world.run(2_000);
     let told = world.merges[&t].contributions.iter().find(|one| (one.hotkey, one.slot) == late).map(|one| one.outcome);
     assert_eq!(told, Some(Reason::NotUploaded));

@@ -184,10 +184,7 @@ fn a_successor_whose_snapshot_knows_nothing_of_a_rollback_begins_it_once() {
     world.input(Input::Order { order: rollback.clone() });
     world.run(500);
     world.holds_snapshots = false;
-    let Input::Recovered { mut facts } = world.recover_from_bucket() else { unreachable!("that is what it gives") };
-    facts.orders = vec![rollback];
-    world.loses_disk = true;
-    world.input(Input::Recovered { facts });
+    world.succeed_with(vec![rollback]);
     world.run(1_000);
     let restored: Vec<u16> = world.tapes.values().filter(|tape| tape.restores.is_some()).map(|tape| tape.fragment).collect();
     assert_eq!((restored.len(), fragments_that_went_back(&world).len()), (usize::from(P), usize::from(P)));

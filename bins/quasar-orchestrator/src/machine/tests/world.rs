@@ -523,6 +523,28 @@ impl World {
         }
     }
 
+    /// Lets time pass until `look` finds something.
+    pub(super) fn run_until<T>(&mut self, look: impl Fn(&Self) -> Option<T>) -> T {
+        for _ in 0..300 {
+            self.run(100);
+            if let Some(found) = look(self) {
+                return found;
+            }
+        }
+        panic!("it is not there after half a minute; trace {:?}", self.trace)
+    }
+
+    /// The open pull that a learner's stored commitment answers.
+    pub(super) fn answered(&self, slot: Slot) -> Option<u64> {
+        let is_open = |t: &u64| self.machine.pulls.get(t).is_some_and(|pull| pull.stage == PullStage::Open);
+        self.commitments.keys().find(|(t, of)| *of == slot && is_open(t)).map(|(t, _)| *t)
+    }
+
+    /// Whether the merge of step `t` takes what this learner gave.
+    pub(super) fn is_merged(&self, t: u64, slot: Slot) -> bool {
+        self.tapes[&t].inputs.iter().any(|input| (input.hotkey, input.slot) == slot)
+    }
+
     pub(super) fn open_audits(&mut self, index: usize, head: &Head) {
         let sim = &mut self.learners[index];
         if self.opens_nothing == Some(sim.slot) {
