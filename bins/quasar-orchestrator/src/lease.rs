@@ -78,8 +78,8 @@ impl Candidate {
     }
 
     /// Decides upon the lease that lies there with its tag, read no later than `steady_ms`: it is taken at once if nobody has it,
-    /// if it was given back, or if its holder worked with this very journal; else once it has stayed as it is for its whole time. One
-    /// that is signed by another key than the root names ends after that time even if it is renewed: its holder has to notice within
+    /// if it was given back, or if its holder worked with this very journal on this host, which no two processes open; else once it has
+    /// stayed as it is for its whole time: whoever has a copy of the journal on another host may still work with it. One that is signed by another key than the root names ends after that time even if it is renewed: its holder has to notice within
     /// it, or is who the key was changed for.
     ///
     /// Once somebody else's lease was seen, the lease is taken for the next journal: whoever dies before that one is whole does not take the
@@ -93,7 +93,7 @@ impl Candidate {
         };
         let holder = &verified.document;
         // Of the next journal is a lease whose claim was answered to nobody.
-        let is_ours = [self.instance, self.next_instance].contains(&holder.instance);
+        let is_ours = [self.instance, self.next_instance].contains(&holder.instance) && holder.host == self.host;
         let is_own = !self.is_history;
         let is_replaced = self.key.is_some_and(|key| key != verified.header.signer);
         let stayed = |(known, since_ms): &(String, u64)| (is_replaced || known == tag) && steady_ms >= since_ms + self.lease_ms;
@@ -186,15 +186,26 @@ mod tests {
     fn nobody_waits_for_a_lease_that_was_given_back_or_was_its_own() {
         let released = signed(&WriterLease { released: true, ..lease() }, 5);
         assert!(matches!(candidate(Wait::ForItsEnd).look(0, Some((&released, "a"))), Next::Claim(Claim { is_own: false, .. })));
-        let own = signed(&WriterLease { instance: [9; 16], ..lease() }, 5);
+        let own = signed(&WriterLease { instance: [9; 16], host: "host".into(), ..lease() }, 5);
         assert!(matches!(candidate(Wait::ForItsEnd).look(0, Some((&own, "a"))), Next::Claim(Claim { is_own: true, .. })));
         assert!(matches!(candidate(Wait::ForItsEnd).look(0, None), Next::Claim(Claim { is_own: true, .. })));
     }
 
     #[test]
+    fn a_copy_of_the_journal_on_another_host_takes_no_lease_from_whoever_works_with_the_original() {
+        let held = signed(&WriterLease { instance: [9; 16], ..lease() }, 5);
+        let mut copy = candidate(Wait::ForItsEnd);
+        assert_eq!(copy.look(0, Some((&held, "a"))), Next::Wait { is_new: true });
+        assert_eq!(copy.clone().look(10_000, Some((&held, "b"))), Next::Refused);
+        // Nobody renews it: the folder was moved, and its journal holds everything.
+        let Next::Claim(claim) = copy.look(WRITER_LEASE_MS, Some((&held, "a"))) else { panic!("it is over") };
+        assert_eq!((claim.lease.instance, claim.is_own), ([9; 16], true));
+    }
+
+    #[test]
     fn whoever_has_seen_somebody_else_write_takes_the_lease_for_a_journal_that_is_not_there_yet() {
         let mut standby = candidate(Wait::Standby);
-        let own = signed(&WriterLease { instance: [9; 16], ..lease() }, 5);
+        let own = signed(&WriterLease { instance: [9; 16], host: "host".into(), ..lease() }, 5);
         let Next::Claim(claim) = standby.look(0, Some((&own, "a"))) else { panic!("it was its own") };
         assert_eq!((claim.lease.instance, claim.is_own), ([9; 16], true));
         // Another one was quicker, and died.

@@ -19,7 +19,7 @@ use crate::machine::{Input, Orchestrator, SNAPSHOT_BYTES_MAX};
 
 mod gather;
 
-pub use gather::{Bucket, gather};
+pub use gather::{Bucket, gather, has_caught_up};
 
 const INSTANCE_KEY: &str = "writer/instance";
 
@@ -92,7 +92,7 @@ pub async fn recover(
         }
         None => (0, fresh),
     };
-    let facts = gather(service, &service.run, service.manifest.parameters.overlap, &machine, head).await?;
+    let facts = gather(service, &service.run, service.manifest.parameters.overlap, &machine, head.clone()).await?;
     tracing::info!(
         epoch,
         snapshot_age_ms = clock::now_ms().saturating_sub(taken_ms),
@@ -105,6 +105,7 @@ pub async fn recover(
     // have done comes again with the first input.
     machine.handle(now_ms, Input::Recovered { facts: Box::new(facts) });
     while machine.poll_effect().is_some() {}
+    has_caught_up(&machine, &head)?;
     driver::seed(journal, &machine, now_ms)?;
     // From here on it is the journal that the lease names. Whoever dies before this finds a journal that is history.
     journal.put(INSTANCE_KEY, &service.fence.instance().await)?;

@@ -215,18 +215,16 @@ impl Effects {
     }
 
     async fn try_draw(&self, cycle: u64, block: u64) -> Result<DrawRead, Trouble> {
-        let Some(beacon) = self.chain.beacon(block).await?.map(Digest) else { return Ok(DrawRead::Failed) };
-        let published = self.archive.published::<AuditDraw>(&self.facts.run.draw(cycle)).await?.map(|draw| draw.document);
-        let seen = self.chain.validators_at(block).await?;
-        let seen = seen.map(|validators| AuditDraw { cycle, beacon_block: block, beacon, validators });
-        let fits = |draw: &AuditDraw| (draw.cycle, draw.beacon_block, draw.beacon) == (cycle, block, beacon);
-        if let Some(published) = &published
-            && seen.as_ref().map_or(!fits(published), |seen| seen != published)
-        {
-            tracing::error!(cycle, block, "the orchestrator draws audits with something else than the chain's");
-        }
-        let draw = seen.or(published.filter(fits));
-        Ok(draw.map_or(DrawRead::Forgotten, |draw| DrawRead::Drawn(Box::new(draw))))
+        let (hash, validators) = self.chain.beacon(block).await?;
+        let written = self.archive.published::<AuditDraw>(&self.facts.run.draw(cycle)).await.map_err(Trouble::from);
+        let written = match written {
+            Err(trouble) if trouble.is_in_the_object() => {
+                tracing::error!(cycle, error = trouble.line(), "what the orchestrator draws audits with is no document of its own");
+                None
+            }
+            written => written?.map(|draw| draw.document),
+        };
+        Ok(DrawRead::of(cycle, (block, hash), validators, written))
     }
 
     async fn order(&self, selection: &Selection) -> OrderRead {
@@ -334,6 +332,19 @@ impl Effects {
         Ok(None)
     }
 
+    async fn verdict(&self, subject: &Subject) -> Input {
+        let audit = subject.selection.audit;
+        match self.verdicts.revealed(subject).await {
+            Ok(verdict) => Input::Verdict { audit, verdict: verdict.map(Box::new) },
+            Err(trouble) => {
+                let (validator, error) = (subject.selection.validator.short(), trouble.line());
+                tracing::warn!(audit = audit.short(), validator, error, "a verdict could not be read");
+                // What is none stays none.
+                if trouble.is_in_the_object() { Input::Verdict { audit, verdict: None } } else { Input::NoVerdict { audit } }
+            }
+        }
+    }
+
     /// Publishes what the weights on the chain were made from. They count without it, so a store that fails is not waited for.
     async fn publish_scores(&self, epoch: u64, block: u64, weights: Vec<Score>) {
         let key = self.facts.run.scores(&self.own, epoch);
@@ -383,25 +394,7 @@ impl Executor for Effects {
                 Input::Committed { audit: verdict.audit, written: self.verdicts.commit(*verdict).await }
             }
             Effect::Reveal(audit) => Input::Revealed { audit, written: self.verdicts.reveal(audit).await },
-            Effect::ReadVerdict(subject) => {
-                let audit = subject.selection.audit;
-                match self.verdicts.revealed(&subject).await {
-                    Ok(verdict) => Input::Verdict { audit, verdict: verdict.map(Box::new) },
-                    Err(trouble) => {
-                        tracing::warn!(
-                            audit = audit.short(),
-                            validator = subject.selection.validator.short(),
-                            error = trouble.line(),
-                            "a verdict could not be read"
-                        );
-                        // What contradicts itself is no verdict, and stays none.
-                        match trouble {
-                            Trouble::Malformed { .. } => Input::Verdict { audit, verdict: None },
-                            _ => Input::NoVerdict { audit },
-                        }
-                    }
-                }
-            }
+            Effect::ReadVerdict(subject) => self.verdict(&subject).await,
             Effect::Weights(effect) => Input::Weights(self.chain.weights(effect, &inputs).await),
             Effect::SendWeights { send, memory } => Input::Weights(self.chain.send(send, *memory, &inputs).await),
             Effect::KeepWeights(memory) => return self.chain.keep(*memory).await,

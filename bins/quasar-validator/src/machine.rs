@@ -51,9 +51,11 @@ const CHAIN_MS: (u64, u64) = (5_000, 60_000);
 /// An unregistered hotkey is waited for this long, with a hint each minute.
 const REGISTRATION_MS: u64 = 10 * 60_000;
 const REGISTRATION_HINT_MS: u64 = 60_000;
-/// Beacons and verdicts of a run that goes on are waited for so long before the first weights of a life. One that can never be read must not
-/// keep weights away for ever.
+/// Draws and verdicts that are due are waited for so long before weights are made. One that can never be read must not keep them away for
+/// ever.
 const CATCH_UP_MS: u64 = 30 * 60_000;
+/// When the chain has not answered for so long, it is not known what is due.
+const CHAIN_SILENT_MS: u64 = 60_000;
 
 /// What a machine needs to know beforehand.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -234,10 +236,12 @@ pub struct Machine {
     audits: Audits,
     verdicts: Verdicts,
     scores: ScoreLedger,
-    /// Once all that is known of the run so far was read in this life.
+    /// Whether all that is known of the run so far was read in this life.
     is_caught_up: bool,
-    /// Since when all manifests are.
-    folded_since_ms: Option<u64>,
+    /// Since when all manifests are, and draws or verdicts that are due are not.
+    behind_since_ms: Option<u64>,
+    /// When the chain answered last.
+    chain_seen_ms: u64,
     /// Something was credited or judged since scores were last handed over.
     has_new_scores: bool,
     /// Cycles and finality of the scores that were handed over.
@@ -269,7 +273,8 @@ impl Machine {
             verdicts: Verdicts::new(slow_ms, opening_ms),
             scores: ScoreLedger::default(),
             is_caught_up: false,
-            folded_since_ms: None,
+            behind_since_ms: None,
+            chain_seen_ms: 0,
             has_new_scores: false,
             weighed: None,
             log: LogMonitor::new(slow_ms),
@@ -424,18 +429,27 @@ impl Machine {
         self.plan_weights(now_ms);
     }
 
-    /// Before manifests and verdicts are caught up after a restart, scores would be those of an earlier time, and pay what was voided.
+    /// While manifests, draws or verdicts are behind, after a start or when the chain was away, scores would pay what was voided.
     fn catch_up(&mut self, now_ms: u64) {
-        if self.is_caught_up || self.head.is_none() || !self.cycles.is_folded() {
+        let head_block = match &self.chain {
+            Some(chain) if now_ms < self.chain_seen_ms.saturating_add(CHAIN_SILENT_MS) => chain.block,
+            _ => {
+                (self.is_caught_up, self.behind_since_ms) = (false, None);
+                return;
+            }
+        };
+        if self.head.is_none() || !self.cycles.is_folded() {
             return;
         }
-        let since_ms = *self.folded_since_ms.get_or_insert(now_ms);
-        let head_block = self.chain.as_ref().map_or(u64::MAX, |chain| chain.block);
-        let has_read = self.cycles.is_caught_up(head_block) && self.verdicts.is_caught_up();
-        if !has_read && now_ms >= since_ms.saturating_add(CATCH_UP_MS) {
-            tracing::warn!("beacons or verdicts of the run cannot be read: scores are made without them");
+        if self.cycles.is_caught_up(head_block) && self.verdicts.is_caught_up() {
+            (self.is_caught_up, self.behind_since_ms) = (true, None);
+            return;
         }
-        self.is_caught_up = has_read || now_ms >= since_ms.saturating_add(CATCH_UP_MS);
+        let since_ms = *self.behind_since_ms.get_or_insert(now_ms);
+        let was_caught_up = std::mem::replace(&mut self.is_caught_up, now_ms >= since_ms.saturating_add(CATCH_UP_MS));
+        if self.is_caught_up && !was_caught_up {
+            tracing::warn!("draws or verdicts of the run cannot be read: scores are made without them");
+        }
     }
 
     fn plan_weights(&mut self, now_ms: u64) {
@@ -468,7 +482,7 @@ impl daemon::Machine for Machine {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 6;
+    const LAYOUT: u32 = 7;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         match input {
@@ -482,13 +496,17 @@ impl daemon::Machine for Machine {
             Input::Merge { t, manifest } => self.on_merge(t, manifest, now_ms),
             Input::Block(block) => {
                 self.block_poll.end(now_ms);
-                if let (Some(view), Some(block)) = (&mut self.chain, block) {
-                    view.block = view.block.max(block);
+                if let Some(block) = block {
+                    self.chain_seen_ms = now_ms;
+                    if let Some(view) = &mut self.chain {
+                        view.block = view.block.max(block);
+                    }
                 }
             }
             Input::Chain(view) => {
                 self.chain_poll.end(now_ms);
                 if let Some(view) = view {
+                    self.chain_seen_ms = now_ms;
                     self.on_chain(*view, now_ms);
                 }
             }
@@ -531,8 +549,8 @@ impl daemon::Machine for Machine {
 
     fn deadline(&self) -> Option<u64> {
         let polls = [&self.head_poll, &self.block_poll, &self.chain_poll, &self.moved_poll];
-        let parts =
-            [self.cycles.deadline(), self.audits.deadline(), self.verdicts.deadline(), self.log.deadline(), self.weights.deadline()];
+        let audits = self.audits.deadline(self.cycles.is_folded());
+        let parts = [self.cycles.deadline(), audits, self.verdicts.deadline(), self.log.deadline(), self.weights.deadline()];
         polls.iter().filter_map(|poller| poller.deadline()).chain(parts.into_iter().flatten()).min()
     }
 

@@ -44,3 +44,6 @@ pub use wallet::{Password, Wallet, WalletError};
 
 /// Longest commitment in bytes (`BigRaw` field of the commitments pallet).
 pub const COMMITMENT_MAX: usize = 512;
+
+/// Nodes that are no archives keep the states of so many blocks, at the least.
+pub const STATE_BLOCKS: u64 = 240;

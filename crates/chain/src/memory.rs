@@ -57,6 +57,8 @@ struct Inner {
     commits: Vec<Committed>,
     /// The neurons as of each block at which they changed, ascending.
     history: Vec<(u64, Vec<Neuron>)>,
+    /// The first block whose state is known.
+    known_from: u64,
     commitments: BTreeMap<AccountId, Vec<u8>>,
     reachable: bool,
 }
@@ -74,6 +76,7 @@ impl MemoryChain {
         let tempo = settings.hyperparameters.tempo;
         let mut inner = Inner {
             history: vec![(0, settings.neurons.clone())],
+            known_from: 0,
             settings,
             head: 0,
             time_offset_ms: 0,
@@ -107,9 +110,10 @@ impl MemoryChain {
         self.lock().settings.neurons.iter().find(|neuron| neuron.uid == uid).cloned()
     }
 
-    /// Adds a neuron at the next uid, or replaces the one that has its uid.
-    pub fn register(&self, neuron: Neuron) {
+    /// Adds a neuron at the next uid, or replaces the one that has its uid, in a block of its own: that of an earlier block stays as it was.
+    pub fn register(&self, neuron: Neuron) -> BlockRef {
         let mut inner = self.lock();
+        let block = inner.produce();
         let neurons = &mut inner.settings.neurons;
         match neurons.iter_mut().find(|existing| existing.uid == neuron.uid) {
             Some(existing) => *existing = neuron,
@@ -117,6 +121,7 @@ impl MemoryChain {
         }
         neurons.sort_by_key(|neuron| neuron.uid);
         inner.remember();
+        block
     }
 
     /// Changes the subnet's parameters, as its owner may at any time.
@@ -124,6 +129,11 @@ impl MemoryChain {
         let mut inner = self.lock();
         inner.epoch.tempo = hyperparameters.tempo;
         inner.settings.hyperparameters = hyperparameters;
+    }
+
+    /// Forgets the states of the blocks below `known_from`, as nodes do that are no archives.
+    pub fn forget(&self, known_from: u64) {
+        self.lock().known_from = known_from;
     }
 
     /// Whether calls are answered; a chain that is not reachable fails each with a retryable error.
@@ -288,7 +298,7 @@ impl Chain for MemoryChain {
         if block > inner.head {
             return Err(ChainError::NotYetFinal { number: block });
         }
-        let known = inner.history.iter().rev().find(|(since, _)| *since <= block);
+        let known = inner.history.iter().rev().find(|(since, _)| *since <= block && block >= inner.known_from);
         let (_, neurons) = known.ok_or(ChainError::StateForgotten { number: block })?;
         let block = BlockRef { number: block, hash: hash(inner.settings.seed, block) };
         Ok(Metagraph { block, neurons: neurons.clone() })
@@ -403,5 +413,38 @@ impl Chain for MemoryChain {
         }
         inner.commitments.insert(account, data.to_vec());
         Ok(inner.produce())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_block_says_of_the_neurons_never_changes() {
+        let neuron = |validator_permit| Neuron {
+            uid: 0,
+            hotkey: AccountId([1; 32]),
+            coldkey: AccountId([2; 32]),
+            stake: 0,
+            validator_permit,
+            last_update: 0,
+        };
+        let hyperparameters = Hyperparameters {
+            tempo: 30,
+            weights_rate_limit: 10,
+            min_allowed_weights: 1,
+            max_weight_limit: u16::MAX,
+            weights_version: 0,
+            commit_reveal: false,
+            stake_threshold: 0,
+        };
+        let settings = MemorySettings { netuid: 24, seed: 1, hyperparameters, neurons: vec![neuron(false)], owner_hotkey: None };
+        let chain = MemoryChain::new(settings);
+        let before = chain.advance(5).number;
+        let after = chain.register(neuron(true)).number;
+        let has_permit = async |block| chain.metagraph_at(24, block).await.unwrap().neurons[0].validator_permit;
+        assert_eq!((has_permit(before).await, has_permit(after).await), (false, true));
+        assert_eq!(chain.head().await.unwrap().number, after);
     }
 }

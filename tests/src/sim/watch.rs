@@ -119,8 +119,6 @@ pub struct Watch {
     /// Epoch of the newest writer, and its node.
     epoch: u64,
     writer: Option<Node>,
-    /// Of the chain, whether anybody hears of it or not.
-    pub block: u64,
     /// Block at which evidence was written, by its key.
     committed: BTreeMap<String, u64>,
     pub takeovers: u64,
@@ -184,7 +182,7 @@ impl Watch {
                 }
             }
             "commitment.qsr" => {
-                self.committed.entry(key.to_owned()).or_insert(self.block);
+                self.committed.entry(key.to_owned()).or_insert_with(|| world.block());
             }
             name if name.ends_with(".reveal.qsr") => {
                 if let Some((_, reveal)) = decoded::<VerdictReveal>(bytes) {

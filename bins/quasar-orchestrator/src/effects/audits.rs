@@ -1,7 +1,7 @@
 //! Audits at the edge: the beacon, the keys that openings are sealed to, and the orders that deliver grants to validators.
 
 use bytes::Bytes;
-use chain::ChainError;
+use chain::{ChainError, STATE_BLOCKS};
 use daemon::clock;
 use protocol::audits::Selection;
 use protocol::documents::{
@@ -32,21 +32,23 @@ impl Service {
 
     async fn read_draw(&self, cycle: u64, block: u64) -> Result<AuditDraw, String> {
         let chain = self.chain.client().await.map_err(|error| error.to_string())?;
+        let head = chain.head().await.map_err(|error| error.to_string())?.number;
         let hash = match chain.block_hash(block).await {
             Ok(Some(hash)) => hash,
             Ok(None) => return Err(format!("block {block} is not finalized yet")),
             Err(error) => return Err(error.to_string()),
         };
-        let netuid = self.context.netuid;
-        let metagraph = match chain.metagraph_at(netuid, block).await {
-            Err(error @ ChainError::StateForgotten { .. }) => {
-                tracing::warn!(cycle, block, "audits go to those who may audit now: {error}");
-                chain.metagraph(netuid).await
+        // Others may have seen what this one comes too late for. A list of its own would set their audits apart from those of who reads it.
+        let validators = match chain.metagraph_at(self.context.netuid, block).await {
+            Ok(metagraph) => metagraph.validators(),
+            // Of a newer block an endpoint says so that lags behind the others.
+            Err(error @ ChainError::StateForgotten { .. }) if block + STATE_BLOCKS < head => {
+                tracing::warn!(cycle, block, "this cycle is not audited, since it is not known who could audit: {error}");
+                Vec::new()
             }
-            read => read,
+            Err(error) => return Err(error.to_string()),
         };
-        let metagraph = metagraph.map_err(|error| error.to_string())?;
-        Ok(AuditDraw { cycle, beacon_block: block, beacon: Digest(hash), validators: metagraph.validators() })
+        Ok(AuditDraw { cycle, beacon_block: block, beacon: Digest(hash), validators })
     }
 
     /// X25519 secret and public key that the opening of an audit is sealed to: the same after any restart.

@@ -32,6 +32,7 @@ use super::{Service, Stop};
 use crate::machine::{FragmentSetup, Input, LEASE_EPOCH_SHIFT, Orchestrator, RunSetup, ShardRows};
 use crate::takeover;
 
+mod audits;
 mod faults;
 mod merges;
 mod polls;

@@ -420,7 +420,7 @@ impl Machine for Orchestrator {
     type Input = Input;
     type Effect = Effect;
 
-    const LAYOUT: u32 = 13;
+    const LAYOUT: u32 = 14;
 
     fn handle(&mut self, now_ms: u64, input: Input) {
         self.volatile.now_ms = now_ms;

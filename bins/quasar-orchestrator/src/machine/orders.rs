@@ -123,8 +123,14 @@ impl Orchestrator {
         if self.fragments.iter().all(|fragment| fragment.version <= version) {
             return Err(format!("no fragment is beyond version {version}"));
         }
+        self.restore(version);
+        Ok(format!("each fragment beyond version {version} goes back to it, as a new version; then a release of that"))
+    }
+
+    fn restore(&mut self, version: u64) {
         let until = self.next_t + u64::from(self.parameters().fragments);
         self.restoring = Some(Restoring { version, until, revision: self.revision });
+        self.pace.snapshot = true;
         // What is open was trained on what is taken back.
         let open: Vec<u64> = self.pulls.iter().filter(|(_, pull)| pull.stage == PullStage::Open).map(|(t, _)| *t).collect();
         for t in open {
@@ -133,7 +139,29 @@ impl Orchestrator {
             }
             self.close_pull(t);
         }
-        Ok(format!("each fragment beyond version {version} goes back to it, as a new version; then a release of that"))
+    }
+
+    /// The version to which outer step `t` takes its fragment back, as far as this process knows.
+    pub(super) fn restores_at(&self, t: u64) -> Option<u64> {
+        if let Some(tape) = self.pulls.get(&t).and_then(OpenPull::tape) {
+            return tape.restores;
+        }
+        self.round_at(t).and_then(|version| self.restoring_tape(version, t).restores)
+    }
+
+    /// The version to which fragments go back in the round that holds outer step `t`.
+    pub(super) fn round_at(&self, t: u64) -> Option<u64> {
+        let fragments = u64::from(self.parameters().fragments);
+        let Restoring { version, until, .. } = self.restoring.as_ref()?;
+        (t < *until && t + fragments >= *until).then_some(*version)
+    }
+
+    /// A writer that was succeeded decided step `t` before it knew of the rollback, and its tape stands: another round takes its fragment back.
+    pub(super) fn restore_again(&mut self, version: u64, t: u64) {
+        tracing::warn!(t, version, "an earlier writer has decided a step of the rollback otherwise: every fragment goes back once more");
+        let until = self.next_t + u64::from(self.parameters().fragments);
+        self.closing_from = self.closing_from.map(|from| from.max(until));
+        self.restore(version);
     }
 
     /// The bucket holds the snapshot of `revision`: of what that knows, a successor does too.

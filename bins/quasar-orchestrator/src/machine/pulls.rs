@@ -51,6 +51,8 @@ pub struct Offer {
     pub stage: OfferStage,
     /// The commitment lies in the bucket and is put in the log.
     pub(super) is_logged: bool,
+    /// Its session is over: nobody uploads any more.
+    pub(super) has_left: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,10 +61,9 @@ pub enum OfferStage {
     Committed,
     /// An upload grant is out.
     Granted,
-    /// A predecessor granted the upload, and may have accepted it: its payload is looked for in the bucket.
+    /// A predecessor granted the upload, and may have accepted it: its payload is looked for in the bucket, and nothing is decided before that
+    /// is known.
     Sought,
-    /// Its session is over, and its upload may be there: it is looked for.
-    Left,
     Checking,
     Accepted,
     Rejected(Reason),
@@ -74,12 +75,7 @@ impl OfferStage {
     }
 
     pub(super) fn is_pending(self) -> bool {
-        matches!(self, Self::Committed | Self::Granted | Self::Sought | Self::Left | Self::Checking)
-    }
-
-    /// Looked for in the bucket; nothing is decided before that is known.
-    fn is_sought(self) -> bool {
-        matches!(self, Self::Sought | Self::Left)
+        matches!(self, Self::Committed | Self::Granted | Self::Sought | Self::Checking)
     }
 }
 
@@ -119,7 +115,7 @@ impl OpenPull {
         } else if stage == OfferStage::Accepted {
             self.accepted = self.accepted.saturating_add_signed(by);
         }
-        if stage.is_sought() {
+        if stage == OfferStage::Sought {
             self.sought = self.sought.saturating_add_signed(by);
         }
     }
@@ -252,7 +248,7 @@ impl Orchestrator {
         }
         let t = commitment.t;
         let Some(pull) = self.pulls.get_mut(&t) else { return };
-        pull.add(slot, Offer { commitment: commitment.clone(), id, stage, is_logged: false });
+        pull.add(slot, Offer { commitment: commitment.clone(), id, stage, is_logged: false, has_left: false });
         self.pace.pulls_changed = true;
         if stage == OfferStage::Committed {
             self.emit(Effect::StoreCommitment { slot, t, id, commitment: commitment.digest() });
@@ -322,16 +318,17 @@ impl Orchestrator {
         if is_another || (is_open && self.banned.contains_key(&slot.0)) || self.refusal(slot, pull, &commitment) != Reason::None {
             return;
         }
-        match known.map(|offer| offer.stage) {
+        let (known, has_left) = (known.map(|offer| offer.stage), known.is_some_and(|offer| offer.has_left));
+        match known {
             None | Some(OfferStage::Committed) => self.note_evidence(&commitment, id),
-            Some(OfferStage::Granted | OfferStage::Checking | OfferStage::Left) if is_open => {}
+            Some(OfferStage::Granted | OfferStage::Checking) if is_open => {}
             Some(_) => return,
         }
         // What is decided has no room for it. It is told so, and what it uploaded is deleted with its step.
         let stage = if is_open { OfferStage::Sought } else { OfferStage::Granted };
         if let Some(pull) = self.pulls.get_mut(&commitment.t) {
             pull.remove(&slot);
-            pull.add(slot, Offer { commitment, id, stage, is_logged: true });
+            pull.add(slot, Offer { commitment, id, stage, is_logged: true, has_left });
         }
     }
 
@@ -349,16 +346,16 @@ impl Orchestrator {
 
     pub(super) fn on_payload_checked(&mut self, slot: Slot, t: u64, outcome: Reason) {
         let Some(pull) = self.pulls.get_mut(&t) else { return };
-        if outcome == Reason::NotUploaded && pull.advance(&slot, OfferStage::Sought, OfferStage::Granted).is_some() {
-            return self.grants_changed(slot);
-        }
-        if outcome == Reason::NotUploaded {
-            // Nobody is there any more who could upload it.
-            pull.advance(&slot, OfferStage::Left, OfferStage::Rejected(Reason::SessionReplaced));
-        }
+        let has_left = pull.offers.get(&slot).is_some_and(|offer| offer.has_left);
+        let outcome = match outcome {
+            Reason::NotUploaded if has_left => Reason::SessionReplaced,
+            Reason::NotUploaded if pull.advance(&slot, OfferStage::Sought, OfferStage::Granted).is_some() => {
+                return self.grants_changed(slot);
+            }
+            outcome => outcome,
+        };
         let stage = if outcome == Reason::None { OfferStage::Accepted } else { OfferStage::Rejected(outcome) };
-        let was_checked =
-            [OfferStage::Checking, OfferStage::Sought, OfferStage::Left].iter().any(|from| pull.advance(&slot, *from, stage).is_some());
+        let was_checked = [OfferStage::Checking, OfferStage::Sought].iter().any(|from| pull.advance(&slot, *from, stage).is_some());
         if was_checked && outcome != Reason::None {
             self.note(slot, outcome);
         }
@@ -383,8 +380,11 @@ impl Orchestrator {
     pub(super) fn withdraw_offers(&mut self, slot: Slot) {
         self.remove_offers(slot, |offer| offer.stage == OfferStage::Committed);
         for (t, pull) in self.pulls.iter_mut().filter(|(_, pull)| pull.stage == PullStage::Open) {
+            if let Some(offer) = pull.offers.get_mut(&slot) {
+                offer.has_left = true;
+            }
             // Its upload may have ended just before, or goes on to its end.
-            if let Some(offer) = pull.advance(&slot, OfferStage::Granted, OfferStage::Left) {
+            if let Some(offer) = pull.advance(&slot, OfferStage::Granted, OfferStage::Checking) {
                 self.volatile.effects.push_back(Effect::CheckPayload { slot, t: *t, commitment: offer.commitment.clone() });
             }
         }
@@ -451,7 +451,7 @@ impl Orchestrator {
         let is_judged = self.restoring.is_none();
         for (slot, learner) in self.learners.iter_mut().filter(|(_, learner)| is_judged && learner.is_asked(pull.fragment, closing)) {
             // A commitment alone is no answer, nor is what was refused: whoever sends no more is not waited for either.
-            let answers = |offer: &Offer| offer.stage.is_sought() || matches!(offer.stage, OfferStage::Checking | OfferStage::Accepted);
+            let answers = |offer: &Offer| matches!(offer.stage, OfferStage::Sought | OfferStage::Checking | OfferStage::Accepted);
             learner.note_answer(pull.offers.get(slot).is_some_and(answers));
         }
         self.pace.survey = true;
@@ -503,6 +503,7 @@ impl Orchestrator {
 
     /// The tape in the bucket fixes the merge, also where an earlier process wrote another one.
     pub(super) fn on_tape_written(&mut self, tape: Tape) {
+        let restores = self.restores_at(tape.t);
         let Some(pull) = self.pulls.get_mut(&tape.t) else { return };
         if !matches!(pull.stage, PullStage::Taping(_)) {
             return;
@@ -510,6 +511,11 @@ impl Orchestrator {
         pull.stage = PullStage::Merging(tape.clone());
         // It may be a predecessor's, with a newer view of the chain.
         self.block = self.block.max(tape.block);
+        if restores != tape.restores
+            && let Some(version) = restores
+        {
+            self.restore_again(version, tape.t);
+        }
         self.emit_merge(tape);
     }
 
@@ -535,7 +541,7 @@ impl Orchestrator {
                 rest_ppm: 0,
                 outcome: match offer.stage {
                     OfferStage::Rejected(reason) => reason,
-                    OfferStage::Committed | OfferStage::Granted | OfferStage::Sought | OfferStage::Left => Reason::NotUploaded,
+                    OfferStage::Committed | OfferStage::Granted | OfferStage::Sought => Reason::NotUploaded,
                     OfferStage::Checking | OfferStage::Accepted => Reason::Late,
                 },
             })
@@ -564,7 +570,9 @@ impl Orchestrator {
             self.payloads.entry(manifest.t).or_default().extend(unnamed);
         }
         self.log.add(LogKind::Merge, id);
-        self.timing.add_sync(now_ms.saturating_sub(pull.closed_ms));
+        // A store that was away says nothing of what a merge takes, and leaves nobody without grace.
+        let most_ms = u64::from(self.parameters().overlap) * self.timing.step_ms();
+        self.timing.add_sync(now_ms.saturating_sub(pull.closed_ms).min(most_ms));
         let fragment = &mut self.fragments[usize::from(manifest.fragment)];
         debug_assert_eq!(fragment.version, manifest.base_version, "versions move one by one");
         if manifest.version > manifest.base_version {
@@ -620,6 +628,7 @@ impl Orchestrator {
         let deadline_ms = now_ms + self.parameters().pull_deadline_ms;
         for (t, pull) in &mut self.pulls {
             pull.deadline_ms = pull.deadline_ms.max(deadline_ms);
+            pull.closed_ms = now_ms;
             match &pull.stage {
                 PullStage::Open => {
                     (pull.opened_ms, pull.quorum_ms) = (now_ms, None);
@@ -629,7 +638,7 @@ impl Orchestrator {
                                 let commitment = offer.commitment.digest();
                                 effects.push(Effect::StoreCommitment { slot: *slot, t: *t, id: offer.id, commitment });
                             }
-                            OfferStage::Sought | OfferStage::Left | OfferStage::Checking => {
+                            OfferStage::Sought | OfferStage::Checking => {
                                 effects.push(Effect::CheckPayload { slot: *slot, t: *t, commitment: offer.commitment.clone() })
                             }
                             OfferStage::Granted | OfferStage::Accepted | OfferStage::Rejected(_) => {}

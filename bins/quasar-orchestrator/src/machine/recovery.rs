@@ -114,11 +114,15 @@ impl Orchestrator {
         self.adopt_leases(facts.leases, facts.lease_ends);
         self.next_lease = self.next_lease.max(facts.epoch << LEASE_EPOCH_SHIFT);
         self.epoch = facts.epoch;
+        let mut passed_by = None;
         for step in facts.steps {
-            let (t, fragment, closing, block) = match &step {
-                StepFact::Taped(tape) => (tape.t, tape.fragment, tape.closing, tape.block),
-                StepFact::Merged { manifest, .. } => (manifest.t, manifest.fragment, manifest.closing, manifest.block),
+            let (t, fragment, closing, block, restores) = match &step {
+                StepFact::Taped(tape) => (tape.t, tape.fragment, tape.closing, tape.block, tape.restores),
+                StepFact::Merged { manifest, .. } => {
+                    (manifest.t, manifest.fragment, manifest.closing, manifest.block, manifest.restores)
+                }
             };
+            passed_by = self.restores_at(t).filter(|_| restores.is_none()).map(|version| (version, t)).or(passed_by);
             // What is decided from here on names no earlier one: a step that names a later one than all of a cycle was decided behind it.
             self.block = self.block.max(block);
             if closing && self.state == RunState::Open {
@@ -137,6 +141,9 @@ impl Orchestrator {
         self.inherit_notices(&facts.head.notices);
         self.doubt_versions();
         facts.commitments.iter().for_each(|stored| self.adopt_commitment(stored));
+        if let Some((version, t)) = passed_by {
+            self.restore_again(version, t);
+        }
         // A predecessor went through the round after the snapshot.
         if self.restoring.as_ref().is_some_and(|restoring| self.next_t >= restoring.until) {
             self.end_rollback();
@@ -162,11 +169,9 @@ impl Orchestrator {
             if self.closed.contains(&t) || self.pulls.contains_key(&t) {
                 continue;
             }
-            if let Some(restoring) =
-                self.restoring.as_ref().filter(|restoring| t < restoring.until && t + u64::from(fragments) >= restoring.until)
-            {
+            if let Some(version) = self.round_at(t) {
                 // A step of the round whose tape did not come through.
-                let tape = self.restoring_tape(restoring.version, t);
+                let tape = self.restoring_tape(version, t);
                 self.tape_at_once(tape);
                 continue;
             }

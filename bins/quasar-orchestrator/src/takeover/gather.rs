@@ -7,7 +7,7 @@ use protocol::documents::{CatalogPage, FragmentManifest, Head, Job, LeaseEnd, Me
 use protocol::envelope::{Document, EnvelopeError, Verified};
 use protocol::log::LogHead;
 use protocol::paths::RunKeys;
-
+use protocol::schedule::fragment_of;
 use protocol::{AccountId, Digest};
 
 use crate::machine::{BucketFacts, Orchestrator, Slot, StepFact, StoredCommitment, StoredOrder, StoredPage};
@@ -47,16 +47,31 @@ pub trait Bucket {
 /// The bucket does not answer, or what lies in it does not belong together.
 pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: &Orchestrator, head: Head) -> Result<BucketFacts, Failure> {
     let mut steps = Vec::new();
+    let mut versions = machine.fragment_versions();
+    let fragments = versions.len() as u16;
     let reach = u64::from(overlap) + 2;
     let (mut t, mut absent) = (machine.closed_below(), 0);
     // The steps that the head knows, and those that were taped before the head could say so.
     while t < head.outer_step || absent < reach {
-        match document::<Tape>(bucket, &keys.tape(t)).await? {
+        let key = keys.tape(t);
+        match document::<Tape>(bucket, &key).await? {
+            None if t < head.closed_below && !machine.is_closed(t) => return Err(missing(&key)),
             None => absent += u64::from(t >= head.outer_step),
+            Some((tape, _)) if (tape.t, tape.fragment) != (t, fragment_of(t, fragments)) => {
+                return Err(contradiction(format!("{key} is the tape of another outer step")));
+            }
             Some((tape, _)) => {
                 absent = 0;
                 if !machine.is_closed(t) {
-                    steps.push(step(bucket, keys, tape).await?);
+                    let version = &mut versions[usize::from(tape.fragment)];
+                    if tape.base_version != *version {
+                        return Err(contradiction(format!("{key} does not begin with version {version}, which the step before it left")));
+                    }
+                    let step = step(bucket, keys, tape).await?;
+                    if let StepFact::Merged { manifest, .. } = &step {
+                        *version = manifest.version;
+                    }
+                    steps.push(step);
                 }
             }
         }
@@ -69,7 +84,7 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
         let Some((page, file)) = stored::<CatalogPage>(bucket, &key).await? else { break };
         let page = page.document;
         if (page.page, page.previous) != (newest.page + 1, newest.digest) {
-            return Err(Failure::configuration(anyhow::anyhow!("{key} does not follow the page before it")).hint(BROKEN));
+            return Err(contradiction(format!("{key} does not follow the page before it")));
         }
         pages.push(StoredPage::new(file, &page));
     }
@@ -156,16 +171,30 @@ async fn step(bucket: &impl Bucket, keys: &RunKeys, tape: Tape) -> Result<StepFa
     let Some((manifest, id)) = document::<MergeManifest>(bucket, &keys.merge(tape.t)).await? else {
         return Ok(StepFact::Taped(tape));
     };
-    if (manifest.fragment, manifest.base_version) != (tape.fragment, tape.base_version) {
-        let key = keys.merge(tape.t);
-        return Err(Failure::configuration(anyhow::anyhow!("{key} contradicts the tape of its outer step")).hint(BROKEN));
+    if (manifest.t, manifest.fragment, manifest.base_version) != (tape.t, tape.fragment, tape.base_version) {
+        return Err(contradiction(format!("{} contradicts the tape of its outer step", keys.merge(tape.t))));
     }
     let key = keys.fragment_manifest(manifest.fragment, manifest.version);
     let (fragment, _) = document::<FragmentManifest>(bucket, &key).await?.ok_or_else(|| missing(&key))?;
     if fragment.keyframe.blake3 != manifest.keyframe || fragment.state != manifest.state {
-        return Err(Failure::configuration(anyhow::anyhow!("{key} contradicts the merge manifest of outer step {}", tape.t)).hint(BROKEN));
+        return Err(contradiction(format!("{key} contradicts the merge manifest of outer step {}", tape.t)));
     }
     Ok(StepFact::Merged { manifest: Box::new(manifest), id, keyframe_length: fragment.keyframe.length })
+}
+
+/// What a machine that read all of the bucket has to know; `head` is the one that was claimed.
+///
+/// # Errors
+/// The head says what nothing in the bucket leads to.
+pub fn has_caught_up(machine: &Orchestrator, head: &Head) -> Result<(), Failure> {
+    if machine.is_behind(head) {
+        return Err(contradiction("the head is ahead of the tapes and merges in the bucket".to_owned()));
+    }
+    Ok(())
+}
+
+fn contradiction(what: String) -> Failure {
+    Failure::configuration(anyhow::anyhow!(what)).hint(BROKEN)
 }
 
 fn missing(key: &str) -> Failure {

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use chain::{ChainError, ChainLink, Hotkey, setter};
+use chain::{ChainError, ChainLink, Hotkey, STATE_BLOCKS, setter};
 use daemon::driver::Inputs;
 use daemon::health::Component;
 use daemon::{Journal, JournalError, clock, files};
-use protocol::envelope::RunId;
-use protocol::{AccountId, Digest};
+use protocol::documents::AuditDraw;
+use protocol::envelope::{Document, RunId};
+use protocol::{AccountId, Digest, codec};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -19,8 +20,6 @@ use crate::machine::{ChainView, Input, OwnNeuron};
 
 /// Steps of a sent row that wait to be told; there are four, and two more for each fork.
 const PROGRESS_MAX: usize = 32;
-/// Nodes that are no archives keep the states of so many blocks.
-const STATE_BLOCKS: u64 = 240;
 /// Where the daemon leaves how weights stand, in its state folder.
 pub const WEIGHTS_FILE: &str = "weights.json";
 
@@ -94,32 +93,36 @@ impl ChainDesk {
         Ok(ChainView { block: metagraph.block.number, own })
     }
 
-    /// Hash of a finalized block. Once seen it is kept, because nodes forget and restarts ask again.
-    pub async fn beacon(&self, block: u64) -> Result<Option<[u8; 32]>, Trouble> {
+    /// Hash of a finalized block, and who could audit then; `None` where nodes have forgotten that. Once seen both are kept: nodes forget,
+    /// restarts ask again, and nobody is to be believed about what was seen.
+    ///
+    /// # Errors
+    /// The chain does not answer, or the block is not final there.
+    pub async fn beacon(&self, block: u64) -> Result<(Option<Digest>, Option<Vec<AccountId>>), Trouble> {
         let name = format!("beacon/{}/{block}", self.run);
         let (journal, key) = (self.journal.clone(), name.clone());
-        if let Some(Ok(hash)) = blocking(move || journal.get(&key)).await?.map(<[u8; 32]>::try_from) {
-            return Ok(Some(hash));
-        }
-        let hash = self.link.client().await?.block_hash(block).await?;
-        if let Some(hash) = hash {
-            let journal = self.journal.clone();
-            blocking(move || journal.put(&name, &hash)).await?;
-        }
-        Ok(hash)
-    }
-
-    /// Who could audit at a finalized block; `None` where nodes have forgotten that.
-    pub async fn validators_at(&self, block: u64) -> Result<Option<Vec<AccountId>>, ChainError> {
+        let kept = blocking(move || journal.get(&key)).await?.and_then(|bytes| codec::decode(&bytes, AuditDraw::PURPOSE.limit()).ok());
+        let kept: Option<Digest> = match kept {
+            Some((hash, Some(validators))) => return Ok((Some(hash), Some(validators))),
+            kept => kept.map(|(hash, _)| hash),
+        };
         let client = self.link.client().await?;
-        if block + STATE_BLOCKS < client.head().await?.number {
-            return Ok(None);
+        let is_old = block + STATE_BLOCKS < client.head().await?.number;
+        let hash = match kept {
+            Some(hash) => hash,
+            None => match client.block_hash(block).await? {
+                Some(hash) => Digest(hash),
+                None if is_old => return Ok((None, None)),
+                None => return Err(ChainError::NotYetFinal { number: block }.into()),
+            },
+        };
+        // Not yet forgotten: an endpoint that lags behind the others says the same of a block that it has not seen.
+        let validators = if is_old { None } else { Some(client.metagraph_at(self.netuid, block).await?.validators()) };
+        if kept.is_none() || validators.is_some() {
+            let (journal, bytes) = (self.journal.clone(), codec::encode(&(hash, validators.clone())));
+            blocking(move || journal.put(&name, &bytes)).await?;
         }
-        match client.metagraph_at(self.netuid, block).await {
-            Ok(metagraph) => Ok(Some(metagraph.validators())),
-            Err(ChainError::StateForgotten { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+        Ok((Some(hash), validators))
     }
 
     /// Sends a row when the next life is sure to know of it.

@@ -54,6 +54,11 @@ impl Trouble {
         Self::Malformed { key: key.into(), what: what.to_string() }
     }
 
+    /// Whether what was read is not what it should be, and stays so: an object that is written once.
+    pub fn is_in_the_object(&self) -> bool {
+        matches!(self, Self::Malformed { .. } | Self::Discovery(DiscoveryError::Envelope { .. }))
+    }
+
     /// Whether it passes without anybody's help: the store, a grant, the network, the disk. What cannot be told passes.
     pub fn is_passing(&self) -> bool {
         match self {

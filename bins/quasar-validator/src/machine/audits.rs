@@ -313,10 +313,11 @@ impl Audits {
         self.open.is_empty()
     }
 
-    pub fn deadline(&self) -> Option<u64> {
+    /// `may_judge`: versions are known, see [`Audits::effects`].
+    pub fn deadline(&self, may_judge: bool) -> Option<u64> {
         let due = |one: &Audit| match one.stage {
             Stage::Judging => None,
-            Stage::Ready if self.is_judging => None,
+            Stage::Ready if self.is_judging || !may_judge => None,
             _ => one.poller.deadline(),
         };
         self.open.values().filter_map(due).min()
@@ -442,7 +443,7 @@ mod tests {
     /// attempts and the verdicts.
     fn play(audits: &mut Audits, mut judge: impl FnMut(u64) -> Judged) -> (Vec<u64>, Vec<Verdict>) {
         let (mut now_ms, mut attempts, mut verdicts) = (0, Vec::new(), Vec::new());
-        while let Some(due_ms) = audits.deadline() {
+        while let Some(due_ms) = audits.deadline(true) {
             now_ms = due_ms.max(now_ms);
             for effect in effects(audits, now_ms) {
                 match effect {
@@ -518,7 +519,7 @@ mod tests {
         let mut audits = Audits::new(account(9), 100, 1_000);
         audits.take_on(subject(1, 0), 0);
         let mut looks = 0;
-        while let Some(due_ms) = audits.deadline() {
+        while let Some(due_ms) = audits.deadline(true) {
             let asked = effects(&mut audits, due_ms);
             assert!(asked.iter().all(|effect| matches!(effect, Effect::ReadOrder(_))), "{asked:?}");
             looks += asked.len() as u64;

@@ -6,7 +6,7 @@ use protocol::audits::{Selection, beacon_from, select};
 use protocol::documents::{AuditDraw, AuditParameters, Contribution, FragmentHead, MergeManifest};
 use protocol::envelope::RunId;
 use protocol::schedule::{Work, cycle_of, fragment_of, merge_weights};
-use protocol::{Digest, Reason};
+use protocol::{AccountId, Digest, Reason};
 use serde::{Deserialize, Serialize};
 
 use super::poller::Poller;
@@ -18,8 +18,10 @@ const READS_MAX: usize = 16;
 pub const VERSIONS_KEPT: u64 = 8;
 /// So many while audits of earlier cycles wait: learners may take the time of many cycles to open. More would fill disks.
 pub const VERSIONS_KEPT_MAX: u64 = 24;
-/// Of a block this far behind the chain's head nobody will write down any more who could audit then.
+/// Of a block this far behind the chain's head nobody will write down any more who could audit then...
 const FORGOTTEN_BLOCKS: u64 = 1_000;
+/// ...and what was written down has been looked for during so long: a store may answer wrongly that an object is absent.
+const FORGOTTEN_MS: u64 = 10 * 60_000;
 /// Complete cycles whose beacon is fixed and not read. While the chain does not answer, no more are gathered: they would fill memory.
 const CLOSED_MAX: usize = 64;
 
@@ -106,6 +108,8 @@ struct Closed {
     last_block: u64,
     /// Once a merge behind it says from where it is counted, or the run is over.
     beacon_block: Option<u64>,
+    /// Since when what it is drawn with is nowhere to be found.
+    forgotten_since_ms: Option<u64>,
     poller: Poller,
 }
 
@@ -124,6 +128,26 @@ pub enum DrawRead {
     Forgotten,
     /// Chain or store did not answer, or the block is not final there.
     Failed,
+}
+
+impl DrawRead {
+    /// What the chain says of a cycle's beacon block counts. Where it has forgotten who could audit then, what was `written` down of that
+    /// block does.
+    pub fn of(cycle: u64, (block, hash): (u64, Option<Digest>), validators: Option<Vec<AccountId>>, written: Option<AuditDraw>) -> Self {
+        let Some(beacon) = hash else { return Self::Forgotten };
+        let seen = validators.map(|validators| AuditDraw { cycle, beacon_block: block, beacon, validators });
+        let fits = |draw: &AuditDraw| (draw.cycle, draw.beacon_block, draw.beacon) == (cycle, block, beacon);
+        if let Some(written) = &written
+            && seen.as_ref().map_or(!fits(written), |seen| seen != written)
+        {
+            if fits(written) && written.validators.is_empty() {
+                tracing::warn!(cycle, block, "the orchestrator could not see any more who could audit: no audits of this cycle are ordered");
+            } else {
+                tracing::error!(cycle, block, "the orchestrator draws audits with something else than the chain's");
+            }
+        }
+        seen.or(written.filter(fits)).map_or(Self::Forgotten, |draw| Self::Drawn(Box::new(draw)))
+    }
 }
 
 /// All manifests of a run, as far as they were read.
@@ -179,9 +203,14 @@ impl Cycles {
         self.count_beacons(None);
     }
 
+    /// Whether so many cycles wait for their draw that no more are gathered.
+    fn is_full(&self) -> bool {
+        self.closed.values().filter(|closed| closed.beacon_block.is_some()).count() > CLOSED_MAX
+    }
+
     /// The next manifests to read.
     pub fn wanted(&mut self, now_ms: u64) -> Vec<u64> {
-        if self.closed.values().filter(|closed| closed.beacon_block.is_some()).count() > CLOSED_MAX {
+        if self.is_full() {
             return Vec::new();
         }
         // What waits to be folded counts as well: one missing step must not make the rest of a long run pile up here.
@@ -250,7 +279,8 @@ impl Cycles {
         if cycle_of(t + 1, self.fragments) != cycle {
             let merges = std::mem::take(&mut self.open);
             let last_block = merges.iter().map(|merge| merge.block).max().unwrap_or(0);
-            self.closed.insert(cycle, Closed { merges, last_block, beacon_block: None, poller: Poller::new(self.retry_ms) });
+            let poller = Poller::new(self.retry_ms);
+            self.closed.insert(cycle, Closed { merges, last_block, beacon_block: None, forgotten_since_ms: None, poller });
         }
         Folded { manifest, fault }
     }
@@ -274,15 +304,19 @@ impl Cycles {
                 let selections = select(self.run, self.rate_ppm, &draw, &merges);
                 return selections.into_iter().filter_map(|selection| subject(selection, &merges)).collect();
             }
-            DrawRead::Forgotten if beacon_block.saturating_add(FORGOTTEN_BLOCKS) < head_block => {
-                tracing::warn!(
-                    cycle,
-                    block = beacon_block,
-                    "the chain has forgotten who could audit at the beacon's block, and nobody wrote it down: this cycle stays without audits here"
-                );
-                self.closed.remove(&cycle);
+            DrawRead::Forgotten => {
+                closed.poller.end(now_ms);
+                let since_ms = *closed.forgotten_since_ms.get_or_insert(now_ms);
+                if beacon_block.saturating_add(FORGOTTEN_BLOCKS) < head_block && since_ms.saturating_add(FORGOTTEN_MS) <= now_ms {
+                    tracing::warn!(
+                        cycle,
+                        block = beacon_block,
+                        "the chain has forgotten who could audit at the beacon's block, and nobody wrote it down: this cycle stays without audits here"
+                    );
+                    self.closed.remove(&cycle);
+                }
             }
-            DrawRead::Forgotten | DrawRead::Failed => closed.poller.end(now_ms),
+            DrawRead::Failed => closed.poller.end(now_ms),
         }
         Vec::new()
     }
@@ -338,8 +372,9 @@ impl Cycles {
     pub fn deadline(&self) -> Option<u64> {
         // A beacon that was never asked for waits for its block, not for a time.
         let beacons = self.closed.values().filter_map(|closed| closed.poller.deadline()).filter(|due_ms| *due_ms > 0);
-        // While all reads are under way, an answer comes first.
-        let missing = self.missing.values().copied().filter(|_| self.reading.len() < READS_MAX);
+        // While all reads are under way, or cycles wait for their draw, an answer comes first.
+        let may_read = self.reading.len() < READS_MAX && !self.is_full();
+        let missing = self.missing.values().copied().filter(|_| may_read);
         missing.chain(beacons).min()
     }
 }
@@ -421,8 +456,30 @@ mod tests {
         cycles.drawn(0, DrawRead::Failed, 5_000, 0);
         cycles.drawn(0, DrawRead::Forgotten, 500, 0);
         assert!(!cycles.is_settled());
-        cycles.drawn(0, DrawRead::Forgotten, 5_000, 0);
+        cycles.drawn(0, DrawRead::Forgotten, 5_000, FORGOTTEN_MS - 1);
+        assert!(!cycles.is_settled(), "one wrong answer of a store is not the last word");
+        cycles.drawn(0, DrawRead::Forgotten, 5_000, FORGOTTEN_MS);
         assert!(cycles.is_settled());
+    }
+
+    #[test]
+    fn the_chain_counts_before_what_was_written_down_of_it() {
+        let draw = |beacon: &[u8], validators: Vec<AccountId>| AuditDraw {
+            cycle: 3,
+            beacon_block: 8,
+            beacon: Digest::blake3(beacon),
+            validators,
+        };
+        let (hash, own, other) = (Some(Digest::blake3(b"hash")), vec![account(1)], vec![account(2)]);
+        let read = |hash, seen: Option<&Vec<AccountId>>, written| DrawRead::of(3, (8, hash), seen.cloned(), written);
+        let drawn = |validators: &Vec<AccountId>| DrawRead::Drawn(Box::new(draw(b"hash", validators.clone())));
+        assert_eq!(read(hash, Some(&own), None), drawn(&own));
+        assert_eq!(read(hash, Some(&own), Some(draw(b"hash", other.clone()))), drawn(&own));
+        assert_eq!(read(hash, Some(&own), Some(draw(b"hash", Vec::new()))), drawn(&own));
+        assert_eq!(read(hash, None, Some(draw(b"hash", other.clone()))), drawn(&other));
+        assert_eq!(read(hash, None, Some(draw(b"another", other.clone()))), DrawRead::Forgotten);
+        assert_eq!(read(hash, None, None), DrawRead::Forgotten);
+        assert_eq!(read(None, None, Some(draw(b"hash", other))), DrawRead::Forgotten);
     }
 
     #[test]

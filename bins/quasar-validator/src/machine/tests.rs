@@ -126,6 +126,7 @@ fn a_fresh_machine_looks_at_head_chain_and_current_run() {
 #[test]
 fn before_anything_is_merged_the_weight_goes_to_the_validator_itself() {
     let mut machine = machine();
+    give(&mut machine, 0, chain(20, Some(OWN)));
     assert!(looks(&give(&mut machine, 0, head(RunState::Open, 0))));
     assert_eq!(look(&mut machine, 0, 20, &[], 0).map(|(_, row)| row), Some(vec![(2, u16::MAX)]));
 }
@@ -133,11 +134,52 @@ fn before_anything_is_merged_the_weight_goes_to_the_validator_itself() {
 #[test]
 fn no_weights_are_set_before_all_published_manifests_are_read() {
     let mut machine = machine();
-    for input in [head(RunState::Open, 2), merged(0)] {
+    for input in [chain(1, Some(OWN)), head(RunState::Open, 2), merged(0)] {
         assert!(!looks(&give(&mut machine, 0, input)));
     }
     assert!(looks(&give(&mut machine, 0, merged(1))));
     assert_eq!(look(&mut machine, 0, 20, &[], 0).map(|(_, row)| row), Some(vec![(0, 65535), (1, 32768)]));
+}
+
+#[test]
+fn after_the_chain_was_away_what_became_due_meanwhile_is_read_before_scores_are_made() {
+    let mut machine = machine();
+    give(&mut machine, 0, chain(7, Some(OWN)));
+    give(&mut machine, 0, head(RunState::Complete, 2));
+    (0..2).for_each(|t| drop(give(&mut machine, 0, merged(t))));
+    assert!(machine.is_caught_up, "the beacon's block 8 is not there yet");
+    give(&mut machine, CHAIN_SILENT_MS, Input::Block(None));
+    assert!(!machine.is_caught_up);
+    let now_ms = 2 * CATCH_UP_MS;
+    give(&mut machine, now_ms, Input::Tick);
+    assert!(!machine.is_caught_up, "how long the chain was away does not count");
+    assert!(give(&mut machine, now_ms, Input::Block(Some(9))).contains(&Effect::ReadBeacon { cycle: 0, block: 8 }));
+    give(&mut machine, now_ms, Input::Beacon { cycle: 0, read: DrawRead::Failed });
+    let later_ms = now_ms + CATCH_UP_MS;
+    give(&mut machine, later_ms - 1, Input::Block(Some(9)));
+    assert!(!machine.is_caught_up);
+    let mut impatient = machine.clone();
+    give(&mut impatient, later_ms, Input::Tick);
+    assert!(impatient.is_caught_up, "what can never be read keeps no weights away");
+    for effect in give(&mut machine, later_ms - 1, Input::Beacon { cycle: 0, read: drawn(0, 8, 9) }) {
+        if let Effect::ReadVerdict(subject) = effect {
+            assert!(!machine.is_caught_up);
+            not_revealed(&mut machine, &subject, later_ms - 1);
+        }
+    }
+    assert!(machine.is_caught_up);
+}
+
+#[test]
+fn an_audit_that_waits_for_manifests_does_not_keep_the_machine_awake() {
+    let mut machine = machine();
+    let subjects = audited(&mut machine, RunState::Open);
+    subjects.iter().for_each(|subject| not_revealed(&mut machine, subject, 10));
+    give(&mut machine, 20, head(RunState::Open, 9));
+    give(&mut machine, 20, Input::Order { audit: subjects[0].selection.audit, read: OrderRead::Fits });
+    assert!(machine.deadline() > Some(20));
+    let effects: Vec<Effect> = (3..9).flat_map(|t| give(&mut machine, 21, merged(t))).collect();
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Judge { .. })), "{effects:?}");
 }
 
 #[test]

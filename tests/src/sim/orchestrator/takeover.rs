@@ -9,7 +9,7 @@ use protocol::AccountId;
 use protocol::documents::{Head, Progress};
 use protocol::envelope::{Document, EnvelopeError, Expect, Verified};
 use quasar_orchestrator::machine::{Input, Orchestrator};
-use quasar_orchestrator::takeover::{Bucket, gather};
+use quasar_orchestrator::takeover::{Bucket, gather, has_caught_up};
 use storage::PutCondition;
 
 use super::super::executor::Life;
@@ -60,12 +60,13 @@ impl World {
                     Some(bytes) => Orchestrator::from_snapshot(&bytes).expect("our own snapshot"),
                     None => (0, Orchestrator::new(self.setup.clone())),
                 };
-                let facts =
-                    gather(&*hands, &self.run, self.plan.parameters.overlap, &machine, head).await.expect("the bucket holds together");
+                let overlap = self.plan.parameters.overlap;
+                let facts = gather(&*hands, &self.run, overlap, &machine, head.clone()).await.expect("the bucket holds together");
                 let now_ms = self.clock_ms(hands.id).max(taken_ms);
                 let found = (facts.leases.clone(), facts.orders.clone());
                 machine.handle(now_ms, Input::Recovered { facts: Box::new(facts) });
                 while machine.poll_effect().is_some() {}
+                has_caught_up(&machine, &head).expect("the bucket leads to the head");
                 let mut node = self.orchestrators[host].borrow_mut();
                 let snapshot = Some((now_ms, encode(&machine)));
                 node.disk = Disk { snapshot, entries: Vec::new(), instance: hands.instance(), ..std::mem::take(&mut node.disk) };

@@ -107,6 +107,47 @@ async fn objects_that_contradict_each_other_are_refused_and_left_alone() {
 }
 
 #[tokio::test]
+async fn tapes_and_merges_that_do_not_lead_to_the_head_are_refused_and_left_alone() {
+    let first = Bucket::new().await;
+    let tapes = [first.tape(0, 0, 1, &[11]).await, first.tape(1, 0, 1, &[11]).await, first.tape(2, 1, 1, &[11]).await];
+    type Change = fn(&mut [Option<Tape>; 3], &mut Head);
+    let cases: [(&str, Change); 6] = [
+        ("is missing", |tapes, _| tapes[1] = None),
+        ("of another outer step", |tapes, _| tapes[1].as_mut().unwrap().t = 3),
+        ("of another outer step", |tapes, _| tapes[1].as_mut().unwrap().fragment = 7),
+        ("does not begin with version 1", |tapes, _| tapes[2].as_mut().unwrap().base_version = 0),
+        ("ahead of the tapes", |_, head| head.fragments[1].version = 2),
+        ("is missing", |_, head| head.closed_below = 4),
+    ];
+    for (why, change) in cases {
+        let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
+        let (service, journal) = bucket.orchestrator(folder.path()).await;
+        let mut head = service.claim_head(1).await.unwrap();
+        (head.outer_step, head.closed_below) = (3, 3);
+        for t in 0..3u64 {
+            // Their payloads lie in the bucket.
+            bucket.tape(t, t / 2, 1, &[11]).await;
+        }
+        let mut changed = tapes.clone().map(Some);
+        for tape in &tapes {
+            // The merges are whole, whatever becomes of the tapes.
+            service.merge(tape.clone(), Vec::new(), (Digest::ZERO, 0)).await;
+        }
+        change(&mut changed, &mut head);
+        for (t, tape) in (0..).zip(changed) {
+            if let Some(tape) = tape {
+                bucket.publish(&service.run.tape(t), &tape).await;
+            }
+        }
+        let before = bucket.objects().await;
+        let refused = takeover::recover(&service, &journal, head, bucket.fresh()).await.err().unwrap();
+        assert_eq!(refused.exit, Exit::Configuration);
+        assert!(refused.to_string().contains(why) && refused.to_string().contains("hint:"), "{why}: {refused}");
+        assert!(bucket.objects().await == before && journal.is_empty().unwrap(), "{why}");
+    }
+}
+
+#[tokio::test]
 async fn a_page_holds_published_training_shards_of_the_run_and_a_successor_finds_it() {
     let (bucket, folder) = (Bucket::new().await, tempfile::tempdir().unwrap());
     let (service, journal) = bucket.orchestrator(&folder.path().join("a")).await;

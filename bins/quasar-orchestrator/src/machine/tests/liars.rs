@@ -101,6 +101,20 @@ fn an_upload_is_checked_once_however_often_its_learner_begins_anew() {
 }
 
 #[test]
+fn uploads_of_sessions_that_are_over_hold_up_no_pull() {
+    let mut world = World::new(0, 4);
+    world.run(10_000);
+    let slot = world.learners[0].slot;
+    world.withheld.insert(slot);
+    let t = world.run_until(|world| world.answered(slot));
+    // It is large, and takes long to fetch.
+    world.unchecked.insert(slot);
+    world.learners[0].record.session_epoch += 1;
+    world.run(3_000);
+    assert!(world.tapes.contains_key(&t) && !world.is_merged(t, slot));
+}
+
+#[test]
 fn who_commits_to_nothing_of_use_is_soon_not_waited_for_and_beginning_anew_does_not_change_that() {
     let merges = |liars: usize| {
         let mut world = World::new(0, 3 + liars as u8);

@@ -108,6 +108,28 @@ fn what_a_merge_takes_comes_off_the_grace() {
 }
 
 #[test]
+fn a_merge_that_was_under_way_in_an_outage_leaves_the_next_ones_their_grace() {
+    for is_restarted in [true, false] {
+        let mut world = paced();
+        world.holds_merges = true;
+        while world.held_merges.is_empty() {
+            world.run(POLL_MS);
+        }
+        world.now_ms += 3_600_000;
+        if is_restarted {
+            world.held_merges.clear();
+            world.input(Input::Claimed { epoch: 1 });
+        }
+        world.holds_merges = false;
+        let merge = world.held_merges.pop().unwrap();
+        let merged = world.execute(merge).unwrap();
+        world.input(merged);
+        let most_ms = if is_restarted { 0 } else { 2 * XI_MS };
+        assert!(world.machine.timing.sync_ms() <= most_ms, "{} ms", world.machine.timing.sync_ms());
+    }
+}
+
+#[test]
 fn a_pull_that_everybody_has_answered_is_closed_at_once() {
     let mut world = paced();
     for _ in 0..200 {

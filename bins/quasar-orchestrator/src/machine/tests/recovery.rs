@@ -562,7 +562,7 @@ fn what_an_earlier_session_offered_stands_not_in_the_way_of_what_the_next_one_co
     let version = world.machine.fragments[usize::from(fragment)].version;
     let mut pull = OpenPull::new(fragment, version, world.now_ms, 10_000);
     let id = Digest::blake3(b"its record");
-    pull.add(slot, Offer { commitment: earlier, id, stage: OfferStage::Committed, is_logged: false });
+    pull.add(slot, Offer { commitment: earlier, id, stage: OfferStage::Committed, is_logged: false, has_left: false });
     world.machine.pulls.insert(t, pull);
     let learner = world.machine.learners.get_mut(&slot).unwrap();
     learner.session_epoch -= 1;

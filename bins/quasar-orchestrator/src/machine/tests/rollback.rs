@@ -121,7 +121,8 @@ fn going_back() -> (World, u64) {
 
 /// The process hears that its snapshot is stored.
 fn begin_round(world: &mut World) {
-    world.input(Input::SnapshotStored { revision: u64::MAX });
+    let revision = world.machine.restoring.as_ref().unwrap().revision + 1;
+    world.input(Input::SnapshotStored { revision });
 }
 
 fn fragments_that_went_back(world: &World) -> BTreeSet<u16> {
@@ -151,6 +152,33 @@ fn a_step_of_the_round_whose_tape_did_not_come_through_is_one_for_a_successor_to
         world.run(1_000);
         assert_eq!(fragments_that_went_back(&world).len(), usize::from(P), "step {gap}");
         assert!(world.tapes.values().all(|tape| tape.restores.is_none_or(|version| version == target)));
+    }
+}
+
+#[test]
+fn a_step_of_the_round_that_an_earlier_writer_decided_goes_back_in_another_one() {
+    for (at, is_succeeded) in (0..u64::from(P)).flat_map(|at| [(at, false), (at, true)]) {
+        let (mut world, target) = going_back();
+        // Its tape came late: that writer knew nothing of the round.
+        let stray = Tape { restores: None, ..world.machine.restoring_tape(target, world.machine.next_t + at) };
+        world.tapes.insert(stray.t, stray.clone());
+        world.holds_snapshots = is_succeeded;
+        begin_round(&mut world);
+        world.run(2_000);
+        let goes_back = |world: &World| {
+            let mut later = world.tapes.range(stray.t + 1..).map(|(_, tape)| tape).filter(|tape| tape.fragment == stray.fragment);
+            later.next().is_some_and(|tape| tape.restores == Some(target))
+        };
+        assert_eq!(goes_back(&world), !is_succeeded, "another round waits for a snapshot too");
+        if is_succeeded {
+            world.holds_snapshots = false;
+            world.loses_disk = true;
+            let recovered = world.recover_from_bucket();
+            world.input(recovered);
+            world.run(2_000);
+        }
+        assert!(goes_back(&world) && world.machine.restoring.is_none(), "step {at}");
+        assert_eq!(fragments_that_went_back(&world).len(), usize::from(P));
     }
 }
 
@@ -195,6 +223,7 @@ fn a_successor_whose_snapshot_knows_nothing_of_a_rollback_begins_it_once() {
 fn nothing_is_released_in_the_middle_of_a_rollback() {
     let (mut world, target) = going_back();
     world.holds_merges = true;
+    world.holds_snapshots = false;
     begin_round(&mut world);
     world.machine.setup.parameters.release_every_cycles = 1;
     world.input(order(2, Action::Release));

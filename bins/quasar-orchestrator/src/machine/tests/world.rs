@@ -221,6 +221,8 @@ pub(super) struct World {
     /// What checks of receipts give for some slots.
     pub(super) receipts: BTreeMap<Slot, Result<(Digest, Vec<u32>), Reason>>,
     pub(super) rejects: BTreeMap<Slot, Reason>,
+    /// Learners whose uploads are still being fetched to be checked.
+    pub(super) unchecked: BTreeSet<Slot>,
     /// Learners that never use an upload grant.
     pub(super) withheld: BTreeSet<Slot>,
     /// Learners whose commitments of an earlier session lie in the bucket.
@@ -281,6 +283,7 @@ impl World {
             log: BTreeMap::new(),
             receipts: BTreeMap::new(),
             rejects: BTreeMap::new(),
+            unchecked: BTreeSet::new(),
             withheld: BTreeSet::new(),
             answered_before: BTreeSet::new(),
             crash_after: None,
@@ -404,6 +407,7 @@ impl World {
                 let stored = self.commitments.entry((t, slot)).or_insert(StoredCommitment { slot, id, commitment });
                 Some(Input::CommitmentStored { slot, t, id: stored.id, commitment: stored.commitment.digest() })
             }
+            Effect::CheckPayload { slot, .. } if self.unchecked.contains(&slot) => None,
             Effect::CheckPayload { slot, t, .. }
                 if !self.learners.iter().any(|sim| sim.slot == slot && sim.record.uploaded.contains(&t)) =>
             {

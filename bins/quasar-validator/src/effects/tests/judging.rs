@@ -183,3 +183,44 @@ async fn the_grants_of_an_order_that_have_expired_are_not_waited_for() {
     assert!(matches!(effects.grants.get(Some(&selection.audit), &key, 1 << 20).await, Err(Trouble::OrderExpired { .. })));
     assert!(matches!(effects.grants.get(Some(&selection.audit), "another", 1).await, Err(Trouble::NoGrant { .. })));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_an_auditor_that_is_no_verdict_counts_as_none() {
+    let published = Published::new(&Cheat::default()).await;
+    let effects = published.effects(broken()).await;
+    let subject = &published.case.subject;
+    let audit = subject.selection.audit;
+    let none = Input::Verdict { audit, verdict: None };
+    assert_eq!(effects.verdict(subject).await, none);
+    let key = published.run.verdict_reveal(&subject.selection.validator, &audit);
+    // Who may write there writes what it likes.
+    let stranger = sign(&VerdictCommit { audit, commitment: Digest::ZERO }, &published.world.context, &published.orchestrator, 1, 1);
+    for bytes in [b"anything".to_vec(), stranger] {
+        published.put(&key, bytes).await;
+        assert_eq!(effects.verdict(subject).await, none);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_could_audit_is_remembered_when_the_chain_has_forgotten_it() {
+    let published = Published::new(&Cheat::default()).await;
+    let block = published.case.subject.selection.beacon_block;
+    let DrawRead::Drawn(seen) = published.effects(broken()).await.draw(1, block).await else { panic!("the chain knows") };
+    assert_eq!(seen.validators, [published.hotkey.account()]);
+    // Somebody else's list, written down when the chain knows no more.
+    let written = AuditDraw { validators: vec![AccountId([7; 32])], ..(*seen).clone() };
+    published.put_document(&published.run.draw(1), &published.world.context, &written).await;
+    published.chain.advance(::chain::STATE_BLOCKS + 1);
+    published.chain.forget(block + 1);
+    assert_eq!(published.effects(broken()).await.draw(1, block).await, DrawRead::Drawn(seen.clone()));
+    // Another validator goes by what was written down, unless that is no document of the orchestrator.
+    let journal = || Arc::new(Journal::in_memory().unwrap());
+    let other = Published { journal: journal(), ..published };
+    assert_eq!(other.effects(broken()).await.draw(1, block).await, DrawRead::Drawn(Box::new(written)));
+    other.put(&other.run.draw(1), "anything").await;
+    assert_eq!(other.effects(broken()).await.draw(1, block).await, DrawRead::Forgotten);
+    // Of a block that is not forgotten, an endpoint that does not know it lags behind.
+    let newest = other.chain.advance(1).number;
+    other.chain.forget(newest + 1);
+    assert_eq!(other.effects(broken()).await.draw(1, newest).await, DrawRead::Failed);
+}
