@@ -15,7 +15,7 @@ use protocol::envelope::{self, Document, Expect, Header, next_sequence};
 use protocol::{AccountId, Digest, GrantBundle, GrantRequest, KeyMap, Method, SealedBytes};
 use quasar_miner::machine::{
     Boundary, Effect, End, Exported, Fault, Found, GrantInfo, Input, Learner, LearnerSettings, Look, NotPrepared, PreparedPart, Put,
-    StepDone, Trouble,
+    Step, StepDone, Trouble,
 };
 use storage::StoreError;
 use storage::client::{GrantError, PutOutcome};
@@ -47,6 +47,8 @@ struct Memory {
     payloads: BTreeMap<u64, Bytes>,
     receipts: BTreeMap<u64, Bytes>,
     asked: Asked,
+    /// Rows of a step of each lease.
+    batch_rows: BTreeMap<u64, u32>,
     /// Tag and highest sequence seen of each object that is looked at.
     seen: [(Option<Rc<str>>, u64); Look::ALL.len()],
 }
@@ -95,6 +97,10 @@ impl Node {
 
     pub fn is_running(&self) -> bool {
         self.machine.is_some()
+    }
+
+    fn batch_rows(&self, step: &Step, world: &World) -> u32 {
+        self.memory.batch_rows.get(&step.lease).copied().unwrap_or(world.plan.parameters.batch_rows)
     }
 
     /// For people.
@@ -366,7 +372,11 @@ impl World {
                 Err(()) => Found::Failed,
             },
             Look::Job => match self.poll::<Job>(index, id, at, &keys.job).await {
-                Ok(Some((_, job))) if (job.hotkey, job.slot) == (account, 0) => Found::Job(Box::new(job)),
+                Ok(Some((_, job))) if (job.hotkey, job.slot) == (account, 0) => {
+                    let leases = job.leases.iter().map(|lease| (lease.id, lease.batch_rows));
+                    self.learners[index].borrow_mut().memory.batch_rows.extend(leases);
+                    Found::Job(Box::new(job))
+                }
                 Ok(None) => Found::Nothing,
                 _ => Found::Failed,
             },
@@ -558,7 +568,7 @@ impl World {
             let opened =
                 OpenedStep { local_step: step.local_step, lease: step.lease, lease_step: step.lease_step, exchanged: step.exchanged, loss };
             node.disk.steps.insert((node.disk.session, step.local_step), opened);
-            StepDone { loss, tokens: u64::from(self.plan.parameters.batch_rows) * 128, step_ms: step_ms as u32 }
+            StepDone { loss, tokens: u64::from(node.batch_rows(&step, self)) * 128, step_ms: step_ms as u32 }
         };
         self.tell_miner(index, life, Input::Finished { number, step: Some(done) });
     }
@@ -597,7 +607,10 @@ impl World {
         }
         node.memory.weights = Some(weights);
         let mut random = self.random.borrow_mut();
-        let step_ms = random.between(node.step_ms * 9 / 10, node.step_ms * 11 / 10).max(1);
+        let mut step_ms = random.between(node.step_ms * 9 / 10, node.step_ms * 11 / 10).max(1);
+        if let Some(step) = &boundary.step {
+            step_ms = (step_ms * u64::from(node.batch_rows(step, self)) / u64::from(self.plan.parameters.batch_rows)).max(1);
+        }
         let fails = self.executor.now_ms() < self.plan.faults.until_ms && random.chance(self.plan.faults.not_finite_ppm);
         Some((Input::Prepared { number: boundary.number, snapshot, exported }, step_ms, fails))
     }

@@ -72,7 +72,8 @@ impl Learner {
         let slot = self.settings.slot;
         let changes = self.leases.set_job(job, now_ms);
         for lease in changes.begun {
-            tracing::info!(slot, lease, "lease received");
+            let batch_rows = job.leases.iter().find(|one| one.id == lease).map(|one| one.batch_rows);
+            tracing::info!(slot, lease, batch_rows, "lease received");
         }
         for lease in changes.ended {
             tracing::info!(slot, lease, "lease ended by the orchestrator");

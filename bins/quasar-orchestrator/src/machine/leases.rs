@@ -27,6 +27,10 @@ const LEASES_AT_ONCE: u64 = 4;
 const ORDER_RANGES_MAX: usize = 8 * RANGES_MAX;
 /// A lease that nobody finishes ends after so many times the time it should take.
 const LEASE_DEADLINE_FACTOR: u64 = 20;
+/// A learner whose steps take more than this share of the time of all, in percent, gets smaller batches with its next lease...
+const SLOW_PERCENT: u64 = 125;
+/// ...as far as this part of a whole one, and larger ones again once its steps take less than those of all.
+const BATCH_SHARE_MIN: u32 = 8;
 /// A lease is believed to be used up at most at so many times the pace of all: a claim costs nothing, and takes no rows from the others.
 const PACE_MAX: u64 = 16;
 
@@ -128,8 +132,23 @@ impl Orchestrator {
         self.grant_lease(slot, schedule_start);
     }
 
+    /// Rows of a step for a learner: a slow one gets fewer, so that it steps, and answers pulls, at the pace of all (DyLU of Liu et al. 2024,
+    /// Asynchronous Local-SGD, with batches in the place of step counts). Its weight is its tokens'.
+    fn batch_rows(&self, slot: Slot) -> u32 {
+        let whole = self.parameters().batch_rows;
+        let Some(learner) = self.learners.get(&slot) else { return whole };
+        let held = self.leases.get(&learner.lease).map_or(whole, |record| record.lease.batch_rows);
+        let Some(own_ms) = learner.step.get() else { return held };
+        let all_ms = self.timing.step_ms();
+        if all_ms <= own_ms && 100 * own_ms <= SLOW_PERCENT * all_ms {
+            return held;
+        }
+        let rows = u64::from(held) * all_ms / own_ms.max(1);
+        u32::try_from(rows).unwrap_or(whole).clamp((whole / BATCH_SHARE_MIN).max(1), whole)
+    }
+
     fn grant_lease(&mut self, slot: Slot, schedule_start: u64) {
-        let (steps, batch_rows) = (self.parameters().lease_steps, self.parameters().batch_rows);
+        let (steps, batch_rows) = (self.parameters().lease_steps, self.batch_rows(slot));
         let (now_ms, fastest_ms) = (self.volatile.now_ms, step_ms_min(self.timing.step_ms()));
         let ahead_ms = (LEASES_AT_ONCE - 1) * u64::from(steps) * fastest_ms;
         if self.learners.get(&slot).is_none_or(|learner| learner.leases_ms > now_ms + ahead_ms) {
@@ -289,22 +308,48 @@ fn book(ledger: &mut TokenLedger, lease: &Lease, end: &LeaseEnd) {
 }
 
 /// The leases of each slot, oldest first, as far as they are known: what its commitments can have trained on.
-pub(super) struct LeasedSteps(BTreeMap<Slot, Vec<(u64, u32)>>);
+pub(super) struct LeasedSteps(BTreeMap<Slot, Vec<Leased>>);
+
+#[derive(Clone, Copy)]
+struct Leased {
+    id: u64,
+    steps: u32,
+    batch_rows: u32,
+}
 
 impl LeasedSteps {
     pub fn of(leases: &BTreeMap<u64, LeaseRecord>) -> Self {
-        let mut steps: BTreeMap<Slot, Vec<(u64, u32)>> = BTreeMap::new();
-        for (id, record) in leases {
-            steps.entry(record.slot).or_default().push((*id, record.lease.steps));
+        let mut steps: BTreeMap<Slot, Vec<Leased>> = BTreeMap::new();
+        for (id, LeaseRecord { lease, slot, .. }) in leases {
+            steps.entry(*slot).or_default().push(Leased { id: *id, steps: lease.steps, batch_rows: lease.batch_rows });
         }
         Self(steps)
     }
 
-    /// Most steps that a learner can have done when it committed to `lease_step` of `lease`: those of its earlier leases, and these.
-    pub fn until(&self, slot: &Slot, lease: u64, lease_step: u32) -> u32 {
+    /// What a learner can have used up when it committed to `lease_step` of `lease`, newest first: these steps of it, and all of its earlier
+    /// ones.
+    fn before(&self, slot: &Slot, lease: u64, lease_step: u32) -> impl Iterator<Item = Leased> {
         let known = self.0.get(slot).map(Vec::as_slice).unwrap_or_default();
-        let earlier = known[..known.partition_point(|(id, _)| *id < lease)].iter().rev().take(LEASES_KEPT);
-        earlier.fold(lease_step, |sum, (_, steps)| sum.saturating_add(*steps))
+        let (earlier, rest) = known.split_at(known.partition_point(|leased| leased.id < lease));
+        let own = rest.first().filter(|leased| leased.id == lease).map(|leased| Leased { steps: lease_step, ..*leased });
+        own.into_iter().chain(earlier.iter().rev().take(LEASES_KEPT).copied())
+    }
+
+    /// Most steps that it can have done by then.
+    pub fn until(&self, slot: &Slot, lease: u64, lease_step: u32) -> u32 {
+        self.before(slot, lease, lease_step).fold(0, |sum, leased| sum.saturating_add(leased.steps))
+    }
+
+    /// Rows of the last `steps` of these.
+    pub fn rows(&self, slot: &Slot, lease: u64, lease_step: u32, steps: u32) -> u64 {
+        let mut left = steps;
+        let mut rows = 0;
+        for leased in self.before(slot, lease, lease_step) {
+            let taken = left.min(leased.steps);
+            left -= taken;
+            rows += u64::from(taken) * u64::from(leased.batch_rows);
+        }
+        rows
     }
 }
 

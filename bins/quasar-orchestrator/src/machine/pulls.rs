@@ -442,7 +442,7 @@ impl Orchestrator {
     pub(super) fn close_pull(&mut self, t: u64) {
         let now_ms = self.volatile.now_ms;
         let (block, closing) = (self.block, self.is_closing(t));
-        let tokens_per_step = u64::from(self.parameters().batch_rows) * u64::from(self.parameters().sequence_length);
+        let row_tokens = u64::from(self.parameters().sequence_length);
         let step_ms_min = self.timing.step_ms() / STEP_MS_SHARE_MIN;
         let epoch = self.epoch;
         let leased = LeasedSteps::of(&self.leases);
@@ -461,8 +461,9 @@ impl Orchestrator {
         let mut work = Vec::new();
         for ((hotkey, slot), offer) in pull.offers.iter().filter(|(_, offer)| offer.stage == OfferStage::Accepted) {
             let Commitment { steps: claimed, lease, lease_step, .. } = offer.commitment;
-            let steps = schedule::counted_steps(claimed, leased.until(&(*hotkey, *slot), lease, lease_step), elapsed_ms, step_ms_min);
-            let tokens = u64::from(steps) * tokens_per_step;
+            let learner = (*hotkey, *slot);
+            let steps = schedule::counted_steps(claimed, leased.until(&learner, lease, lease_step), elapsed_ms, step_ms_min);
+            let tokens = leased.rows(&learner, lease, lease_step, steps) * row_tokens;
             work.push(Work { tokens, versions_behind: pull.version - offer.commitment.base_version });
             inputs.push(TapeInput {
                 hotkey: *hotkey,

@@ -1,8 +1,9 @@
 //! Rows at the end of an epoch, and leases that nobody finishes.
 
-use protocol::documents::{ReceiptOffer, RowRange};
+use protocol::documents::{Lease, ReceiptOffer, RowRange};
 
 use super::*;
+use crate::machine::leases::LeasedSteps;
 
 const ROW_TOKENS: u64 = 128;
 
@@ -87,4 +88,46 @@ fn the_leases_of_a_learner_that_uses_up_many_in_a_cycle_are_kept_until_its_audit
     // A segment may have begun in any of those just before.
     let just_before = ended.iter().rev().filter(|record| record.ended_t < (cycle - 2) * u64::from(P)).take(6);
     assert!(just_before.clone().count() > 0 && just_before.clone().all(|record| of_last.contains(&record.lease.id)));
+}
+
+#[test]
+fn a_slow_learner_gets_smaller_batches_until_it_steps_at_the_pace_of_all_and_is_weighed_by_its_rows() {
+    let mut setup = setup(0);
+    setup.parameters.batch_rows = 32;
+    let mut world = World::of(setup, 5);
+    let slot = world.learners[4].slot;
+    let newest = |world: &World, slot: Slot| {
+        let record = world.machine.leases.values().rfind(|record| record.slot == slot).unwrap();
+        record.lease.batch_rows
+    };
+    world.learners[4].step_ms = 4 * STEP_MS;
+    world.run(120_000);
+    assert!((6..=12).contains(&newest(&world, slot)), "{} rows of 32", newest(&world, slot));
+    let (own_ms, all_ms) = (world.machine.learners[&slot].step.get().unwrap(), world.machine.timing.step_ms());
+    assert!(own_ms * 100 <= all_ms * 125, "{own_ms} ms, {all_ms} ms");
+    assert!(world.learners[..4].iter().all(|other| newest(&world, other.slot) == 32));
+    let row_tokens = u64::from(world.machine.parameters().sequence_length);
+    let inputs = world.tapes.values().rev().take(20).flat_map(|tape| &tape.inputs);
+    let (of_it, of_others): (Vec<_>, Vec<_>) = inputs.partition(|input| (input.hotkey, input.slot) == slot);
+    assert!(of_it.len() >= 15, "it answers pull after pull: {}", of_it.len());
+    assert!(of_it.iter().all(|input| input.tokens <= u64::from(input.steps) * 12 * row_tokens));
+    assert!(of_others.iter().all(|input| input.tokens == u64::from(input.steps) * 32 * row_tokens));
+    // It has the machine to itself again.
+    world.learners[4].step_ms = STEP_MS;
+    world.run(120_000);
+    assert_eq!(newest(&world, slot), 32);
+}
+
+#[test]
+fn tokens_of_a_contribution_are_those_of_the_leases_that_it_was_trained_on() {
+    let slot = (miner(1), 0);
+    let record = |id, steps, batch_rows| {
+        let lease = Lease { id, rows: Vec::new(), seed: Digest::ZERO, batch_rows, steps, schedule_start: 0, deadline_ms: 0 };
+        (id, LeaseRecord::new(lease, slot, 0))
+    };
+    let leased = LeasedSteps::of(&BTreeMap::from([record(3, 10, 8), record(5, 10, 4), record(9, 10, 2)]));
+    assert_eq!((leased.until(&slot, 9, 3), leased.until(&slot, 4, 3), leased.until(&(miner(2), 0), 9, 3)), (23, 10, 0));
+    assert_eq!(leased.rows(&slot, 9, 3, 2), 4);
+    assert_eq!(leased.rows(&slot, 9, 3, 14), 3 * 2 + 10 * 4 + 8);
+    assert_eq!(leased.rows(&slot, 5, 10, 40), 10 * 4 + 10 * 8);
 }

@@ -95,6 +95,8 @@ pub(super) struct Sim {
     pub(super) next_step_ms: u64,
     pub(super) step_ms: u64,
     pub(super) lease_steps: BTreeMap<u64, u32>,
+    /// Rows of a step of each lease, in thousandths of a whole batch: a step takes so much of `step_ms`.
+    batches: BTreeMap<u64, u64>,
     pub(super) silent: bool,
     /// Trains, and answers no pull.
     pub(super) mute: bool,
@@ -133,6 +135,7 @@ impl Sim {
             next_step_ms: 0,
             step_ms,
             lease_steps: BTreeMap::new(),
+            batches: BTreeMap::new(),
             silent: false,
             mute: false,
             hands_in_receipts: true,
@@ -146,7 +149,7 @@ impl Sim {
         if now_ms < self.next_step_ms || self.lease_steps.is_empty() {
             return;
         }
-        self.next_step_ms = now_ms + self.step_ms;
+        self.next_step_ms = now_ms + self.step_ms * self.batches.get(&self.record.lease).unwrap_or(&1_000) / 1_000;
         for (fragment, progress) in self.record.fragments.iter_mut().enumerate() {
             if head.fragments[fragment].version > progress.version {
                 *progress = FragmentProgress { version: head.fragments[fragment].version, steps: 0 };
@@ -362,6 +365,7 @@ impl World {
                 Some(Input::HeadPublished)
             }
             Effect::PublishJob { job, .. } => {
+                let whole = u64::from(self.machine.parameters().batch_rows);
                 for lease in &job.leases {
                     let record = Job { leases: vec![lease.clone()], ..(*job).clone() };
                     let stored = self.leases.entry(lease.id).or_insert_with(|| record.clone());
@@ -371,6 +375,7 @@ impl World {
                     self.learners.iter_mut().find(|sim| sim.slot == (job.hotkey, job.slot) && sim.record.session_epoch == job.session_epoch)
                 {
                     sim.lease_steps = job.leases.iter().map(|lease| (lease.id, lease.steps)).collect();
+                    sim.batches = job.leases.iter().map(|lease| (lease.id, u64::from(lease.batch_rows) * 1_000 / whole)).collect();
                 }
                 None
             }
