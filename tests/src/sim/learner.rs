@@ -559,8 +559,9 @@ impl World {
         let done = {
             let mut node = self.learners[index].borrow_mut();
             let node = &mut *node;
+            let rows = u64::from(node.batch_rows(&step, &self));
             let Some(weights) = &mut node.memory.weights else { return };
-            let loss = weights.loss();
+            let (loss, tokens) = (weights.loss(), rows * 128);
             weights.step(step.lease, step.lease_step);
             node.steps += 1;
             node.useful_ms += step_ms + PREPARE_MS;
@@ -568,7 +569,7 @@ impl World {
             let opened =
                 OpenedStep { local_step: step.local_step, lease: step.lease, lease_step: step.lease_step, exchanged: step.exchanged, loss };
             node.disk.steps.insert((node.disk.session, step.local_step), opened);
-            StepDone { loss, tokens: u64::from(node.batch_rows(&step, self)) * 128, step_ms: step_ms as u32 }
+            StepDone { loss, tokens, step_ms: step_ms as u32 }
         };
         self.tell_miner(index, life, Input::Finished { number, step: Some(done) });
     }

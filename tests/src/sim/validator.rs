@@ -38,6 +38,8 @@ const JUDGE_MS: u64 = 800;
 #[derive(Default)]
 struct Disk {
     verdicts: BTreeMap<Digest, VerdictReveal>,
+    /// Who could audit at these blocks.
+    auditors: BTreeMap<u64, Vec<AccountId>>,
     /// Rows of weights under way.
     weights: Option<WeightsMemory>,
     sequence: u64,
@@ -195,7 +197,7 @@ impl World {
             }
             Effect::ReadBeacon { cycle, block } => {
                 self.executor.sleep(self.plan.latency_ms).await;
-                Input::Beacon { cycle, read: self.read_draw(id, cycle, block).await }
+                Input::Beacon { cycle, read: self.read_draw(index, id, (cycle, block)).await.unwrap_or(DrawRead::Failed) }
             }
             Effect::ReadOrder(selection) => Input::Order { audit: selection.audit, read: self.read_order(index, id, &selection).await },
             Effect::Judge { subject, .. } => {
@@ -269,18 +271,24 @@ impl World {
         Some(ChainView { block: metagraph.block.number, own })
     }
 
-    /// As the chain says, or where it has forgotten, as it was written down.
-    async fn read_draw(&self, id: NodeId, cycle: u64, block: u64) -> DrawRead {
-        let head = self.chain.head().now_or_never().and_then(Result::ok).map_or(0, |head| head.number);
-        if head < block {
-            return DrawRead::Failed;
-        }
-        let draw = if block + STATE_BLOCKS < head {
-            self.published::<AuditDraw>(id, &self.run.draw(cycle)).await
-        } else {
-            self.draw_at(cycle, block).map(Box::new)
+    /// What the chain says, or was seen to say before it has forgotten, and what was written down; `None` if either does not answer.
+    async fn read_draw(&self, index: usize, id: NodeId, (cycle, block): (u64, u64)) -> Option<DrawRead> {
+        let head = self.chain.head().now_or_never()?.ok()?.number;
+        let hash = self.chain.block_hash(block).now_or_never()?.ok()??;
+        let kept = self.validators[index].borrow().disk.auditors.get(&block).cloned();
+        let seen = match kept {
+            None if block + STATE_BLOCKS >= head => {
+                let draw = self.draw_at(cycle, block)?;
+                self.validators[index].borrow_mut().disk.auditors.insert(block, draw.validators.clone());
+                Some(draw.validators)
+            }
+            kept => kept,
         };
-        draw.map_or(DrawRead::Failed, DrawRead::Drawn)
+        let written = match self.get(id, &self.run.draw(cycle), None).await {
+            Err(StoreError::NotFound { .. }) => None,
+            found => found.ok()?.and_then(|object| self.open_office::<AuditDraw>(&object.bytes).ok()),
+        };
+        Some(DrawRead::of(cycle, (block, Some(Digest(hash))), seen, written.map(|written| written.document)))
     }
 
     /// What the setter asks of the chain; a row takes a block.

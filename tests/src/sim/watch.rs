@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use bytes::Bytes;
-use protocol::audits::{Selection, select};
+use protocol::audits::Selection;
 use protocol::documents::{
-    Action, AuditDraw, CatalogPage, Commitment, Head, Job, Lease, LeaseEnd, MergeManifest, Order, Progress, RunState, Score, Tape,
+    Action, CatalogPage, Commitment, Head, Job, Lease, LeaseEnd, MergeManifest, Order, Progress, RunState, Score, Tape,
     VerdictResult, VerdictReveal,
 };
 use protocol::envelope::{Document, peek};
@@ -17,8 +17,9 @@ use protocol::log::{Frontier, LogHead, LogKind};
 use protocol::schedule::cycle_of;
 use protocol::{AccountId, Digest, ShardManifest, codec};
 use quasar_orchestrator::machine::{OfferStage, Orchestrator, PullStage, Slot, StoredOrder, StoredPage};
-use quasar_validator::machine::verdicts;
 use storage::Presign;
+
+mod end;
 
 use super::books::Books;
 use super::ear::Ear;
@@ -45,9 +46,6 @@ impl fmt::Display for Violation {
         write!(f, "{} at {:.3} s: {}", self.invariant, self.at_ms as f64 / 1e3, self.what)
     }
 }
-
-/// Versions of a fragment that are never deleted.
-const VERSIONS_KEPT: u64 = 8;
 
 /// The names, for the documentation and for a test that keeps both together.
 pub const INVARIANTS: &[(&str, &str)] = &[
@@ -114,6 +112,8 @@ pub struct Watch {
     /// Hotkeys that a verdict calls failed or unopened, in any cycle.
     unsound: BTreeSet<AccountId>,
     pub verdicts: BTreeMap<&'static str, u64>,
+    /// Revealed verdicts, by audit and validator.
+    revealed: BTreeMap<(Digest, AccountId), VerdictResult>,
     /// By host.
     crashed: BTreeMap<usize, Vec<u8>>,
     /// Epoch of the newest writer, and its node.
@@ -388,6 +388,7 @@ impl Watch {
             VerdictResult::NotEvaluated => "not evaluated",
         };
         *self.verdicts.entry(name).or_default() += 1;
+        self.revealed.insert((verdict.audit, verdict.validator), verdict.result);
         let behaviour = world.behaviour(&verdict.hotkey);
         let is_lie = self.lies.contains(&verdict.payload) || behaviour == Some(Behaviour::Hollow);
         if verdict.result == VerdictResult::Mismatch {
@@ -628,104 +629,5 @@ impl Watch {
     /// Somebody else's newest commitment.
     pub fn a_commitment(&self, not_of: &AccountId) -> Option<Commitment> {
         self.newest_commitments.iter().find(|(account, _)| *account != not_of).map(|(_, commitment)| commitment.clone())
-    }
-
-    /// Makes every version once more from the tapes alone.
-    fn replay_tapes(&mut self, world: &World) {
-        // Of each fragment, by version.
-        let mut states: Vec<Vec<Digest>> =
-            (0..world.plan.parameters.fragments).map(|fragment| vec![tensors::first_state(fragment)]).collect();
-        let moves = |tape: &&Tape| self.manifests.get(&tape.t).is_some_and(|(_, merge)| merge.version > merge.base_version);
-        let moved: Vec<Tape> = self.tapes.values().filter(moves).cloned().collect();
-        let lasts = moved.iter().map(|tape| (tape.fragment, tape.base_version + 1)).collect::<BTreeMap<u16, u64>>();
-        for tape in moved {
-            let versions = &mut states[usize::from(tape.fragment)];
-            let (version, newest) = (versions.len() as u64, versions[versions.len() - 1]);
-            let state = match tape.restores {
-                Some(earlier) => versions[earlier as usize],
-                None => tensors::merged(&newest, &tape),
-            };
-            versions.push(state);
-            let is_old = version + VERSIONS_KEPT <= lasts[&tape.fragment];
-            let agrees = |key: &str, bytes: Bytes| world.peek(key).map_or(is_old, |stored| stored == bytes);
-            let agrees = agrees(&world.run.state(tape.fragment, version), tensors::state_bytes(&state))
-                && agrees(&world.run.keyframe(tape.fragment, version), tensors::keyframe_bytes(tape.fragment, version, &state));
-            self.hold(world, "bit_identical", agrees, || format!("fragment {} version {version}", tape.fragment));
-        }
-    }
-
-    /// The P outer steps from the first one on that restores a version: none leaves its fragment beyond that.
-    fn rollbacks_are_whole(&mut self, world: &World) {
-        let fragments = u64::from(world.plan.parameters.fragments);
-        let (mut until, mut left) = (0, Vec::new());
-        for (t, restored) in self.tapes.values().filter_map(|tape| Some((tape.t, tape.restores?))) {
-            if t < until {
-                continue;
-            }
-            until = t + fragments;
-            let stays = |tape: &&Tape| tape.base_version > restored && tape.restores.is_none();
-            left.extend(self.tapes.range(t..until).map(|(_, tape)| tape).filter(stays).map(|tape| tape.t));
-        }
-        self.hold(world, "rollback_is_whole", left.is_empty(), || format!("steps {left:?} stay as they are"));
-    }
-
-    /// The audits that the orchestrator drew, with their auditors, as a validator sums them up.
-    fn audits_drawn(&self, world: &World) -> Digest {
-        let parameters = &world.plan.parameters;
-        let mut sum = Digest::ZERO;
-        for cycle in 0.. {
-            let Some((_, draw)) = world.peek(&world.run.draw(cycle)).and_then(|bytes| decoded::<AuditDraw>(&bytes)) else { break };
-            let of_cycle = |merge: &&MergeManifest| cycle_of(merge.t, parameters.fragments) == cycle;
-            let merges: Vec<MergeManifest> = self.manifests.values().map(|(_, merge)| merge).filter(of_cycle).cloned().collect();
-            for Selection { audit, validator, .. } in select(world.context.run, parameters.audit.rate_ppm, &draw, &merges) {
-                sum = verdicts::with(sum, &audit, &validator);
-            }
-        }
-        sum
-    }
-
-    /// The run is over.
-    pub fn end(&mut self, world: &World) {
-        self.listen(world);
-        let parameters = &world.plan.parameters;
-        let Some(head) = self.head.clone() else {
-            return self.violated(world, "run_completes", "there is no head".into());
-        };
-        self.hold(world, "run_completes", head.state == RunState::Complete, || format!("{:?} at step {}", head.state, head.outer_step));
-        // A run that is drained ends before its time.
-        let is_drained = world.plan.orders.iter().any(|(_, action)| *action == Action::Drain);
-        let cycles = if is_drained { 0 } else { parameters.cycles };
-        let lacking = head.fragments.iter().filter(|fragment| fragment.version < cycles).count();
-        self.hold(world, "run_completes", lacking == 0, || format!("{lacking} fragments lack merges"));
-        let outlived =
-            world.orchestrators.iter().filter(|node| node.borrow().machine().is_some_and(|machine| machine.epoch() < self.epoch));
-        let outlived = outlived.count();
-        self.hold(world, "one_writer_per_epoch", outlived == 0, || format!("{outlived} processes go on without the lease"));
-        self.replay_tapes(world);
-        self.rollbacks_are_whole(world);
-        let agreed: Vec<_> = world.validators.iter().filter_map(|node| node.borrow_mut().agreed()).collect();
-        let drawn = self.audits_drawn(world);
-        let differs = agreed.iter().any(|one| one.drawn != drawn);
-        self.hold(world, "validators_agree", !differs, || "one draws other audits than the orchestrator".to_owned());
-        let scores: Vec<_> = agreed.into_iter().filter_map(|one| one.scores).collect();
-        let differs = scores.windows(2).find(|pair| pair[0] != pair[1]);
-        self.hold(world, "validators_agree", differs.is_none(), || format!("{differs:?}"));
-        let missing: Vec<u64> = (0..head.outer_step).filter(|t| !self.manifests.contains_key(t)).collect();
-        self.hold(world, "merged_once", missing.is_empty(), || format!("steps without a manifest: {missing:?}"));
-        if head.state != RunState::Complete {
-            return;
-        }
-        let merges: Vec<(Digest, MergeManifest)> = self.manifests.values().cloned().collect();
-        for (id, manifest) in merges {
-            let Some(at) = self.log_order.get(&id).copied() else {
-                self.violated(world, "log_is_complete", format!("the merge of step {} is not in the log", manifest.t));
-                continue;
-            };
-            let unproven = manifest.accepted().find(|one| self.log_order.get(&one.commitment).is_none_or(|before| *before > at));
-            let text = unproven.map(|one| one.hotkey.short());
-            self.hold(world, "log_is_complete", text.is_none(), || {
-                format!("step {}: the commitment of {text:?} is not in the log before it", manifest.t)
-            });
-        }
     }
 }

@@ -376,6 +376,11 @@ impl World {
         self.orchestrators.iter().max_by_key(epoch_of).expect("there is a host")
     }
 
+    /// What the orchestrator's `status` would say now.
+    pub fn status(&self) -> serde_json::Value {
+        self.writer().borrow().machine().map(|machine| serde_json::json!(machine.status())).unwrap_or_default()
+    }
+
     pub fn head_key(&self) -> &str {
         &self.head_key
     }
@@ -536,7 +541,6 @@ impl World {
             let last = merges.max_by_key(|(_, merge)| merge.version);
             newest.extend(last.map_or(Digest::ZERO, |(_, merge)| merge.keyframe).0);
         }
-        let orchestrator = self.writer().borrow();
         let sum = |of: fn(&orchestrator::Node) -> u64| self.orchestrators.iter().map(|node| of(&node.borrow())).sum::<u64>();
         let (now_ms, stepping) = (self.executor.now_ms(), self.stepping.get());
         let useful_ms: u64 = self.learners.iter().map(|node| node.borrow().useful_ms).sum();
@@ -563,7 +567,7 @@ impl World {
             traffic: self.net.borrow().traffic,
             verdicts: watch.verdicts.iter().map(|(name, count)| (*name, *count)).collect(),
             model: Digest::blake3(&newest),
-            status: orchestrator.machine().map(|machine| serde_json::json!(machine.status())).unwrap_or_default(),
+            status: self.status(),
             miners: self.learners.iter().map(|node| node.borrow().describe()).collect(),
             steps: self.learners.iter().map(|node| node.borrow().steps).sum(),
         }
