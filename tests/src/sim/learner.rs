@@ -14,8 +14,8 @@ use protocol::documents::{
 use protocol::envelope::{self, Document, Expect, Header, next_sequence};
 use protocol::{AccountId, Digest, GrantBundle, GrantRequest, KeyMap, Method, SealedBytes};
 use quasar_miner::machine::{
-    Boundary, Effect, End, Exported, Fault, Found, GrantInfo, Input, Learner, LearnerSettings, Look, NotPrepared, PreparedPart, Put,
-    Step, StepDone, Trouble,
+    Boundary, Effect, End, Exported, Fault, Found, GrantInfo, Input, Learner, LearnerSettings, Look, NotPrepared, PreparedPart, Put, Step,
+    StepDone, Trouble,
 };
 use storage::StoreError;
 use storage::client::{GrantError, PutOutcome};
@@ -66,6 +66,7 @@ pub struct Node {
     tick_ms: Option<u64>,
     pub step_ms: u64,
     pub ended: Option<End>,
+    pub crashes: u64,
     pub steps: u64,
     /// Time in steps that were not lost; of it, what a crash would lose.
     pub useful_ms: u64,
@@ -88,6 +89,7 @@ impl Node {
             tick_ms: None,
             step_ms: 0,
             ended: None,
+            crashes: 0,
             steps: 0,
             useful_ms: 0,
             unsaved_ms: 0,
@@ -173,7 +175,7 @@ impl World {
     pub fn crash_miner(&self, index: usize) {
         let life = {
             let mut node = self.learners[index].borrow_mut();
-            node.machine = None;
+            node.crashes += u64::from(node.machine.take().is_some());
             node.tick_ms = None;
             node.memory = Memory::default();
             node.useful_ms -= std::mem::take(&mut node.unsaved_ms);

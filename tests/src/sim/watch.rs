@@ -8,8 +8,8 @@ use std::fmt;
 use bytes::Bytes;
 use protocol::audits::Selection;
 use protocol::documents::{
-    Action, CatalogPage, Commitment, Head, Job, Lease, LeaseEnd, MergeManifest, Order, Progress, RunState, Score, Tape,
-    VerdictResult, VerdictReveal,
+    Action, CatalogPage, Commitment, Head, Job, Lease, LeaseEnd, MergeManifest, Order, Progress, RunState, Score, Tape, VerdictResult,
+    VerdictReveal,
 };
 use protocol::envelope::{Document, peek};
 use protocol::ledger::LedgerTotals;

@@ -151,7 +151,9 @@ pub struct Outcome {
     pub merges: u64,
     pub contributions: u64,
     pub crashes: u64,
-    /// Crashes that took the disk along.
+    /// Crashes of miners.
+    pub miner_crashes: u64,
+    /// Crashes of the orchestrator that took the disk along.
     pub lost_disks: u64,
     /// Objects that the orchestrator wrote or deleted.
     pub writes: u64,
@@ -553,6 +555,7 @@ impl World {
             merges: watch.manifests.values().filter(|(_, merge)| merge.version > merge.base_version).count() as u64,
             contributions: watch.manifests.values().map(|(_, merge)| merge.accepted().count() as u64).sum(),
             crashes: sum(|node| node.crashes),
+            miner_crashes: self.learners.iter().map(|node| node.borrow().crashes).sum(),
             lost_disks: sum(|node| node.lost_disks),
             writes: sum(|node| node.writes),
             requests: self.net.borrow().asked,

@@ -99,9 +99,12 @@ impl Keyframes {
             return Ok(());
         }
         if let Some(near) = self.near(fragment, version) {
-            match self.follow(route, fragment, near, version, promise.digest).await {
-                // What is here or a frame is damaged, or frames are not granted any more: the whole way from the keyframe.
-                Err(Trouble::Corrupt | Trouble::Grant | Trouble::Absent) => {}
+            let mut reached = near;
+            match self.follow(route, fragment, (&mut reached, version), promise.digest).await {
+                // What is here or a frame is damaged: the whole way from the keyframe.
+                Err(Trouble::Corrupt) => {}
+                // So it is where a frame is not granted any more. With the newest one every way ends: it has to come.
+                Err(Trouble::Grant | Trouble::Absent) if reached + 1 < version => {}
                 result => return result,
             }
         }
@@ -111,7 +114,7 @@ impl Keyframes {
         }
         // Nobody states the digest of an older keyframe; the digest at the end of the chain vouches for it.
         self.fetch_keyframe(route, fragment, keyframe, promise.length, None).await?;
-        self.follow(route, fragment, keyframe, version, promise.digest).await
+        self.follow(route, fragment, (&mut { keyframe }, version), promise.digest).await
     }
 
     /// The newest version on this disk from which frames lead to `version`.
@@ -120,8 +123,10 @@ impl Keyframes {
         (keyframe_version(self.down, before)..version).rev().find(|version| self.path(fragment, *version).exists())
     }
 
-    /// From a version on this disk to a later one by the frames between them, of which one is in memory at a time.
-    async fn follow(&self, route: &Route<'_>, fragment: u16, start: u64, version: u64, digest: Digest) -> Result<(), Trouble> {
+    /// From a version on this disk to a later one by the frames between them, of which one is in memory at a time. `reached` begins as the
+    /// former, and is where the frames led that came.
+    async fn follow(&self, route: &Route<'_>, fragment: u16, (reached, version): (&mut u64, u64), digest: Digest) -> Result<(), Trouble> {
+        let start = *reached;
         let way = (fragment, start, version);
         // Most ways are one frame long: for that one, nobody waits who has room.
         let mut frame = self.fetch_frame(route, fragment, start + 1).await?;
@@ -141,6 +146,7 @@ impl Keyframes {
             let (plan, id, frame) = (self.plan.clone(), self.id(fragment, next - 1), frame.clone());
             let apply = move || delta::apply(&plan, &id, &replica, &frame, &result).map_err(|error| astray(way, &error));
             replica = tokio::task::spawn_blocking(apply).await.map_err(|_| Trouble::Unavailable)??;
+            *reached = next;
         }
         let (plan, id, to) = (self.plan.clone(), self.id(fragment, version), self.path(fragment, version));
         let write = move || -> Result<(), Trouble> {
@@ -262,6 +268,8 @@ pub fn grant_trouble(error: &GrantError) -> Trouble {
 mod tests {
     use storage::{MemoryGrants, MemoryStore, ObjectStore, Presign, PutCondition};
 
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     fn keys() -> RunKeys {
@@ -321,6 +329,16 @@ mod tests {
         let route = Route { grant: &no_keyframe, ..route };
         assert_eq!(store.fetch(&route, 1, 3, promises[2]).await, Ok(()), "from version 2, which is here");
         assert_eq!(store.load(1, 3).unwrap(), replica);
+        // The newest frame is not there yet: no other way leads around it, and nothing is fetched in vain.
+        let is_keyframe_asked = AtomicBool::new(false);
+        let no_newest = |method: Method, key: &str| {
+            is_keyframe_asked.fetch_or(key == keys.keyframe(1, 0), Ordering::Relaxed);
+            find(method, key).filter(|_| key != keys.delta(1, 3))
+        };
+        fs::remove_file(store.path(1, 3)).unwrap();
+        let route = Route { grant: &no_newest, ..route };
+        assert_eq!(store.fetch(&route, 1, 3, promises[2]).await, Err(Trouble::Grant));
+        assert!(!is_keyframe_asked.load(Ordering::Relaxed));
         let nothing = |_: Method, _: &str| None;
         let route = Route { grant: &nothing, ..route };
         store.retire(1, 4);

@@ -1,4 +1,4 @@
-//! The orchestrator killed again and again: how often, and how long until it publishes a head again.
+//! The orchestrator killed again and again: how often, and how long until its next process works.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,8 @@ use super::view::View;
 pub struct Kills {
     every: Option<Duration>,
     last: Option<Instant>,
-    /// A process was started then, and the head had this sequence number before.
+    /// A process was started then, and the status was that of this epoch before. The head of its epoch is claimed before its machine is there;
+    /// the status is the machine's.
     awaited: Option<(Instant, u64)>,
     recoveries: Vec<f64>,
 }
@@ -30,7 +31,7 @@ impl Kills {
         if last.elapsed() < every {
             return Ok(());
         }
-        let Some(before) = place.head_sequence().await else { return Ok(()) };
+        let Some(before) = place.status().await.map(|status| status.epoch) else { return Ok(()) };
         view.note("killing orchestrator");
         children.kill(Child::Orchestrator).await;
         children.start(place.orchestrator()?)?;
@@ -39,10 +40,10 @@ impl Kills {
         Ok(())
     }
 
-    /// Looks whether the head of a killed orchestrator moves again.
+    /// Looks whether a killed orchestrator works again.
     pub async fn note_return(&mut self, place: &Place, view: &mut View) {
         let Some((started, before)) = self.awaited else { return };
-        if place.head_sequence().await.is_some_and(|sequence| sequence > before) {
+        if place.status().await.is_some_and(|status| status.epoch > before) {
             let seconds = started.elapsed().as_secs_f64();
             view.note(&format!("the orchestrator is back after {seconds:.2} s"));
             self.recoveries.push(seconds);
@@ -60,7 +61,7 @@ impl Kills {
         self.recoveries.len()
     }
 
-    /// Longest time from the start of a process to its first head, in seconds.
+    /// Longest time from the start of a process to its first status, in seconds.
     pub fn slowest_seconds(&self) -> f64 {
         self.recoveries.iter().copied().fold(0.0, f64::max)
     }

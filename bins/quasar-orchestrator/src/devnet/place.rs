@@ -8,7 +8,7 @@ use chain::Wallet;
 use chain::devnode::{DevChain, DevNeuron, DevNode};
 use daemon::{Failure, Shutdown};
 use protocol::documents::{CurrentRun, VerdictReveal};
-use protocol::envelope::{Context, Expect, Purpose, RunId, open_stored};
+use protocol::envelope::{Context, Expect, RunId, open_stored};
 use protocol::paths::{Keys, RunKeys, public_prefix};
 use protocol::{AccountId, KeyKind};
 use storage::server::{Backend, S3Server, ServerSettings};
@@ -329,12 +329,6 @@ impl Place {
         } else {
             Err(Failure::unavailable(anyhow::anyhow!("the release cannot be fetched: {}", String::from_utf8_lossy(&output.stderr).trim())))
         }
-    }
-
-    /// Sequence number of the head's envelope: it grows with every head that is published.
-    pub async fn head_sequence(&self) -> Option<u64> {
-        let object = self.store.get(&self.run_keys().head(), Purpose::Head.file_limit()).await.ok()?;
-        protocol::envelope::peek(&object.bytes).ok().map(|(envelope, _, _)| envelope.header.sequence)
     }
 
     pub async fn status(&self) -> Option<Status> {

@@ -17,7 +17,7 @@ use super::merged::Merged;
 use super::place::Place;
 use crate::machine::Status;
 
-/// From the start of the orchestrator's next process to its first head it takes less than this, in seconds. On an idle machine it takes
+/// From the start of the orchestrator's next process to its first status it takes less than this, in seconds. On an idle machine it takes
 /// well under one; the rest is for a machine that is busy.
 const RECOVERY_SECONDS: f64 = 5.0;
 

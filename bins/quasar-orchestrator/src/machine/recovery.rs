@@ -118,9 +118,7 @@ impl Orchestrator {
         for step in facts.steps {
             let (t, fragment, closing, block, restores) = match &step {
                 StepFact::Taped(tape) => (tape.t, tape.fragment, tape.closing, tape.block, tape.restores),
-                StepFact::Merged { manifest, .. } => {
-                    (manifest.t, manifest.fragment, manifest.closing, manifest.block, manifest.restores)
-                }
+                StepFact::Merged { manifest, .. } => (manifest.t, manifest.fragment, manifest.closing, manifest.block, manifest.restores),
             };
             passed_by = self.restores_at(t).filter(|_| restores.is_none()).map(|version| (version, t)).or(passed_by);
             // What is decided from here on names no earlier one: a step that names a later one than all of a cycle was decided behind it.

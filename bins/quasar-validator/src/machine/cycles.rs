@@ -141,7 +141,11 @@ impl DrawRead {
             && seen.as_ref().map_or(!fits(written), |seen| seen != written)
         {
             if fits(written) && written.validators.is_empty() {
-                tracing::warn!(cycle, block, "the orchestrator could not see any more who could audit: no audits of this cycle are ordered");
+                tracing::warn!(
+                    cycle,
+                    block,
+                    "the orchestrator could not see any more who could audit: no audits of this cycle are ordered"
+                );
             } else {
                 tracing::error!(cycle, block, "the orchestrator draws audits with something else than the chain's");
             }
@@ -464,12 +468,8 @@ mod tests {
 
     #[test]
     fn the_chain_counts_before_what_was_written_down_of_it() {
-        let draw = |beacon: &[u8], validators: Vec<AccountId>| AuditDraw {
-            cycle: 3,
-            beacon_block: 8,
-            beacon: Digest::blake3(beacon),
-            validators,
-        };
+        let draw =
+            |beacon: &[u8], validators: Vec<AccountId>| AuditDraw { cycle: 3, beacon_block: 8, beacon: Digest::blake3(beacon), validators };
         let (hash, own, other) = (Some(Digest::blake3(b"hash")), vec![account(1)], vec![account(2)]);
         let read = |hash, seen: Option<&Vec<AccountId>>, written| DrawRead::of(3, (8, hash), seen.cloned(), written);
         let drawn = |validators: &Vec<AccountId>| DrawRead::Drawn(Box::new(draw(b"hash", validators.clone())));

@@ -13,8 +13,6 @@ use crate::worlds::{World, live};
 
 /// One year.
 const MTBI_MS: f64 = 365.25 * 24.0 * 3_600_000.0;
-/// From a failure to the start of the learner's next process.
-const RESTART_MS: u64 = 15_000;
 /// Chips, and the paper's goodput in percent with 8 and with 16 learners.
 const ROWS: [(u64, u64, u64); 5] = [(150_000, 98, 99), (300_000, 96, 98), (600_000, 94, 96), (1_200_000, 88, 93), (2_400_000, 80, 86)];
 
@@ -23,29 +21,41 @@ pub struct Goodput {
     /// Virtual minutes of each measurement
     #[arg(long, default_value_t = 120)]
     minutes: u64,
+    /// Seconds from a failure to the start of the learner's next process
+    #[arg(long, default_value_t = 15)]
+    restart_sec: u64,
     /// Print one JSON object as the last line
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(arguments: &Goodput) -> ExitCode {
-    let span_ms = arguments.minutes * 60_000;
+    let (span_ms, restart_ms) = (arguments.minutes * 60_000, arguments.restart_sec * 1_000);
     println!("goodput: share of all learners' time in steps that were not lost; uptime: share of time in which some learner steps");
-    println!("a failed learner starts again after {} s and then rejoins; steps of 2 s, snapshots every 4 steps", RESTART_MS / 1_000);
-    println!("{:>10} {:>3} {:>12} {:>10} {:>8} {:>8} {:>10}", "chips", "M", "failures/h", "goodput %", "paper %", "uptime %", "violations");
+    println!("a failed learner starts again after {} s and then rejoins; steps of 2 s, snapshots every 4 steps", arguments.restart_sec);
+    println!(
+        "{:>10} {:>3} {:>10} {:>8} {:>10} {:>8} {:>8} {:>10}",
+        "chips", "M", "expected", "failed", "goodput %", "paper %", "uptime %", "violations"
+    );
     let cases: Vec<(u64, usize, u64)> =
         ROWS.into_iter().flat_map(|(chips, eight, sixteen)| [(chips, 8, eight), (chips, 16, sixteen)]).collect();
     let (mut holds, mut rows) = (true, Vec::new());
-    for ((chips, learners, paper), world) in cases.iter().zip(measure(&cases, span_ms)) {
+    for ((chips, learners, paper), world) in cases.iter().zip(measure(&cases, span_ms, restart_ms)) {
         let (goodput, uptime) = world.outcome().map_or((0.0, 0.0), |outcome| (outcome.goodput * 100.0, outcome.uptime * 100.0));
         holds &= goodput >= *paper as f64 && uptime >= 100.0 && !world.has_failed();
-        let per_hour = 3_600_000.0 / mean_ms(*chips, *learners) as f64 * *learners as f64;
+        let failed = world.outcome().map_or(0, |outcome| outcome.miner_crashes);
+        let expected = span_ms as f64 / mean_ms(*chips, *learners) as f64 * *learners as f64;
         let violations = world.violations();
-        println!("{chips:>10} {learners:>3} {per_hour:>12.0} {goodput:>10.1} {paper:>8} {uptime:>8.2} {:>10}", violations.len());
+        println!(
+            "{chips:>10} {learners:>3} {expected:>10.0} {failed:>8} {goodput:>10.1} {paper:>8} {uptime:>8.2} {:>10}",
+            violations.len()
+        );
         for violation in violations {
             println!("  {violation}");
         }
-        let row = serde_json::json!({ "chips": chips, "learners": learners, "goodput": goodput, "paper": paper, "uptime": uptime });
+        let row = serde_json::json!({
+            "chips": chips, "learners": learners, "failed": failed, "goodput": goodput, "paper": paper, "uptime": uptime
+        });
         rows.push(row);
     }
     let quarter = quarter_killed();
@@ -72,7 +82,7 @@ fn mean_ms(chips: u64, learners: usize) -> u64 {
 }
 
 /// One world for each case, side by side.
-fn measure(cases: &[(u64, usize, u64)], span_ms: u64) -> Vec<World> {
+fn measure(cases: &[(u64, usize, u64)], span_ms: u64, restart_ms: u64) -> Vec<World> {
     let next = AtomicUsize::new(0);
     let worlds: Mutex<BTreeMap<usize, World>> = Mutex::default();
     std::thread::scope(|scope| {
@@ -81,7 +91,7 @@ fn measure(cases: &[(u64, usize, u64)], span_ms: u64) -> Vec<World> {
                 loop {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     let Some((chips, learners, _)) = cases.get(index) else { return };
-                    let plan = Plan::failing_learners(*learners, mean_ms(*chips, *learners), RESTART_MS, span_ms);
+                    let plan = Plan::failing_learners(*learners, mean_ms(*chips, *learners), restart_ms, span_ms);
                     let world = live(|| sim::run(plan));
                     worlds.lock().unwrap_or_else(PoisonError::into_inner).insert(index, world);
                 }

@@ -170,7 +170,9 @@ impl Watch {
             let Some(agreed) = agreed else { continue };
             self.hold(world, "validators_agree", agreed.drawn == sum, || format!("{name} draws other audits than the orchestrator"));
             let differs = agreed.scores.is_some_and(|scores| scores != earned);
-            self.hold(world, "weights_follow_verdicts", !differs, || format!("{name} has other scores in the end than manifests and verdicts give"));
+            self.hold(world, "weights_follow_verdicts", !differs, || {
+                format!("{name} has other scores in the end than manifests and verdicts give")
+            });
         }
     }
 }
