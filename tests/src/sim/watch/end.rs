@@ -16,6 +16,16 @@ use crate::sim::world::World;
 /// Versions of a fragment that are never deleted.
 const VERSIONS_KEPT: u64 = 8;
 
+/// What a learner did in a cycle.
+#[derive(Clone, Copy, Default)]
+struct LearnerCycle {
+    tokens: u64,
+    /// Left out by a filter for their looks.
+    suspect_tokens: u64,
+    /// How its audit ended, if it had one that says anything.
+    is_sound: Option<bool>,
+}
+
 impl Watch {
     /// Makes every version once more from the tapes alone.
     fn replay_tapes(&mut self, world: &World) {
@@ -86,31 +96,31 @@ impl Watch {
     /// What each hotkey earned: the tokens of a learner's cycle count, unless its audit, or the hotkey's last one before or next one behind
     /// where it has none, was failed or not opened; those of what a filter left out for its looks, if that next or own one was passed.
     fn earned(&self, world: &World, drawn: &[Selection]) -> Vec<(AccountId, u64)> {
-        // By hotkey, then cycle and slot: tokens, those of suspects, and how the audit ended.
-        let mut books: BTreeMap<AccountId, BTreeMap<(u64, u8), (u64, u64, Option<bool>)>> = BTreeMap::new();
+        // By hotkey, then cycle and slot.
+        let mut books: BTreeMap<AccountId, BTreeMap<(u64, u8), LearnerCycle>> = BTreeMap::new();
         for (_, manifest) in self.manifests.values() {
             let cycle = cycle_of(manifest.t, world.plan.parameters.fragments);
             for one in manifest.worked() {
                 let cell = books.entry(one.hotkey).or_default().entry((cycle, one.slot)).or_default();
-                if one.is_suspect() { cell.1 += one.tokens } else { cell.0 += one.tokens }
+                *if one.is_suspect() { &mut cell.suspect_tokens } else { &mut cell.tokens } += one.tokens;
             }
         }
         for Selection { audit, validator, hotkey, slot, cycle, .. } in drawn {
-            let ended = match self.revealed.get(&(*audit, *validator)) {
+            let is_sound = match self.revealed.get(&(*audit, *validator)) {
                 Some(VerdictResult::Pass) => Some(true),
                 Some(VerdictResult::Mismatch | VerdictResult::NoOpening) => Some(false),
                 _ => None,
             };
-            books.entry(*hotkey).or_default().entry((*cycle, *slot)).or_default().2 = ended;
+            books.entry(*hotkey).or_default().entry((*cycle, *slot)).or_default().is_sound = is_sound;
         }
-        let of_hotkey = |cells: &BTreeMap<(u64, u8), (u64, u64, Option<bool>)>| {
-            let cells: Vec<_> = cells.values().copied().collect();
+        let of_hotkey = |cells: &BTreeMap<(u64, u8), LearnerCycle>| {
+            let cells: Vec<LearnerCycle> = cells.values().copied().collect();
             let count = |at: usize| {
-                let (tokens, suspect, own) = cells[at];
-                let before = cells[..at].iter().rev().find_map(|cell| cell.2);
-                let behind = cells[at..].iter().find_map(|cell| cell.2);
-                let is_void = behind == Some(false) || (own.is_none() && before == Some(false));
-                if is_void { 0 } else { tokens + if behind == Some(true) { suspect } else { 0 } }
+                let LearnerCycle { tokens, suspect_tokens, is_sound } = cells[at];
+                let before = cells[..at].iter().rev().find_map(|cell| cell.is_sound);
+                let behind = cells[at..].iter().find_map(|cell| cell.is_sound);
+                let is_void = behind == Some(false) || (is_sound.is_none() && before == Some(false));
+                if is_void { 0 } else { tokens + if behind == Some(true) { suspect_tokens } else { 0 } }
             };
             (0..cells.len()).map(count).sum::<u64>()
         };
