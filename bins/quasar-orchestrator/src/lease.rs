@@ -79,13 +79,15 @@ impl Candidate {
 
     /// Decides upon the lease that lies there with its tag, read no later than `steady_ms`: it is taken at once if nobody has it,
     /// if it was given back, or if its holder worked with this very journal on this host, which no two processes open; else once it has
-    /// stayed as it is for its whole time: whoever has a copy of the journal on another host may still work with it. One that is signed by another key than the root names ends after that time even if it is renewed: its holder has to notice within
+    /// stayed as it is for its whole time. Where it was held on another host, that one may have gone on with the original of this journal. One
+    /// that is signed by another key than the root names ends after that time even if it is renewed: its holder has to notice within
     /// it, or is who the key was changed for.
     ///
     /// Once somebody else's lease was seen, the lease is taken for the next journal: whoever dies before that one is whole does not take the
     /// journal at hand for it.
     pub fn look(&mut self, steady_ms: u64, found: Option<(&Verified<WriterLease>, &str)>) -> Next {
-        self.is_history |= found.is_some_and(|(verified, _)| verified.document.instance != self.instance);
+        let is_elsewhere = |holder: &WriterLease| holder.instance != self.instance || holder.host != self.host;
+        self.is_history |= found.is_some_and(|(verified, _)| is_elsewhere(&verified.document));
         let instance = if self.is_history { self.next_instance } else { self.instance };
         let lease = |epoch| WriterLease { epoch, instance, host: self.host.clone(), renewal: 0, released: false };
         let Some((verified, tag)) = found else {
@@ -197,9 +199,9 @@ mod tests {
         let mut copy = candidate(Wait::ForItsEnd);
         assert_eq!(copy.look(0, Some((&held, "a"))), Next::Wait { is_new: true });
         assert_eq!(copy.clone().look(10_000, Some((&held, "b"))), Next::Refused);
-        // Nobody renews it: the folder was moved, and its journal holds everything.
+        // Nobody renews it; what the original wrote since lies in the bucket.
         let Next::Claim(claim) = copy.look(WRITER_LEASE_MS, Some((&held, "a"))) else { panic!("it is over") };
-        assert_eq!((claim.lease.instance, claim.is_own), ([9; 16], true));
+        assert_eq!((claim.lease.instance, claim.is_own), ([7; 16], false));
     }
 
     #[test]

@@ -616,6 +616,8 @@ impl Watch {
     pub fn restored(&mut self, world: &World, tape: &Tape, is_kept: bool) {
         let what = || format!("step {}: version {:?} of fragment {}", tape.t, tape.restores, tape.fragment);
         self.hold(world, "restored_is_kept", is_kept, what);
+        // The round may be another one, which begins without an order.
+        self.accepted.clear();
     }
 
     /// A learner works on a shard of the catalog.

@@ -266,14 +266,13 @@ pub struct StoredCommitment {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum StepFact {
     Taped(Tape),
-    Merged { manifest: Box<MergeManifest>, id: Digest, keyframe_length: u64 },
+    Merged { tape: Tape, manifest: Box<MergeManifest>, id: Digest, keyframe_length: u64 },
 }
 
 impl StepFact {
-    pub fn t(&self) -> u64 {
+    pub fn tape(&self) -> &Tape {
         match self {
-            Self::Taped(tape) => tape.t,
-            Self::Merged { manifest, .. } => manifest.t,
+            Self::Taped(tape) | Self::Merged { tape, .. } => tape,
         }
     }
 }

@@ -4,6 +4,7 @@ use protocol::documents::{Job, LearnerState, Progress};
 use protocol::{Digest, Reason};
 use serde::{Deserialize, Serialize};
 
+use super::batches::Batches;
 use super::timing::Average;
 use super::{Effect, Guest, Key, Orchestrator, PULL_GRANTS_REFRESH_MS, STANDING_REFRESH_MS, Slot, VERSIONS_AHEAD, Want, guest_of};
 
@@ -33,6 +34,7 @@ pub struct Learner {
     pub last_reason: Reason,
     /// What its steps take.
     pub step: Average,
+    pub batches: Batches,
     /// Pulls that it did not answer, less those that it answered since; at most [`MISSES_MAX`].
     pub misses: u8,
     pub job_dirty: bool,
@@ -58,6 +60,7 @@ impl Learner {
             contributions: 0,
             last_reason: Reason::None,
             step: Average::default(),
+            batches: Batches::default(),
             misses: 0,
             job_dirty: true,
             grants_dirty: true,
@@ -127,6 +130,9 @@ impl Orchestrator {
                 learner.step.add(now_ms.saturating_sub(learner.stepped_ms) / steps);
             }
             learner.stepped_ms = now_ms;
+            if let Some(held) = self.leases.get(&record.lease).filter(|held| held.slot == slot) {
+                learner.batches.note(held.lease.batch_rows, record.step_ms.into());
+            }
         }
         learner.seen_ms = now_ms;
         // A record with one of these reasons is the last of its session, as a draining one is: its leases end now and not when it is stale.

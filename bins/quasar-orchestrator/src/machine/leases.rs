@@ -27,10 +27,6 @@ const LEASES_AT_ONCE: u64 = 4;
 const ORDER_RANGES_MAX: usize = 8 * RANGES_MAX;
 /// A lease that nobody finishes ends after so many times the time it should take.
 const LEASE_DEADLINE_FACTOR: u64 = 20;
-/// A learner whose steps take more than this share of the time of all, in percent, gets smaller batches with its next lease...
-const SLOW_PERCENT: u64 = 125;
-/// ...as far as this part of a whole one, and larger ones again once its steps take less than those of all.
-const BATCH_SHARE_MIN: u32 = 8;
 /// A lease is believed to be used up at most at so many times the pace of all: a claim costs nothing, and takes no rows from the others.
 const PACE_MAX: u64 = 16;
 
@@ -132,19 +128,12 @@ impl Orchestrator {
         self.grant_lease(slot, schedule_start);
     }
 
-    /// Rows of a step for a learner: a slow one gets fewer, so that it steps, and answers pulls, at the pace of all (DyLU of Liu et al. 2024,
-    /// Asynchronous Local-SGD, with batches in the place of step counts). Its weight is its tokens'.
-    fn batch_rows(&self, slot: Slot) -> u32 {
-        let whole = self.parameters().batch_rows;
-        let Some(learner) = self.learners.get(&slot) else { return whole };
-        let held = self.leases.get(&learner.lease).map_or(whole, |record| record.lease.batch_rows);
-        let Some(own_ms) = learner.step.get() else { return held };
-        let all_ms = self.timing.step_ms();
-        if all_ms <= own_ms && 100 * own_ms <= SLOW_PERCENT * all_ms {
-            return held;
-        }
-        let rows = u64::from(held) * all_ms / own_ms.max(1);
-        u32::try_from(rows).unwrap_or(whole).clamp((whole / BATCH_SHARE_MIN).max(1), whole)
+    /// Rows of a step of a learner's next lease.
+    fn batch_rows(&mut self, slot: Slot) -> u32 {
+        let (whole, target_ms) = (self.parameters().batch_rows, self.parameters().step_target_ms);
+        // Who steps as often as the run wants need not step more often.
+        let all_ms = self.timing.whole_step_ms().max(target_ms);
+        self.learners.get_mut(&slot).map_or(whole, |learner| learner.batches.next(all_ms, whole))
     }
 
     fn grant_lease(&mut self, slot: Slot, schedule_start: u64) {

@@ -8,6 +8,7 @@
 //! therefore looked through once in a poll and not at each input ([`Pace`]).
 
 mod audits;
+mod batches;
 mod catalog;
 mod ending;
 mod facts;

@@ -141,12 +141,14 @@ impl Orchestrator {
         }
     }
 
-    /// The version to which outer step `t` takes its fragment back, as far as this process knows.
-    pub(super) fn restores_at(&self, t: u64) -> Option<u64> {
-        if let Some(tape) = self.pulls.get(&t).and_then(OpenPull::tape) {
-            return tape.restores;
-        }
-        self.round_at(t).and_then(|version| self.restoring_tape(version, t).restores)
+    /// The version to which step `t` should take its fragment back, where what was decided there does not: it `restores` another one, or
+    /// merges. As far as this process knows, before it takes that up.
+    pub(super) fn passed_by(&self, t: u64, restores: Option<u64>, has_inputs: bool) -> Option<u64> {
+        let expected = match self.pulls.get(&t).and_then(OpenPull::tape) {
+            Some(tape) => tape.restores,
+            None => self.round_at(t).and_then(|version| self.restoring_tape(version, t).restores),
+        };
+        expected.filter(|_| expected != restores).or_else(|| self.round_at(t).filter(|_| has_inputs))
     }
 
     /// The version to which fragments go back in the round that holds outer step `t`.
@@ -158,6 +160,8 @@ impl Orchestrator {
 
     /// A writer that was succeeded decided step `t` before it knew of the rollback, and its tape stands: another round takes its fragment back.
     pub(super) fn restore_again(&mut self, version: u64, t: u64) {
+        // A rollback that was ordered since goes as far as it says.
+        let version = self.restoring.as_ref().map_or(version, |restoring| restoring.version);
         tracing::warn!(t, version, "an earlier writer has decided a step of the rollback otherwise: every fragment goes back once more");
         let until = self.next_t + u64::from(self.parameters().fragments);
         self.closing_from = self.closing_from.map(|from| from.max(until));

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Input, Orchestrator, PULL_GRANTS_REFRESH_MS, Slot};
+use super::{Input, Learner, Orchestrator, PULL_GRANTS_REFRESH_MS, Slot};
 
 /// Part of the state, not of the process: a replay decides everything at the very input at which it was decided.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -72,27 +72,35 @@ impl Orchestrator {
     /// Counts the learners, takes the median of their step times, and finds grants that grow old.
     pub(super) fn survey(&mut self) {
         let now_ms = self.volatile.now_ms;
-        // Each hotkey has one vote, however many learners it runs.
-        let (mut votes, mut own, mut voter) = (Vec::new(), Vec::new(), None);
         for (slot, learner) in self.learners.iter().filter(|(_, learner)| learner.live) {
+            if now_ms >= learner.pull_grants_ms + PULL_GRANTS_REFRESH_MS {
+                self.pace.dirty.insert(*slot);
+            }
+        }
+        if let Some(step_ms) = self.vote(|learner| learner.step.get()) {
+            let most = self.parameters().step_target_ms.saturating_mul(STEP_TARGETS_MAX);
+            self.timing.set_step(if most > 0 { step_ms.min(most) } else { step_ms });
+        }
+        let whole = self.parameters().batch_rows;
+        if let Some(step_ms) = self.vote(|learner| learner.batches.whole_ms(whole)) {
+            self.timing.set_whole_step(step_ms);
+        }
+        self.count_learners();
+    }
+
+    /// The median of what those say that train. Each hotkey has one vote, however many learners it runs.
+    fn vote(&self, of: impl Fn(&Learner) -> Option<u64>) -> Option<u64> {
+        let (mut votes, mut own, mut voter) = (Vec::new(), Vec::new(), None);
+        for (slot, learner) in self.learners.iter().filter(|(_, learner)| learner.is_training()) {
             if voter != Some(slot.0) {
                 votes.extend(median(&mut own));
                 own.clear();
                 voter = Some(slot.0);
             }
-            if learner.is_training() {
-                own.extend(learner.step.get());
-            }
-            if now_ms >= learner.pull_grants_ms + PULL_GRANTS_REFRESH_MS {
-                self.pace.dirty.insert(*slot);
-            }
+            own.extend(of(learner));
         }
         votes.extend(median(&mut own));
-        if let Some(step_ms) = median(&mut votes) {
-            let most = self.parameters().step_target_ms.saturating_mul(STEP_TARGETS_MAX);
-            self.timing.set_step(if most > 0 { step_ms.min(most) } else { step_ms });
-        }
-        self.count_learners();
+        median(&mut votes)
     }
 
     /// Learners that train, and those of them whose answer a pull waits for.

@@ -504,7 +504,7 @@ impl Orchestrator {
 
     /// The tape in the bucket fixes the merge, also where an earlier process wrote another one.
     pub(super) fn on_tape_written(&mut self, tape: Tape) {
-        let restores = self.restores_at(tape.t);
+        let passed_by = self.passed_by(tape.t, tape.restores, !tape.inputs.is_empty());
         let Some(pull) = self.pulls.get_mut(&tape.t) else { return };
         if !matches!(pull.stage, PullStage::Taping(_)) {
             return;
@@ -512,9 +512,7 @@ impl Orchestrator {
         pull.stage = PullStage::Merging(tape.clone());
         // It may be a predecessor's, with a newer view of the chain.
         self.block = self.block.max(tape.block);
-        if restores != tape.restores
-            && let Some(version) = restores
-        {
+        if let Some(version) = passed_by {
             self.restore_again(version, tape.t);
         }
         self.emit_merge(tape);

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use bincode::config;
 use daemon::Machine;
 use protocol::Digest;
-use protocol::documents::{Head, Job, LearnerState, Lease, LeaseEnd, RowRange, RunState};
+use protocol::documents::{Head, Job, LearnerState, Lease, LeaseEnd, RowRange, RunState, Tape};
 use protocol::log::LogKind;
 
 use super::{BucketFacts, Effect, Learner, LeaseRecord, OfferStage, OpenPull, Orchestrator, PullStage, StepFact};
@@ -116,11 +116,8 @@ impl Orchestrator {
         self.epoch = facts.epoch;
         let mut passed_by = None;
         for step in facts.steps {
-            let (t, fragment, closing, block, restores) = match &step {
-                StepFact::Taped(tape) => (tape.t, tape.fragment, tape.closing, tape.block, tape.restores),
-                StepFact::Merged { manifest, .. } => (manifest.t, manifest.fragment, manifest.closing, manifest.block, manifest.restores),
-            };
-            passed_by = self.restores_at(t).filter(|_| restores.is_none()).map(|version| (version, t)).or(passed_by);
+            let Tape { t, fragment, closing, block, restores, .. } = *step.tape();
+            passed_by = self.passed_by(t, restores, !step.tape().inputs.is_empty()).map(|version| (version, t)).or(passed_by);
             // What is decided from here on names no earlier one: a step that names a later one than all of a cycle was decided behind it.
             self.block = self.block.max(block);
             if closing && self.state == RunState::Open {
@@ -131,7 +128,7 @@ impl Orchestrator {
             pull.closed_ms = now_ms;
             match step {
                 StepFact::Taped(tape) => pull.stage = PullStage::Merging(tape),
-                StepFact::Merged { manifest, id, keyframe_length } => self.on_merged(*manifest, id, keyframe_length),
+                StepFact::Merged { manifest, id, keyframe_length, .. } => self.on_merged(*manifest, id, keyframe_length),
             }
             self.next_t = self.next_t.max(t + 1);
         }

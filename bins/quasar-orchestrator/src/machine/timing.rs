@@ -15,6 +15,8 @@ const DAY_MS: u128 = 86_400_000;
 pub struct Timing {
     /// Median of the learners' own averages: no single one, however it counts its steps, moves the schedule.
     step_ms: u64,
+    /// The same for steps of whole batches.
+    whole_step_ms: u64,
     sync: Average,
 }
 
@@ -39,6 +41,10 @@ impl Timing {
         self.step_ms = median_ms;
     }
 
+    pub fn set_whole_step(&mut self, median_ms: u64) {
+        self.whole_step_ms = median_ms;
+    }
+
     /// From the close of a pull to its merge.
     pub fn add_sync(&mut self, ms: u64) {
         self.sync.add(ms);
@@ -46,6 +52,10 @@ impl Timing {
 
     pub fn step_ms(&self) -> u64 {
         self.step_ms.max(STEP_MS_MIN)
+    }
+
+    pub fn whole_step_ms(&self) -> u64 {
+        self.whole_step_ms.max(STEP_MS_MIN)
     }
 
     pub fn sync_ms(&self) -> u64 {

@@ -117,8 +117,8 @@ pub async fn gather(bucket: &impl Bucket, keys: &RunKeys, overlap: u8, machine: 
     let mut slots = machine.slots();
     slots.extend(leases.iter().map(|job| (job.hotkey, job.slot)));
     // Of steps that are decided and not merged too: what has no place in the tape is told so, and deleted.
-    let is_merged = |t: u64| steps.iter().any(|step| step.t() == t && matches!(step, StepFact::Merged { .. }));
-    let until = steps.iter().map(|step| step.t() + 1).fold(head.outer_step, u64::max);
+    let is_merged = |t: u64| steps.iter().any(|step| step.tape().t == t && matches!(step, StepFact::Merged { .. }));
+    let until = steps.iter().map(|step| step.tape().t + 1).fold(head.outer_step, u64::max);
     let unmerged = (machine.closed_below()..until).filter(|t| !machine.is_closed(*t) && !is_merged(*t));
     let commitments = commitments(bucket, keys, unmerged.flat_map(|t| slots.iter().map(move |slot| (*slot, t)))).await?;
     let mut log = Vec::new();
@@ -179,7 +179,7 @@ async fn step(bucket: &impl Bucket, keys: &RunKeys, tape: Tape) -> Result<StepFa
     if fragment.keyframe.blake3 != manifest.keyframe || fragment.state != manifest.state {
         return Err(contradiction(format!("{key} contradicts the merge manifest of outer step {}", tape.t)));
     }
-    Ok(StepFact::Merged { manifest: Box::new(manifest), id, keyframe_length: fragment.keyframe.length })
+    Ok(StepFact::Merged { tape, manifest: Box::new(manifest), id, keyframe_length: fragment.keyframe.length })
 }
 
 /// What a machine that read all of the bucket has to know; `head` is the one that was claimed.

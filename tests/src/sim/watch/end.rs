@@ -51,22 +51,18 @@ impl Watch {
         }
     }
 
-    /// The P outer steps from the first one on that restores a version: none leaves its fragment beyond that, but where one that was decided
-    /// before is made good by the fragment's next one.
+    /// Where a step takes its fragment back to a version, every other fragment is no further, or goes back in the round before it or in the
+    /// two behind it: a step that an earlier writer decided otherwise is made good by the next one.
     fn rollbacks_are_whole(&mut self, world: &World) {
         let fragments = u64::from(world.plan.parameters.fragments);
-        let (mut until, mut left) = (0, Vec::new());
+        let mut left = BTreeSet::new();
         for (t, restored) in self.tapes.values().filter_map(|tape| Some((tape.t, tape.restores?))) {
-            if t < until {
-                continue;
-            }
-            until = t + fragments;
-            let next = |tape: &Tape| self.tapes.range(tape.t + 1..).map(|(_, next)| next).find(|next| next.fragment == tape.fragment);
-            let is_made_good = |tape: &Tape| next(tape).is_some_and(|next| next.restores == Some(restored));
-            let stays = |tape: &&Tape| tape.base_version > restored && tape.restores.is_none() && !is_made_good(tape);
-            left.extend(self.tapes.range(t..until).map(|(_, tape)| tape).filter(stays).map(|tape| tape.t));
+            let around = || self.tapes.range(t.saturating_sub(fragments - 1)..t + 2 * fragments).map(|(_, tape)| tape);
+            let is_back = |tape: &&Tape| tape.restores == Some(restored) || tape.base_version <= restored;
+            let back: BTreeSet<u16> = around().filter(is_back).map(|tape| tape.fragment).collect();
+            left.extend((0..world.plan.parameters.fragments).filter(|fragment| !back.contains(fragment)).map(|fragment| (t, fragment)));
         }
-        self.hold(world, "rollback_is_whole", left.is_empty(), || format!("steps {left:?} stay as they are"));
+        self.hold(world, "rollback_is_whole", left.is_empty(), || format!("of these steps and fragments one stays: {left:?}"));
     }
 
     /// An order to go back that was taken for done is followed by steps that go back.

@@ -20,7 +20,7 @@ impl World {
                 None => StepFact::Taped(tape.clone()),
                 Some(manifest) => {
                     let id = Digest::blake3(&codec::encode(manifest));
-                    StepFact::Merged { manifest: Box::new(manifest.clone()), id, keyframe_length: 100 }
+                    StepFact::Merged { tape: tape.clone(), manifest: Box::new(manifest.clone()), id, keyframe_length: 100 }
                 }
             });
         }

@@ -149,7 +149,7 @@ impl Sim {
         if now_ms < self.next_step_ms || self.lease_steps.is_empty() {
             return;
         }
-        self.next_step_ms = now_ms + self.step_ms * self.batches.get(&self.record.lease).unwrap_or(&1_000) / 1_000;
+        self.next_step_ms = now_ms + self.step_ms;
         for (fragment, progress) in self.record.fragments.iter_mut().enumerate() {
             if head.fragments[fragment].version > progress.version {
                 *progress = FragmentProgress { version: head.fragments[fragment].version, steps: 0 };
@@ -203,6 +203,8 @@ impl Sim {
             self.record.receipt = Some(ReceiptOffer { lease: self.record.lease, length: 100, sha256: Digest::ZERO, uploaded: false });
         }
         self.record.local_step += 1;
+        let step_ms = self.step_ms * self.batches.get(&self.record.lease).unwrap_or(&1_000) / 1_000;
+        (self.next_step_ms, self.record.step_ms) = (now_ms + step_ms, step_ms as u32);
         self.record.state = LearnerState::Training;
         for progress in &mut self.record.fragments {
             progress.steps += 1;
