@@ -143,7 +143,7 @@ impl Stepping {
 #[derive(Clone, Debug)]
 pub struct Outcome {
     pub violations: Vec<Violation>,
-    /// Everything that every machine was told, in order.
+    /// Every input of every machine by its kind, what it is about, and its time.
     pub trace: u64,
     pub events: u64,
     pub virtual_ms: u64,
