@@ -15,7 +15,7 @@ use protocol::documents::{Action, AuditDraw, CatalogRef, CurrentRun, FragmentHea
 use protocol::envelope::{self, Context, Document, EnvelopeError, Expect, RunId, SKEW_MS, Verified};
 use protocol::paths::{self, Keys, RunKeys};
 use protocol::{AccountId, Digest, FileRecord, KeyKind};
-use quasar_orchestrator::machine::{FragmentSetup, RunSetup, ShardRows, Slot};
+use quasar_orchestrator::machine::{FragmentSetup, RunSetup, ShardRows, Slot, Status};
 use storage::Object;
 use storage::memory::{MemoryGrants, MemoryStore};
 use tokio::time::Instant;
@@ -379,8 +379,8 @@ impl World {
     }
 
     /// What the orchestrator's `status` would say now.
-    pub fn status(&self) -> serde_json::Value {
-        self.writer().borrow().machine().map(|machine| serde_json::json!(machine.status())).unwrap_or_default()
+    pub fn status(&self) -> Option<Status> {
+        self.writer().borrow().machine().map(|machine| machine.status())
     }
 
     pub fn head_key(&self) -> &str {
@@ -570,7 +570,7 @@ impl World {
             traffic: self.net.borrow().traffic,
             verdicts: watch.verdicts.iter().map(|(name, count)| (*name, *count)).collect(),
             model: Digest::blake3(&newest),
-            status: self.status(),
+            status: self.status().map(|status| serde_json::json!(status)).unwrap_or_default(),
             miners: self.learners.iter().map(|node| node.borrow().describe()).collect(),
             steps: self.learners.iter().map(|node| node.borrow().steps).sum(),
         }

@@ -266,9 +266,9 @@ pub fn grant_trouble(error: &GrantError) -> Trouble {
 
 #[cfg(test)]
 mod tests {
-    use storage::{MemoryGrants, MemoryStore, ObjectStore, Presign, PutCondition};
-
     use std::sync::atomic::{AtomicBool, Ordering};
+
+    use storage::{MemoryGrants, MemoryStore, ObjectStore, Presign, PutCondition};
 
     use super::*;
 

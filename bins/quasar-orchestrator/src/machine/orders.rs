@@ -129,6 +129,8 @@ impl Orchestrator {
 
     fn restore(&mut self, version: u64) {
         let until = self.next_t + u64::from(self.parameters().fragments);
+        // A closing round comes behind this one.
+        self.closing_from = self.closing_from.map(|from| from.max(until));
         self.restoring = Some(Restoring { version, until, revision: self.revision });
         self.pace.snapshot = true;
         // What is open was trained on what is taken back.
@@ -163,8 +165,6 @@ impl Orchestrator {
         // A rollback that was ordered since goes as far as it says.
         let version = self.restoring.as_ref().map_or(version, |restoring| restoring.version);
         tracing::warn!(t, version, "an earlier writer has decided a step of the rollback otherwise: every fragment goes back once more");
-        let until = self.next_t + u64::from(self.parameters().fragments);
-        self.closing_from = self.closing_from.map(|from| from.max(until));
         self.restore(version);
     }
 

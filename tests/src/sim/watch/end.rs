@@ -66,9 +66,9 @@ impl Watch {
     }
 
     /// An order to go back that was taken for done is followed by steps that go back.
-    fn rollbacks_are_done(&mut self, world: &World, status: &serde_json::Value) {
-        let outcomes = status["outcomes"].as_array().into_iter().flatten();
-        let done: BTreeSet<u64> = outcomes.filter(|one| one["done"] == true).filter_map(|one| one["number"].as_u64()).collect();
+    fn rollbacks_are_done(&mut self, world: &World) {
+        let outcomes = world.status().map_or_else(Vec::new, |status| status.outcomes);
+        let done: BTreeSet<u64> = outcomes.iter().filter(|one| one.done).map(|one| one.number).collect();
         for (number, (_, action)) in (1..).zip(world.orders()).filter(|(number, _)| done.contains(number)) {
             let Action::Rollback { version } = action else { continue };
             let goes_back = self.tapes.values().any(|tape| tape.restores == Some(version));
@@ -143,8 +143,7 @@ impl Watch {
         self.hold(world, "one_writer_per_epoch", outlived == 0, || format!("{outlived} processes go on without the lease"));
         self.replay_tapes(world);
         self.rollbacks_are_whole(world);
-        let status = world.status();
-        self.rollbacks_are_done(world, &status);
+        self.rollbacks_are_done(world);
         self.validators_agree(world);
         let missing: Vec<u64> = (0..head.outer_step).filter(|t| !self.manifests.contains_key(t)).collect();
         self.hold(world, "merged_once", missing.is_empty(), || format!("steps without a manifest: {missing:?}"));

@@ -112,9 +112,7 @@ fn a_merge_that_was_under_way_in_an_outage_leaves_the_next_ones_their_grace() {
     for is_restarted in [true, false] {
         let mut world = paced();
         world.holds_merges = true;
-        while world.held_merges.is_empty() {
-            world.run(POLL_MS);
-        }
+        world.run_until(|world| (!world.held_merges.is_empty()).then_some(()));
         world.now_ms += 3_600_000;
         if is_restarted {
             world.held_merges.clear();

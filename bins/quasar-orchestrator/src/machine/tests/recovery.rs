@@ -312,12 +312,7 @@ fn a_commitment_whose_payload_was_not_uploaded_is_granted_again_by_the_successor
         let is_granted = |pull: &OpenPull| pull.offers.get(&slot).is_some_and(|offer| offer.stage == OfferStage::Granted);
         world.machine.pulls.iter().find(|(_, pull)| is_granted(pull)).map(|(t, _)| *t)
     };
-    let t = loop {
-        if let Some(t) = granted(&world) {
-            break t;
-        }
-        world.run(100);
-    };
+    let t = world.run_until(granted);
     world.withheld.clear();
     world.succeed();
     world.run(5_000);
