@@ -85,6 +85,26 @@ fn pulls_open_no_faster_than_h_xi_by_p_also_where_learners_answer_and_merge_at_o
 }
 
 #[test]
+fn as_many_pulls_are_open_as_may_overlap_and_one_more() {
+    for overlap in 0..3 {
+        let mut setup = setup(0);
+        setup.parameters.overlap = overlap;
+        let mut world = World::of(setup, 2);
+        // Two are the quorum: the first pulls wait for both until their deadline, far beyond the time between two of them.
+        world.learners[1].mute = true;
+        let mut most = 0;
+        for _ in 0..world.machine.parameters().pull_deadline_ms / POLL_MS {
+            world.run(POLL_MS);
+            let fragments: BTreeSet<u16> = world.machine.pulls.values().map(|pull| pull.fragment).collect();
+            assert_eq!(fragments.len(), world.machine.pulls.len(), "two pulls of one fragment");
+            most = most.max(fragments.len());
+        }
+        assert_eq!(most, usize::from(overlap) + 1);
+        world.run_until(|world| (world.merges.len() > 10).then_some(()));
+    }
+}
+
+#[test]
 fn a_pull_with_a_quorum_waits_for_the_grace_and_no_longer_for_a_slow_learner() {
     let mut world = paced();
     world.learners[2].mute = true;
