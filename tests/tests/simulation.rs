@@ -49,9 +49,9 @@ fn long_runs_delete_what_nobody_needs_and_nothing_else() {
         plan.orders.sort_by_key(|(at_ms, _)| *at_ms);
         let outcome = sim::run(plan);
         must_hold(&outcome, &this_test(seed, "releases and a rollback added"));
-        assert!(outcome.status["rollback_from"].as_u64() > Some(0), "seed {seed}: nothing was deleted: {:#}", outcome.status);
-        let is_done = |order: &&serde_json::Value| order["done"] == true && order["text"].to_string().contains("goes back");
-        rollbacks += outcome.status["outcomes"].as_array().map_or(0, |orders| orders.iter().filter(is_done).count());
+        let status = outcome.status.expect("an orchestrator runs in the end");
+        assert!(status.rollback_from > 0, "seed {seed}: nothing was deleted: {status:#?}");
+        rollbacks += status.outcomes.iter().filter(|order| order.done && order.text.contains("goes back")).count();
     }
     assert!(rollbacks > 0, "every rollback was refused");
 }
@@ -131,11 +131,9 @@ fn an_orchestrator_that_dies_at_any_effect_or_write_with_or_without_its_disk_mer
 #[test]
 fn an_orchestrator_that_dies_while_an_operator_has_a_hand_in_the_run_takes_each_order_once() {
     let plan = sim::operated(1, 3);
-    let whole = sim::run(plan.clone());
-    let is_done = |order: &&serde_json::Value| order["done"] == true;
-    let done = whole.status["outcomes"].as_array().map(|orders| orders.iter().filter(is_done).count());
-    assert_eq!(done, Some(6), "{:#}", whole.status["outcomes"]);
-    assert!(whole.status["rollback_from"].as_u64() > Some(0), "old versions are deleted: {:#}", whole.status);
+    let status = sim::run(plan.clone()).status.expect("an orchestrator runs in the end");
+    assert_eq!(status.outcomes.iter().filter(|order| order.done).count(), 6, "{:#?}", status.outcomes);
+    assert!(status.rollback_from > 0, "old versions are deleted: {status:#?}");
     dies_everywhere(&plan, "cargo xtask sim crash-points --operated --seed 1 --miners 3", 7);
 }
 

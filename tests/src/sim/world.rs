@@ -176,7 +176,7 @@ pub struct Outcome {
     pub model: Digest,
     pub steps: u64,
     /// What the orchestrator's `status` would say in the end.
-    pub status: serde_json::Value,
+    pub status: Option<Status>,
     /// Miners by what they are doing in the end.
     pub miners: Vec<String>,
 }
@@ -570,7 +570,7 @@ impl World {
             traffic: self.net.borrow().traffic,
             verdicts: watch.verdicts.iter().map(|(name, count)| (*name, *count)).collect(),
             model: Digest::blake3(&newest),
-            status: self.status().map(|status| serde_json::json!(status)).unwrap_or_default(),
+            status: self.status(),
             miners: self.learners.iter().map(|node| node.borrow().describe()).collect(),
             steps: self.learners.iter().map(|node| node.borrow().steps).sum(),
         }

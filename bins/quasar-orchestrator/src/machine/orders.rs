@@ -143,14 +143,15 @@ impl Orchestrator {
         }
     }
 
-    /// The version to which step `t` should take its fragment back, where what was decided there does not: it `restores` another one, or
-    /// merges. As far as this process knows, before it takes that up.
-    pub(super) fn passed_by(&self, t: u64, restores: Option<u64>, has_inputs: bool) -> Option<u64> {
-        let expected = match self.pulls.get(&t).and_then(OpenPull::tape) {
+    /// The version to which a step should take its fragment back, where the tape that was decided does not: it restores another one, or
+    /// merges. As far as this process knows, before it takes the tape up.
+    pub(super) fn passed_by(&self, decided: &Tape) -> Option<u64> {
+        let round = self.round_at(decided.t);
+        let expected = match self.pulls.get(&decided.t).and_then(OpenPull::tape) {
             Some(tape) => tape.restores,
-            None => self.round_at(t).and_then(|version| self.restoring_tape(version, t).restores),
+            None => round.and_then(|version| self.restoring_tape(version, decided.t).restores),
         };
-        expected.filter(|_| expected != restores).or_else(|| self.round_at(t).filter(|_| has_inputs))
+        expected.filter(|_| expected != decided.restores).or_else(|| round.filter(|_| !decided.inputs.is_empty()))
     }
 
     /// The version to which fragments go back in the round that holds outer step `t`.

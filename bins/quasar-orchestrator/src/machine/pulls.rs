@@ -504,7 +504,7 @@ impl Orchestrator {
 
     /// The tape in the bucket fixes the merge, also where an earlier process wrote another one.
     pub(super) fn on_tape_written(&mut self, tape: Tape) {
-        let passed_by = self.passed_by(tape.t, tape.restores, !tape.inputs.is_empty());
+        let passed_by = self.passed_by(&tape);
         let Some(pull) = self.pulls.get_mut(&tape.t) else { return };
         if !matches!(pull.stage, PullStage::Taping(_)) {
             return;

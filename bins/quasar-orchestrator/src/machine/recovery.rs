@@ -116,8 +116,8 @@ impl Orchestrator {
         self.epoch = facts.epoch;
         let mut passed_by = None;
         for step in facts.steps {
-            let Tape { t, fragment, closing, block, restores, .. } = *step.tape();
-            passed_by = self.passed_by(t, restores, !step.tape().inputs.is_empty()).map(|version| (version, t)).or(passed_by);
+            let Tape { t, fragment, closing, block, .. } = *step.tape();
+            passed_by = self.passed_by(step.tape()).map(|version| (version, t)).or(passed_by);
             // What is decided from here on names no earlier one: a step that names a later one than all of a cycle was decided behind it.
             self.block = self.block.max(block);
             if closing && self.state == RunState::Open {

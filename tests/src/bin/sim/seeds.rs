@@ -102,7 +102,7 @@ pub fn run(seeds: &Seeds) -> ExitCode {
             outcome.virtual_ms / 1_000
         );
         if !outcome.violations.is_empty() {
-            println!("{:#}", outcome.status);
+            println!("{:#}", serde_json::json!(outcome.status));
             outcome.miners.iter().for_each(|miner| println!("{miner}"));
         }
         println!("verdicts: {:?}; longest time between two merges {} ms", outcome.verdicts, outcome.longest_stall_ms);

@@ -362,7 +362,7 @@ impl World {
                 }
                 let logged = self.log.get(&head.log.size).map(|log| LogRef::from(&log.frontier));
                 assert!(head.log.size == 0 || logged == Some(head.log), "the head names a log head that is there");
-                assert!(head.pulls.len() <= 3, "at most τ + 1 pulls");
+                assert!(head.pulls.len() <= 1 + usize::from(self.machine.parameters().overlap), "at most τ + 1 pulls");
                 self.head = Some(*head);
                 Some(Input::HeadPublished)
             }
